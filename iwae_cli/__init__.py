@@ -1,0 +1,24 @@
+"""Importance-weighted autoencoders from one command: train, measure the log-likelihood, keep the record.
+
+``iwae_cli.load(run_folder)`` gives a trained model back, for a notebook.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iwae_cli.experiment import load
+
+__all__ = ["__version__", "load"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``load`` when it is asked for: torch takes seconds to import, and ``--help`` needs none of it."""
+    if name == "load":
+        from iwae_cli.experiment import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""``python -m iwae_cli`` is ``iwae-train``."""
+
+from __future__ import annotations
+
+from iwae_cli.cli import train
+
+if __name__ == "__main__":
+    train()
