@@ -1,0 +1,118 @@
+"""The shape of every data set: three splits in memory, and one protocol for binarizing them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from iwae_cli.noise import numpy_generator
+
+SPLITS = ("train", "validation", "test")
+Binarization = Literal["dynamic", "fixed", "none"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Observations to be scored, the same for every model.
+
+    Attributes:
+        name: train, validation or test.
+        x: (n, pixels); uint8 in {0, 1} for binary data, float32 for real-valued data.
+        sha256: hash of dtype, shape and values: two numbers are comparable when it is equal.
+    """
+
+    name: str
+    x: Shaped[Tensor, "n pixels"]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in memory.
+
+    Attributes:
+        name: such as ``mnist``.
+        protocol: one sentence: splits, binarization, source.
+        train, validation, test: (n, pixels) each; uint8 grey values 0..``levels``-1, or float32 if ``levels`` is None.
+        levels: number of grey levels (2 for data that is binary already); None for real-valued data.
+        binarization: ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation),
+            ``fixed`` (binary already) or ``none`` (values are used as they are).
+        image_shape: shape of one observation, such as (28, 28).
+        facts: further facts for the record (plain JSON values), such as the generator's own entropy.
+    """
+
+    name: str
+    protocol: str
+    train: Shaped[Tensor, "n pixels"]
+    validation: Shaped[Tensor, "m pixels"]
+    test: Shaped[Tensor, "l pixels"]
+    levels: int | None
+    binarization: Binarization
+    image_shape: tuple[int, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.binarization == "fixed":
+            for name in SPLITS:
+                if bool((getattr(self, name) > 1).any()):
+                    raise ValueError(f"{name} split of {self.name} must hold only 0 and 1")
+
+    def batch(self, images: Shaped[Tensor, "batch pixels"], generator: torch.Generator) -> Float[Tensor, "batch pixels"]:
+        """Training rows as a model sees them: float32, binarized anew where the protocol is dynamic."""
+        if self.binarization == "dynamic":
+            assert self.levels is not None
+            u = torch.rand(images.shape, generator=generator, device=images.device)
+            return (u * (self.levels - 1) < images).to(torch.float32)
+        return images.to(torch.float32)
+
+    def mean(self) -> np.ndarray:
+        """Mean of every pixel over the training split, (pixels,), float64; a probability for binary data."""
+        scale = self.levels - 1 if self.binarization == "dynamic" and self.levels else 1
+        return np.asarray(self.train.to(torch.float64).mean(0).numpy() / scale)
+
+    def evaluation_split(self, name: str, binarization_seed: int) -> Split:
+        """One split as every model is scored on it.
+
+        A dynamic split is binarized once, x_ij ~ Bernoulli(grey_ij / (levels - 1)), keyed by
+        (``binarization_seed``, split, image): apart from every run's seed and from the latent noise.
+        """
+        images = getattr(self, name)
+        if self.binarization == "dynamic":
+            assert self.levels is not None
+            grey = images.numpy().astype(np.float64) / (self.levels - 1)
+            x = np.empty(grey.shape, dtype=np.uint8)
+            for i, row in enumerate(grey):
+                x[i] = numpy_generator(binarization_seed, "binarization", name, i).random(row.shape) < row
+            images = torch.from_numpy(x)
+        values = images.numpy()
+        digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+        return Split(name, images, digest.hexdigest())
+
+
+class Dataset(ABC):
+    """Where a data set comes from; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
+
+    name: ClassVar[str]
+    observation: ClassVar[Literal["binary", "grey", "real"]]
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Read (and where needed download, under a lock) the files.
+
+        Raises:
+            UserError: files are missing, truncated or altered; the message names them, says where they
+                belong and which data set needs none.
+        """
+
+    def fingerprint(self) -> str | None:
+        """What the identity of a run must know of a file that a path names: a hash of its content; else None."""
+        return None

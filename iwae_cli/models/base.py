@@ -1,0 +1,140 @@
+"""The shape of every model: two log-densities that share no parameter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from iwae_cli.noise import Noise
+from iwae_cli.particles import Latents, Particles
+
+Observation = Literal["binary", "grey", "real"]
+"""What a pixel is: {0, 1}; an integer grey level; a real number."""
+
+
+class GenerativeNetwork(nn.Module, ABC):
+    """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L), with parameters theta."""
+
+    @abstractmethod
+    def log_likelihood(
+        self, x: Float[Tensor, "batch pixels"], latents: Latents
+    ) -> Float[Tensor, "k batch"]:
+        """log p(x|h), nats."""
+
+    @abstractmethod
+    def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
+        """log p(h), nats."""
+
+    def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+        """log p(x, h), nats."""
+        return self.log_likelihood(x, latents) + self.log_prior(latents)
+
+    @abstractmethod
+    def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
+        """``n`` draws (h, x) ~ p(x, h); the latents have shape (1, n, d_l)."""
+
+    @abstractmethod
+    def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
+        """E[x|h], for pictures."""
+
+    def exact_log_px(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"] | None:
+        """log p(x) where it has a closed form, nats; None where it has none."""
+        return None
+
+
+class InferenceNetwork(nn.Module, ABC):
+    """q(h|x) = q(h_1|x) q(h_2|h_1) ..., with parameters phi."""
+
+    reparameterized: ClassVar[bool] = True
+
+    @abstractmethod
+    def sample(
+        self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
+    ) -> tuple[Latents, Float[Tensor, "k batch"]]:
+        """``k`` draws h ~ q(h|x) for every x, and log q(h|x) in nats, in one pass."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+        """log q(h|x) of given latents, nats."""
+
+    @abstractmethod
+    def posterior_means(
+        self, x: Float[Tensor, "batch pixels"], draws: int, noise: Noise
+    ) -> tuple[Float[Tensor, "batch _"], ...]:
+        """E_q[h_l|x] for every layer; layers above the first average their mean over ``draws`` of the layer below."""
+
+    def kl_to_prior(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"]:
+        """KL(q(h|x) || N(0, I)) in closed form, nats; only a model of one Gaussian layer has it.
+
+        Raises:
+            TypeError: this inference network has no closed form.
+        """
+        raise TypeError(f"{type(self).__name__} has no closed-form KL to the prior")
+
+
+@final
+class LatentVariableModel(nn.Module):
+    """A generative and an inference network with disjoint parameters.
+
+    Raises:
+        ValueError: the two networks share a parameter (gradients would leak between them).
+    """
+
+    def __init__(self, generative: GenerativeNetwork, inference: InferenceNetwork) -> None:
+        super().__init__()
+        shared = {id(p) for p in generative.parameters()} & {id(p) for p in inference.parameters()}
+        if shared:
+            raise ValueError("the generative and the inference network must not share parameters")
+        self.generative = generative
+        self.inference = inference
+
+    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles:
+        """Draw ``k`` samples h ~ q(h|x) for every x and score them under both networks."""
+        latents, log_q = self.inference.sample(x, k, noise)
+
+        def rescore() -> Tensor:
+            frozen = {name: p.detach() for name, p in self.inference.named_parameters()}
+            return functional_call(self.inference, frozen, (x, latents))
+
+        return Particles(
+            latents=latents,
+            log_p=self.generative(x, latents),
+            log_q=log_q,
+            reparameterized=self.inference.reparameterized,
+            rescore=rescore,
+        )
+
+    def forward(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Float[Tensor, "k batch"]:
+        """log w of ``k`` fresh draws, nats."""
+        return self.draw(x, k, noise).log_w
+
+
+class Architecture(ABC):
+    """A model before its data is known: sizes and choices, checked; ``build`` makes the networks.
+
+    This is what a yaml of ``conf/model`` names.
+    """
+
+    observation: ClassVar[Observation]
+    discrete: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def layers(self) -> int:
+        """Number of stochastic layers."""
+
+    @abstractmethod
+    def build(self, image_shape: tuple[int, ...], mean: np.ndarray, generator: torch.Generator) -> LatentVariableModel:
+        """The networks, initialized from ``generator``, in float32 on the CPU.
+
+        Args:
+            image_shape: shape of one observation; its product is the number of pixels.
+            mean: mean of every pixel over the training split, (pixels,), float64; in [0, 1] for binary data.
+            generator: a CPU generator that the initial weights are drawn from.
+        """

@@ -1,0 +1,212 @@
+"""Numbers that objectives and evaluation share: log-mean-exp, effective sample size, streaming sums, Pareto k-hat.
+
+The sample axis comes first (dim 0) everywhere; logarithms are natural, so every value is in nats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
+    """log (1/k sum_i exp(log_w_i)) over the samples, stable for any offset.
+
+    All -inf gives -inf (with zero gradient, not NaN); NaN and +inf propagate.
+    """
+    top = log_w.detach().amax(0)
+    # Without this, -inf - (-inf) would turn "every weight is zero" into NaN.
+    offset = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    total = (log_w - offset).exp().sum(0)
+    empty = total == 0
+    log_total = torch.where(empty, torch.ones_like(total), total).log()
+    mean = log_total + (offset - math.log(log_w.shape[0]))
+    return torch.where(empty, torch.full_like(mean, -math.inf), mean)
+
+
+def normalized_weights(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k *batch"]:
+    """w~ = softmax(log w) over the samples; 1/k each where every weight is zero (all log w = -inf)."""
+    top = log_w.amax(0, keepdim=True)
+    safe = torch.where(top == -math.inf, torch.zeros_like(log_w), log_w)
+    return torch.softmax(safe, dim=0)
+
+
+def effective_sample_size(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
+    """1 / sum_i w~_i^2, between 1 and k (Kong 1992)."""
+    return 1 / normalized_weights(log_w).square().sum(0)
+
+
+def grid_levels(k: int) -> list[int]:
+    """Sample sizes m at which bounds are reported for an evaluation of k samples: 1, 5, 50, 500, ... and k.
+
+    Only levels that divide k are kept. Each then divides the next, which orders the averages over disjoint groups:
+    L_m <= L_m' for every image, deterministically, because the mean of logs never exceeds the log of the mean.
+
+    Raises:
+        ValueError: k < 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    levels = [1]
+    m = 5
+    while m < k:
+        if k % m == 0:
+            levels.append(m)
+        m *= 10
+    return levels if k == 1 else [*levels, k]
+
+
+class _Groups:
+    """Mean over all disjoint consecutive groups of ``size`` values of their log-mean-exp, fed in pieces.
+
+    The values may arrive in any cut; a group is always reduced from the same values in the same order.
+    """
+
+    def __init__(self, size: int, batch: int, device: torch.device) -> None:
+        self._size = size
+        self._rest = torch.empty(0, batch, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(batch, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, values: Float[Tensor, "n batch"]) -> Float[Tensor, "m batch"]:
+        """Take ``n`` values, return the log-mean-exp of every group they complete."""
+        joined = torch.cat([self._rest, values])
+        whole = joined.shape[0] // self._size
+        groups = joined[: whole * self._size].view(whole, self._size, joined.shape[1]).transpose(0, 1)
+        self._rest = joined[whole * self._size :].clone()
+        means = log_mean_exp(groups)
+        # A cumulative sum adds one after the other, so that its rounding does not depend on the cut.
+        self._sum = torch.cat([self._sum[None], means]).cumsum(0)[-1]
+        self._count += whole
+        return means
+
+    def mean(self) -> Float[Tensor, " batch"]:
+        """Mean over the groups completed so far."""
+        return self._sum / self._count
+
+
+class StreamingLogWeights:
+    """Everything an evaluation needs of k log-weights per image, in memory that does not grow with k.
+
+    Fed with consecutive pieces of the sample axis; accumulates in float64. Whatever the cut (in multiples of
+    ``block`` but for the last piece), the results are the same to the last bit.
+
+    Args:
+        k: total number of samples that will be added.
+        batch: number of images.
+        block: samples summed together; pieces start at multiples of it.
+    """
+
+    def __init__(self, k: int, batch: int, *, block: int, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self.k = k
+        self._block = block
+        self._seen = 0
+        minus_inf = torch.full((batch,), -math.inf, dtype=torch.float64, device=device)
+        self._log_sum = minus_inf
+        self._log_sum_squares = minus_inf
+        # 1 | 5 | 50 | 500 | ...: a group of one level is ten (at first five) groups of the level below.
+        self._levels = grid_levels(k)[:-1]
+        below = 1
+        self._groups: list[_Groups] = []
+        for level in self._levels:
+            self._groups.append(_Groups(level // below, batch, device))
+            below = level
+        self._tail_size = tail_size(k) + 1
+        self._tail = torch.empty(0, batch, dtype=torch.float64, device=device)
+
+    def add(self, log_w: Float[Tensor, "n batch"]) -> None:
+        """Take the next ``n`` samples.
+
+        Raises:
+            ValueError: more than ``k`` samples, or a piece that starts off a block boundary.
+        """
+        if self._seen % self._block:
+            raise ValueError(f"pieces must start at multiples of {self._block} samples, got {self._seen}")
+        if self._seen + log_w.shape[0] > self.k:
+            raise ValueError(f"log_w must not exceed {self.k} samples, got {self._seen + log_w.shape[0]}")
+        log_w = log_w.to(torch.float64)
+        self._seen += log_w.shape[0]
+        for piece in log_w.split(self._block):
+            self._log_sum = torch.logaddexp(self._log_sum, _log_sum_exp(piece))
+            self._log_sum_squares = torch.logaddexp(self._log_sum_squares, _log_sum_exp(2 * piece))
+        values = log_w
+        for groups in self._groups:
+            values = groups.add(values)
+        candidates = torch.cat([self._tail, log_w])
+        self._tail = candidates.topk(min(self._tail_size, candidates.shape[0]), dim=0).values
+
+    def log_px(self) -> Float[Tensor, " batch"]:
+        """L_k per image, nats."""
+        self._require_all()
+        return self._log_sum - math.log(self.k)
+
+    def bounds(self) -> dict[int, Float[Tensor, " batch"]]:
+        """L_m per image for every level m, ordered in m for every image, nats."""
+        log_px = self.log_px()
+        return {m: g.mean() for m, g in zip(self._levels, self._groups, strict=True)} | {self.k: log_px}
+
+    def ess(self) -> Float[Tensor, " batch"]:
+        """Effective sample size per image, between 1 and k; NaN where every weight is zero."""
+        self._require_all()
+        return (2 * self._log_sum - self._log_sum_squares).exp().clamp(1, self.k)
+
+    def top_weight(self) -> Float[Tensor, " batch"]:
+        """Largest normalized weight per image; NaN where every weight is zero."""
+        self._require_all()
+        return (self._tail[0] - self._log_sum).exp()
+
+    def khat(self) -> Float[Tensor, " batch"]:
+        """Pareto k-hat per image; NaN where it is not defined (see ``pareto_khat``)."""
+        self._require_all()
+        return pareto_khat(self._tail)
+
+    def _require_all(self) -> None:
+        if self._seen != self.k:
+            raise ValueError(f"k must be reached before results are read: {self._seen} of {self.k} samples were added")
+
+
+def _log_sum_exp(log_w: Float[Tensor, "n batch"]) -> Float[Tensor, " batch"]:
+    return log_mean_exp(log_w) + math.log(log_w.shape[0])
+
+
+def tail_size(k: int) -> int:
+    """M = min(k/5, 3 sqrt k), the number of largest weights that k-hat is fitted to (Vehtari et al. 2024)."""
+    return int(min(k / 5, 3 * math.sqrt(k)))
+
+
+def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
+    """Shape of a generalized Pareto distribution fitted to the largest log-weights of each column.
+
+    The fit is the empirical Bayes one of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson, Gelman,
+    Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5.
+
+    Args:
+        largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
+
+    Returns:
+        k-hat per column; NaN where fewer than five weights lie above the threshold or all of them are equal.
+    """
+    m = largest.shape[0] - 1
+    if m < 5:
+        return torch.full(largest.shape[1:], math.nan, dtype=torch.float64, device=largest.device)
+    shifted = (largest.to(torch.float64) - largest[0]).exp()
+    x = (shifted[:-1] - shifted[-1]).flip(0)  # exceedances, ascending
+    defined = torch.isfinite(x).all(0) & (x[-1] > 0) & (x[0] < x[-1])
+    x = torch.where(defined, x, torch.linspace(0.5, 1.5, m, dtype=torch.float64, device=x.device)[:, None])
+
+    # The quartile must be positive for the grid below; ties at the threshold can make it zero.
+    quartile = x[int(m / 4 + 0.5) - 1].clamp(min=torch.finfo(torch.float64).tiny)
+    points = 30 + int(math.sqrt(m))
+    j = torch.arange(1, points + 1, dtype=torch.float64, device=x.device)[:, None]
+    theta = 1 / x[-1] + (1 - torch.sqrt(points / (j - 0.5))) / (3 * quartile)
+    shape = torch.stack([torch.log1p(-t * x).mean(0) for t in theta])
+    log_likelihood = m * (torch.log(-theta / shape) - shape - 1)
+    weights = torch.softmax(log_likelihood, dim=0)
+    theta_hat = (weights * theta).sum(0)
+    khat = torch.log1p(-theta_hat * x).mean(0)
+    khat = (khat * m + 0.5 * 10) / (m + 10)
+    return torch.where(defined & torch.isfinite(khat), khat, torch.full_like(khat, math.nan))

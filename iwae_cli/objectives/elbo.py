@@ -1,0 +1,71 @@
+"""The evidence lower bound."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.objectives.base import BoundObjective, Gradient, Losses
+from iwae_cli.particles import Architecture, Model, Particles
+
+
+class ELBO(BoundObjective):
+    """E_q[log w] (Kingma and Welling 2014, arXiv 1312.6114), averaged over k draws: "VAE-k" in Burda et al. 2016.
+
+    More draws lower the variance of the estimate and leave the bound where it is; not to be confused with IWAE-k.
+    ``dreg`` equals ``stl`` here (b = a), and both are unbiased.
+
+    Args:
+        k: draws of q per observation.
+        gradient: ``total``, ``stl`` or ``dreg``.
+        analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for one
+            Gaussian layer, with ``gradient=total`` (the closed form has no score term to drop).
+
+    Raises:
+        ValueError: k < 1, unknown gradient, or analytic_kl with a gradient other than total.
+    """
+
+    def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:
+        super().__init__(gradient)
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        if analytic_kl and gradient != "total":
+            raise ValueError(f"analytic_kl has a meaning with gradient=total only, got gradient={gradient}")
+        self.k = k
+        self.analytic_kl = analytic_kl
+
+    @property
+    def num_samples(self) -> int:
+        """k."""
+        return self.k
+
+    def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+        """Mean of the log-weights."""
+        return log_w.mean(0)
+
+    def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """a = 1/k."""
+        return torch.full_like(log_w, 1 / log_w.shape[0])
+
+    def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """b = a: the bound is linear in log w."""
+        return self.weights(log_w)
+
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Losses:
+        """As every bound, or with the KL in closed form."""
+        if not self.analytic_kl:
+            return super().losses(model, x, particles)
+        log_likelihood = particles.log_p - model.generative.log_prior(particles.latents)
+        bound = log_likelihood.mean(0) - model.inference.kl_to_prior(x)
+        loss = -bound.mean()
+        return Losses(loss, loss, bound.detach())
+
+    def check(self, architecture: Architecture) -> str | None:
+        """An analytic KL needs one Gaussian layer."""
+        if self.analytic_kl and architecture.layers > 1:
+            return (
+                f"objective.analytic_kl=true needs a model of one stochastic layer, this one has "
+                f"{architecture.layers}; use model=one_layer or objective.analytic_kl=false"
+            )
+        return super().check(architecture)

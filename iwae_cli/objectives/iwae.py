@@ -1,0 +1,47 @@
+"""The importance weighted bound."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.objectives.base import BoundObjective, Gradient
+
+
+class IWAE(BoundObjective):
+    """L_k = E[log 1/k sum_i w_i], tighter with every k (Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519).
+
+    Special cases: k = 1 is the sampled ELBO. Not to be confused with the ELBO of k samples, which averages
+    the logarithms and gets no tighter with k. ``stl`` is biased for k >= 2 (it misses part of the score term).
+
+    Args:
+        k: draws of q per observation.
+        gradient: ``total``, ``stl`` or ``dreg``.
+
+    Raises:
+        ValueError: k < 1 or unknown gradient.
+    """
+
+    def __init__(self, k: int, gradient: Gradient = "total") -> None:
+        super().__init__(gradient)
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        self.k = k
+
+    @property
+    def num_samples(self) -> int:
+        """k."""
+        return self.k
+
+    def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+        """log 1/k sum_i w_i."""
+        return log_mean_exp(log_w)
+
+    def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """a = w~."""
+        return normalized_weights(log_w)
+
+    def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """b = w~^2."""
+        return normalized_weights(log_w).square()
