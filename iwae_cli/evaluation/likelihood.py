@@ -1,0 +1,172 @@
+"""The estimate of log p(x): L_k per image in one pass over the samples, with everything known of its error.
+
+-L_k is an upper bound on the negative log-likelihood in expectation, not the thing itself; it is always reported as
+NLL_k beside three numbers that are never mixed: the error over images, the Monte Carlo error, and the Jensen bias.
+Source of the protocol: Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519 (k = 5000).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.pool import available_cores, map_batches
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.noise import BLOCK, KeyedNoise
+from iwae_cli.numerics import StreamingLogWeights
+
+CHUNK = 8 * BLOCK
+"""Samples of one image computed at once; the number of images at once fills the rows that are left."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Per-image results of one split, in the order of the data set; arrays are (n,), float64, nats.
+
+    Attributes:
+        k: samples per image.
+        log_px: L_k.
+        bounds: L_m for every level m up to k (see ``numerics.grid_levels``).
+        ess: effective sample size, between 1 and k.
+        khat: Pareto k-hat; NaN where it is not defined (equal weights, or fewer than five in the tail).
+        top_weight: largest normalized weight.
+        exact: log p(x) in closed form where the model has one, else None.
+    """
+
+    k: int
+    log_px: Float64[np.ndarray, " n"]
+    bounds: dict[int, Float64[np.ndarray, " n"]]
+    ess: Float64[np.ndarray, " n"]
+    khat: Float64[np.ndarray, " n"]
+    top_weight: Float64[np.ndarray, " n"]
+    exact: Float64[np.ndarray, " n"] | None
+
+
+def log_likelihood(
+    model: LatentVariableModel,
+    split: Split,
+    *,
+    k: int,
+    seed: int,
+    rows: int,
+    workers: int | None = None,
+    stream: str | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """L_k and its diagnostics for every image of ``split``.
+
+    The noise of an image is a function of (seed, stream, image, sample) alone, and each image is reduced in float64
+    in a fixed order, so the result does not depend on ``rows`` or ``workers`` beyond the rounding of matrix products
+    of another shape.
+
+    Args:
+        model: in evaluation mode, on its device; its dtype is the dtype of the computation.
+        split: what is scored.
+        k: samples per image.
+        seed: evaluation seed.
+        rows: bound on images x samples computed at once by one worker (at least one block of 64).
+        workers: threads that share the images; None is one per core on a CPU, one on another device.
+        stream: name of the noise stream; the split's name by default.
+        on_progress: called with the number of images done; may raise to stop.
+    """
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    chunk = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
+    if workers is None:
+        workers = available_cores() if device.type == "cpu" else 1
+
+    def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], np.ndarray | None]:
+        x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
+        streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=device)
+        for start in range(0, k, chunk):
+            noise = KeyedNoise(seed, stream or split.name, images, start, dtype, device)
+            streaming.add(model(x, min(chunk, k - start), noise))
+        exact = model.generative.exact_log_px(x)
+        return (
+            {m: bound.cpu().numpy() for m, bound in streaming.bounds().items()},
+            [v.cpu().numpy() for v in (streaming.ess(), streaming.khat(), streaming.top_weight())],
+            None if exact is None else exact.to(torch.float64).cpu().numpy(),
+        )
+
+    results = map_batches(
+        score, len(split.x), batch=max(1, rows // chunk), workers=workers, on_progress=on_progress
+    )
+    bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
+    ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
+    exact = [e for _, _, e in results if e is not None]
+    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, np.concatenate(exact) if exact else None)
+
+
+def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The numbers of one split for ``result.json``, and why any of them is missing.
+
+    - ``nll`` = -mean L_k, nats. ``bits_per_dim`` = nll / (pixels ln 2).
+    - ``stderr_images`` = sd / sqrt(n): another test set; already contains the Monte Carlo noise.
+    - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
+      ESS < 30 or k-hat > 0.5.
+    - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
+
+    Returns:
+        (numbers, reasons): plain floats, ints and None; ``reasons`` has an entry for every None.
+    """
+    n = len(likelihood.log_px)
+    reasons: dict[str, str] = {}
+
+    def number(name: str, value: float, reason: str) -> float | None:
+        if math.isfinite(value):
+            return float(value)
+        reasons[name] = reason
+        return None
+
+    finite = np.isfinite(likelihood.log_px)
+    not_finite = ""
+    if not finite.all():
+        first = int(np.flatnonzero(~finite)[0])
+        not_finite = (
+            f"log-weights are not finite for {n - int(finite.sum())} of {n} images (the first is image {first}: "
+            f"L_k = {likelihood.log_px[first]})"
+        )
+    v = np.maximum(0.0, 1 / likelihood.ess - 1 / likelihood.k)
+    with np.errstate(invalid="ignore"):
+        nll = -likelihood.log_px.mean()
+        spread = likelihood.log_px.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    khat = likelihood.khat[~np.isnan(likelihood.khat)]
+    summary: dict[str, Any] = {
+        "nll": number("nll", nll, not_finite),
+        "k": likelihood.k,
+        "n": n,
+        "stderr_images": number("stderr_images", spread, not_finite or "one image has no standard error"),
+        "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n, not_finite),
+        "bias_mc": number("bias_mc", -v.mean() / 2, not_finite),
+        "bounds": {
+            str(m): number(f"bounds.{m}", bound.mean(), not_finite) for m, bound in likelihood.bounds.items()
+        },
+        "ess_median": number("ess_median", float(np.median(likelihood.ess)), not_finite),
+        "ess_min": number("ess_min", likelihood.ess.min(), not_finite),
+        "ess_share_below_10": number(
+            "ess_share_below_10", (likelihood.ess < 10).mean() if not not_finite else math.nan, not_finite
+        ),
+        "khat_share_above_0.7": number(
+            "khat_share_above_0.7",
+            (khat > 0.7).mean() if len(khat) else math.nan,
+            not_finite or "k-hat is not defined for any image: all weights are equal, or k is below 25",
+        ),
+        "top_weight_share_above_0.5": number(
+            "top_weight_share_above_0.5",
+            (likelihood.top_weight > 0.5).mean() if not not_finite else math.nan,
+            not_finite,
+        ),
+        "bits_per_dim": number("bits_per_dim", nll / (pixels * math.log(2)), not_finite),
+    }
+    if likelihood.exact is not None:
+        summary["exact_nll"] = number(
+            "exact_nll", -likelihood.exact.mean(), "the exact log p(x) of the model is not finite"
+        )
+    return summary, reasons

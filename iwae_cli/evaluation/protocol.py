@@ -1,0 +1,66 @@
+"""What is evaluated, with how many samples, and on which random numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+class Evaluation:
+    """The protocol of a final evaluation and of the validation during training.
+
+    Args:
+        k: samples per image of the final estimate -L_k (5000 in the paper).
+        splits: which of train, validation and test are scored at the end.
+        weights: the weights of the last step (as in the paper) or the best ones by the validation bound.
+        seed: seed of the evaluation noise; not the training seed, and the same for every run that is compared.
+        binarization_seed: seed of the one binarization of every evaluated split.
+        rows: bound on images x samples computed at once by one worker, and so on the memory used, whatever k is.
+        workers: threads that share the images; null is one per available core.
+        validation_k: samples of the validation bound during training, the same for all objectives.
+        validation_every: passes between two validations.
+
+    Raises:
+        ValueError: a number out of range, an unknown or repeated split.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        splits: list[Literal["train", "validation", "test"]],
+        weights: Literal["last", "best"],
+        seed: int,
+        binarization_seed: int,
+        rows: int,
+        workers: int | None,
+        validation_k: int,
+        validation_every: int,
+    ) -> None:
+        at_least_one = {"k": k, "validation_k": validation_k, "validation_every": validation_every}
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name, value in {"seed": seed, "binarization_seed": binarization_seed}.items():
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
+        if rows < 64:
+            raise ValueError(f"rows must be >= 64 (one block of samples), got {rows}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be >= 1 or null, got {workers}")
+        if not splits:
+            raise ValueError("splits must name at least one of train, validation, test, got []")
+        for name in splits:
+            if name not in ("train", "validation", "test"):
+                raise ValueError(f"splits must be among train, validation, test, got {name!r}")
+        if len(set(splits)) < len(splits):
+            raise ValueError(f"splits must not repeat, got {splits}")
+        if weights not in ("last", "best"):
+            raise ValueError(f"weights must be last or best, got {weights!r}")
+        self.k = k
+        self.splits = splits
+        self.weights = weights
+        self.seed = seed
+        self.binarization_seed = binarization_seed
+        self.rows = rows
+        self.workers = workers
+        self.validation_k = validation_k
+        self.validation_every = validation_every
