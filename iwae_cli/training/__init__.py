@@ -1,0 +1,1 @@
+"""Training: one step, the schedule of learning rates, checkpoints, and the loop that joins them."""

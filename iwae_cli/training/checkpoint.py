@@ -1,0 +1,69 @@
+"""The state of a run in one file, written whole or not at all.
+
+Every random number is derived from the step it belongs to, so the state is weights, optimizer, step and what has been
+accumulated; there is no generator state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwae_cli.errors import UserError
+from iwae_cli.files import atomic_path
+
+
+@dataclass
+class State:
+    """What a run has to remember.
+
+    Attributes:
+        identity: name of the training this state belongs to.
+        image_shape: shape of one observation, needed to build the model again.
+        plan: what was decided once and may change bits (device kind, threads, versions).
+        model, optimizer: their state dicts.
+        step: optimizer steps done.
+        bound_sum: sum of the training bound over the images of the running pass, nats, float64.
+        best: step and validation bound of the best weights so far, if any.
+        seconds: time spent training, over all sessions.
+    """
+
+    identity: str
+    image_shape: tuple[int, ...]
+    plan: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    step: int = 0
+    bound_sum: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def save(state: State, path: Path) -> None:
+    """Write ``state`` to ``path``, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(vars(state)), temporary)
+
+
+def load(path: Path, identity: str | None = None) -> State:
+    """Read a state back, onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or belongs to another training than ``identity``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not there: the run has no checkpoint yet")
+    try:
+        state = State(**torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); restart=true trains anew and keeps the "
+            "old folder under another name"
+        ) from error
+    if identity is not None and state.identity != identity:
+        raise UserError(f"{path} is a checkpoint of {state.identity}, not of {identity}")
+    return state

@@ -1,0 +1,150 @@
+"""The training loop: passes over the data, validation, checkpoints; resumable at every step, bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from iwae_cli.data.base import Data
+from iwae_cli.errors import RunFailed
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.noise import GeneratorNoise, derive, generator
+from iwae_cli.objectives.base import Objective
+from iwae_cli.training.checkpoint import State
+from iwae_cli.training.schedule import Schedule
+from iwae_cli.training.step import train_step
+
+SAVE_EVERY_SECONDS = 30.0
+"""At most this much work is lost to a SIGKILL."""
+
+
+class Hooks(Protocol):
+    """What the loop tells its caller; all are called between steps, in the order they are named here."""
+
+    def on_step(self, step: int) -> None:
+        """After every step."""
+
+    def on_pass(self, step: int, metrics: dict[str, float]) -> None:
+        """After every pass: ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate``."""
+
+    def on_validation(self, step: int, bound: float, best: bool) -> None:
+        """After every validation: the bound in nats, and whether it is the best so far."""
+
+    def on_save(self, state: State) -> None:
+        """The state is to be kept."""
+
+    def interrupted(self) -> bool:
+        """Whether to stop here; the state has been given to ``on_save`` before ``Trainer.run`` returns."""
+        ...
+
+
+@dataclass
+class Trainer:
+    """Trains ``model`` in place from ``state`` to the end of the schedule.
+
+    Attributes:
+        model, objective, optimizer, schedule, data: what is trained, how, and on what.
+        seed: seed of the run: order of the images, binarization and noise are derived from (seed, stream, step).
+        batch_size: images a step; the last batch of a pass takes what is left.
+        validate: the validation bound in nats of the model as it is.
+        validation_every: passes between validations; the last pass is always validated.
+    """
+
+    model: LatentVariableModel
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    data: Data
+    seed: int
+    batch_size: int
+    validate: Callable[[], float]
+    validation_every: int
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Batches in one pass over the training split."""
+        return math.ceil(len(self.data.train) / self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.steps_per_pass * self.schedule.passes
+
+    def run(self, state: State, hooks: Hooks) -> bool:
+        """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
+
+        Raises:
+            RunFailed: the training bound is no longer finite.
+        """
+        parameter = next(self.model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        images = self.data.train.to(device)
+        random = torch.Generator(device)
+        noise = GeneratorNoise(random, dtype)
+        bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=device)
+        base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if state.step:
+            self.optimizer.load_state_dict(state.optimizer)
+        order = torch.empty(0)
+        started = last_save = time.monotonic()
+        seconds_before = state.seconds
+
+        def save() -> None:
+            state.bound_sum = float(bound_sum)
+            state.seconds = seconds_before + time.monotonic() - started
+            state.model = self.model.state_dict()
+            state.optimizer = self.optimizer.state_dict()
+            hooks.on_save(state)
+
+        self.model.train()
+        for step in range(state.step, self.total_steps):
+            pass_index, batch_index = divmod(step, self.steps_per_pass)
+            if batch_index == 0 or step == state.step:
+                order = self._order(pass_index).to(device)
+                factor = self.schedule.factor(pass_index)
+                for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * factor
+            random.manual_seed(derive(self.seed, "step", step) >> 65)
+            chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
+            x = self.data.batch(images[chosen], random).to(dtype)
+            bound_sum += train_step(self.model, self.objective, self.optimizer, x, noise).sum(dtype=torch.float64)
+            state.step = step + 1
+            hooks.on_step(state.step)
+            if batch_index == self.steps_per_pass - 1:
+                self._end_pass(state, hooks, pass_index, float(bound_sum) / len(images), base_rates[0] * factor)
+                bound_sum.zero_()
+            interrupted = hooks.interrupted()
+            done = state.step == self.total_steps
+            if interrupted or done or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                save()
+                last_save = time.monotonic()
+            if interrupted and not done:
+                return False
+        return True
+
+    def _order(self, pass_index: int) -> Tensor:
+        order = generator("cpu", self.seed, "order", pass_index)
+        return torch.randperm(len(self.data.train), generator=order)
+
+    def _end_pass(self, state: State, hooks: Hooks, pass_index: int, bound: float, rate: float) -> None:
+        if not math.isfinite(bound):
+            raise RunFailed(
+                f"training diverged in pass {pass_index + 1}: the bound is {bound}; "
+                "try a smaller optimizer.lr or a larger batch_size"
+            )
+        hooks.on_pass(state.step, {"pass": pass_index + 1, "train/bound": bound, "learning_rate": rate})
+        last = pass_index + 1 == self.schedule.passes
+        if last or (pass_index + 1) % self.validation_every == 0:
+            self.model.eval()
+            value = self.validate()
+            self.model.train()
+            best = math.isfinite(value) and value > state.best.get("bound", -math.inf)
+            if best:
+                state.best = {"step": state.step, "bound": value}
+            hooks.on_validation(state.step, value, best)
