@@ -1,0 +1,1 @@
+"""What is made of finished runs: pictures, tables, pages. Knows numpy and files, not torch."""

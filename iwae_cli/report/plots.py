@@ -1,0 +1,178 @@
+"""The pictures of a run, as PNG files that appear whole or not at all.
+
+Built from ``Figure`` objects: pyplot keeps every figure in one global list, which leaks between runs of a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from iwae_cli.files import atomic_path
+
+Images = Shaped[np.ndarray, "n height width"]
+
+COLOURS = ("#2f5d9e", "#d9822b", "#3d8f6e")
+"""Told apart by people with any colour vision, and in grey."""
+INK = "#33373d"
+FAINT = "#e3e6ea"
+DPI = 150
+
+
+def plot_samples(path: str | Path, images: Images) -> None:
+    """Samples from the prior in a grid as square as can be.
+
+    Args:
+        path: the PNG file.
+        images: (n, height, width), n >= 1; 0 is paper, 1 is ink.
+
+    Raises:
+        ValueError: no image, or values outside [0, 1].
+    """
+    _check(images)
+    rows = _rows(images, int(np.ceil(np.sqrt(len(images)))))
+    _save_grid(path, rows, "Samples from the prior", group=len(rows))
+
+
+def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images, columns: int = 10) -> None:
+    """Rows in pairs: observations above, what the model makes of them below.
+
+    Args:
+        path: the PNG file.
+        originals: (n, height, width), n >= 1, in [0, 1].
+        reconstructions: the same shape and order.
+        columns: pairs a row.
+
+    Raises:
+        ValueError: no image, values outside [0, 1], or shapes that differ.
+    """
+    if originals.shape != reconstructions.shape:
+        raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
+    _check(originals)
+    _check(reconstructions)
+    columns = min(columns, len(originals))
+    pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
+    _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), "Observed above, reconstructed below", group=2)
+
+
+def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str) -> None:
+    """Bounds against passes over the training data.
+
+    Args:
+        path: the PNG file.
+        curves: such as ``{"train": [(pass, nats), ...], "validation": [...]}``.
+        label: what the vertical axis shows, such as ``"bound, IWAE k = 50"``; nats are added.
+    """
+    figure, axes = _figure(f"{label} (nats)", "passes over the training data")
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        if not points:
+            continue
+        x, y = np.asarray(points, dtype=np.float64).T
+        axes.plot(
+            x, y, color=colour, lw=1.6, marker="o" if len(x) <= 40 else "", ms=3.5, label=f"{name} {_nats(y[-1])}"
+        )
+    # The schedules of the field grow by powers of three: a straight axis would show the last stage alone.
+    passes = [x for points in curves.values() for x, _ in points if x > 0]
+    if passes and max(passes) / min(passes) > 100:
+        axes.set_xscale("log", nonpositive="mask")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    _legend(axes)
+    _save(figure, path)
+
+
+def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> None:
+    """Mean bound L_k of each split against k, as ``result.json`` has them.
+
+    Args:
+        path: the PNG file.
+        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; the first split's values are written in.
+    """
+    figure, axes = _figure("mean bound $L_k$ (nats)", "samples k")
+    ticks: set[int] = set()
+    for row, (colour, (name, levels)) in enumerate(zip(COLOURS, bounds.items(), strict=False)):
+        points = sorted((int(k), value) for k, value in levels.items() if value is not None)
+        ticks.update(k for k, _ in points)
+        axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker="o", ms=5, label=name)
+        for k, value in points if row == 0 else ():
+            # Bounds rise with k and flatten: above and to the left of a point there is no line.
+            axes.annotate(
+                _nats(value), (k, value), (-3, 6), textcoords="offset points", ha="right", color=colour, fontsize=9
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.margins(x=0.12, y=0.12)
+    _legend(axes)
+    _save(figure, path)
+
+
+def _check(images: Images) -> None:
+    if not len(images):
+        raise ValueError("images must hold at least one image")
+    if not (np.min(images) >= 0 and np.max(images) <= 1):
+        raise ValueError(f"images must lie in [0, 1], got {np.min(images)} to {np.max(images)}")
+
+
+def _rows(images: Images, columns: int) -> Shaped[np.ndarray, "rows columns height width"]:
+    """Images in rows; where the last row is not full there is NaN, which is drawn as nothing."""
+    n, height, width = images.shape
+    filled = np.full((-(-n // columns) * columns, height, width), np.nan)
+    filled[:n] = images
+    return filled.reshape(-1, columns, height, width)
+
+
+def _save_grid(
+    path: str | Path, images: Shaped[np.ndarray, "rows columns height width"], title: str, group: int
+) -> None:
+    """Draw a grid with a wider gap after every ``group`` rows."""
+    rows, columns, height, width = images.shape
+    gap = max(1, height // 14)
+    tops = [row * (height + gap) + row // group * 2 * gap for row in range(rows)]
+    sheet = np.full((tops[-1] + height, columns * (width + gap) - gap), np.nan)
+    for top, row in zip(tops, images, strict=True):
+        for column, image in enumerate(row):
+            left = column * (width + gap)
+            sheet[top : top + height, left : left + width] = image
+    inches = 5.0 / max(sheet.shape)
+    figure = Figure(figsize=(max(2.2, sheet.shape[1] * inches), sheet.shape[0] * inches + 0.35), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10, color=INK)
+    # Paper is a little darker than the page, so that the gaps show where an image ends.
+    axes.imshow(-0.08 - 0.92 * sheet, cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
+    _save(figure, path)
+
+
+def _figure(y: str, x: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6, 3.7), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=FAINT, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    return figure, axes
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _legend(axes: Axes) -> None:
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with atomic_path(path) as temporary:
+        # No version of matplotlib inside: the same run makes the same file.
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
