@@ -1,0 +1,226 @@
+"""What a person sees: progress while it runs, and a short table when it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich import progress, table
+from rich.console import Console
+from rich.text import Text
+
+SPLITS = ("test", "validation", "train")
+QUIET_SECONDS = 5.0
+"""Least time between two plain lines."""
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (a log file, a CI) a plain line every few seconds, without carriage returns.
+
+    ::
+
+        with Progress("training", total=13, unit="pass", images_per_unit=59_600) as shown:
+            shown.update(2.5, bound=-92.1)
+
+    Args:
+        title: what is going on.
+        total: where it ends, in units.
+        unit: what is counted: ``"pass"`` or ``"image"``.
+        images_per_unit: for images per second.
+        start: where it begins, after a resume.
+        file: standard error unless given.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: float,
+        unit: str = "pass",
+        images_per_unit: float = 1,
+        start: float = 0,
+        file: TextIO | None = None,
+    ) -> None:
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._images_per_unit = images_per_unit
+        self._first = self._done = start
+        self._bound: float | None = None
+        self._file = sys.stderr if file is None else file
+        self._bar: progress.Progress | None = None
+        console = Console(file=self._file)
+        if self._file.isatty() and not console.is_dumb_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn("{task.fields[state]}", markup=False, table_column=table.Column(no_wrap=True)),
+                console=console,
+                refresh_per_second=4,
+            )
+
+    def __enter__(self) -> Progress:
+        self._began = self._spoke = monotonic()
+        self._said: str | None = None
+        if self._bar is not None:
+            self._bar.start()
+            task = self._bar.add_task(self._title, total=self._total, state="")
+            self._bar.update(task, completed=self._done)
+        return self
+
+    def update(self, done: float, bound: float | None = None) -> None:
+        """Show that ``done`` units are done, and the latest ``bound`` in nats (None: the one shown before)."""
+        self._done = done
+        self._bound = self._bound if bound is None else bound
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
+        elif monotonic() - self._spoke >= QUIET_SECONDS:
+            self._speak()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._done > self._first and self._said != self._where():
+            self._speak()
+
+    def _speak(self) -> None:
+        self._spoke = monotonic()
+        self._said = self._where()
+        print(f"{self._title}  {self._state()}", file=self._file, flush=True)
+
+    def _where(self) -> str:
+        # Whole units are counted, but a fraction of a pass says that something happens.
+        done = f"{self._done:.1f}" if isinstance(self._done, float) else f"{self._done:,}"
+        parts = [f"{self._unit} {done}/{self._total:,}"]
+        if self._bound is not None:
+            parts.append(f"{self._bound:.2f} nats")
+        return "  ".join(parts)
+
+    def _state(self) -> str:
+        parts = [self._where()]
+        elapsed = monotonic() - self._began
+        moved = self._done - self._first
+        if moved > 0 and elapsed > 0:
+            parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} images/s")
+            if self._done < self._total:
+                parts.append(f"{_clock((self._total - self._done) * elapsed / moved)} left")
+        return "  ".join(parts)
+
+
+def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
+    """Where one split of a result is not to be trusted, and in which direction it errs; in words, with numbers.
+
+    The limits are in nats of bias and in shares of images, not in k-hat: good models have many images with a high
+    k-hat and hardly any bias.
+    """
+    warnings = []
+    k = split["k"]
+    bias, ess, top = (split.get(key) for key in ("bias_mc", "ess_share_below_10", "top_weight_share_above_0.5"))
+    if bias is not None and abs(bias) > 0.05:
+        warnings.append(
+            f"{name}: L_{k} is at least {abs(bias):.2f} nats low (bias_mc), so NLL_{k} is too high by as much; "
+            "differences of this size between models say nothing"
+        )
+    if ess is not None and ess > 0.05:
+        warnings.append(
+            f"{name}: {ess:.1%} of the images have an effective sample size below 10 (more than 5%); "
+            "stderr_mc and bias_mc are only floors"
+        )
+    if top is not None and top > 0.01:
+        warnings.append(
+            f"{name}: for {top:.1%} of the images one sample has more than half of the weight (more than 1%); "
+            "their log p(x) is probably higher than estimated"
+        )
+    return warnings
+
+
+def result_table(
+    result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None, file: TextIO | None = None
+) -> None:
+    """Print what ``result.json`` holds, in short.
+
+    Args:
+        result: as in ``result.json``; where a value is None, ``result["reasons"]`` may say why, under
+            ``"<split>.<name>"`` or ``"<name>"``.
+        folder: the run folder.
+        sync: the command line that uploads to W&B.
+        file: standard output unless given.
+    """
+    out = Console(file=sys.stdout if file is None else file, highlight=False, markup=False)
+    splits = {name: result[name] for name in SPLITS if result.get(name)}
+    sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    sheet.add_column("", no_wrap=True)
+    for name in splits:
+        sheet.add_column(name, justify="right")
+
+    def add(label: str, values: list[float | None], form: str, style: str = "") -> None:
+        sheet.add_row(Text(label), *(Text(_number(value, form)) for value in values), style=style)
+
+    def row(label: str, key: str, form: str = "{:.2f}", style: str = "") -> None:
+        if any(key in split for split in splits.values()):
+            add(label, [split.get(key) for split in splits.values()], form, style)
+
+    k = next(iter(splits.values()))["k"] if splits else None
+    row(f"NLL_{k}, nats", "nll", style="bold")
+    row("  another test set: stderr_images", "stderr_images", "± {:.2f}")
+    row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}")
+    row("  Jensen's bias of L_k: bias_mc", "bias_mc", "{:+.4f}")
+    row("exact NLL, nats", "exact_nll")
+    levels = dict.fromkeys(level for split in splits.values() for level in split["bounds"])
+    for level in levels:
+        add(f"bound L_{level}, nats", [split["bounds"].get(level) for split in splits.values()], "{:.2f}")
+    row("bits per dimension", "bits_per_dim", "{:.4f}")
+    row("images", "n", "{:,}")
+    row("effective sample size, median", "ess_median", "{:,.1f}")
+    row("effective sample size, least", "ess_min", "{:,.1f}")
+    row("  images below 10", "ess_share_below_10", "{:.1%}")
+    row("images with k-hat above 0.7", "khat_share_above_0.7", "{:.1%}")
+    row("images with a top weight above 0.5", "top_weight_share_above_0.5", "{:.1%}")
+
+    out.print()
+    out.print(str(result["identity"]), style="bold", soft_wrap=True)
+    out.print(sheet)
+    for warning in (text for name, split in splits.items() for text in reliability_warnings(name, split)):
+        out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    for path, reason in _missing(result):
+        out.print(f"{path} not available: {reason}", soft_wrap=True)
+    out.print()
+    facts = [("data", result.get("dataset", {}).get("protocol"))]
+    if result.get("active_units") is not None:
+        facts.append(("active units", " + ".join(map(str, result["active_units"]))))
+    seconds = result.get("seconds") or {}
+    facts.append(("seconds", ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None)))
+    facts += [("folder", str(folder)), ("upload", sync)]
+    for label, fact in facts:
+        if fact:
+            # One line each whatever the width, so that a path or a command can be copied.
+            out.print(f"{label:<14}{fact}", soft_wrap=True)
+
+
+def _missing(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is None, and why, where ``result["reasons"]`` says so."""
+    reasons = result.get("reasons") or {}
+    keys = [("", key) for key in result] + [(f"{name}.", key) for name in SPLITS for key in result.get(name) or {}]
+    missing = []
+    for prefix, key in keys:
+        value = result[prefix[:-1]][key] if prefix else result[key]
+        reason = reasons.get(f"{prefix}{key}") or reasons.get(key)
+        if value is None and reason:
+            missing.append((f"{prefix}{key}", str(reason)))
+    return missing
+
+
+def _number(value: float | None, form: str) -> str:
+    return "\N{EN DASH}" if value is None else form.format(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
