@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from iwae_cli.noise import numpy_generator
 
 SPLITS = ("train", "validation", "test")
 Binarization = Literal["dynamic", "fixed", "none"]
+
+_CHUNK = 1000
+"""Images binarized at a time: bounds the memory, does not touch the values."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +64,57 @@ class Data:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.binarization == "fixed":
-            for name in SPLITS:
-                if bool((getattr(self, name) > 1).any()):
-                    raise ValueError(f"{name} split of {self.name} must hold only 0 and 1")
+        if self.binarization == "dynamic" and self.levels is None:
+            raise ValueError(f"levels of {self.name} must be a number: dynamic binarization needs the white level")
+        pixels = math.prod(self.image_shape)
+        for name in SPLITS:
+            images = getattr(self, name)
+            if images.shape[0] == 0 or images.shape[1] != pixels:
+                raise ValueError(f"{name} split of {self.name} must be (n >= 1, {pixels}), got {tuple(images.shape)}")
+            top = 1 if self.binarization == "fixed" else self.levels and self.levels - 1
+            if top is not None and (images.dtype != torch.uint8 or int(images.max()) > top):
+                raise ValueError(f"{name} split of {self.name} must hold uint8 values 0 to {top}")
 
-    def batch(self, images: Shaped[Tensor, "batch pixels"], generator: torch.Generator) -> Float[Tensor, "batch pixels"]:
+    def batch(
+        self, images: Shaped[Tensor, "batch pixels"], generator: torch.Generator
+    ) -> Float[Tensor, "batch pixels"]:
         """Training rows as a model sees them: float32, binarized anew where the protocol is dynamic."""
         if self.binarization == "dynamic":
             assert self.levels is not None
-            u = torch.rand(images.shape, generator=generator, device=images.device)
+            u = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float32)
             return (u * (self.levels - 1) < images).to(torch.float32)
         return images.to(torch.float32)
 
     def mean(self) -> np.ndarray:
         """Mean of every pixel over the training split, (pixels,), float64; a probability for binary data."""
         scale = self.levels - 1 if self.binarization == "dynamic" and self.levels else 1
-        return np.asarray(self.train.to(torch.float64).mean(0).numpy() / scale)
+        # Whole numbers are summed as such: exact, and without a copy of the split in float64.
+        images = self.train.numpy()
+        total = images.sum(0, dtype=np.float64 if self.levels is None else np.int64)
+        return np.asarray(total / (len(images) * scale))
 
     def evaluation_split(self, name: str, binarization_seed: int) -> Split:
         """One split as every model is scored on it.
 
         A dynamic split is binarized once, x_ij ~ Bernoulli(grey_ij / (levels - 1)), keyed by
-        (``binarization_seed``, split, image): apart from every run's seed and from the latent noise.
+        (``binarization_seed``, split, image): apart from every run's seed and from the latent noise. Image i
+        owns numbers i * pixels to (i + 1) * pixels of the counter-based stream of its split, so that its draw
+        depends on no other image.
+
+        Raises:
+            ValueError: ``name`` is not a split.
         """
+        if name not in SPLITS:
+            raise ValueError(f"name must be one of {', '.join(SPLITS)}, got {name!r}")
         images = getattr(self, name)
         if self.binarization == "dynamic":
             assert self.levels is not None
-            grey = images.numpy().astype(np.float64) / (self.levels - 1)
+            grey = images.numpy()
             x = np.empty(grey.shape, dtype=np.uint8)
-            for i, row in enumerate(grey):
-                x[i] = numpy_generator(binarization_seed, "binarization", name, i).random(row.shape) < row
+            uniform = numpy_generator(binarization_seed, "binarization", name)
+            for start in range(0, len(grey), _CHUNK):
+                chunk = grey[start : start + _CHUNK]
+                x[start : start + _CHUNK] = uniform.random(chunk.shape) < chunk / (self.levels - 1)
             images = torch.from_numpy(x)
         values = images.numpy()
         digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
