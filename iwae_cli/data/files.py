@@ -1,0 +1,207 @@
+"""Files on disk: found, checked, or downloaded once however many processes ask for them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import importlib
+import logging
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Literal
+
+import torch
+
+from iwae_cli.errors import UserError
+from iwae_cli.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 5.0
+"""Seconds without an answer from one address after which a server counts as not there."""
+
+_AFRESH = "move it away and run again to download it afresh, or put a whole and unaltered copy in its place"
+
+_kept: list[torch.library.Library] = []
+
+
+class Damaged(UserError):
+    """A file is there but is not what it should be: truncated, altered, or something else altogether.
+
+    Args:
+        path: the file.
+        what: what is wrong with it, after its name.
+        advice: what to do about it.
+    """
+
+    def __init__(self, path: Path, what: str, advice: str = _AFRESH) -> None:
+        super().__init__(f"{path} {what}; {advice}")
+        self.short = f"{path.name} {what}"
+
+
+def directory(data_dir: str) -> Path:
+    """``data_dir`` as an absolute path.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not data_dir:
+        raise ValueError("data_dir must not be empty")
+    return Path(data_dir).expanduser().absolute()
+
+
+def read_bytes(path: Path) -> bytearray:
+    """The whole file, in memory that a tensor may share.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = bytearray(os.fstat(file.fileno()).st_size)
+            del content[file.readinto(content) :]
+            return content
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def check_hash(path: Path, content: bytes | bytearray, algorithm: Literal["md5", "sha256"], expected: str) -> None:
+    """Compare ``content`` of ``path`` with a published hash.
+
+    Raises:
+        Damaged: they differ.
+    """
+    found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise Damaged(path, f"is altered or damaged: its {algorithm} is {found}, the published one is {expected}")
+
+
+def import_torchvision(module: str) -> ModuleType:
+    """A module of torchvision, also where its compiled part does not match torch.
+
+    Beside a CPU build of torch, torchvision may fail on import because the schemas of two operators that only
+    its detection models use are missing. They are declared then and only then: declaring them on a healthy
+    installation would clash.
+    """
+    try:
+        return importlib.import_module(module)
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    declare: Any = torch.library.Library
+    library = declare("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept.append(library)  # the declarations live as long as this object
+    return importlib.import_module(module)
+
+
+def download(url: str, folder: Path) -> Path:
+    """Fetch ``url`` into ``folder`` under its own name."""
+    utils: Any = import_torchvision("torchvision.datasets.utils")
+    utils.download_url(url, folder)
+    return folder / url.rpartition("/")[2]
+
+
+def obtain(
+    data: str, data_dir: Path, wanted: Sequence[Path], what: str, fetch: Callable[[Path], Sequence[Path]]
+) -> None:
+    """Download the files of a data set that are not there, once for all processes that ask.
+
+    One process holds a lock in ``data_dir`` while it fetches into a temporary folder beside the final one; what
+    is whole is flushed and renamed, so that a file under its final name is always complete. Those who waited
+    find the files.
+
+    Args:
+        data: the name on the command line, for messages.
+        data_dir: where the lock is taken.
+        wanted: the files under their final names, all in one folder.
+        what: the files in words, for messages.
+        fetch: downloads into the folder it is given and checks; returns the files, under their final names.
+
+    Raises:
+        UserError: no network, no room, no permission, or a damaged download; in one line that says which files
+            are needed, where they belong, and which data set needs none.
+    """
+    folder = wanted[0].parent
+    try:
+        with _locked(data_dir):
+            if all(path.exists() for path in wanted):
+                return
+            # On the file system of the final folder, which may be a link to another disk.
+            temporary = next(place for place in (folder, *folder.parents) if place.exists()) / f".download-{data}"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
+            temporary.mkdir()
+            try:
+                with _timeout(TIMEOUT):
+                    log.info("downloading %s", what)
+                    fetched = fetch(temporary)
+                for path in fetched:
+                    if not (folder / path.name).exists():
+                        with atomic_path(folder / path.name) as place:
+                            os.replace(path, place)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException, Damaged) as error:
+        reason = " ".join((error.short if isinstance(error, Damaged) else str(error)).split()).rstrip(".")
+        raise UserError(
+            f"data={data} needs {what} in {folder}, and the download failed ({reason}); put the files there, or "
+            "name the folder that has them with data_dir=DIR or IWAE_DATA_DIR; data=digits needs no files"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock in ``folder``, made if need be; nothing is left behind if nothing was put there."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    path = folder / ".download.lock"
+    file = _lock(path)
+    try:
+        yield
+    finally:
+        # Removed while held: whoever waits on the removed file sees that and takes a new one.
+        path.unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):  # not empty: the files, or another process at work
+            for place in made:
+                place.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115  (closed by the holder of the lock)
+        except FileNotFoundError:  # the folder was removed by a process that had made it
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that downloads into %s", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Bound the wait for any server: the downloader sets no limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

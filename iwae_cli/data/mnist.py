@@ -1,0 +1,143 @@
+"""MNIST and the data sets that share its files: 28x28 grey images in idx format, binarized dynamically."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.files import Damaged, check_hash, directory, import_torchvision, obtain, read_bytes
+
+SIDE = 28
+HEADER = 16
+"""Bytes before the pixels: the magic number and three sizes, each big-endian and four bytes long."""
+
+
+class IdxImages(Dataset, ABC):
+    """Files as torchvision lays them out, ``<data_dir>/<folder>/raw/*-images-idx3-ubyte``, also with ``.gz``.
+
+    They are read straight into memory; torchvision is imported only if they must be downloaded. The last
+    ``validation`` images of the training file are the validation split, in the order of the file.
+
+    Raises:
+        ValueError: ``data_dir`` is empty.
+    """
+
+    folder: ClassVar[str]
+    """Name of the class in torchvision, and of its folder."""
+    md5: ClassVar[Mapping[str, str]]
+    """Published hashes by file name; that of an unpacked file is also checked against a packed one."""
+    source: ClassVar[str]
+    sizes: ClassVar[tuple[int, int]] = (60_000, 10_000)
+    validation: ClassVar[int] = 400
+    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+
+    def __init__(self, data_dir: str) -> None:
+        self._root = directory(data_dir)
+        self._raw = self._root / self.folder / "raw"
+
+    def load(self) -> Data:
+        """Read the images; download what is missing. See the base class for the errors."""
+        files = [self._raw / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
+        if not all(self._found(path).exists() for path in files):
+            # A packed file is one that is there: torchvision is asked for the others only.
+            missing = [path for path in files if not self._found(path).exists()]
+            what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
+            obtain(self.name, self._root, missing, what, self._fetch)
+        train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
+        cut = len(train) - self.validation
+        return Data(
+            name=self.name,
+            protocol=(
+                f"{cut:,} training, {self.validation:,} validation (the last of the training file) and "
+                f"{len(test):,} test images of {SIDE}x{SIDE}, binarized dynamically: redrawn at every access in "
+                f"training, one keyed draw for evaluation; {self.source}"
+            ),
+            train=train[:cut],
+            validation=train[cut:],
+            test=test,
+            levels=256,
+            binarization="dynamic",
+            image_shape=(SIDE, SIDE),
+        )
+
+    @staticmethod
+    def _found(path: Path) -> Path:
+        packed = path.with_name(f"{path.name}.gz")
+        return packed if packed.exists() and not path.exists() else path
+
+    def _fetch(self, folder: Path) -> Sequence[Path]:
+        datasets: Any = import_torchvision("torchvision.datasets")
+        getattr(datasets, self.folder)(folder, download=True)
+        raw = folder / self.folder / "raw"
+        for part, n in zip(("train", "t10k"), self.sizes, strict=True):
+            self._read(raw / f"{part}-images-idx3-ubyte", n)
+        return sorted(path for path in raw.iterdir() if path.suffix != ".gz")
+
+    def _read(self, path: Path, n: int) -> UInt8[Tensor, "n pixels"]:
+        """The ``n`` images of one file, checked."""
+        content = stored = read_bytes(path)
+        if path.suffix == ".gz":
+            try:
+                content = bytearray(gzip.decompress(stored))
+            except (OSError, EOFError, zlib.error) as error:
+                raise Damaged(path, f"is truncated or damaged ({error})") from error
+        expected = HEADER + n * SIDE * SIDE
+        if len(content) < expected:
+            raise Damaged(path, f"is truncated: {len(content):,} of {expected:,} bytes")
+        header = np.frombuffer(content, dtype=">i4", count=4).tolist()
+        if header != [0x803, n, SIDE, SIDE] or len(content) != expected:
+            raise Damaged(path, f"is not the idx file of {n:,} images of {SIDE}x{SIDE} of data={self.name}")
+        for name, hashed in ((path.name, stored), (path.name.removesuffix(".gz"), content)):
+            if name in self.md5:
+                check_hash(path, hashed, "md5", self.md5[name])
+        return torch.frombuffer(content, dtype=torch.uint8, offset=HEADER).view(n, SIDE * SIDE)
+
+
+@final
+class MNIST(IdxImages):
+    """Handwritten digits. LeCun, Bottou, Bengio, Haffner 1998; the protocol of Burda et al. 2016 (1509.00519)."""
+
+    name = "mnist"
+    folder = "MNIST"
+    source = "LeCun et al. 1998, files of torchvision"
+    md5: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    }
+
+
+@final
+class FashionMNIST(IdxImages):
+    """Articles of clothing. Xiao, Rasul, Vollgraf 2017 (1708.07747)."""
+
+    name = "fashion_mnist"
+    folder = "FashionMNIST"
+    source = "Xiao et al. 2017, files of torchvision"
+    md5: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    }
+
+
+@final
+class KMNIST(IdxImages):
+    """Cursive Japanese characters, Kuzushiji-MNIST. Clanuwat et al. 2018 (1812.01718)."""
+
+    name = "kmnist"
+    folder = "KMNIST"
+    source = "Clanuwat et al. 2018, files of torchvision"
+    # Only the packed files have published hashes.
+    md5: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+    }

@@ -1,0 +1,95 @@
+"""MNIST binarized once and for all, the files of Larochelle and Murray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple, final
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
+
+SIDE = 28
+URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+
+
+class Amat(NamedTuple):
+    """One file: its name, the images it holds, its published sha256."""
+
+    name: str
+    images: int
+    sha256: str
+
+
+@final
+class FixedMNIST(Dataset):
+    """Three text files in ``<data_dir>/BinaryMNIST``, one image a line, each pixel 0 or 1.
+
+    Larochelle, Murray 2011, The Neural Autoregressive Distribution Estimator; the binarization is that of
+    Salakhutdinov, Murray 2008, On the Quantitative Analysis of Deep Belief Networks.
+
+    Raises:
+        ValueError: ``data_dir`` is empty.
+    """
+
+    name = "mnist_fixed"
+    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    url: ClassVar[str] = URL
+    files: ClassVar[Mapping[str, Amat]] = {
+        "train": Amat(
+            "binarized_mnist_train.amat", 50_000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"
+        ),
+        "validation": Amat(
+            "binarized_mnist_valid.amat", 10_000, "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"
+        ),
+        "test": Amat(
+            "binarized_mnist_test.amat", 10_000, "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"
+        ),
+    }
+
+    def __init__(self, data_dir: str) -> None:
+        self._root = directory(data_dir)
+
+    def load(self) -> Data:
+        """Read the images; download what is missing. See the base class for the errors."""
+        folder = self._root / "BinaryMNIST"
+        paths = [folder / file.name for file in self.files.values()]
+        if not all(path.exists() for path in paths):
+            obtain(self.name, self._root, paths, ", ".join(path.name for path in paths), self._fetch)
+        splits = {split: _read(folder / file.name, file) for split, file in self.files.items()}
+        train, validation, test = (f"{len(x):,}" for x in splits.values())
+        return Data(
+            name=self.name,
+            protocol=(
+                f"{train} training, {validation} validation and {test} test images of {SIDE}x{SIDE}, binarized "
+                "once by their authors (fixed); the files of Larochelle and Murray"
+            ),
+            train=splits["train"],
+            validation=splits["validation"],
+            test=splits["test"],
+            levels=2,
+            binarization="fixed",
+            image_shape=(SIDE, SIDE),
+        )
+
+    def _fetch(self, folder: Path) -> Sequence[Path]:
+        fetched = []
+        for file in self.files.values():
+            fetched.append(download(self.url + file.name, folder))
+            _read(fetched[-1], file)
+        return fetched
+
+
+def _read(path: Path, file: Amat) -> UInt8[Tensor, "n pixels"]:
+    content = read_bytes(path)
+    expected = file.images * SIDE * SIDE * 2
+    if len(content) < expected:
+        raise Damaged(path, f"is truncated: {len(content):,} of {expected:,} bytes")
+    check_hash(path, content, "sha256", file.sha256)
+    # Every pixel is one digit and one separator, so that no text need be parsed.
+    digits = torch.frombuffer(content, dtype=torch.uint8).view(file.images, SIDE * SIDE, 2)[:, :, 0]
+    return digits - ord("0")

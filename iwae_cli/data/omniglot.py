@@ -1,0 +1,134 @@
+"""OMNIGLOT characters as 28x28 grey images, in the file of the paper's authors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import ClassVar, Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
+from iwae_cli.errors import UserError
+
+SIDE = 28
+VALIDATION = 1_345
+
+
+@final
+class Omniglot(Dataset):
+    """``chardata.mat``: keys ``data`` and ``testdata``, (784, n), grey values in [0, 1], images column by column.
+
+    Lake, Salakhutdinov, Tenenbaum 2015; resized and split by Burda, Grosse, Salakhutdinov 2016 (1509.00519).
+    The training images are put in the authors' order, numpy's ``RandomState(123).permutation``, of which the last
+    are the validation split. Grey values are kept as 0 to 255, what they were made from.
+
+    Args:
+        data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
+        path: another file of the same layout, of any size, instead.
+
+    Raises:
+        ValueError: ``data_dir`` or ``path`` is empty.
+    """
+
+    name = "omniglot"
+    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    url: ClassVar[str] = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
+    md5: ClassVar[str] = "21ecaf34373511aa7691cf2e0802aa3d"
+
+    def __init__(self, data_dir: str, path: str | None = None) -> None:
+        if path == "":
+            raise ValueError("path must be a file or null, got an empty string")
+        self._root = directory(data_dir)
+        self._path = None if path is None else Path(path).expanduser().absolute()
+
+    def fingerprint(self) -> str | None:
+        """sha256 of the file that ``path`` names; None for the authors' file, which is always the same."""
+        return None if self._path is None else hashlib.sha256(self._content(self._path)).hexdigest()
+
+    def load(self) -> Data:
+        """Read the images; download the authors' file if it is missing. See the base class for the errors."""
+        facts: dict[str, str] = {}
+        if self._path is None:
+            path = self._root / "OMNIGLOT" / "chardata.mat"
+            if not path.exists():
+                obtain(self.name, self._root, [path], path.name, self._fetch)
+            train, test = self._read_authors(path)
+            source = "the file chardata.mat of Burda et al. 2016"
+        else:
+            content = self._content(self._path)
+            facts["sha256"] = hashlib.sha256(content).hexdigest()
+            train, test = _read(self._path, content)
+            source = f"the file {self._path.name}, which has the layout of that of Burda et al. 2016 but is another"
+        train = train[np.random.RandomState(123).permutation(len(train))]
+        validation = min(VALIDATION, len(train) // 10)
+        cut = len(train) - validation
+        return Data(
+            name=self.name,
+            protocol=(
+                f"{cut:,} training, {validation:,} validation (the last after one fixed permutation) and "
+                f"{len(test):,} test images of {SIDE}x{SIDE}, binarized dynamically: redrawn at every access in "
+                f"training, one keyed draw for evaluation; {source}"
+            ),
+            train=train[:cut],
+            validation=train[cut:],
+            test=test,
+            levels=256,
+            binarization="dynamic",
+            image_shape=(SIDE, SIDE),
+            facts=facts,
+        )
+
+    @staticmethod
+    def _content(path: Path) -> bytearray:
+        if not path.exists():
+            raise UserError(
+                f"data.path names {path}, which does not exist; give a file in the layout of chardata.mat, "
+                "or data.path=null for the authors' own"
+            )
+        return read_bytes(path)
+
+    def _fetch(self, folder: Path) -> Sequence[Path]:
+        path = download(self.url, folder)
+        self._read_authors(path)
+        return [path]
+
+    def _read_authors(self, path: Path) -> tuple[UInt8[Tensor, "n pixels"], UInt8[Tensor, "m pixels"]]:
+        content = read_bytes(path)
+        check_hash(path, content, "md5", self.md5)
+        return _read(path, content)
+
+
+def _read(path: Path, content: bytearray) -> tuple[UInt8[Tensor, "n pixels"], UInt8[Tensor, "m pixels"]]:
+    """Training and test images, row by row, 0 to 255."""
+    # Late: scipy.io takes longer to import than most files take to read.
+    from scipy.io import loadmat
+
+    try:
+        found = loadmat(BytesIO(content), variable_names=["data", "testdata"])
+    except Exception as error:  # a damaged file ends in errors of many kinds, from struct to zlib
+        raise _damaged(path, f"cannot be read, it may be truncated ({' '.join(str(error).split())})") from error
+    images = []
+    for key, least in (("data", 10), ("testdata", 1)):
+        values = found.get(key)
+        if values is None:
+            raise _damaged(path, f"has no {key!r}")
+        shaped = values.ndim == 2 and values.shape[0] == SIDE * SIDE and values.shape[1] >= least
+        if not shaped or values.dtype.kind not in "uif":
+            shape = f"({SIDE * SIDE}, {least} or more)"
+            raise _damaged(path, f"has a {key!r} that is {values.dtype} {values.shape}, not numbers of shape {shape}")
+        if not (values.min() >= 0 and values.max() <= 1):  # false for NaN too
+            raise _damaged(path, f"has values outside [0, 1] in {key!r}")
+        grey = np.rint(values.T * 255.0).astype(np.uint8).reshape(-1, SIDE, SIDE)
+        images.append(torch.from_numpy(np.ascontiguousarray(grey.transpose(0, 2, 1)).reshape(-1, SIDE * SIDE)))
+    return images[0], images[1]
+
+
+def _damaged(path: Path, what: str) -> Damaged:
+    return Damaged(path, what, "give a whole file in the layout of the authors' chardata.mat")
