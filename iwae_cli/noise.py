@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ def numpy_generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=derive(*key)))
 
 
+@runtime_checkable
 class Noise(Protocol):
     """Where a model's randomness comes from: standard draws for one stochastic layer at a time."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Particles:
         return self.log_p - self.rescore()
 
 
+@runtime_checkable
 class Model(Protocol):
     """What an objective may ask of a model."""
 
@@ -62,6 +63,7 @@ class Model(Protocol):
     def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles: ...
 
 
+@runtime_checkable
 class Network(Protocol):
     """The generative network, as far as objectives know it."""
 
@@ -72,6 +74,7 @@ class Network(Protocol):
     def __call__(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]: ...
 
 
+@runtime_checkable
 class Inference(Protocol):
     """The inference network, as far as objectives know it."""
 
@@ -82,6 +85,7 @@ class Inference(Protocol):
     def __call__(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]: ...
 
 
+@runtime_checkable
 class Architecture(Protocol):
     """What is known of a model before it is built, for refusing combinations that cannot be."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents, Particles
+from iwae_cli.particles import Latents, Model, Particles
 
 Observation = Literal["binary", "grey", "real"]
 """What a pixel is: {0, 1}; an integer grey level; a real number."""
@@ -78,6 +78,7 @@ class InferenceNetwork(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no closed-form KL to the prior")
 
 
+@Model.register  # from Python 3.12 on a protocol does not see submodules, which are no attributes of the class
 @final
 class LatentVariableModel(nn.Module):
     """A generative and an inference network with disjoint parameters.
