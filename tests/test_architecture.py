@@ -21,6 +21,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iwae_cli"
 FLOORS = {
     "errors": 0,
     "files": 0,
+    "identity": 0,
+    "signals": 0,
     "noise": 0,
     "numerics": 0,
     "particles": 0,
@@ -41,7 +43,9 @@ FLOORS = {
     "__main__": 5,
 }
 LIGHT = {"cli", "__init__", "__main__"}
-NO_TORCH = {"sinks", "report", "files", "run_folder", "console"}
+# Files that share a room without sharing a folder.
+PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment"}
+NO_TORCH = {"sinks", "report", "files", "identity", "run_folder", "console"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}
 
@@ -77,9 +81,8 @@ def imports(file: Path, package: Path) -> Iterator[Import]:
 
 
 def room(name: str) -> str:
-    """A folder, or a file with those named after it: cli_help.py is a part of cli."""
     name = name.removesuffix(".py")
-    return "cli" if name.startswith("cli_") else name
+    return PART_OF.get(name, name)
 
 
 def room_of(file: Path, package: Path) -> str:
