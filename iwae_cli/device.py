@@ -1,0 +1,74 @@
+"""Where the numbers are computed: device, precision, threads."""
+
+from __future__ import annotations
+
+from typing import Literal, final, get_args
+
+import torch
+
+from iwae_cli.errors import UserError
+
+Kind = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["float32", "float64"]
+
+
+@final
+class Device:
+    """A choice of device; it is looked for by ``resolve``, not here, so that a config reads the same everywhere.
+
+    Args:
+        kind: ``auto`` takes cuda, then mps, then cpu.
+        precision: of the weights and the training; evaluation sums in float64 whatever this is.
+        threads: intra-op threads. One is best for networks of this size, and sums differ in their last bits
+            between numbers of threads.
+
+    Raises:
+        ValueError: unknown kind or precision, threads < 1, float64 on mps (which has none).
+    """
+
+    def __init__(self, kind: Kind, precision: Precision = "float32", threads: int = 1) -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+        if threads < 1:
+            raise ValueError(f"threads must be >= 1, got {threads}")
+        if kind == "mps" and precision == "float64":
+            raise ValueError("precision must be float32 with device=mps, which has no float64")
+        self.kind: Kind = kind
+        self.precision: Precision = precision
+        self.threads = threads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``precision`` as torch names it."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    def resolve(self) -> torch.device:
+        """The device itself.
+
+        Raises:
+            UserError: the kind that was asked for is not there.
+        """
+        there = available()
+        if self.kind == "auto":
+            return torch.device(next(kind for kind in there if kind != "mps" or self.precision == "float32"))
+        if self.kind not in there:
+            raise UserError(f"device={self.kind} is not there; this machine has {', '.join(there)}: write device=auto")
+        return torch.device(self.kind)
+
+    def setup(self) -> None:
+        """Set what may change the last bits: threads, flushing of denormals, float32 products.
+
+        Flushing is per thread and is inherited by no thread that exists already, so this comes before any
+        work, and each worker process calls it too. Calling it again changes nothing.
+        """
+        torch.set_flush_denormal(True)
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision("highest")
+
+
+def available() -> list[str]:
+    """The kinds of device of this machine, best first."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, here in there.items() if here]
