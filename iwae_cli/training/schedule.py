@@ -1,0 +1,129 @@
+"""How long to train, and with which learning rate: a factor on the optimizer's, for every pass over the data."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import final
+
+
+class Schedule(ABC):
+    """A number of passes and a factor for each. This is what a yaml of ``conf/schedule`` names."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Passes over the training split."""
+
+    @abstractmethod
+    def factor(self, pass_index: int) -> float:
+        """What the optimizer's learning rate is multiplied with in pass ``pass_index`` = 0, 1, ..."""
+
+
+@final
+class Burda(Schedule):
+    """Stage i = 0, 1, ... has 3^i passes at 10^(-i/7) (Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519).
+
+    All eight stages are the paper's 3,280 passes, from lr to lr / 10; the authors' code rounds the factors.
+
+    Args:
+        stages: how many of the eight, from the first.
+
+    Raises:
+        ValueError: stages outside 1 to 8.
+    """
+
+    def __init__(self, stages: int = 8) -> None:
+        if not 1 <= stages <= 8:
+            raise ValueError(f"stages must be 1 to 8, got {stages}")
+        self.stages = stages
+
+    @property
+    def passes(self) -> int:
+        """1 + 3 + 9 + ..."""
+        return (3**self.stages - 1) // 2
+
+    def factor(self, pass_index: int) -> float:
+        """10^(-i/7) in stage i, whose first pass is (3^i - 1) / 2."""
+        stage = 0
+        while pass_index >= (3 ** (stage + 1) - 1) // 2:
+            stage += 1
+        return float(10 ** (-stage / 7))
+
+
+@final
+class Constant(Schedule):
+    """The optimizer's own learning rate throughout.
+
+    Raises:
+        ValueError: passes < 1.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self._passes = _checked_passes(passes)
+
+    @property
+    def passes(self) -> int:
+        """As given."""
+        return self._passes
+
+    def factor(self, pass_index: int) -> float:
+        """1."""
+        return 1.0
+
+
+@final
+class Exponential(Schedule):
+    """final^(t / (passes - 1)): from 1 in the first pass to ``final`` in the last, by equal ratios.
+
+    Raises:
+        ValueError: passes < 1 or final outside (0, 1].
+    """
+
+    def __init__(self, passes: int, final: float = 0.1) -> None:
+        if not 0 < final <= 1:
+            raise ValueError(f"final must be in (0, 1], got {final}")
+        self._passes = _checked_passes(passes)
+        self.final = final
+
+    @property
+    def passes(self) -> int:
+        """As given."""
+        return self._passes
+
+    def factor(self, pass_index: int) -> float:
+        """See the class; 1 where there is one pass only."""
+        return float(self.final ** (pass_index / max(1, self._passes - 1)))
+
+
+@final
+class Cosine(Schedule):
+    """Half a cosine without restarts (Loshchilov and Hutter 2017, arXiv 1608.03983).
+
+    final + (1 - final) (1 + cos(pi t / passes)) / 2: 1 in the first pass, just above ``final`` in the last,
+    so that no pass is spent at a learning rate of zero.
+
+    Raises:
+        ValueError: passes < 1 or final outside [0, 1].
+    """
+
+    def __init__(self, passes: int, final: float = 0.0) -> None:
+        if not 0 <= final <= 1:
+            raise ValueError(f"final must be in [0, 1], got {final}")
+        self._passes = _checked_passes(passes)
+        self.final = final
+
+    @property
+    def passes(self) -> int:
+        """As given."""
+        return self._passes
+
+    def factor(self, pass_index: int) -> float:
+        """See the class."""
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * pass_index / self._passes)) / 2
+
+
+def _checked_passes(passes: int) -> int:
+    if passes < 1:
+        raise ValueError(f"passes must be >= 1, got {passes}")
+    return passes
