@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
 from iwae_cli.cli import train
 
 if __name__ == "__main__":
-    train()
+    sys.exit(train())

@@ -1,0 +1,320 @@
+"""Composing with Hydra, with every fault of the command line told in one line before anything happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from iwae_cli.cli_help import choices, conf_folder
+from iwae_cli.construct import BASES, nearest, one_line, resolve, unknown_key
+from iwae_cli.errors import UserError
+
+VERSION_BASE = "1.3"
+_HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins")
+_OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+_OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "verbose", "mode"}
+_HYDRA_OWN_KEYS = {"overrides", "runtime"}
+_BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as composed: plain values, the chosen names, and how it was asked for."""
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one command asks for.
+
+    Attributes:
+        jobs: one, or those of a sweep; for a sweeper that decides as it goes, what its runs have in common.
+        multirun: whether it is a sweep.
+        arguments: overrides for Hydra.
+    """
+
+    jobs: list[Job]
+    multirun: bool
+    arguments: list[str]
+
+
+def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Plan:
+    """Compose and check everything that one command line asks for.
+
+    Raises:
+        UserError: anything wrong with it.
+    """
+    with _hydra(config_dir, overrides) as composer:
+        overrides = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
+        parsed = composer.parse(overrides)
+        base = composer.compose([o for o in parsed if not o.is_sweep_override()])
+        multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
+        if multirun:
+            all_overrides = composer.grid(parsed, base)
+        else:
+            for override in parsed:
+                if override.is_sweep_override():
+                    raise UserError(f"{override.input_line} asks for several runs: add -m (a list is written [1,2])")
+            all_overrides = [parsed]
+        jobs = []
+        for job_overrides in all_overrides:
+            cfg = composer.compose(job_overrides)
+            task = [str(o.input_line) for o in job_overrides if not o.is_hydra_override()]
+            jobs.append(job(cfg, cfg.hydra.runtime.choices, task))
+        return Plan(jobs, multirun, [*composer.search_override, *overrides])
+
+
+def check_display(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """The overrides for ``--cfg`` and ``--info``, checked as far as they can be without importing torch.
+
+    Raises:
+        UserError: anything wrong with them.
+    """
+    with _hydra(config_dir, overrides) as composer:
+        overrides = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
+        composer.compose([o for o in composer.parse(overrides) if not o.is_sweep_override()])
+        return [*composer.search_override, *overrides]
+
+
+def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) -> Job:
+    """The plain values of a composed config, without Hydra's node and with ``WANDB_MODE`` honoured.
+
+    Raises:
+        UserError: a value is missing or cannot be resolved.
+    """
+    config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    mode = os.environ.get("WANDB_MODE")
+    explicit = any(o.lstrip("+").partition("=")[0] in ("logger", "logger.mode") for o in overrides)
+    if mode and not explicit and isinstance(config.get("logger"), dict):
+        modes = ("online", "offline", "disabled")
+        if mode not in modes:
+            raise UserError(f"WANDB_MODE must be one of {', '.join(modes)}, got {mode}{nearest(mode, modes)}")
+        config["logger"]["mode"] = mode
+    return Job(config, {group: str(chosen[group]) for group in BASES if group in chosen}, list(overrides))
+
+
+def evaluation_config(saved: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The config of a finished run with overrides of its evaluation.
+
+    Raises:
+        UserError: an override of something else, or a wrong one.
+    """
+    allowed = ("evaluation", "device", "data_dir")
+    with _hydra(None, ()) as composer:
+        parsed = composer.parse(overrides)
+        for override in parsed:
+            key = override.key_or_group
+            if key.partition(".")[0] not in allowed:
+                hint = nearest(key.partition(".")[0], allowed)
+                raise UserError(f"{key} cannot be changed after training{hint} (allowed are {', '.join(allowed)})")
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
+        chosen = [override for override in parsed if override.key_or_group in composer.groups]
+        fresh = composer.compose(chosen)
+        config = OmegaConf.create({key: saved[key] for key in allowed if key in saved})
+        for override in chosen:
+            config[override.key_or_group] = fresh[override.key_or_group]
+        for override in parsed:
+            if override not in chosen:
+                composer.check_key(override, OmegaConf.to_container(config, resolve=False))
+                OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        return _resolved(config)
+
+
+class _Composer:
+    """Hydra's compose with our checks in front; to be had from ``_hydra``."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        uris = ",".join(quoted(f"file://{folder}") for folder in folders)
+        self.search_override = [f"hydra.searchpath=[{uris}]"] if folders else []
+        self._loader = GlobalHydra.instance().config_loader()
+        self._parser = OverridesParser.create(config_loader=self._loader)
+        self.groups = choices([conf_folder(), *folders])
+        for group in _OPEN_HYDRA_GROUPS:
+            self.groups[group] = sorted(self._loader.get_group_options(group))
+        self._cache: dict[tuple[str, ...], DictConfig] = {}
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        parsed = []
+        for text in overrides:
+            try:
+                parsed += self._parser.parse_overrides([text])
+            except HydraException:
+                hint = "" if "=" in text else f"; did you mean {text.lstrip('+~-')}=...?"
+                raise UserError(f"cannot read {text!r}: write key=value, quote special characters{hint}") from None
+        return parsed
+
+    def grid(self, parsed: Sequence[Override], base: DictConfig) -> list[list[Override]]:
+        """The overrides of every job, where the sweeper knows them before it starts."""
+        sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=True)
+        assert isinstance(sweeper, dict)
+        if sweeper["_target_"] != _BASIC_SWEEPER:
+            return [[override for override in parsed if not override.is_sweep_override()]]
+        swept = self.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()])
+        try:
+            (combinations,) = BasicSweeper.split_arguments([*swept, *parsed], None)
+        except HydraException as error:
+            raise UserError(one_line(error)) from None
+        return [self.parse(overrides) for overrides in combinations]
+
+    def compose(self, overrides: Sequence[Override]) -> DictConfig:
+        """One job's config with Hydra's node, checked up to the values themselves."""
+        chosen = [o for o in overrides if self._check_choice(o)]
+        known = OmegaConf.to_container(self._compose([str(o.input_line) for o in chosen]), resolve=False)
+        for override in overrides:
+            if override not in chosen:
+                self.check_key(override, known)
+        cfg = self._compose([str(o.input_line) for o in overrides])
+        self._check_hydra_node(cfg)
+        return cfg
+
+    def check_key(self, override: Override, known: Any) -> None:
+        """Refuse a key that is not in ``known`` (a ``+`` may add one below a group: its class decides)."""
+        key = override.key_or_group
+        if override.package is not None:
+            raise UserError(f"{override.input_line}: packages cannot be changed, write {key}=...")
+        if override.is_delete():
+            raise UserError(f"~{key}: nothing can be taken away, choose another value with {key}=...")
+        if override.is_hydra_override():
+            if key.split(".")[1] not in _OPEN_HYDRA_KEYS - {"mode"}:
+                raise UserError(f"{key} cannot be changed; runs go to output_dir=..., several runs are asked for by -m")
+            return
+        node, path = known, ""
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                added = override.is_add() or override.is_force_add()
+                if added and path and isinstance(node, dict):
+                    return
+                there = node if isinstance(node, dict) else {}
+                names = [str(name) for name in there if name not in ("_target_", "hydra")]
+                if not path:
+                    names = [*dict.fromkeys([*names, *(g for g in self.groups if "/" not in g)])]
+                raise UserError(unknown_key(key, path, names))
+            node, path = node[part], f"{path}.{part}" if path else part
+        if override.is_add():
+            raise UserError(f"+{key} is there already: write {key}=... without +")
+
+    def _check_choice(self, override: Override) -> bool:
+        """Whether ``override`` chooses from a group; if so, it must be one of the choices."""
+        group = override.key_or_group
+        if group not in self.groups:
+            return False
+        if override.package is not None:
+            raise UserError(f"{override.input_line}: packages cannot be changed, write {group}=...")
+        if override.is_delete():
+            raise UserError(f"~{group}: nothing can be taken away, choose another with {group}=...")
+        names, name = self.groups[group], override.value()
+        if override.type.name != "CHANGE" and "/" not in group:
+            raise UserError(f"+{group} is there already: write {group}={_text(name)} without +")
+        if name not in names and not (name is None and group == "experiment"):
+            raise UserError(f"{group} must be one of {', '.join(names)}, got {_text(name)}{nearest(name, names)}")
+        return True
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        key = tuple(overrides)
+        if key not in self._cache:
+            try:
+                self._cache[key] = compose(
+                    "config", overrides=[*self.search_override, *overrides], return_hydra_config=True
+                )
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+                lines = [str(e).strip().partition("\n")[0] for e in (error, error.__cause__) if e is not None]
+                raise UserError(": ".join(dict.fromkeys(lines))) from error
+        return self._cache[key]
+
+    @cached_property
+    def _hydra_node(self) -> dict[str, Any]:
+        return _hydra_plain(compose("config", return_hydra_config=True))
+
+    def _check_hydra_node(self, cfg: DictConfig) -> None:
+        """Hydra builds callbacks, loggers, launchers and sweepers from its node: nothing of ours may run there."""
+        ours, asked = self._hydra_node, _hydra_plain(cfg)
+        for key in sorted({*ours, *asked} - _OPEN_HYDRA_KEYS):
+            if ours.get(key) != asked.get(key):
+                raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
+        for key in ("launcher", "sweeper"):
+            for path, target in _targets(_resolved(cfg.hydra[key], f"hydra.{key}"), f"hydra.{key}"):
+                resolve(target, object, path, _HYDRA_PACKAGES)
+
+
+@contextmanager
+def _hydra(config_dir: str | None, overrides: Sequence[str]) -> Iterator[_Composer]:
+    """Hydra looking into ``conf``, then ``--config-dir``, then ``hydra.searchpath``."""
+    folders = [] if config_dir is None else [_existing(config_dir, "--config-dir")]
+    with initialize_config_dir(str(conf_folder()), version_base=VERSION_BASE, job_name="iwae-train"):
+        composer = _Composer(folders)
+        search = [o for o in overrides if o.lstrip("+").startswith("hydra.searchpath=")]
+        for override in composer.parse(search):
+            value = override.value()
+            for entry in value if isinstance(value, list) else [value]:
+                # A pkg:// entry would import a package.
+                if not isinstance(entry, str) or ("://" in entry and not entry.startswith("file://")):
+                    raise UserError(f"hydra.searchpath must be a list of folders, got {entry}: write [file:///folder]")
+                folders.append(_existing(entry.removeprefix("file://"), "hydra.searchpath"))
+        yield _Composer(folders) if search else composer
+
+
+def quoted(text: str) -> str:
+    """``text`` as a quoted value of Hydra's grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _existing(folder: str, option: str) -> Path:
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise UserError(f"{option} must be a folder that exists, got {folder}")
+    return path
+
+
+def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or prefix)
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key} has no value: write {key}=...") from None
+        raise UserError(f"{key}: {one_line(str(error.msg or error).partition(chr(10))[0])}") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _hydra_plain(cfg: DictConfig) -> dict[str, Any]:
+    node = OmegaConf.to_container(cfg.hydra, resolve=False)
+    assert isinstance(node, dict)
+    node["job"].pop("override_dirname", None)
+    return {str(key): value for key, value in node.items() if key not in _HYDRA_OWN_KEYS}
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield f"{path}._target_", value
+            yield from _targets(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}[{index}]")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,95 @@
+"""What ``--help`` says. Nothing heavy is imported: it reads the folder ``conf``."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import yaml
+
+
+def conf_folder() -> Path:
+    """``conf`` inside the installed package, else beside the package (a checkout)."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def choices(folders: list[Path]) -> dict[str, list[str]]:
+    """Group -> its choices, from the yaml files of config folders."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.rglob("*.yaml"):
+            group = path.parent.relative_to(folder).as_posix()
+            if group != ".":
+                found.setdefault(group, set()).add(path.stem)
+    return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+def train_help() -> str:
+    """``iwae-train --help``."""
+    conf = conf_folder()
+    config = yaml.safe_load((conf / "config.yaml").read_text())
+    found = choices([conf])
+    lines = []
+    for default in config["defaults"]:
+        group, chosen = next(iter(default.items())) if isinstance(default, dict) else (default, None)
+        if group in found:
+            names = [f"[{name}]" if name == chosen else name for name in found[group]]
+            lines.append(textwrap.fill(f"{group}=", 12).ljust(14) + " ".join(names))
+    groups = textwrap.indent("\n".join(lines), "  ")
+    return f"""\
+iwae-train: train an importance weighted autoencoder, estimate its log-likelihood, keep the record.
+
+usage: iwae-train [GROUP=CHOICE ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
+
+Trains, evaluates the negative log-likelihood with k = 5000 samples, writes a run folder under output_dir and an
+offline Weights & Biases record into it. The same command again resumes an interrupted run, and prints the result
+of a finished one.
+
+groups (the default in brackets):
+{groups}
+
+keys:
+  seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
+  and those of every choice, such as objective.k=50: --cfg job prints them all
+
+examples:
+  iwae-train
+  iwae-train data=mnist objective=iwae objective.k=50 model=two_layer seed=3
+  iwae-train experiment=burda data=mnist objective=elbo objective.k=5 schedule.stages=3
+  iwae-train -m objective=elbo,iwae objective.k=1,5,50 seed=0,1,2
+  iwae-train data=linear_gaussian model=linear_gaussian evaluation.k=500 logger=disabled
+
+options:
+  -m, --multirun         one run for every combination of comma-separated values
+  -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
+  --config-dir DIR       a folder of your own with groups and choices, such as DIR/objective/mine.yaml
+  --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
+  --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
+  --hydra-help           Hydra's own options
+  --version, --help, -h
+
+exit codes: 0 done, 1 the run failed, 2 wrong input, 3 another process has the run, 128+n ended by signal n
+"""
+
+
+def evaluate_help() -> str:
+    """``iwae-eval --help``."""
+    found = choices([conf_folder()])
+    return f"""\
+iwae-eval: evaluate the model of a run folder again; the result is kept under its evaluations/.
+
+usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [device=CHOICE] [data_dir=DIR]
+
+What is not overridden is as the run had it.
+  evaluation={" ".join(found.get("evaluation", []))}
+  device={" ".join(found.get("device", []))}
+
+examples:
+  iwae-eval outputs/RUN evaluation.k=500
+  iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
+
+options: --version, --help, -h
+exit codes: as iwae-train
+"""
