@@ -18,8 +18,8 @@ def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
     All -inf gives -inf (with zero gradient, not NaN); NaN and +inf propagate.
     """
     top = log_w.detach().amax(0)
-    # Without this, -inf - (-inf) would turn "every weight is zero" into NaN.
-    offset = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    # Without this, inf - inf would turn "every weight is zero" and "a weight is infinite" into NaN.
+    offset = torch.where(top.isinf(), torch.zeros_like(top), top)
     total = (log_w - offset).exp().sum(0)
     empty = total == 0
     log_total = torch.where(empty, torch.ones_like(total), total).log()
