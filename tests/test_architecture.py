@@ -44,7 +44,7 @@ FLOORS = {
 }
 LIGHT = {"cli", "__init__", "__main__"}
 # Files that share a room without sharing a folder.
-PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment"}
+PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment", "session": "experiment"}
 NO_TORCH = {"sinks", "report", "files", "identity", "run_folder", "console"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}

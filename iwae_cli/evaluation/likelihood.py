@@ -95,9 +95,7 @@ def log_likelihood(
             None if exact is None else exact.to(torch.float64).cpu().numpy(),
         )
 
-    results = map_batches(
-        score, len(split.x), batch=max(1, rows // chunk), workers=workers, on_progress=on_progress
-    )
+    results = map_batches(score, len(split.x), batch=max(1, rows // chunk), workers=workers, on_progress=on_progress)
     bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
     ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
     exact = [e for _, _, e in results if e is not None]
@@ -145,9 +143,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         "stderr_images": number("stderr_images", spread, not_finite or "one image has no standard error"),
         "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n, not_finite),
         "bias_mc": number("bias_mc", -v.mean() / 2, not_finite),
-        "bounds": {
-            str(m): number(f"bounds.{m}", bound.mean(), not_finite) for m, bound in likelihood.bounds.items()
-        },
+        "bounds": {str(m): number(f"bounds.{m}", bound.mean(), not_finite) for m, bound in likelihood.bounds.items()},
         "ess_median": number("ess_median", float(np.median(likelihood.ess)), not_finite),
         "ess_min": number("ess_min", likelihood.ess.min(), not_finite),
         "ess_share_below_10": number(

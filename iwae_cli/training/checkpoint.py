@@ -23,6 +23,7 @@ class State:
 
     Attributes:
         identity: name of the training this state belongs to.
+        names: chosen name of every group, as in the name of the folder.
         image_shape: shape of one observation, needed to build the model again.
         plan: what was decided once and may change bits (device kind, threads, versions).
         model, optimizer: their state dicts.
@@ -33,6 +34,7 @@ class State:
     """
 
     identity: str
+    names: dict[str, str]
     image_shape: tuple[int, ...]
     plan: dict[str, Any]
     model: dict[str, Tensor]
@@ -67,3 +69,9 @@ def load(path: Path, identity: str | None = None) -> State:
     if identity is not None and state.identity != identity:
         raise UserError(f"{path} is a checkpoint of {state.identity}, not of {identity}")
     return state
+
+
+def first_fault(error: RuntimeError) -> str:
+    """What torch says first of a state dict that does not fit, without its list of everything."""
+    lines = str(error).splitlines()
+    return lines[1 if len(lines) > 1 else 0].strip()

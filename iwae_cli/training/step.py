@@ -23,7 +23,7 @@ def train_step(
     Returns:
         The bound of every image before the update, (batch,), nats, detached.
     """
-    losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise))
+    losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
     optimizer.zero_grad(set_to_none=True)
     if losses.generative is losses.inference:
         losses.generative.backward()

@@ -25,22 +25,23 @@ SAVE_EVERY_SECONDS = 30.0
 
 
 class Hooks(Protocol):
-    """What the loop tells its caller; all are called between steps, in the order they are named here."""
+    """What the loop tells its caller, always between two steps."""
 
     def on_step(self, step: int) -> None:
         """After every step."""
 
-    def on_pass(self, step: int, metrics: dict[str, float]) -> None:
-        """After every pass: ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate``."""
+    def on_best(self, state: State) -> None:
+        """After a validation that found the best weights so far."""
 
-    def on_validation(self, step: int, bound: float, best: bool) -> None:
-        """After every validation: the bound in nats, and whether it is the best so far."""
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        """After every pass: ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate``; and where it was
+        validated ``validation/bound`` in nats, None if it is not finite."""
 
     def on_save(self, state: State) -> None:
         """The state is to be kept."""
 
     def interrupted(self) -> bool:
-        """Whether to stop here; the state has been given to ``on_save`` before ``Trainer.run`` returns."""
+        """Whether to stop here; the state is given to ``on_save`` before ``Trainer.run`` returns."""
         ...
 
 
@@ -138,13 +139,14 @@ class Trainer:
                 f"training diverged in pass {pass_index + 1}: the bound is {bound}; "
                 "try a smaller optimizer.lr or a larger batch_size"
             )
-        hooks.on_pass(state.step, {"pass": pass_index + 1, "train/bound": bound, "learning_rate": rate})
+        metrics: dict[str, float | None] = {"pass": pass_index + 1, "train/bound": bound, "learning_rate": rate}
         last = pass_index + 1 == self.schedule.passes
         if last or (pass_index + 1) % self.validation_every == 0:
             self.model.eval()
             value = self.validate()
             self.model.train()
-            best = math.isfinite(value) and value > state.best.get("bound", -math.inf)
-            if best:
+            metrics["validation/bound"] = value if math.isfinite(value) else None
+            if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}
-            hooks.on_validation(state.step, value, best)
+                hooks.on_best(state)
+        hooks.on_pass(state.step, metrics)

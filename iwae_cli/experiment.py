@@ -1,0 +1,222 @@
+"""What a run is, and the ways to it: train and evaluate, evaluate again, load into a notebook."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwae_cli import console, signals
+from iwae_cli.construct import construct
+from iwae_cli.data.base import Dataset
+from iwae_cli.device import Device
+from iwae_cli.errors import UserError
+from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.files import RunLock
+from iwae_cli.identity import evaluation_name, training_name
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.noise import generator
+from iwae_cli.objectives.base import Objective
+from iwae_cli.result import evaluate
+from iwae_cli.run_folder import RunFolder
+from iwae_cli.session import Session
+from iwae_cli.sinks.wandb import WandbSink
+from iwae_cli.training import checkpoint
+from iwae_cli.training.schedule import Schedule
+
+logger = logging.getLogger("iwae_cli")
+
+
+class Experiment:
+    """One training and its evaluation.
+
+    Args:
+        data, model, objective, optimizer, schedule, evaluation, device, logger: what the groups of the configuration
+            name; ``optimizer`` still wants its parameters.
+        seed: of the weights, the order of the images and the training noise.
+        batch_size: images a step.
+        data_dir: where files of data sets lie (used by ``data``; recorded).
+        output_dir: where run folders go; made if need be.
+        restart: set an existing folder of this run aside and begin again.
+        config: the resolved configuration, plain dicts, lists and scalars.
+        names: chosen name of every group, for the name of the folder.
+        overrides: the command line, for the record.
+        group: name of the sweep, if any.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        model: Architecture,
+        objective: Objective,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Schedule,
+        evaluation: Evaluation,
+        device: Device,
+        logger: WandbSink,
+        seed: int,
+        batch_size: int,
+        data_dir: str,
+        output_dir: str,
+        restart: bool,
+        config: dict[str, Any],
+        names: dict[str, str],
+        overrides: list[str],
+        group: str | None = None,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.data = data
+        self.model = model
+        self.objective = objective
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.evaluation = evaluation
+        self.device = device
+        self.logger = logger
+        self.seed = seed
+        self.batch_size = batch_size
+        self.output_dir = Path(output_dir).absolute()
+        self.restart = restart
+        self.config = config
+        self.names = names
+        self.overrides = overrides
+        self.group = group
+
+    def check(self) -> None:
+        """Refuse what cannot be, before any work.
+
+        Raises:
+            UserError: data, model and objective that do not go together, or a device that is not there.
+        """
+        if self.data.observation != self.model.observation:
+            right = {"real": "model=linear_gaussian", "binary": "model=one_layer or model=two_layer"}
+            raise UserError(
+                f"data={self.names['data']} holds {self.data.observation} observations and model="
+                f"{self.names['model']} is for {self.model.observation} ones; "
+                f"with this data use {right[self.data.observation]}"
+            )
+        refusal = self.objective.check(self.model)
+        if refusal is not None:
+            raise UserError(refusal)
+        self.device.resolve()
+
+    def identity(self) -> str:
+        """Name of the run folder."""
+        return training_name(self.config, self.names, self.objective.num_samples, self.data.fingerprint())
+
+    def run(self) -> dict[str, Any]:
+        """Train (or go on, or skip what is done), evaluate, write the result, print it.
+
+        Returns:
+            The content of ``result.json``.
+
+        Raises:
+            UserError: bad input, found before anything is written.
+            RunLocked: another process has this run.
+            RunFailed: training diverged.
+            Interrupted: by a signal; the state has been saved and the same command goes on from there.
+        """
+        self.check()
+        self.device.setup()
+        data = self.data.load()
+        folder = RunFolder(self.output_dir / self.identity())
+        if self.restart and folder.path.exists():
+            with RunLock(folder.path):
+                aside = folder.set_aside()
+            logger.warning("restart: the old run is kept as %s", aside.name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with RunLock(folder.path), _logging(folder), signals.caught() as caught:
+            result = folder.result()
+            if result is None or result["evaluation"]["name"] != evaluation_name(self.config):
+                result = Session(self, data, folder, caught).run()
+        console.result_table(result, folder=_shown(folder), sync=self.logger.sync_command())
+        return result
+
+
+def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the checkpoint of a run once more, and keep the result in its ``evaluations/``; print it.
+
+    Args:
+        folder: the run folder; nothing else in it is touched.
+        config: the run's configuration, with ``evaluation``, ``device`` and ``data.data_dir`` as they are asked for now.
+
+    Returns:
+        As ``result.json``.
+
+    Raises:
+        UserError: no run folder, no checkpoint, a checkpoint of another model, data that is not there.
+        Interrupted: by a signal.
+    """
+    run = RunFolder(folder)
+    objects = construct(config, ("data", "model", "evaluation", "device"))
+    device: Device = objects["device"]
+    device.resolve()
+    device.setup()
+    state = checkpoint.load(run.checkpoint)
+    model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
+    data = objects["data"].load()
+    with signals.caught() as caught:
+        result = evaluate(run, model, data, objects["evaluation"], device, config, state, caught.check)
+    console.result_table(result, folder=_shown(RunFolder(run.evaluation(result["evaluation"]["name"]))))
+    return result
+
+
+def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
+    """The model of a run with its last weights, on the CPU and in evaluation mode, and the run's configuration.
+
+    Raises:
+        UserError: no run folder, no checkpoint, or a checkpoint of another model.
+    """
+    run = RunFolder(Path(run_folder))
+    config = run.config()
+    state = checkpoint.load(run.checkpoint)
+    model = _build(construct(config, ("model",))["model"], state)
+    try:
+        model.load_state_dict(state.model)
+    except RuntimeError as error:
+        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {checkpoint.first_fault(error)}") from None
+    return model.eval(), config
+
+
+def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariableModel:
+    """The networks, for weights that are put in next: neither the mean nor the initial weights matter."""
+    pixels = torch.Size(state.image_shape).numel()
+    model = architecture.build(state.image_shape, torch.full((pixels,), 0.5).double().numpy(), generator("cpu", 0))
+    # Weights of a run in float64 would lose half of their digits in a float32 model.
+    return model.to(next(iter(state.model.values())).dtype)
+
+
+def _shown(folder: RunFolder) -> Path:
+    """The path as it would be typed here."""
+    here = Path.cwd()
+    return folder.path.relative_to(here) if folder.path.is_relative_to(here) else folder.path
+
+
+@contextmanager
+def _logging(folder: RunFolder) -> Iterator[None]:
+    """Meanwhile everything that is logged goes to ``train.log`` with the time of day, and warnings to the terminal."""
+    file = logging.FileHandler(folder.log)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in (file, terminal):
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in (file, terminal):
+            logger.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,49 @@
+"""What makes two runs the same run, and two evaluations the same evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def training_name(config: Mapping[str, Any], names: Mapping[str, str], samples: int, fingerprint: str | None) -> str:
+    """Name of a run folder: readable parts, and a hash of all that decides the trained weights.
+
+    Args:
+        config: the resolved configuration.
+        names: chosen name of every group.
+        samples: draws of q per observation and step.
+        fingerprint: hash of a data file that is named by a path, if any.
+    """
+    parts = [names["data"], names["model"], names["objective"], f"k{samples}", f"seed{config['seed']}"]
+    return "-".join([*parts, _digest(training_config(config, fingerprint))])
+
+
+def training_config(config: Mapping[str, Any], fingerprint: str | None) -> dict[str, Any]:
+    """What of a configuration decides the trained weights and ``best.pt``.
+
+    Left out: paths (the content of a file named by a path stands for it), the device kind and threads, the logger, and
+    the final evaluation. Training precision and the cadence of validation belong to it.
+    """
+    data = {key: value for key, value in config["data"].items() if key not in ("data_dir", "path")}
+    evaluation = config["evaluation"]
+    return {
+        **{key: config[key] for key in ("model", "objective", "optimizer", "schedule", "seed", "batch_size")},
+        "data": data | ({"fingerprint": fingerprint} if fingerprint else {}),
+        "precision": config["device"]["precision"],
+        "validation": {key: evaluation[key] for key in ("validation_k", "validation_every")},
+    }
+
+
+def evaluation_name(config: Mapping[str, Any]) -> str:
+    """Name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
+    evaluation = config["evaluation"]
+    parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed")}
+    parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
+    return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,198 @@
+"""The evaluation of a run: from weights to the content of ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import iwae_cli
+from iwae_cli.console import Progress
+from iwae_cli.data.base import Data
+from iwae_cli.device import Device
+from iwae_cli.errors import UserError
+from iwae_cli.evaluation.active_units import active_units
+from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
+from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.files import atomic_path, write_json
+from iwae_cli.identity import evaluation_name
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.run_folder import RunFolder
+from iwae_cli.training.checkpoint import State, first_fault
+
+ACTIVE_UNITS_DRAWS = 500
+AUTHORS_IMAGES = 500
+
+
+def evaluate(
+    folder: RunFolder,
+    model: LatentVariableModel,
+    data: Data,
+    evaluation: Evaluation,
+    device: Device,
+    config: Mapping[str, Any],
+    state: State,
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    """Evaluate a checkpoint and keep the result in ``evaluations/<name>/``, or read it there if it was done before.
+
+    Args:
+        folder: of the run.
+        model: built for ``state``, on its device; its weights are replaced by those asked for.
+        data: what the run was trained on.
+        evaluation, device: the protocol, and what computes it.
+        config: the resolved configuration, its ``evaluation`` and ``device`` as they are asked for now.
+        state: the checkpoint.
+        check: called between batches; may raise to stop.
+
+    Raises:
+        UserError: ``evaluation.weights=best`` and there are none, or weights of another model.
+    """
+    name = evaluation_name(config)
+    step, weights = _weights(folder, evaluation, state)
+    place = folder.evaluation(name)
+    if (place / "result.json").exists():
+        kept: dict[str, Any] = json.loads((place / "result.json").read_text())
+        if kept["evaluation"]["step"] == step:
+            return kept
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder.path} holds a checkpoint of another model: {first_fault(error)}") from None
+    model.eval()
+    started = time.monotonic()
+    splits: dict[str, Any] = {}
+    likelihoods: dict[str, Likelihood] = {}
+    hashes: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for split_name in evaluation.splits:
+        split = data.evaluation_split(split_name, evaluation.binarization_seed)
+        with Progress(f"evaluating {split_name}", total=len(split.x), unit="image") as progress:
+
+            def on_progress(done: int, progress: Progress = progress) -> None:
+                check()
+                progress.update(done)
+
+            likelihoods[split_name] = log_likelihood(
+                model,
+                split,
+                k=evaluation.k,
+                seed=evaluation.seed,
+                rows=evaluation.rows,
+                workers=evaluation.workers,
+                on_progress=on_progress,
+            )
+        hashes[split_name] = split.sha256
+        splits[split_name], missing = summarize(likelihoods[split_name], split.x.shape[1])
+        reasons |= {f"{split_name}.{key}": reason for key, reason in missing.items()}
+    units = _active_units(model, data, evaluation)
+    result = {
+        "status": "finished",
+        "identity": folder.identity,
+        "dataset": {
+            "name": data.name,
+            "protocol": data.protocol,
+            "sizes": {s: len(getattr(data, s)) for s in ("train", "validation", "test")},
+            "evaluation_sha256": hashes,
+            **data.facts,
+        },
+        "model": _described(config["model"], state.names["model"]),
+        "objective": _described(config["objective"], state.names["objective"]),
+        "seed": config["seed"],
+        "epochs": state.step // -(-len(data.train) // config["batch_size"]),
+        "steps": state.step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": evaluation.weights,
+        "evaluation": {
+            "name": name,
+            "step": step,
+            "k": evaluation.k,
+            "seed": evaluation.seed,
+            "binarization_seed": evaluation.binarization_seed,
+            "precision": device.precision,
+        },
+        **splits,
+        **units,
+        "reasons": reasons,
+        "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
+        "versions": {"iwae-cli": iwae_cli.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "hydra-core", "wandb")},
+        "device": {
+            "kind": device.resolve().type,
+            "machine": platform.machine(),
+            "precision": device.precision,
+            "threads": torch.get_num_threads(),
+        },
+        "git": _git(),
+    }
+    _save_arrays(place / "log_likelihood.npz", likelihoods)
+    write_json(place / "result.json", result)
+    return result
+
+
+def _weights(folder: RunFolder, evaluation: Evaluation, state: State) -> tuple[int, Mapping[str, torch.Tensor]]:
+    if evaluation.weights == "last":
+        return state.step, state.model
+    if not folder.best.exists():
+        raise UserError(f"{folder.path} has no best.pt: no validation bound was finite; use evaluation.weights=last")
+    best = torch.load(folder.best, map_location="cpu", weights_only=True)
+    return best["step"], best["model"]
+
+
+def _active_units(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> dict[str, Any]:
+    """Ours on the whole test split; the authors' on their first training images with one draw a layer."""
+    rules = {
+        "active_units": ("test", None, ACTIVE_UNITS_DRAWS),
+        "active_units_authors_rule": ("train", AUTHORS_IMAGES, 1),
+    }
+    return {
+        key: active_units(
+            model,
+            data.evaluation_split(split, evaluation.binarization_seed).x[:images],
+            draws=draws,
+            seed=evaluation.seed,
+            stream=key,
+            rows=evaluation.rows,
+            workers=evaluation.workers,
+        )
+        for key, (split, images, draws) in rules.items()
+    }
+
+
+def _described(node: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {"name": name, **{key: value for key, value in node.items() if key != "_target_"}}
+
+
+def _save_arrays(path: Path, likelihoods: Mapping[str, Likelihood]) -> None:
+    """Per-image values, float64, in the order of the data set; the test split's names have no prefix."""
+    arrays: dict[str, np.ndarray] = {}
+    for split, likelihood in likelihoods.items():
+        prefix = "" if split == "test" else f"{split}_"
+        for key in ("log_px", "ess", "khat", "top_weight"):
+            arrays[f"{prefix}{key}"] = getattr(likelihood, key)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the source this runs from, and whether it was changed since; None for an installed package."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", str(source)))}
+    except (OSError, subprocess.SubprocessError):
+        return None

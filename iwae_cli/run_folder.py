@@ -1,0 +1,106 @@
+"""The run folder: which file holds what. A contract that reports, sweeps and notebooks build on; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iwae_cli.errors import UserError
+from iwae_cli.files import write_json, write_text
+
+
+class RunFolder:
+    """Paths and small files of one run.
+
+    Attributes:
+        path: absolute path of the folder; its name is the identity of the training.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @property
+    def identity(self) -> str:
+        """Name of the training."""
+        return self.path.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """State after the last saved step."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def best(self) -> Path:
+        """State with the best validation bound."""
+        return self.path / "best.pt"
+
+    @property
+    def figures(self) -> Path:
+        """Pictures."""
+        return self.path / "figures"
+
+    @property
+    def log(self) -> Path:
+        """What was done when, and what went wrong."""
+        return self.path / "train.log"
+
+    def evaluation(self, name: str) -> Path:
+        """Folder of one evaluation."""
+        return self.path / "evaluations" / name
+
+    def begin(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        """Write what was asked for: ``config.yaml`` and ``overrides.yaml``."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(self.path / "overrides.yaml", yaml.safe_dump(list(overrides)))
+
+    def set_status(self, status: str, step: int, error: str | None = None) -> None:
+        """Write ``status.json``: running, interrupted, failed or finished."""
+        value = {
+            "status": status,
+            "step": step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "error": error,
+        }
+        write_json(self.path / "status.json", value)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run.
+
+        Raises:
+            UserError: this is not a run folder.
+        """
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is damaged: it holds no configuration")
+        return config
+
+    def result(self) -> dict[str, Any] | None:
+        """``result.json`` of a finished run; None where there is none."""
+        path = self.path / "result.json"
+        try:
+            result: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, the same command evaluates again") from None
+        return result
+
+    def set_aside(self) -> Path:
+        """Rename the folder to the first free ``<identity>.old-N``; nothing is deleted."""
+        n = 1
+        while (aside := self.path.with_name(f"{self.identity}.old-{n}")).exists():
+            n += 1
+        return self.path.rename(aside)

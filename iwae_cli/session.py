@@ -1,0 +1,222 @@
+"""One process working on one run: training from where the run stands, its record, its evaluation, its pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from iwae_cli import console
+from iwae_cli.data.base import Data, Split
+from iwae_cli.errors import Interrupted
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.files import atomic_path, write_json
+from iwae_cli.noise import GeneratorNoise, KeyedNoise, generator
+from iwae_cli.result import evaluate
+from iwae_cli.run_folder import RunFolder
+from iwae_cli.signals import Signals
+from iwae_cli.sinks.base import FanOut, RunInfo, Sink, Status
+from iwae_cli.sinks.jsonl import JsonlSink, read_history
+from iwae_cli.training import checkpoint
+from iwae_cli.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from iwae_cli.experiment import Experiment
+
+VALIDATION_SEED = 0
+"""Noise and binarization of the validation during training: fixed for ever, so that all objectives are compared on it."""
+
+logger = logging.getLogger("iwae_cli")
+
+
+class Session:
+    """One process working on one run; the hooks of the trainer."""
+
+    def __init__(self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals) -> None:
+        self.experiment = experiment
+        self.data = data
+        self.folder = folder
+        self.signals = signals
+        self.device = experiment.device.resolve()
+        self.sink: Sink = FanOut([JsonlSink(), experiment.logger])
+        self.progress: console.Progress | None = None
+        self.state = checkpoint.State(folder.identity, experiment.names, data.image_shape, self._plan(), {}, {})
+        self.model = experiment.model.build(
+            data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights")
+        ).to(device=self.device, dtype=experiment.device.dtype)
+        self.trainer = Trainer(
+            model=self.model,
+            objective=experiment.objective,
+            optimizer=experiment.optimizer(self.model.parameters()),
+            schedule=experiment.schedule,
+            data=data,
+            seed=experiment.seed,
+            batch_size=experiment.batch_size,
+            validate=self._validate,
+            validation_every=experiment.evaluation.validation_every,
+        )
+        self._validation: Split | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train what is left, evaluate, record; the status says at every moment how it stands."""
+        experiment, folder = self.experiment, self.folder
+        if folder.checkpoint.exists():
+            self._resume()
+        folder.begin(experiment.config, experiment.overrides)
+        folder.set_status("running", self.state.step)
+        logger.info("begin at step %d of %d: %s", self.state.step, self.trainer.total_steps, experiment.overrides)
+        status: Status = "failed"
+        try:
+            history = read_history(folder.path, self.state.step)
+            self.sink.open(
+                RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
+                history,
+            )
+            self._train()
+            result = evaluate(
+                folder,
+                self.model,
+                self.data,
+                experiment.evaluation,
+                experiment.device,
+                experiment.config,
+                self.state,
+                self.signals.check,
+            )
+            with atomic_path(folder.path / "log_likelihood.npz") as temporary:
+                shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
+            write_json(folder.path / "result.json", result)
+            status = "finished"
+            folder.set_status(status, self.state.step)
+            logger.info("finished: %s", json.dumps({s: result[s]["nll"] for s in experiment.evaluation.splits}))
+            self._pictures(result)
+            self.sink.summary({key: result[key] for key in (*experiment.evaluation.splits, "active_units", "seconds")})
+            return result
+        except Interrupted as error:
+            status = "interrupted"
+            folder.set_status(status, self.state.step, str(error))
+            logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
+            raise
+        except BaseException as error:
+            if status != "finished":
+                folder.set_status(status, self.state.step, f"{type(error).__name__}: {error}")
+            logger.info("failed at step %d", self.state.step, exc_info=True)
+            raise
+        finally:
+            self.sink.close(status)
+
+    def on_step(self, step: int) -> None:
+        """Show that something happens."""
+        if self.progress is not None:
+            self.progress.update(step / self.trainer.steps_per_pass)
+
+    def on_best(self, state: checkpoint.State) -> None:
+        """Keep the best weights."""
+        with atomic_path(self.folder.best) as temporary:
+            torch.save({"identity": state.identity, **state.best, "model": self.model.state_dict()}, temporary)
+
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Record one pass."""
+        self.sink.log(step, metrics)
+        if self.progress is not None:
+            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
+
+    def on_save(self, state: checkpoint.State) -> None:
+        """Keep the state."""
+        checkpoint.save(state, self.folder.checkpoint)
+        self.folder.set_status("running", state.step)
+        logger.info("saved step %d after %.1f s of training", state.step, state.seconds)
+
+    def interrupted(self) -> bool:
+        """Whether a signal has come."""
+        return self.signals.number is not None
+
+    def _train(self) -> None:
+        per_pass = self.trainer.steps_per_pass
+        if self.state.step < self.trainer.total_steps:
+            with console.Progress(
+                "training",
+                total=self.experiment.schedule.passes,
+                images_per_unit=len(self.data.train),
+                start=self.state.step / per_pass,
+            ) as self.progress:
+                self.trainer.run(self.state, self)
+            self.progress = None
+        self.signals.check()
+        self.model.eval()
+
+    def _validate(self) -> float:
+        evaluation = self.experiment.evaluation
+        if self._validation is None:
+            self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
+        likelihood = log_likelihood(
+            self.model,
+            self._validation,
+            k=evaluation.validation_k,
+            seed=VALIDATION_SEED,
+            rows=evaluation.rows,
+            workers=evaluation.workers,
+            stream="validation during training",
+        )
+        return float(likelihood.log_px.mean())
+
+    def _resume(self) -> None:
+        self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
+        plan = self.state.plan
+        for key, value in plan.items():
+            if key == "threads":
+                torch.set_num_threads(value)
+            elif now.get(key) != value:
+                logger.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
+        self.model.load_state_dict(self.state.model)
+
+    def _plan(self) -> dict[str, Any]:
+        return {
+            "device": self.device.type,
+            "threads": self.experiment.device.threads,
+            "torch": str(torch.__version__),  # a plain string is what weights_only reads back
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def _pictures(self, result: Mapping[str, Any]) -> None:
+        # matplotlib takes half a second to import, which would come before the first step.
+        from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training
+
+        figures, step = self.folder.figures, self.state.step
+        made: dict[str, Path] = {}
+        history = [row for _, row in read_history(self.folder.path)]
+        curves = {
+            name: [(row["pass"] or 0, bound) for row in history if (bound := row.get(f"{name}/bound")) is not None]
+            for name in ("train", "validation")
+        }
+        made["training"] = figures / "training.png"
+        plot_training(made["training"], curves, label="bound")
+        made["bound_vs_k"] = figures / "bound_vs_k.png"
+        plot_bounds(made["bound_vs_k"], {split: result[split]["bounds"] for split in self.experiment.evaluation.splits})
+        shown = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
+        x = shown.to(device=self.device, dtype=self.experiment.device.dtype)
+        with torch.no_grad():
+            particles = self.model.draw(
+                x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)
+            )
+            if len(self.data.image_shape) == 2:
+                noise = GeneratorNoise(generator(self.device, VALIDATION_SEED, "pictures"), x.dtype)
+                latents, _ = self.model.generative.sample(100, noise)
+                made["samples"] = figures / "samples.png"
+                plot_samples(made["samples"], self._images(self.model.generative.mean(latents)[0]))
+                made["reconstructions"] = figures / "reconstructions.png"
+                means = self.model.generative.mean(tuple(h[:1, :20] for h in particles.latents))[0]
+                plot_reconstructions(made["reconstructions"], self._images(x[:20]), self._images(means))
+        for name, path in made.items():
+            self.sink.image(step, name, path)
+        spread = particles.log_w - particles.log_w.mean(0)
+        self.sink.histogram(step, "log_w minus its mean", spread.flatten().tolist())
+
+    def _images(self, values: torch.Tensor) -> np.ndarray:
+        return values.double().cpu().numpy().reshape(-1, *self.data.image_shape)
