@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: the run folder; nothing else in it is touched.
-        config: the run's configuration, with ``evaluation``, ``device`` and ``data.data_dir`` as they are asked for now.
+        config: the run's configuration, with ``evaluation``, ``device``, ``data.data_dir`` as asked for now.
 
     Returns:
         As ``result.json``.

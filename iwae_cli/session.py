@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from iwae_cli.experiment import Experiment
 
 VALIDATION_SEED = 0
-"""Noise and binarization of the validation during training: fixed for ever, so that all objectives are compared on it."""
+"""Noise and binarization of the validation during training: fixed, so that all objectives are compared on the same."""
 
 logger = logging.getLogger("iwae_cli")
 
