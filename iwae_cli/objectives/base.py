@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.noise import Noise
 from iwae_cli.particles import Architecture, Model, Particles
 
 Gradient = Literal["total", "stl", "dreg"]
@@ -33,7 +35,7 @@ class Losses:
 class Objective(ABC):
     """Something to maximize. This is what a yaml of ``conf/objective`` names."""
 
-    lower_bound: ClassVar[bool] = True
+    lower_bound: bool = True
     """Whether E[bound] <= log p(x) always; only then may a value be called an NLL."""
 
     @property
@@ -46,8 +48,24 @@ class Objective(ABC):
         """The value that is reported, nats, higher is better."""
 
     @abstractmethod
-    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Losses:
-        """Scalars to differentiate, means over the batch, in nats."""
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
+        """Scalars to differentiate, means over the batch, in nats.
+
+        Args:
+            model: what drew ``particles``.
+            x: the observations.
+            particles: ``num_samples`` draws for each of them.
+            noise: for an objective that draws more, such as samples of p.
+        """
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What whoever chose this should know before it trains, one line each; empty for most."""
+        if self.lower_bound:
+            return ()
+        return (f"{type(self).__name__} as chosen is not a lower bound: its value may exceed log p(x)",)
 
     def check(self, architecture: Architecture) -> str | None:
         """Why this objective cannot train such a model, in words that name what can; None if it can."""
@@ -65,16 +83,17 @@ class BoundObjective(Objective, ABC):
     - ``dreg`` (Tucker, Lawson, Gu, Maddison 2019, arXiv 1810.04152): path derivative with coefficient
       b = a - diag(d2B/dlog w2); unbiased for every smooth bound.
 
-    The path derivative freezes the *weights* of q and keeps h live everywhere.
+    The path derivative freezes the *weights* of q and keeps h live everywhere. Where every log-weight of an image is
+    -inf, its bound is -inf and its gradient is finite; -inf beside finite ones counts as a weight of zero.
 
     Raises:
         ValueError: unknown ``gradient``.
     """
 
-    def __init__(self, gradient: Gradient = "total") -> None:
-        if gradient not in get_args(Gradient):
-            raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient!r}")
-        self.gradient: Gradient = gradient
+    def __init__(self, gradient: str = "total", choices: tuple[str, ...] = get_args(Gradient)) -> None:
+        if gradient not in choices:
+            raise ValueError(f"gradient must be one of {', '.join(choices)}, got {gradient}")
+        self.gradient = gradient
 
     @abstractmethod
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
@@ -84,7 +103,9 @@ class BoundObjective(Objective, ABC):
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """b = a - diag(d2B/dlog w2), in closed form."""
 
-    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Losses:
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
         """See the class; ``dreg`` is two losses, each differentiated for its own parameters."""
         if self.gradient == "total":
             bound = self.bound(particles.log_w)
@@ -93,19 +114,48 @@ class BoundObjective(Objective, ABC):
         log_w = particles.log_w.detach()
         bound = self.bound(log_w)
         if self.gradient == "stl":
-            loss = -(self.weights(log_w) * particles.log_w_frozen).sum(0).mean()
+            loss = -weighted_sum(self.weights(log_w), particles.log_w_frozen).mean()
             return Losses(loss, loss, bound)
         return Losses(
-            generative=-(self.weights(log_w) * particles.log_p).sum(0).mean(),
-            inference=-(self.doubly_weights(log_w) * particles.log_w_frozen).sum(0).mean(),
+            generative=-weighted_sum(self.weights(log_w), particles.log_p).mean(),
+            inference=-weighted_sum(self.doubly_weights(log_w), particles.log_w_frozen).mean(),
             bound=bound,
         )
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """STL is unbiased where a = b, that is where the bound is linear in log w: then it is the ELBO."""
+        caveats = super().caveats
+        if self.gradient == "stl":
+            log_w = torch.linspace(0, 1, self.num_samples, dtype=torch.float64)[:, None]
+            if not torch.allclose(self.weights(log_w), self.doubly_weights(log_w)):
+                caveats += (
+                    "objective.gradient=stl is biased for every bound but the ELBO: it omits part of the score term; "
+                    "objective.gradient=dreg is not",
+                )
+        return caveats
 
     def check(self, architecture: Architecture) -> str | None:
         """Discrete latents are refused: the score of q would be dropped silently."""
         if architecture.discrete:
             return (
-                f"{type(self).__name__} differentiates through the latents and cannot train discrete ones; "
-                "use objective=vimco or objective=rws"
+                f"{type(self).__name__} with gradient={self.gradient} differentiates through the latents and cannot "
+                "train discrete ones; use objective=vimco, objective=rws or objective=tvo objective.gradient=covariance"
             )
         return None
+
+
+def weighted_sum(
+    weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]
+) -> Float[Tensor, " batch"]:
+    """sum_i weights_i values_i, where a weight of zero takes its value out, be it -inf."""
+    return torch.where(weights == 0, 0, weights * values).sum(0)
+
+
+def score_term(
+    model: Model, x: Float[Tensor, "batch pixels"], particles: Particles
+) -> Float[Tensor, "k batch"]:
+    """log q(h|x) with h held fixed, nats: its gradient is the score of q, for discrete and continuous latents."""
+    if not particles.reparameterized:
+        return particles.log_q
+    return model.inference(x, tuple(h.detach() for h in particles.latents))

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.noise import Noise
 from iwae_cli.objectives.base import BoundObjective, Gradient, Losses
 from iwae_cli.particles import Architecture, Model, Particles
 
@@ -52,10 +53,12 @@ class ELBO(BoundObjective):
         """b = a: the bound is linear in log w."""
         return self.weights(log_w)
 
-    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Losses:
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
         """As every bound, or with the KL in closed form."""
         if not self.analytic_kl:
-            return super().losses(model, x, particles)
+            return super().losses(model, x, particles, noise)
         log_likelihood = particles.log_p - model.generative.log_prior(particles.latents)
         bound = log_likelihood.mean(0) - model.inference.kl_to_prior(x)
         loss = -bound.mean()
