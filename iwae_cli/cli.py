@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -87,10 +88,13 @@ def _train(argv: list[str]) -> None:
         overrides = cli_compose.check_display(arguments.overrides, arguments.config_dir)
         if arguments.multirun:
             raise UserError("-m runs, --cfg and --info only show: write one of them")
+        # Hydra shows through logging, which would complain at length of a reader (head, less) that has left.
+        logging.raiseExceptions = False
         try:
             _hand_over(_never, [*shown, *overrides])
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(one_line(error)) from None
+        except SystemExit:
+            # Hydra has said what it does not find, such as --package.
+            raise SystemExit(UserError.exit_code) from None
         return
     plan = cli_compose.plan(arguments.overrides, arguments.multirun, arguments.config_dir)
     group = _sweep_name(plan) if plan.multirun else None
@@ -255,19 +259,14 @@ def _evaluate(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     folder = _run_folder(arguments.folder)
 
-    import yaml
-
     from iwae_cli import cli_compose
 
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
-    config = cli_compose.evaluation_config(saved, arguments.overrides)
-    data_dir = convert(config.get("data_dir"), str | None, "data_dir")
-    construct(config, ["evaluation", "device"])
+    config = cli_compose.evaluation_config(folder / "config.yaml", arguments.overrides)
+    convert(config["data_dir"], str, "data_dir")
 
     from iwae_cli.experiment import evaluate_run
 
-    data = saved["data"] | ({"data_dir": data_dir} if "data_dir" in saved["data"] else {})
-    evaluate_run(folder, saved | config | {"data": data})
+    evaluate_run(folder, config)
 
 
 def _run_folder(name: str | None) -> Path:

@@ -113,13 +113,19 @@ def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) ->
     return Job(config, {group: str(chosen[group]) for group in BASES if group in chosen}, list(overrides))
 
 
-def evaluation_config(saved: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The config of a finished run with overrides of its evaluation.
+def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's ``config.yaml`` with overrides of ``evaluation``, ``device`` and ``data_dir``.
 
     Raises:
-        UserError: an override of something else, or a wrong one.
+        UserError: an override of something else, a wrong one, or not such a file.
     """
     allowed = ("evaluation", "device", "data_dir")
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+    if not isinstance(saved, dict) or not {*BASES, *allowed} <= saved.keys():
+        raise UserError(f"{file} is not the configuration of a run")
     with _hydra(None, ()) as composer:
         parsed = composer.parse(overrides)
         for override in parsed:
@@ -131,14 +137,17 @@ def evaluation_config(saved: Mapping[str, Any], overrides: Sequence[str]) -> dic
                 raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
         chosen = [override for override in parsed if override.key_or_group in composer.groups]
         fresh = composer.compose(chosen)
-        config = OmegaConf.create({key: saved[key] for key in allowed if key in saved})
+        config = OmegaConf.create({key: saved[key] for key in allowed})
         for override in chosen:
             config[override.key_or_group] = fresh[override.key_or_group]
         for override in parsed:
             if override not in chosen:
                 composer.check_key(override, OmegaConf.to_container(config, resolve=False))
                 OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
-        return _resolved(config)
+    changed = _resolved(config)
+    if "data_dir" in saved["data"]:
+        changed["data"] = {**saved["data"], "data_dir": changed["data_dir"]}
+    return {**saved, **changed}
 
 
 class _Composer:
@@ -237,7 +246,9 @@ class _Composer:
                 self._cache[key] = compose(
                     "config", overrides=[*self.search_override, *overrides], return_hydra_config=True
                 )
-            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            except yaml.YAMLError as error:
+                raise UserError(one_line(error)) from error
+            except (HydraException, OmegaConfBaseException) as error:
                 lines = [str(e).strip().partition("\n")[0] for e in (error, error.__cause__) if e is not None]
                 raise UserError(": ".join(dict.fromkeys(lines))) from error
         return self._cache[key]

@@ -108,10 +108,7 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
     if not inspect.isclass(found):
         classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         raise UserError(f"{wanted}, got {target}{nearest(name, classes)}")
-    home = vars(sys.modules[found.__module__]) if found.__module__ in sys.modules else {}
-    if not _is_within(found.__module__, allowed) or home.get(found.__name__) is not found:
-        raise UserError(f"{wanted}, got {target}")
-    if not issubclass(found, base) or inspect.isabstract(found):
+    if not _is_defined_in(allowed, found) or not issubclass(found, base) or inspect.isabstract(found):
         raise UserError(f"{wanted}, got {target}")
     return found
 
@@ -261,6 +258,11 @@ def _is_optimizer(base: type) -> bool:
 
 def _further_packages() -> tuple[str, ...]:
     return tuple(name for name in (part.strip() for part in os.environ.get(ALLOW_VARIABLE, "").split(",")) if name)
+
+
+def _is_defined_in(packages: Iterable[str], cls: type) -> bool:
+    home = sys.modules.get(cls.__module__)
+    return _is_within(cls.__module__, packages) and home is not None and vars(home).get(cls.__name__) is cls
 
 
 def _is_within(module: str, packages: Iterable[str]) -> bool:
