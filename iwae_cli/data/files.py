@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import sys
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 5.0
 """Seconds without an answer from one address after which a server counts as not there."""
 
-_AFRESH = "move it away and run again to download it afresh, or put a whole and unaltered copy in its place"
+AFRESH = "move it away and run again to download it afresh, or put a whole and unaltered copy in its place"
 
 _kept: list[torch.library.Library] = []
 
@@ -41,7 +42,7 @@ class Damaged(UserError):
         advice: what to do about it.
     """
 
-    def __init__(self, path: Path, what: str, advice: str = _AFRESH) -> None:
+    def __init__(self, path: Path, what: str, advice: str = AFRESH) -> None:
         super().__init__(f"{path} {what}; {advice}")
         self.short = f"{path.name} {what}"
 
@@ -72,7 +73,13 @@ def read_bytes(path: Path) -> bytearray:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def check_hash(path: Path, content: bytes | bytearray, algorithm: Literal["md5", "sha256"], expected: str) -> None:
+def check_hash(
+    path: Path,
+    content: bytes | bytearray,
+    algorithm: Literal["md5", "sha256"],
+    expected: str,
+    advice: str = AFRESH,
+) -> None:
     """Compare ``content`` of ``path`` with a published hash.
 
     Raises:
@@ -80,7 +87,8 @@ def check_hash(path: Path, content: bytes | bytearray, algorithm: Literal["md5",
     """
     found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise Damaged(path, f"is altered or damaged: its {algorithm} is {found}, the published one is {expected}")
+        what = f"is altered or damaged: its {algorithm} is {found}, the published one is {expected}"
+        raise Damaged(path, what, advice)
 
 
 def import_torchvision(module: str) -> ModuleType:
@@ -152,6 +160,8 @@ def obtain(
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException, Damaged) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         reason = " ".join((error.short if isinstance(error, Damaged) else str(error)).split()).rstrip(".")
         raise UserError(
             f"data={data} needs {what} in {folder}, and the download failed ({reason}); put the files there, or "

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from iwae_cli.data.base import Data, Dataset
-from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
+from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download, obtain, read_bytes
 from iwae_cli.errors import UserError
 
 SIDE = 28
@@ -101,7 +101,7 @@ class Omniglot(Dataset):
 
     def _read_authors(self, path: Path) -> tuple[UInt8[Tensor, "n pixels"], UInt8[Tensor, "m pixels"]]:
         content = read_bytes(path)
-        check_hash(path, content, "md5", self.md5)
+        check_hash(path, content, "md5", self.md5, f"{AFRESH}, or read it as it is with data.path=FILE")
         return _read(path, content)
 
 
@@ -111,7 +111,7 @@ def _read(path: Path, content: bytearray) -> tuple[UInt8[Tensor, "n pixels"], UI
     from scipy.io import loadmat
 
     try:
-        found = loadmat(BytesIO(content), variable_names=["data", "testdata"])
+        found = loadmat(BytesIO(content))
     except Exception as error:  # a damaged file ends in errors of many kinds, from struct to zlib
         raise _damaged(path, f"cannot be read, it may be truncated ({' '.join(str(error).split())})") from error
     images = []
