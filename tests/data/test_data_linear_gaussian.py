@@ -62,10 +62,10 @@ def test_sizes_below_one_are_refused(argument: str) -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_a_noise_that_is_none_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="^noise_std must be finite and > 0, got"):
+    with pytest.raises(ValueError, match=r"^noise_std must be finite and > 0, got"):
         LinearGaussian(noise_std=value)
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="^seed must be >= 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^seed must be >= 0, got -1$"):
         LinearGaussian(seed=-1)
