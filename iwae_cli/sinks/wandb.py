@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
-FINISH_SECONDS = 60
+UPLOAD_SECONDS = 60
+"""How long wandb may go on uploading when a run ends."""
+CLOSE_SECONDS = UPLOAD_SECONDS + 30
+"""How long it may take to end at all."""
 
 logger = logging.getLogger("iwae_cli")
 
@@ -89,13 +92,13 @@ class WandbSink(Sink):
             "WANDB_ERROR_REPORTING": "false",
             "WANDB_SILENT": "true",
             "WANDB_INIT_TIMEOUT": "20",
-            "WANDB_FINISH_TIMEOUT": str(FINISH_SECONDS),
+            "WANDB_FINISH_TIMEOUT": str(UPLOAD_SECONDS),
         }.items():
             os.environ.setdefault(variable, value)
         self._works = True
         with self._guard("could not begin"):
             self._run, self._to_upload = self._begin(run)
-            self._folder = Path(self._run.settings.sync_dir)
+            self._folder = Path(self._run.settings.sync_dir).resolve()
             self._run.define_metric(AXIS)
             self._run.define_metric("*", step_metric=AXIS)
         for step, metrics in history:
@@ -139,18 +142,18 @@ class WandbSink(Sink):
         # wandb bounds its uploads itself; the thread bounds the rest, such as a service of its own that hangs.
         finish = threading.Thread(target=self._finish, args=(status,), daemon=True)
         finish.start()
-        finish.join(FINISH_SECONDS + 30)
+        finish.join(CLOSE_SECONDS)
         if finish.is_alive():
             self._to_upload = True
-            logger.warning("W&B: did not finish within %d s and was left behind", FINISH_SECONDS + 30)
+            logger.warning("W&B: did not finish within %s s and was left behind", CLOSE_SECONDS)
 
     def sync_command(self) -> str | None:
         """``wandb sync`` with the newest folder, if that holds anything not uploaded."""
         if not self._to_upload or self._folder is None:
             return None
-        folder = self._folder.resolve()
         here = Path.cwd()
-        return f"wandb sync {shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))}"
+        folder = self._folder.relative_to(here) if self._folder.is_relative_to(here) else self._folder
+        return f"wandb sync {shlex.quote(str(folder))}"
 
     def _begin(self, run: RunInfo) -> tuple[wandb.Run, bool]:
         """A run of W&B's, and whether it is to be uploaded by hand."""
@@ -158,7 +161,9 @@ class WandbSink(Sink):
             return self._init(run, "offline"), True
         before = _online_folders(run.folder)
         try:
-            return self._init(run, "online"), False
+            online = self._init(run, "online")
+            logger.info("W&B: recording at %s", online.url)
+            return online, False
         except Interrupted:
             raise
         except Exception as error:
