@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich import progress, table
 from rich.console import Console
@@ -19,7 +19,7 @@ QUIET_SECONDS = 5.0
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a log file, a CI) a plain line every few seconds, without carriage returns.
+    """On standard error: a bar on a terminal; elsewhere (a log, a CI) a plain line every few seconds.
 
     ::
 
@@ -32,7 +32,6 @@ class Progress:
         unit: what is counted: ``"pass"`` or ``"image"``.
         images_per_unit: for images per second.
         start: where it begins, after a resume.
-        file: standard error unless given.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Progress:
         unit: str = "pass",
         images_per_unit: float = 1,
         start: float = 0,
-        file: TextIO | None = None,
     ) -> None:
         self._title = title
         self._total = total
@@ -51,10 +49,9 @@ class Progress:
         self._images_per_unit = images_per_unit
         self._first = self._done = start
         self._bound: float | None = None
-        self._file = sys.stderr if file is None else file
         self._bar: progress.Progress | None = None
-        console = Console(file=self._file)
-        if self._file.isatty() and not console.is_dumb_terminal:
+        console = Console(stderr=True)
+        if sys.stderr.isatty() and not console.is_dumb_terminal:
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=24),
@@ -92,7 +89,7 @@ class Progress:
     def _speak(self) -> None:
         self._spoke = monotonic()
         self._said = self._where()
-        print(f"{self._title}  {self._state()}", file=self._file, flush=True)
+        print(f"{self._title}  {self._state()}", file=sys.stderr, flush=True)
 
     def _where(self) -> str:
         # Whole units are counted, but a fraction of a pass says that something happens.
@@ -140,19 +137,16 @@ def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def result_table(
-    result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None, file: TextIO | None = None
-) -> None:
-    """Print what ``result.json`` holds, in short.
+def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None) -> None:
+    """Print what ``result.json`` holds, in short, to standard output.
 
     Args:
         result: as in ``result.json``; where a value is None, ``result["reasons"]`` may say why, under
             ``"<split>.<name>"`` or ``"<name>"``.
         folder: the run folder.
         sync: the command line that uploads to W&B.
-        file: standard output unless given.
     """
-    out = Console(file=sys.stdout if file is None else file, highlight=False, markup=False)
+    out = Console(highlight=False, markup=False)
     splits = {name: result[name] for name in SPLITS if result.get(name)}
     sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     sheet.add_column("", no_wrap=True)
