@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ SAVE_EVERY_SECONDS = 30.0
 """At most this much work is lost to a SIGKILL."""
 
 
+@runtime_checkable
 class Hooks(Protocol):
     """What the loop tells its caller, always between two steps."""
 
