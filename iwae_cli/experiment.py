@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,10 @@ class Experiment:
         batch_size: images a step.
         data_dir: where files of data sets lie (used by ``data``; recorded).
         output_dir: where run folders go; made if need be.
+        init_from: a run folder whose last weights this run begins from, instead of random ones.
+        with_optimizer: begin from its optimizer's memory too (Adam's moments), as the authors did for Table 2.
+        train: ``all``, or ``inference`` to train the inference network with the generative network frozen, so that two
+            generative networks can be compared under equally good posteriors.
         restart: set an existing folder of this run aside and begin again.
         config: the resolved configuration, plain dicts, lists and scalars.
         names: chosen name of every group, for the name of the folder.
@@ -65,6 +69,9 @@ class Experiment:
         batch_size: int,
         data_dir: str,
         output_dir: str,
+        init_from: str | None,
+        with_optimizer: bool,
+        train: Literal["all", "inference"],
         restart: bool,
         config: dict[str, Any],
         names: dict[str, str],
@@ -75,6 +82,10 @@ class Experiment:
             raise ValueError(f"seed must be >= 0, got {seed}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if with_optimizer and (init_from is None or train == "inference"):
+            raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
+        if train == "inference" and init_from is None:
+            raise ValueError("train=inference needs init_from=RUN_FOLDER: the run whose generative network is kept")
         self.data = data
         self.model = model
         self.objective = objective
@@ -86,7 +97,10 @@ class Experiment:
         self.seed = seed
         self.batch_size = batch_size
         self.output_dir = Path(output_dir).absolute()
+        self.with_optimizer = with_optimizer
+        self.train = train
         self.restart = restart
+        self.source = None if init_from is None else RunFolder(Path(init_from))
         self.config = config
         self.names = names
         self.overrides = overrides
@@ -109,10 +123,28 @@ class Experiment:
         if refusal is not None:
             raise UserError(refusal)
         self.device.resolve()
+        if self.source is not None:
+            source = self.source.config()
+            groups = ("model", "optimizer") if self.with_optimizer else ("model",)
+            for group in groups:
+                mine, theirs = self.config[group], source[group]
+                if mine != theirs if group == "model" else mine["_target_"] != theirs["_target_"]:
+                    raise UserError(f"init_from={self.source.path} was run with another {group}: {theirs}")
+            self.initial_state()
+
+    def initial_state(self) -> checkpoint.State | None:
+        """The checkpoint this run begins from, if any."""
+        return None if self.source is None else checkpoint.load(self.source.checkpoint)
 
     def identity(self) -> str:
         """Name of the run folder."""
-        return training_name(self.config, self.names, self.objective.num_samples, self.data.fingerprint())
+        initial = self.initial_state()
+        prints = {
+            "data": self.data.fingerprint(),
+            "init_from": None if initial is None else checkpoint.fingerprint(initial, self.with_optimizer),
+        }
+        known = {key: value for key, value in prints.items() if value is not None}
+        return training_name(self.config, self.names, self.objective.num_samples, known)
 
     def run(self) -> dict[str, Any]:
         """Train (or go on, or skip what is done), evaluate, write the result, print it.
@@ -129,6 +161,12 @@ class Experiment:
         self.check()
         self.device.setup()
         data = self.data.load()
+        initial = self.initial_state()
+        if initial is not None and initial.image_shape != data.image_shape:
+            raise UserError(
+                f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
+                f"{data.image_shape}"
+            )
         folder = RunFolder(self.output_dir / self.identity())
         if self.restart and folder.path.exists():
             with RunLock(folder.path):

@@ -8,32 +8,36 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def training_name(config: Mapping[str, Any], names: Mapping[str, str], samples: int, fingerprint: str | None) -> str:
+def training_name(
+    config: Mapping[str, Any], names: Mapping[str, str], samples: int, fingerprints: Mapping[str, str]
+) -> str:
     """Name of a run folder: readable parts, and a hash of all that decides the trained weights.
 
     Args:
         config: the resolved configuration.
         names: chosen name of every group.
         samples: draws of q per observation and step.
-        fingerprint: hash of a data file that is named by a path, if any.
+        fingerprints: hashes of what a path names: ``data`` and ``init_from``, where there is one.
     """
     parts = [names["data"], names["model"], names["objective"], f"k{samples}", f"seed{config['seed']}"]
-    return "-".join([*parts, _digest(training_config(config, fingerprint))])
+    return "-".join([*parts, _digest(training_config(config, fingerprints))])
 
 
-def training_config(config: Mapping[str, Any], fingerprint: str | None) -> dict[str, Any]:
+def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What of a configuration decides the trained weights and ``best.pt``.
 
-    Left out: paths (the content of a file named by a path stands for it), the device kind and threads, the logger, and
+    Left out: paths (a hash of what they name stands for it), the device kind and threads, the logger, and
     the final evaluation. Training precision and the cadence of validation belong to it.
     """
     data = {key: value for key, value in config["data"].items() if key not in ("data_dir", "path")}
     evaluation = config["evaluation"]
     return {
         **{key: config[key] for key in ("model", "objective", "optimizer", "schedule", "seed", "batch_size")},
-        "data": data | ({"fingerprint": fingerprint} if fingerprint else {}),
+        "data": data,
         "precision": config["device"]["precision"],
         "validation": {key: evaluation[key] for key in ("validation_k", "validation_every")},
+        "fingerprints": dict(fingerprints),
+        **{key: config[key] for key in ("with_optimizer", "train")},
     }
 
 

@@ -107,6 +107,8 @@ def evaluate(
         "model": _described(config["model"], state.names["model"]),
         "objective": _described(config["objective"], state.names["objective"]),
         "seed": config["seed"],
+        "trained": config["train"],  # "train" is the name of a split
+        "init_from": config["init_from"],
         "epochs": state.step // -(-len(data.train) // config["batch_size"]),
         "steps": state.step,
         "parameters": sum(p.numel() for p in model.parameters()),

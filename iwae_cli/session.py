@@ -50,10 +50,15 @@ class Session:
         self.model = experiment.model.build(
             data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights")
         ).to(device=self.device, dtype=experiment.device.dtype)
+        initial = experiment.initial_state()
+        if initial is not None:
+            self.model.load_state_dict(initial.model)
+        if experiment.train == "inference":
+            self.model.generative.requires_grad_(False)
         self.trainer = Trainer(
             model=self.model,
             objective=experiment.objective,
-            optimizer=experiment.optimizer(self.model.parameters()),
+            optimizer=experiment.optimizer([p for p in self.model.parameters() if p.requires_grad]),
             schedule=experiment.schedule,
             data=data,
             seed=experiment.seed,
@@ -61,6 +66,10 @@ class Session:
             validate=self._validate,
             validation_every=experiment.evaluation.validation_every,
         )
+        if initial is not None and experiment.with_optimizer:
+            # Its memory alone: learning rate and the like are those of this run.
+            settings = self.trainer.optimizer.state_dict()
+            self.trainer.optimizer.load_state_dict({**settings, "state": initial.optimizer["state"]})
         self._validation: Split | None = None
 
     def run(self) -> dict[str, Any]:
@@ -191,16 +200,20 @@ class Session:
         figures, step = self.folder.figures, self.state.step
         made: dict[str, Path] = {}
         history = [row for _, row in read_history(self.folder.path)]
+        shown = {
+            f"train, k = {self.experiment.objective.num_samples}": "train/bound",
+            f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
+        }
         curves = {
-            name: [(row["pass"] or 0, bound) for row in history if (bound := row.get(f"{name}/bound")) is not None]
-            for name in ("train", "validation")
+            name: [(row["pass"] or 0, bound) for row in history if (bound := row.get(key)) is not None]
+            for name, key in shown.items()
         }
         made["training"] = figures / "training.png"
         plot_training(made["training"], curves, label="bound")
         made["bound_vs_k"] = figures / "bound_vs_k.png"
         plot_bounds(made["bound_vs_k"], {split: result[split]["bounds"] for split in self.experiment.evaluation.splits})
-        shown = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
-        x = shown.to(device=self.device, dtype=self.experiment.device.dtype)
+        test = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
+        x = test.to(device=self.device, dtype=self.experiment.device.dtype)
         with torch.no_grad():
             particles = self.model.draw(
                 x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)

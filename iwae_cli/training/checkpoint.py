@@ -6,6 +6,7 @@ accumulated; there is no generator state.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,26 @@ def load(path: Path, identity: str | None = None) -> State:
     if identity is not None and state.identity != identity:
         raise UserError(f"{path} is a checkpoint of {state.identity}, not of {identity}")
     return state
+
+
+def fingerprint(state: State, with_optimizer: bool) -> str:
+    """Hash of the weights, and of the optimizer's memory if asked, for the identity of a run that begins from them."""
+    digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+        elif isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        else:
+            digest.update(f"{name} {value!r} ".encode())
+
+    add("model", dict(state.model))
+    if with_optimizer:
+        add("optimizer", state.optimizer["state"])
+    return digest.hexdigest()
 
 
 def first_fault(error: RuntimeError) -> str:

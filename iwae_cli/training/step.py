@@ -28,8 +28,10 @@ def train_step(
     if losses.generative is losses.inference:
         losses.generative.backward()
     else:
-        # Each loss is right for its own parameters only.
-        losses.generative.backward(inputs=list(model.generative.parameters()), retain_graph=True)
+        # Each loss is right for its own parameters only; theta may be frozen (train=inference).
+        theta = [p for p in model.generative.parameters() if p.requires_grad]
+        if theta:
+            losses.generative.backward(inputs=theta, retain_graph=True)
         losses.inference.backward(inputs=list(model.inference.parameters()))
     optimizer.step()
     return losses.bound
