@@ -27,8 +27,8 @@ def active_units(
     stream: str,
     rows: int,
     workers: int | None = None,
-) -> list[int]:
-    """Number of active units of every stochastic layer, nearest to x first.
+) -> list[int] | None:
+    """Number of active units of every stochastic layer, nearest to x first; None for discrete layers.
 
     The variance is over the images, with n in the denominator. A layer above the first averages its mean over
     ``draws`` samples of the layer below: with one draw, the authors' rule, Var(mu_2|x) is added and more units look
@@ -47,11 +47,14 @@ def active_units(
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
 
-    def means(images: Sequence[int]) -> list[np.ndarray]:
+    def means(images: Sequence[int]) -> list[np.ndarray] | None:
         batch = x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         noise = KeyedNoise(seed, stream, images, 0, dtype, device)
-        return [m.double().cpu().numpy() for m in model.inference.posterior_means(batch, draws, noise)]
+        found = model.inference.posterior_means(batch, draws, noise)
+        return None if found is None else [m.double().cpu().numpy() for m in found]
 
-    results = map_batches(means, len(x), batch=max(1, rows // draws), workers=workers)
+    results = [r for r in map_batches(means, len(x), batch=max(1, rows // draws), workers=workers) if r is not None]
+    if not results:
+        return None
     layers = [np.concatenate([r[layer] for r in results]) for layer in range(len(results[0]))]
     return [int((layer.var(axis=0) > THRESHOLD).sum()) for layer in layers]

@@ -22,9 +22,7 @@ class GenerativeNetwork(nn.Module, ABC):
     """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L), with parameters theta."""
 
     @abstractmethod
-    def log_likelihood(
-        self, x: Float[Tensor, "batch pixels"], latents: Latents
-    ) -> Float[Tensor, "k batch"]:
+    def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         """log p(x|h), nats."""
 
     @abstractmethod
@@ -41,7 +39,7 @@ class GenerativeNetwork(nn.Module, ABC):
 
     @abstractmethod
     def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
-        """E[x|h], for pictures."""
+        """E[x|h] in the units of x, for pictures."""
 
     def exact_log_px(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"] | None:
         """log p(x) where it has a closed form, nats; None where it has none."""
@@ -66,8 +64,11 @@ class InferenceNetwork(nn.Module, ABC):
     @abstractmethod
     def posterior_means(
         self, x: Float[Tensor, "batch pixels"], draws: int, noise: Noise
-    ) -> tuple[Float[Tensor, "batch _"], ...]:
-        """E_q[h_l|x] for every layer; layers above the first average their mean over ``draws`` of the layer below."""
+    ) -> tuple[Float[Tensor, "batch _"], ...] | None:
+        """E_q[h_l|x] for every layer; layers above the first average their mean over ``draws`` of the layer below.
+
+        None for discrete layers, for which active units are not defined.
+        """
 
     def kl_to_prior(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"]:
         """KL(q(h|x) || N(0, I)) in closed form, nats; only a model of one Gaussian layer has it.
@@ -122,7 +123,7 @@ class Architecture(ABC):
     This is what a yaml of ``conf/model`` names.
     """
 
-    observation: ClassVar[Observation]
+    observation: Observation
     discrete: ClassVar[bool] = False
 
     @property
@@ -131,11 +132,22 @@ class Architecture(ABC):
         """Number of stochastic layers."""
 
     @abstractmethod
-    def build(self, image_shape: tuple[int, ...], mean: np.ndarray, generator: torch.Generator) -> LatentVariableModel:
+    def build(
+        self,
+        image_shape: tuple[int, ...],
+        mean: np.ndarray,
+        generator: torch.Generator,
+        levels: int | None = None,
+    ) -> LatentVariableModel:
         """The networks, initialized from ``generator``, in float32 on the CPU.
 
         Args:
             image_shape: shape of one observation; its product is the number of pixels.
-            mean: mean of every pixel over the training split, (pixels,), float64; in [0, 1] for binary data.
+            mean: mean of every pixel over the training split, (pixels,), float64; in [0, 1] for binary data,
+                in grey levels for grey data.
             generator: a CPU generator that the initial weights are drawn from.
+            levels: number of grey levels of the data; what is for binary or real-valued data does not look at it.
+
+        Raises:
+            UserError: observations of this shape cannot be modelled.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,8 +19,14 @@ from iwae_cli.models.base import (
     LatentVariableModel,
     Observation,
 )
-from iwae_cli.models.mlp import check_sizes
-from iwae_cli.models.networks import HALF_LOG_2PI, initialize, normal_log_prob, standard_normal_log_prob
+from iwae_cli.models.networks import (
+    HALF_LOG_2PI,
+    check_sizes,
+    fill,
+    initialize,
+    normal_log_prob,
+    standard_normal_log_prob,
+)
 from iwae_cli.noise import Noise
 from iwae_cli.particles import Latents
 
@@ -68,9 +74,8 @@ class LinearGaussianChain(GenerativeNetwork):
     def __init__(self, pixels: int, latent_sizes: Sequence[int]) -> None:
         super().__init__()
         self._top_size = latent_sizes[-1]
-        self.layers = nn.ModuleList(
-            LinearGaussian(above, below) for below, above in pairwise([pixels, *latent_sizes])
-        )
+        layers = (LinearGaussian(above, below) for below, above in pairwise([pixels, *latent_sizes]))
+        self.layers = cast(Sequence[LinearGaussian], nn.ModuleList(layers))
 
     def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         """log p(x|h_1), nats."""
@@ -116,9 +121,8 @@ class LinearGaussianRecognition(InferenceNetwork):
 
     def __init__(self, pixels: int, latent_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            LinearCholesky(below, above) for below, above in pairwise([pixels, *latent_sizes])
-        )
+        layers = (LinearCholesky(below, above) for below, above in pairwise([pixels, *latent_sizes]))
+        self.layers = cast(Sequence[LinearCholesky], nn.ModuleList(layers))
 
     def sample(
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
@@ -176,7 +180,7 @@ class LinearGaussianModel(Architecture):
         ValueError: no layer or a size below 1.
     """
 
-    observation: ClassVar[Observation] = "real"
+    observation: Observation = "real"
 
     def __init__(self, latent_sizes: list[int]) -> None:
         check_sizes("latent_sizes", latent_sizes)
@@ -187,12 +191,17 @@ class LinearGaussianModel(Architecture):
         """Number of stochastic layers."""
         return len(self.latent_sizes)
 
-    def build(self, image_shape: tuple[int, ...], mean: np.ndarray, generator: torch.Generator) -> LatentVariableModel:
+    def build(
+        self,
+        image_shape: tuple[int, ...],
+        mean: np.ndarray,
+        generator: torch.Generator,
+        levels: int | None = None,
+    ) -> LatentVariableModel:
         """See the base class; the output bias starts at the training mean."""
         pixels = math.prod(image_shape)
         generative = LinearGaussianChain(pixels, self.latent_sizes)
         model = LatentVariableModel(generative, LinearGaussianRecognition(pixels, self.latent_sizes))
         initialize(model, generator)
-        with torch.no_grad():
-            generative.layers[0].linear.bias.copy_(torch.from_numpy(mean))
+        fill(generative.layers[0].linear.bias, mean)
         return model

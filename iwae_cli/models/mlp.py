@@ -8,24 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwae_cli.models.base import (
-    Architecture,
-    GenerativeNetwork,
-    InferenceNetwork,
-    LatentVariableModel,
-    Observation,
-)
+from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, LatentVariableModel
+from iwae_cli.models.likelihoods import Likelihood, LikelihoodName, likelihood_observation, make_likelihood
 from iwae_cli.models.networks import (
-    BernoulliConditional,
     GaussianConditional,
-    bernoulli_log_prob,
+    TanhNetwork,
+    check_sizes,
+    fill,
     initialize,
     normal_log_prob,
     standard_normal_log_prob,
@@ -35,20 +30,27 @@ from iwae_cli.particles import Latents
 
 
 class GaussianChain(GenerativeNetwork):
-    """p(x|h_1) p(h_1|h_2) ... p(h_L): Bernoulli pixels, diagonal Gaussian layers, p(h_L) = N(0, I)."""
+    """p(x|h_1) p(h_1|h_2) ... p(h_L): independent pixels, diagonal Gaussian layers, p(h_L) = N(0, I).
 
-    def __init__(self, latent_sizes: Sequence[int], hidden_sizes: Sequence[Sequence[int]], mean: np.ndarray) -> None:
+    Args:
+        observation: from h_1 to the values that ``likelihood`` wants.
+        likelihood: of the pixels.
+        layers: from every layer to location and log-scale of the one below, nearest to x first.
+        top_size: size of the last layer.
+    """
+
+    def __init__(
+        self, observation: nn.Module, likelihood: Likelihood, layers: Sequence[nn.Module], top_size: int
+    ) -> None:
         super().__init__()
-        self._top_size = latent_sizes[-1]
-        self.observation = BernoulliConditional(latent_sizes[0], hidden_sizes[0][::-1], mean)
-        self.layers = nn.ModuleList(
-            GaussianConditional(above, hidden[::-1], below)
-            for (below, above), hidden in zip(pairwise(latent_sizes), hidden_sizes[1:], strict=True)
-        )
+        self.observation = observation
+        self.likelihood = likelihood
+        self.layers = nn.ModuleList(layers)
+        self._top_size = top_size
 
     def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         """log p(x|h_1), nats."""
-        return bernoulli_log_prob(x, self.observation(latents[0]))
+        return self.likelihood.log_prob(x, self.observation(latents[0]))
 
     def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
         """log p(h_1|h_2) + ... + log p(h_L), nats."""
@@ -64,23 +66,25 @@ class GaussianChain(GenerativeNetwork):
         for level in range(depth - 1, 0, -1):
             loc, log_scale = self.layers[level - 1](latents[0])
             latents.insert(0, loc + log_scale.exp() * noise.normal(level, *loc.shape))
-        probability = self.mean(tuple(latents))
-        return tuple(latents), (noise.uniform(0, *probability.shape) < probability).to(probability.dtype)[0]
+        return tuple(latents), self.likelihood.sample(self.observation(latents[0]), noise)[0]
 
     def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
-        """Probability of every pixel to be 1."""
-        return torch.sigmoid(self.observation(latents[0]))
+        """E[x|h_1], in the units of x."""
+        return self.likelihood.mean(self.observation(latents[0]))
 
 
 class GaussianRecognition(InferenceNetwork):
-    """q(h_1|x) q(h_2|h_1) ...: diagonal Gaussians."""
+    """q(h_1|x) q(h_2|h_1) ...: diagonal Gaussians.
 
-    def __init__(self, pixels: int, latent_sizes: Sequence[int], hidden_sizes: Sequence[Sequence[int]]) -> None:
+    Args:
+        layers: from x, and then from every layer, to location and log-scale of the next.
+        white: the largest value of a pixel; the first network sees x / white.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], white: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            GaussianConditional(below, hidden, above)
-            for (below, above), hidden in zip(pairwise([pixels, *latent_sizes]), hidden_sizes, strict=True)
-        )
+        self.layers = nn.ModuleList(layers)
+        self._white = white
 
     def sample(
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
@@ -88,7 +92,7 @@ class GaussianRecognition(InferenceNetwork):
         """Reparameterized draws (Kingma and Welling 2014, arXiv 1312.6114)."""
         latents: list[Tensor] = []
         log_q = x.new_zeros(())
-        given = x
+        given = x / self._white
         for level, layer in enumerate(self.layers, start=1):
             loc, log_scale = layer(given)
             h = loc + log_scale.exp() * noise.normal(level, k, x.shape[0], loc.shape[-1])
@@ -100,7 +104,7 @@ class GaussianRecognition(InferenceNetwork):
     def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         """log q(h_1|x) + log q(h_2|h_1) + ..., nats."""
         log_q = x.new_zeros(())
-        for layer, given, h in zip(self.layers, (x, *latents), latents, strict=False):
+        for layer, given, h in zip(self.layers, (x / self._white, *latents), latents, strict=False):
             log_q = log_q + normal_log_prob(h, *layer(given))
         return log_q
 
@@ -108,7 +112,7 @@ class GaussianRecognition(InferenceNetwork):
         self, x: Float[Tensor, "batch pixels"], draws: int, noise: Noise
     ) -> tuple[Float[Tensor, "batch _"], ...]:
         """E_q[h_l|x]: exact for the first layer, averaged over ``draws`` of the layer below for the others."""
-        loc, log_scale = self.layers[0](x)
+        loc, log_scale = self.layers[0](x / self._white)
         means = [loc]
         for level, layer in enumerate(self.layers[1:], start=1):
             h = loc + log_scale.exp() * noise.normal(level, draws, x.shape[0], loc.shape[-1])
@@ -124,7 +128,7 @@ class GaussianRecognition(InferenceNetwork):
         """
         if len(self.layers) > 1:
             return super().kl_to_prior(x)
-        loc, log_scale = self.layers[0](x)
+        loc, log_scale = self.layers[0](x / self._white)
         return 0.5 * (loc.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(-1)
 
 
@@ -134,14 +138,15 @@ class GaussianMLP(Architecture):
     Args:
         latent_sizes: size of every stochastic layer, nearest to x first.
         hidden_sizes: sizes of the tanh layers below each stochastic layer, in the direction of q.
+        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
 
     Raises:
-        ValueError: no layer, a size below 1, or lists of different lengths.
+        ValueError: no layer, a size below 1, lists of different lengths, unknown likelihood.
     """
 
-    observation: ClassVar[Observation] = "binary"
-
-    def __init__(self, latent_sizes: list[int], hidden_sizes: list[list[int]]) -> None:
+    def __init__(
+        self, latent_sizes: list[int], hidden_sizes: list[list[int]], likelihood: LikelihoodName = "bernoulli"
+    ) -> None:
         check_sizes("latent_sizes", latent_sizes)
         for hidden in hidden_sizes:
             check_sizes("hidden_sizes", hidden)
@@ -150,28 +155,38 @@ class GaussianMLP(Architecture):
                 "hidden_sizes must hold one list per stochastic layer: "
                 f"latent_sizes has {len(latent_sizes)}, got {len(hidden_sizes)}"
             )
+        self.observation = likelihood_observation(likelihood)
         self.latent_sizes = latent_sizes
         self.hidden_sizes = hidden_sizes
+        self.likelihood: LikelihoodName = likelihood
 
     @property
     def layers(self) -> int:
         """Number of stochastic layers."""
         return len(self.latent_sizes)
 
-    def build(self, image_shape: tuple[int, ...], mean: np.ndarray, generator: torch.Generator) -> LatentVariableModel:
-        """See the base class."""
+    def build(
+        self,
+        image_shape: tuple[int, ...],
+        mean: np.ndarray,
+        generator: torch.Generator,
+        levels: int | None = None,
+    ) -> LatentVariableModel:
+        """See the base class; the output bias starts where the likelihood says."""
+        pixels, sizes = math.prod(image_shape), self.latent_sizes
+        likelihood = make_likelihood(self.likelihood, mean, levels)
+        head = TanhNetwork(sizes[0], self.hidden_sizes[0][::-1], likelihood.per_pixel * pixels)
+        downwards = [
+            GaussianConditional(above, hidden[::-1], below)
+            for (below, above), hidden in zip(pairwise(sizes), self.hidden_sizes[1:], strict=True)
+        ]
+        upwards = [
+            GaussianConditional(below, hidden, above)
+            for (below, above), hidden in zip(pairwise([pixels, *sizes]), self.hidden_sizes, strict=True)
+        ]
         model = LatentVariableModel(
-            GaussianChain(self.latent_sizes, self.hidden_sizes, mean),
-            GaussianRecognition(math.prod(image_shape), self.latent_sizes, self.hidden_sizes),
+            GaussianChain(head, likelihood, downwards, sizes[-1]), GaussianRecognition(upwards, likelihood.white)
         )
         initialize(model, generator)
+        fill(head.head.bias, likelihood.initial_bias())
         return model
-
-
-def check_sizes(name: str, sizes: Sequence[int]) -> None:
-    """Raise ValueError unless ``sizes`` holds at least one positive integer."""
-    if not sizes:
-        raise ValueError(f"{name} must name at least one layer, got []")
-    for size in sizes:
-        if size < 1:
-            raise ValueError(f"{name} must hold sizes >= 1, got {size}")

@@ -1,4 +1,4 @@
-"""Parts that models are built from: tanh networks, diagonal Gaussian conditionals, Bernoulli observations."""
+"""Parts that models are built from: log-densities, tanh networks, diagonal Gaussian conditionals, initial weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,10 +28,8 @@ def standard_normal_log_prob(h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
     return -0.5 * h.square().sum(-1) - h.shape[-1] * HALF_LOG_2PI
 
 
-def bernoulli_log_prob(
-    x: Float[Tensor, "batch pixels"], logits: Float[Tensor, "k batch pixels"]
-) -> Float[Tensor, "k batch"]:
-    """log p(x) of independent Bernoulli pixels with the given logits, summed over pixels, nats."""
+def bernoulli_log_prob(x: Float[Tensor, "*#n d"], logits: Float[Tensor, "*#n d"]) -> Float[Tensor, "*_"]:
+    """log p(x) of independent Bernoulli variables with the given logits, summed over the last axis, nats."""
     return (x * logits - F.softplus(logits)).sum(-1)
 
 
@@ -64,38 +62,45 @@ class GaussianConditional(nn.Module):
         return self.loc(features), self.log_scale(features)
 
 
-class BernoulliConditional(nn.Module):
-    """Independent Bernoulli pixels whose logits are a head on a tanh network.
+class TanhNetwork(nn.Module):
+    """A linear head on a tanh network; linear altogether if ``hidden`` is empty.
 
     Args:
         inputs: size of what is conditioned on.
         hidden: sizes of the tanh layers.
-        mean: training mean of every pixel in [0, 1]; the output bias starts at its logit.
+        outputs: size of the head.
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], mean: np.ndarray) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
-        self.body = tanh_network([inputs, *hidden])
-        self.logits = nn.Linear(hidden[-1], mean.size)
-        self._mean = mean
+        sizes = [inputs, *hidden]
+        self.body = tanh_network(sizes)
+        self.head = nn.Linear(sizes[-1], outputs)
 
-    def reset_output_bias(self) -> None:
-        """Output bias = logit(clip(mean, .001, .999)), as in the paper."""
-        clipped = np.clip(self._mean, 0.001, 0.999)
-        with torch.no_grad():
-            self.logits.bias.copy_(torch.from_numpy(np.log(clipped / (1 - clipped))))
-
-    def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n pixels"]:
-        """Logits."""
-        return self.logits(self.body(given))
+    def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """The head's values."""
+        return self.head(self.body(given))
 
 
 def initialize(module: nn.Module, generator: torch.Generator) -> None:
     """Glorot-uniform weights (Glorot and Bengio 2010) drawn in the order of the modules, zero biases."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(part.weight, generator=generator)
-            nn.init.zeros_(part.bias)
-    for part in module.modules():
-        if isinstance(part, BernoulliConditional):
-            part.reset_output_bias()
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def fill(parameter: nn.Parameter, values: Shaped[np.ndarray, " n"]) -> None:
+    """Set a parameter."""
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(values))
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless ``sizes`` holds at least one positive integer."""
+    if not sizes:
+        raise ValueError(f"{name} must name at least one layer, got []")
+    for size in sizes:
+        if size < 1:
+            raise ValueError(f"{name} must hold sizes >= 1, got {size}")
