@@ -1,0 +1,395 @@
+"""What every model must do: score what it draws, keep theta and phi apart, begin where it says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from torch import Tensor, nn
+
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.categorical import Categorical
+from iwae_cli.models.conv import GaussianConvolutional
+from iwae_cli.models.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.particles import Model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Case:
+    architecture: Architecture
+    image_shape: tuple[int, ...]
+    latent_sizes: list[int]
+    levels: int | None = None
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.image_shape)
+
+    def mean(self) -> np.ndarray:
+        """Of the training split, in the units of x."""
+        white = self.levels - 1 if self.architecture.observation == "grey" and self.levels else 1
+        return white * np.linspace(0.1, 0.8, self.pixels)
+
+    def build(self, seed: int = 0, spread: float = 0.3) -> LatentVariableModel:
+        """In float64, and away from the initial weights, whose zeros would hide faults."""
+        generator = torch.Generator().manual_seed(seed)
+        model = self.architecture.build(self.image_shape, self.mean(), generator, self.levels).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += spread * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        return model
+
+    def x(self, batch: int, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        match self.architecture.observation:
+            case "binary":
+                return torch.randint(2, (batch, self.pixels), generator=generator).double()
+            case "grey":
+                assert self.levels
+                return torch.randint(self.levels, (batch, self.pixels), generator=generator).double()
+        return torch.randn(batch, self.pixels, generator=generator, dtype=torch.float64)
+
+
+CASES = {
+    "one layer": Case(GaussianMLP([3], [[7, 5]]), (3, 2), [3]),
+    "two layers": Case(GaussianMLP([4, 2], [[7], [6, 5]]), (3, 2), [4, 2]),
+    "three layers": Case(GaussianMLP([4, 3, 2], [[7], [6], [5]]), (3, 2), [4, 3, 2]),
+    "grey": Case(GaussianMLP([4, 2], [[7], [6]], likelihood="discretized_logistic"), (2, 2), [4, 2], levels=5),
+    "linear gaussian": Case(LinearGaussianModel([3]), (5,), [3]),
+    "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
+    "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
+    "conv grey": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (4, 4), [3], levels=17),
+    "discrete": Case(SigmoidBeliefNetwork([4]), (3, 2), [4]),
+    "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
+    "categorical": Case(Categorical(4), (3, 2), [4]),
+}
+DISCRETE = {"discrete", "discrete, three layers", "categorical"}
+every_model = pytest.mark.parametrize("name", list(CASES))
+
+
+def noise(seed: int = 0) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
+
+
+def test_every_file_of_models_is_among_the_cases() -> None:
+    modules = {type(case.architecture).__module__.rpartition(".")[2] for case in CASES.values()}
+    files = {path.stem for path in (ROOT / "iwae_cli" / "models").glob("*.py")}
+    assert files - modules == {"__init__", "base", "networks", "likelihoods"}
+
+
+@every_model
+def test_shapes_and_structure(name: str) -> None:
+    case, model = CASES[name], CASES[name].build()
+    assert isinstance(model, Model)
+    assert case.architecture.layers == len(case.latent_sizes)
+    assert case.architecture.discrete == (name in DISCRETE) != model.inference.reparameterized
+    particles = model.draw(case.x(4), 6, noise())
+    assert [tuple(h.shape) for h in particles.latents] == [(6, 4, d) for d in case.latent_sizes]
+    assert particles.log_p.shape == particles.log_q.shape == particles.log_w.shape == (6, 4)
+    assert particles.log_w.isfinite().all()
+    latents, x = model.generative.sample(9, noise())
+    assert [tuple(h.shape) for h in latents] == [(1, 9, d) for d in case.latent_sizes]
+    assert x.shape == (9, case.pixels)
+    assert model.generative.mean(latents).shape == (1, 9, case.pixels)
+
+
+@every_model
+def test_log_q_of_a_draw_is_its_density(name: str) -> None:
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(4)
+    particles = model.draw(x, 6, noise())
+    torch.testing.assert_close(model.inference(x, particles.latents), particles.log_q, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(particles.rescore(), particles.log_q, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(particles.log_w_frozen, particles.log_w, rtol=1e-11, atol=1e-11)
+    log_p = model.generative.log_likelihood(x, particles.latents) + model.generative.log_prior(particles.latents)
+    torch.testing.assert_close(particles.log_p, log_p)
+    torch.testing.assert_close(model(x, 6, noise()), particles.log_w)
+
+
+@every_model
+def test_every_sample_is_scored_by_itself(name: str) -> None:
+    """No axis is mixed up with another: one sample of one image scores the same alone."""
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(3)
+    particles = model.draw(x, 5, noise())
+    for i in range(5):
+        for j in range(3):
+            alone = tuple(h[i : i + 1, j : j + 1] for h in particles.latents)
+            for network, scores in ((model.generative, particles.log_p), (model.inference, particles.log_q)):
+                assert network(x[j : j + 1], alone).item() == pytest.approx(scores[i, j].item(), rel=1e-10)
+
+
+def mean_and_error(gradients: list[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """z-scores of the mean of every parameter's gradient over independent batches."""
+    for name in gradients[0]:
+        values = torch.stack([g[name] for g in gradients])
+        error = values.std(0) / math.sqrt(len(gradients))
+        moving = error > 0
+        yield name, (values.mean(0)[moving] / error[moving])
+
+
+def scores(network: nn.Module, evaluate: Callable[[int], Tensor], batches: int = 60) -> dict[str, Tensor]:
+    gradients = []
+    for seed in range(batches):
+        parameters = dict(network.named_parameters())
+        found = torch.autograd.grad(evaluate(seed).mean(), list(parameters.values()), allow_unused=True)
+        gradients.append({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
+    return dict(mean_and_error(gradients))
+
+
+@every_model
+def test_p_draws_what_it_scores(name: str) -> None:
+    """E[d/dtheta log p(x, h)] = 0 over draws of p itself, for every parameter; and not over draws of another p."""
+    case = CASES[name]
+    model, other = case.build(), case.build(seed=5)
+
+    def score(sampler: LatentVariableModel) -> dict[str, Tensor]:
+        def evaluate(seed: int) -> Tensor:
+            with torch.no_grad():
+                latents, x = sampler.generative.sample(200, noise(seed))
+            return model.generative(x, latents)
+
+        return scores(model.generative, evaluate)
+
+    z = score(model)
+    assert set(z) == {n for n, _ in model.generative.named_parameters()}
+    # Of some 200 numbers about normal with 59 degrees of freedom none is this far out.
+    assert max(v.abs().max().item() for v in z.values() if v.numel()) < 5.5
+    assert max(v.abs().max().item() for v in score(other).values() if v.numel()) > 10
+
+
+@every_model
+def test_q_draws_what_it_scores(name: str) -> None:
+    """E[d/dphi log q(h|x)] = 0 over draws of q itself, h held fixed."""
+    case = CASES[name]
+    model, other = case.build(), case.build(seed=5)
+    x = case.x(5)
+
+    def score(sampler: LatentVariableModel) -> dict[str, Tensor]:
+        def evaluate(seed: int) -> Tensor:
+            with torch.no_grad():
+                latents, _ = sampler.inference.sample(x, 40, noise(seed))
+            return model.inference(x, latents)
+
+        return scores(model.inference, evaluate)
+
+    z = score(model)
+    assert max(v.abs().max().item() for v in z.values() if v.numel()) < 5.5
+    assert max(v.abs().max().item() for v in score(other).values() if v.numel()) > 10
+
+
+@every_model
+def test_every_parameter_gets_a_gradient_and_no_network_gets_the_others(name: str) -> None:
+    case, model = CASES[name], CASES[name].build()
+    theta, phi = dict(model.generative.named_parameters()), dict(model.inference.named_parameters())
+    assert not {id(p) for p in theta.values()} & {id(p) for p in phi.values()}
+    assert len(theta) + len(phi) == len(dict(model.named_parameters()))
+    particles = model.draw(case.x(8), 6, noise())
+
+    def reached(value: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
+        gradients = torch.autograd.grad(
+            value.sum(), list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return {n for n, g in zip(parameters, gradients, strict=True) if g.count_nonzero()}
+
+    assert reached(particles.log_p, theta) == set(theta)
+    detached = tuple(h.detach() for h in particles.latents)
+    assert reached(model.inference(case.x(8), detached), phi) == set(phi)
+    assert reached(model.generative(case.x(8), detached), phi) == set()
+    if not particles.reparameterized:
+        # Nothing but the score: detached latents, so that log p and the frozen log q know nothing of phi.
+        assert not any(h.requires_grad for h in particles.latents)
+        assert reached(particles.log_p, phi) == set()
+        assert reached(particles.log_q, phi) == set(phi)
+        return
+    assert reached(particles.log_p, phi) == set(phi)
+    # Frozen weights: what is left goes through the latents, to every parameter that moves them.
+    assert reached(particles.log_w_frozen, phi) == set(phi)
+
+
+@every_model
+def test_freezing_keeps_the_path_and_drops_the_score(name: str) -> None:
+    """d/dphi log q (total) = path + score, each from autograd of another graph; summed over the samples."""
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(2)
+    phi = list(model.inference.parameters())
+
+    def gradient(value: Tensor) -> list[Tensor]:
+        if not value.requires_grad:
+            return [torch.zeros_like(p) for p in phi]
+        return list(torch.autograd.grad(value.sum(), phi, materialize_grads=True, allow_unused=True))
+
+    particles = model.draw(x, 3, noise())
+    detached = tuple(h.detach() for h in particles.latents)
+    path = gradient(particles.rescore())
+    total = gradient(model.draw(x, 3, noise()).log_q)
+    score = gradient(model.inference(x, detached))
+    for t, p, s in zip(total, path, score, strict=True):
+        torch.testing.assert_close(t, p + s, rtol=1e-9, atol=1e-9)
+    if name in DISCRETE:
+        assert all(p.count_nonzero() == 0 for p in path)
+
+
+def test_sharing_a_parameter_is_refused() -> None:
+    model = CASES["one layer"].build()
+    model.inference.layers[0].loc.weight = model.generative.observation.body[0].weight
+    with pytest.raises(ValueError, match=r"^the generative and the inference network must not share parameters$"):
+        LatentVariableModel(model.generative, model.inference)
+
+
+@every_model
+def test_initial_weights_are_glorot_and_reproducible(name: str) -> None:
+    case = CASES[name]
+
+    def build(seed: int) -> LatentVariableModel:
+        generator = torch.Generator().manual_seed(seed)
+        return case.architecture.build(case.image_shape, case.mean(), generator, case.levels)
+
+    first, again, other = build(0), build(0), build(1)
+    assert {p.dtype for p in first.parameters()} == {torch.float32}
+    for (key, p), q in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), key
+    weights = [m.weight for m in first.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    assert weights
+    for weight in weights:
+        receptive = weight[0, 0].numel()
+        bound = math.sqrt(6 / ((weight.shape[0] + weight.shape[1]) * receptive))
+        assert weight.abs().max() <= bound
+        if weight.numel() > 30:
+            # Uniform on (-bound, bound): the sd is bound / sqrt 3, the largest is close to the bound.
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.3)
+            assert weight.abs().max() > 0.8 * bound
+    # No two layers of equal shape begin identical (the authors' code seeds them alike).
+    drawn = [w.detach().numpy().tobytes() for w in weights if w.numel() > 1]
+    assert len(set(drawn)) == len(drawn)
+    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
+    biases = [m.bias for m in first.inference.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert all(bias is not None and bias.count_nonzero() == 0 for bias in biases)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.architecture.observation == "binary"])
+def test_pixels_begin_at_the_training_mean(name: str) -> None:
+    """With all weights zero the model knows nothing but the output bias, logit(clip(mean, .001, .999))."""
+    case = CASES[name]
+    mean = np.linspace(0, 1, case.pixels)
+    model = case.architecture.build(case.image_shape, mean, torch.Generator().manual_seed(0)).double()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.zeros_(module.weight)
+    latents, _ = model.generative.sample(2, noise())
+    expected = np.broadcast_to(np.clip(mean, 0.001, 0.999), (1, 2, case.pixels))
+    np.testing.assert_allclose(model.generative.mean(latents).detach().numpy(), expected, rtol=1e-5)
+
+
+@every_model
+def test_posterior_means(name: str) -> None:
+    """Against the plain average of draws of q; None where active units are not defined."""
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(5)
+    with torch.no_grad():
+        means = model.inference.posterior_means(x, 4000, noise())
+        if name in DISCRETE:
+            assert means is None
+            return
+        assert means is not None
+        latents, _ = model.inference.sample(x, 20_000, noise(1))
+    assert [tuple(m.shape) for m in means] == [(5, d) for d in case.latent_sizes]
+    for mean, h in zip(means, latents, strict=True):
+        # The error of both averages: the draws' own sd bounds that of their means.
+        error = h.std(0) * math.sqrt(1 / 4000 + 1 / 20_000)
+        assert ((mean - h.mean(0)).abs() < 4.5 * error).all()
+        assert mean.std(0).min() > 0
+
+
+@every_model
+def test_closed_form_kl(name: str) -> None:
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(3)
+    with torch.no_grad():
+        if name in DISCRETE or len(case.latent_sizes) > 1:
+            with pytest.raises(TypeError, match="has no closed-form KL to the prior"):
+                model.inference.kl_to_prior(x)
+            return
+        latents, log_q = model.inference.sample(x, 40_000, noise())
+        differences = log_q - model.generative.log_prior(latents)
+        error = differences.std(0) / math.sqrt(40_000)
+        assert ((model.inference.kl_to_prior(x) - differences.mean(0)).abs() < 4 * error).all()
+
+
+@every_model
+def test_float32_is_close_to_float64_on_the_same_noise(name: str) -> None:
+    case, model = CASES[name], CASES[name].build()
+    x = case.x(4)
+    with torch.no_grad():
+        double = model(x, 64, KeyedNoise(0, "t", range(4), dtype=torch.float64)).double()
+        single = model.float()(x.float(), 64, KeyedNoise(0, "t", range(4))).double()
+    # A discrete unit may flip where a probability and its uniform number nearly agree.
+    close = torch.isclose(single, double, rtol=1e-4, atol=1e-3)
+    assert close.double().mean() > (0.98 if name in DISCRETE else 0.9999)
+
+
+@pytest.mark.parametrize("name", sorted(DISCRETE))  # linear-Gaussian ones need a q that is not drawn at random
+def test_the_estimate_agrees_with_the_exact_value(name: str) -> None:
+    """-L_k by the evaluation itself, on its own draws, within its own errors of the exact log p(x)."""
+    case, model = CASES[name], CASES[name].build()
+    with torch.no_grad():
+        _, x = model.generative.sample(40, noise(3))
+    split = Split("test", x, "")
+    summary, reasons = summarize(log_likelihood(model.eval(), split, k=5000, seed=0, rows=4000, workers=1), case.pixels)
+    assert reasons == {}
+    assert summary["exact_nll"] is not None
+    assert summary["stderr_mc"] > 0
+    assert abs(summary["nll"] - summary["exact_nll"]) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+    # Not because the errors are large.
+    assert summary["stderr_mc"] < 0.05
+    assert list(summary["bounds"].values()) == sorted(summary["bounds"].values())
+    assert -summary["bounds"]["1"] - summary["exact_nll"] > 5 * summary["stderr_mc"]
+
+
+def test_which_models_know_log_px_exactly() -> None:
+    exact = {n for n, c in CASES.items() if c.build().generative.exact_log_px(c.x(1)) is not None}
+    assert exact == {"linear gaussian", "linear gaussian chain"} | DISCRETE
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussianMLP([], []), "latent_sizes must name at least one layer, got []"),
+        (lambda: GaussianMLP([0], [[5]]), "latent_sizes must hold sizes >= 1, got 0"),
+        (lambda: GaussianMLP([5], [[5, -1]]), "hidden_sizes must hold sizes >= 1, got -1"),
+        (lambda: GaussianMLP([5], [[]]), "hidden_sizes must name at least one layer, got []"),
+        (lambda: GaussianMLP([5, 2], [[5]]), "hidden_sizes must hold one list per stochastic layer"),
+        (lambda: GaussianMLP([5], [[5]], "gauss"), "likelihood must be one of bernoulli, discretized_logistic, got"),
+        (lambda: LinearGaussianModel([]), "latent_sizes must name at least one layer, got []"),
+        (lambda: LinearGaussianModel([2, 0]), "latent_sizes must hold sizes >= 1, got 0"),
+        (lambda: SigmoidBeliefNetwork([]), "latent_sizes must name at least one layer, got []"),
+        (lambda: SigmoidBeliefNetwork([-3]), "latent_sizes must hold sizes >= 1, got -3"),
+        (lambda: Categorical(1), "categories must be >= 2, got 1"),
+        (lambda: GaussianConvolutional(0, [2, 3], 5), "latent_size must be >= 1, got 0"),
+        (lambda: GaussianConvolutional(5, [2, 0], 5), "channels must hold sizes >= 1, got 0"),
+        (lambda: GaussianConvolutional(5, [2], 5), "channels must hold two sizes, got 1"),
+        (lambda: GaussianConvolutional(5, [2, 3], 0), "hidden_size must be >= 1, got 0"),
+        (lambda: GaussianConvolutional(5, [2, 3], 5, "gauss"), "likelihood must be one of bernoulli,"),
+    ],
+)
+def test_wrong_arguments_are_named(make: Callable[[], Architecture], message: str) -> None:
+    # The checker of types that tests run under may be there before the constructor.
+    with pytest.raises((ValueError, TypeCheckError)) as error:
+        make()
+    if isinstance(error.value, ValueError):
+        assert str(error.value).startswith(message)
+    else:
+        assert message.startswith("likelihood")
