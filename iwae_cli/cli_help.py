@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -16,13 +17,14 @@ def conf_folder() -> Path:
 
 
 def choices(folders: list[Path]) -> dict[str, list[str]]:
-    """Group -> its choices, from the yaml files of config folders."""
+    """Group -> its choices, from the yaml files of config folders; a choice may lie deeper (``burda/swap_vae_to_iwae``)."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.rglob("*.yaml"):
-            group = path.parent.relative_to(folder).as_posix()
-            if group != ".":
-                found.setdefault(group, set()).add(path.stem)
+            parts = path.relative_to(folder).with_suffix("").parts
+            depth = 2 if parts[0] == "hydra" else 1
+            if len(parts) > depth:
+                found.setdefault("/".join(parts[:depth]), set()).add("/".join(parts[depth:]))
     return {group: sorted(names) for group, names in sorted(found.items())}
 
 
@@ -35,7 +37,9 @@ def train_help() -> str:
     for default in config["defaults"]:
         group, chosen = next(iter(default.items())) if isinstance(default, dict) else (default, None)
         if group in found:
-            names = [f"[{name}]" if name == chosen else name for name in found[group]]
+            names = [f"[{name}]" if name == chosen else name for name in found[group] if "/" not in name]
+            inside = Counter(name.partition("/")[0] for name in found[group] if "/" in name)
+            names += [f"{folder}/... ({n})" for folder, n in inside.items()]
             lines.append(textwrap.fill(f"{group}=", 12).ljust(14) + " ".join(names))
     groups = textwrap.indent("\n".join(lines), "  ")
     return f"""\
