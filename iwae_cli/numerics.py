@@ -34,6 +34,25 @@ def normalized_weights(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k *ba
     return torch.softmax(safe, dim=0)
 
 
+def log_mean_exp_of_others(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k *batch"]:
+    """log (1/(k-1) sum_{j != i} exp(log_w_j)) for every i, stable for any offset, in memory that grows with k alone.
+
+    The sum of all minus w_i loses nothing but for the largest weight, whose others are summed anew.
+
+    Raises:
+        ValueError: k < 2.
+    """
+    k = log_w.shape[0]
+    if k < 2:
+        raise ValueError(f"log_w must hold at least 2 samples, got {k}")
+    largest = log_w.argmax(0, keepdim=True)
+    share = normalized_weights(log_w).scatter(0, largest, 0)
+    without = log_mean_exp(log_w) + torch.log1p(-share)
+    without_largest = log_mean_exp(log_w.scatter(0, largest, -math.inf))
+    others = without.scatter(0, largest, without_largest[None])
+    return others + math.log(k / (k - 1))
+
+
 def effective_sample_size(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
     """1 / sum_i w~_i^2, between 1 and k (Kong 1992)."""
     return 1 / normalized_weights(log_w).square().sum(0)
