@@ -137,12 +137,17 @@ class BoundObjective(Objective, ABC):
 
     def check(self, architecture: Architecture) -> str | None:
         """Discrete latents are refused: the score of q would be dropped silently."""
-        if architecture.discrete:
-            return (
-                f"{type(self).__name__} with gradient={self.gradient} differentiates through the latents and cannot "
-                "train discrete ones; use objective=vimco, objective=rws or objective=tvo objective.gradient=covariance"
-            )
+        return refuse_discrete(self, architecture)
+
+
+def refuse_discrete(objective: Objective, architecture: Architecture) -> str | None:
+    """The message of an objective that differentiates through the latents, for a model of discrete ones."""
+    if not architecture.discrete:
         return None
+    return (
+        f"{type(objective).__name__} differentiates through the latents and cannot train discrete ones; "
+        "use objective=vimco, objective=rws, or objective=tvo with objective.gradient=covariance"
+    )
 
 
 def weighted_sum(

@@ -1,0 +1,60 @@
+"""The mean of several importance weighted bounds."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.objectives.base import BoundObjective, Gradient
+
+
+class MIWAE(BoundObjective):
+    """1/m sum_j L_k^(j): the mean over m groups of k draws each (Rainforth et al. 2018, arXiv 1802.04537).
+
+    The draws are grouped in their order: the first k make the first group. Special cases: m = 1 is IWAE-k, k = 1 the
+    ELBO averaged over m draws. Not to be confused with IWAE-(m k), which has one logarithm over all draws, or with
+    the MIWAE of Mattei and Frellsen 2019 (arXiv 1812.02633), which is about missing data.
+
+    With w~ the softmax inside each group: a = w~/m, b = w~^2/m.
+
+    Args:
+        m: groups.
+        k: draws inside each logarithm.
+        gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
+
+    Raises:
+        ValueError: m < 1, k < 1 or unknown gradient.
+    """
+
+    def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
+        super().__init__(gradient)
+        if m < 1:
+            raise ValueError(f"m must be >= 1, got {m}")
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        self.m = m
+        self.k = k
+
+    @property
+    def num_samples(self) -> int:
+        """m k."""
+        return self.m * self.k
+
+    def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
+        """Mean over the groups of log 1/k sum_i w_i."""
+        return log_mean_exp(self._groups(log_w)).mean(0)
+
+    def weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
+        """a = w~/m."""
+        return self._shares(log_w) / self.m
+
+    def doubly_weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
+        """b = w~^2/m."""
+        return self._shares(log_w).square() / self.m
+
+    def _groups(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "k m batch"]:
+        return log_w.unflatten(0, (self.m, self.k)).transpose(0, 1)
+
+    def _shares(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
+        return normalized_weights(self._groups(log_w)).transpose(0, 1).flatten(0, 1)

@@ -1,0 +1,59 @@
+"""One bound for the generative network, another for the inference network."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.noise import Noise
+from iwae_cli.objectives.base import Gradient, Losses, Objective, refuse_discrete
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.particles import Architecture, Model, Particles
+
+
+class PIWAE(Objective):
+    """Theta maximizes IWAE-(m k), phi maximizes MIWAE(m, k), from the same draws (Rainforth et al. 2018, 1802.04537).
+
+    The generative network gets the tightest bound that the draws give, the inference network one whose gradient has
+    more signal. The bound that is reported is IWAE-(m k). Special cases: m = 1 is IWAE-k for both; k = 1 trains q by
+    the ELBO. Not to be confused with MIWAE(m, k), where both networks maximize the mean of the small bounds.
+
+    Args:
+        m: groups.
+        k: draws inside each logarithm that phi sees.
+        gradient: estimator for phi: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
+
+    Raises:
+        ValueError: m < 1, k < 1 or unknown gradient.
+    """
+
+    def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
+        self.inference = MIWAE(m, k, gradient)
+        self.generative = IWAE(m * k)
+
+    @property
+    def num_samples(self) -> int:
+        """m k."""
+        return self.inference.num_samples
+
+    def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
+        """log 1/(m k) sum_i w_i."""
+        return self.generative.bound(log_w)
+
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
+        """The generative loss of IWAE-(m k) and the inference loss of MIWAE(m, k)."""
+        generative = self.generative.losses(model, x, particles, noise)
+        inference = self.inference.losses(model, x, particles, noise)
+        return Losses(generative.generative, inference.inference, generative.bound)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Those of its parts."""
+        return self.generative.caveats + self.inference.caveats
+
+    def check(self, architecture: Architecture) -> str | None:
+        """Discrete latents are refused: the score of q would be dropped silently."""
+        return refuse_discrete(self, architecture)
