@@ -1,0 +1,150 @@
+"""The thermodynamic variational objective."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.noise import Noise
+from iwae_cli.numerics import normalized_weights
+from iwae_cli.objectives.base import BoundObjective, Losses, score_term, weighted_sum
+from iwae_cli.particles import Architecture, Model, Particles
+
+
+class TVO(BoundObjective):
+    """A left Riemann sum of thermodynamic integration (Masrani, Le, Wood 2019, arXiv 1907.00031).
+
+    log p(x) = int_0^1 E_{pi_beta}[log w] dbeta with pi_beta ~ q^(1-beta) p^beta; the integrand does not fall, so that
+    the left sum over 0 = beta_0 < ... < beta_J = 1 is a lower bound. Each expectation is taken over the k draws of q
+    with weights v_j = softmax(beta_j log w): f_j = sum_i v_ji log w_i, and the bound is sum_j d_j f_j with
+    d_j = beta_{j+1} - beta_j. For the same draws ELBO <= TVO <= IWAE-k, with equality on the left for one partition
+    and on the right in the limit of many.
+
+    Not to be confused with the right sum, an upper bound, or with VR, which takes powers of the weights and
+    one logarithm.
+
+    With u_j = 1 + beta_j (log w - f_j): a = sum_j d_j v_j u_j, b = a - sum_j d_j beta_j v_j [1 + (1 - 2 v_j) u_j].
+    ``gradient=covariance`` is the paper's estimator, for discrete and for continuous latents: for phi
+    sum_j d_j Cov_{v_j}(log w, dlog q) - sum_i a_i dlog q_i, with Bessel's k/(k-1) before the covariance, so that one
+    partition is REINFORCE with the mean of the other draws as baseline, unbiased. With more partitions it is
+    biased at finite k, as self-normalized weights are.
+
+    Args:
+        k: draws of q per observation.
+        partitions: number of intervals J.
+        schedule: ``log``: beta_1 to 1 equally spaced in the logarithm; ``linear``: 0 to 1 equally spaced.
+        beta_1: first point after 0 of the ``log`` schedule; no other uses it.
+        gradient: ``total``, ``stl`` (biased unless partitions = 1), ``dreg``, or ``covariance``.
+
+    Raises:
+        ValueError: k < 1 (k < 2 for covariance), partitions < 1, beta_1 outside (0, 1), unknown schedule or gradient.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        partitions: int = 5,
+        schedule: Literal["log", "linear"] = "log",
+        beta_1: float = 0.025,
+        gradient: Literal["total", "stl", "dreg", "covariance"] = "total",
+    ) -> None:
+        super().__init__(gradient, ("total", "stl", "dreg", "covariance"))
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        if gradient == "covariance" and k < 2:
+            raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
+        if partitions < 1:
+            raise ValueError(f"partitions must be >= 1, got {partitions}")
+        if not 0 < beta_1 < 1:
+            raise ValueError(f"beta_1 must be between 0 and 1, both excluded, got {beta_1}")
+        if schedule not in ("log", "linear"):
+            raise ValueError(f"schedule must be log or linear, got {schedule}")
+        self.k = k
+        if schedule == "linear" or partitions == 1:
+            points = [j / partitions for j in range(partitions + 1)]
+        else:
+            points = [0.0, *(beta_1 ** ((partitions - j) / (partitions - 1)) for j in range(1, partitions + 1))]
+        self.betas = points[:-1]
+        """Left end of every interval."""
+        self.widths = [right - left for left, right in pairwise(points)]
+
+    @property
+    def num_samples(self) -> int:
+        """k."""
+        return self.k
+
+    def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+        """sum_j d_j sum_i v_ji log w_i."""
+        bound = torch.zeros_like(log_w[0])
+        for beta, width in zip(self.betas, self.widths, strict=True):
+            bound = bound + width * _expectation(_tilted(beta, log_w), log_w)
+        return bound
+
+    def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """a = sum_j d_j v_j u_j."""
+        a = torch.zeros_like(log_w)
+        for beta, width in zip(self.betas, self.widths, strict=True):
+            v = _tilted(beta, log_w)
+            a += width * v * (1 + beta * _centred(v, log_w))
+        return a
+
+    def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+        """b = a - sum_j d_j beta_j v_j [1 + (1 - 2 v_j) u_j]."""
+        b = torch.zeros_like(log_w)
+        for beta, width in zip(self.betas, self.widths, strict=True):
+            v = _tilted(beta, log_w)
+            u = 1 + beta * _centred(v, log_w)
+            b += width * v * (u - beta * (1 + (1 - 2 * v) * u))
+        return b
+
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
+        """As every bound, or with the covariance form for phi."""
+        if self.gradient != "covariance":
+            return super().losses(model, x, particles, noise)
+        log_w = particles.log_w.detach()
+        a = self.weights(log_w)
+        covariance = torch.zeros_like(log_w)
+        for beta, width in zip(self.betas, self.widths, strict=True):
+            v = _tilted(beta, log_w)
+            covariance += width * v * _centred(v, log_w)
+        score = self.k / (self.k - 1) * covariance - a
+        return Losses(
+            generative=-weighted_sum(a, particles.log_p).mean(),
+            inference=-weighted_sum(score, score_term(model, x, particles)).mean(),
+            bound=self.bound(log_w),
+        )
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """The covariance form is biased as soon as weights are self-normalized."""
+        caveats = super().caveats
+        if self.gradient == "covariance" and len(self.betas) > 1:
+            caveats += ("objective.gradient=covariance is biased at finite k for more than one partition",)
+        return caveats
+
+    def check(self, architecture: Architecture) -> str | None:
+        """Discrete latents need the covariance form."""
+        return None if self.gradient == "covariance" else super().check(architecture)
+
+
+def _tilted(beta: float, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+    """v = softmax(beta log w); beta = 0 weighs every draw alike, a weight of zero too: 0 * (-inf) is not computed."""
+    return torch.full_like(log_w, 1 / log_w.shape[0]) if beta == 0 else normalized_weights(beta * log_w)
+
+
+def _expectation(v: Float[Tensor, "k batch"], log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+    """f = sum_i v_i log w_i."""
+    # Before the product, not after it: the derivative for v would be 0 * (-inf).
+    return (v * torch.where(v == 0, 0, log_w)).sum(0)
+
+
+def _centred(v: Float[Tensor, "k batch"], log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
+    """log w - f; 0 where a draw has no weight, or where f is -inf and says nothing of it."""
+    f = _expectation(v, log_w)
+    return torch.where((v == 0) | (f == -torch.inf), 0, log_w - f)
