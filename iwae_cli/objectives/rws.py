@@ -1,0 +1,76 @@
+"""Reweighted wake-sleep."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iwae_cli.noise import Noise
+from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.objectives.base import Losses, Objective, score_term, weighted_sum
+from iwae_cli.particles import Model, Particles
+
+
+class RWS(Objective):
+    """Theta maximizes IWAE-k, phi the likelihood of q (Bornschein and Bengio 2015, arXiv 1406.2751).
+
+    - wake-theta: sum_i w~_i dlog p(x, h_i), the gradient of IWAE-k.
+    - ``phi=wake``: sum_i w~_i dlog q(h_i|x) with h held fixed: towards the smallest KL(p(h|x) || q(h|x)), with
+      self-normalized weights, so biased at finite k and right in the limit.
+    - ``phi=sleep``: dlog q(h|x) on (x, h) ~ p(x, h), one such pair for each observation of the batch, theta held fixed;
+      unbiased, but on the model's own images.
+    - ``phi=both``: the mean of the two.
+
+    Right for discrete and continuous latents: nothing is differentiated through h. Special case: k = 1 with
+    ``phi=sleep`` is the wake-sleep algorithm (Hinton, Dayan, Frey, Neal 1995); with ``phi=wake`` k = 1 would teach
+    nothing, because a single weight is 1 whatever the draw. Not to be confused with IWAE or VIMCO, whose phi
+    maximizes the bound that is reported here for theta alone. Le et al. 2019 (arXiv 1805.10469) compare them.
+
+    Args:
+        k: draws of q per observation.
+        phi: ``wake``, ``sleep`` or ``both``.
+
+    Raises:
+        ValueError: k < 1, k < 2 unless phi=sleep, or unknown phi.
+    """
+
+    def __init__(self, k: int, phi: Literal["wake", "sleep", "both"] = "wake") -> None:
+        if phi not in ("wake", "sleep", "both"):
+            raise ValueError(f"phi must be one of wake, sleep, both, got {phi}")
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        if k < 2 and phi != "sleep":
+            raise ValueError(f"k must be >= 2 with phi={phi}, since a single weight is always 1; or use phi=sleep")
+        self.k = k
+        self.phi = phi
+
+    @property
+    def num_samples(self) -> int:
+        """k."""
+        return self.k
+
+    def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+        """log 1/k sum_i w_i."""
+        return log_mean_exp(log_w)
+
+    def losses(
+        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
+    ) -> Losses:
+        """One loss for each network; sleep draws from p with ``noise``."""
+        log_w = particles.log_w.detach()
+        w = normalized_weights(log_w)
+        parts = []
+        if self.phi != "sleep":
+            parts.append(-weighted_sum(w, score_term(model, x, particles)).mean())
+        if self.phi != "wake":
+            with torch.no_grad():
+                latents, dream = model.generative.sample(x.shape[0], noise)
+            parts.append(-model.inference(dream, latents).mean())
+        return Losses(
+            generative=-weighted_sum(w, particles.log_p).mean(),
+            inference=torch.stack(parts).mean(),
+            bound=self.bound(log_w),
+        )
