@@ -1,0 +1,604 @@
+"""The estimators' expectations, by quadrature and by enumeration, against derivatives found another way."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from objective_toys import (
+    POSTERIOR_MEAN_A,
+    POSTERIOR_VARIANCE_A,
+    X_A,
+    BitsP,
+    BitsQ,
+    GivenNoise,
+    ScalarChainP,
+    ScalarChainQ,
+    expected_gradients,
+    fixture_a,
+    normal,
+    outcome_gradients,
+    quadrature,
+)
+from torch import Tensor
+
+from iwae_cli.construct import build
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.noise import GeneratorNoise, generator
+from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.ciwae import CIWAE
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.jvi import JVI
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.objectives.vr import VR
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "objective"
+PHI = ("inference.loc", "inference.log_scale")
+
+# Of two draws each, with the estimator of the gradient left open.
+TWO_DRAWS = {
+    "iwae": lambda gradient: IWAE(2, gradient),
+    "vr0.5": lambda gradient: VR(2, 0.5, gradient),
+    "vr-0.5": lambda gradient: VR(2, -0.5, gradient),
+    "vr1.5": lambda gradient: VR(2, 1.5, gradient),
+    "ciwae0.3": lambda gradient: CIWAE(2, 0.3, gradient),
+    "tvo": lambda gradient: TVO(2, 3, gradient=gradient),
+    "tvo-linear": lambda gradient: TVO(2, 2, "linear", gradient=gradient),
+    "jvi": lambda gradient: JVI(2, gradient),
+}
+LINEAR = {
+    "elbo": lambda gradient: ELBO(2, gradient),
+    "miwae2x1": lambda gradient: MIWAE(2, 1, gradient),
+    "tvo1": lambda gradient: TVO(2, 1, gradient=gradient),
+}
+
+
+def derivative_of_expected_bound(objective: Objective, parameter: str, points: int = 80) -> float:
+    """Central difference of the expected value, which no estimator of a gradient has touched."""
+    step, values = 1e-4, []
+    nodes, weights = quadrature(objective.num_samples, points)
+    for sign in (1, -1):
+        model, x = fixture_a(weights.numel())
+        with torch.no_grad():
+            dict(model.named_parameters())[parameter].add_(sign * step)
+            bound = objective.bound(model(x, objective.num_samples, GivenNoise({1: nodes[..., None]})))
+        values.append((bound @ weights).item())
+    return (values[0] - values[1]) / (2 * step)
+
+
+# Fixture A
+
+
+@pytest.mark.parametrize("name", [*TWO_DRAWS, *LINEAR])
+def test_total_and_dreg_are_unbiased(name):
+    make = (TWO_DRAWS | LINEAR)[name]
+    total, bound = expected_gradients(make("total"))
+    dreg, same_bound = expected_gradients(make("dreg"))
+    assert bound.item() == same_bound.item()
+    # Powers above one of the weights cost the quadrature digits: 2e-6, 3e-7, 6e-8 at 60, 80, 100 points.
+    tolerance = 1e-6 if name == "vr-0.5" else 1e-8
+    for parameter in (*PHI, "generative.slope", "generative.log_scale"):
+        assert dreg[parameter].item() == pytest.approx(total[parameter].item(), abs=tolerance)
+        # The difference quotient errs by step^2 times a third derivative of order 10, and rounding by 1e-16 / step.
+        found = derivative_of_expected_bound(make("total"), parameter)
+        assert total[parameter].item() == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", TWO_DRAWS)
+def test_stl_is_biased_for_phi_and_right_for_theta(name):
+    total, _ = expected_gradients(TWO_DRAWS[name]("total"))
+    stl, _ = expected_gradients(TWO_DRAWS[name]("stl"))
+    assert abs(stl["inference.loc"] - total["inference.loc"]) > 0.02
+    for parameter in ("generative.slope", "generative.log_scale"):
+        assert stl[parameter].item() == pytest.approx(total[parameter].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_stl_is_right_where_the_bound_is_linear(name):
+    total, _ = expected_gradients(LINEAR[name]("total"))
+    stl, _ = expected_gradients(LINEAR[name]("stl"))
+    for parameter, gradient in total.items():
+        assert stl[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
+
+
+def test_groups_have_the_gradient_of_one_group():
+    # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 24 points.
+    for gradient in ("total", "dreg"):
+        two, _ = expected_gradients(IWAE(2, gradient))
+        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=24)
+        assert bound.item() == pytest.approx(-1.6633089557, abs=1e-5)
+        for parameter in PHI:
+            assert groups[parameter].item() == pytest.approx(two[parameter].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
+def test_piwae_pairs_the_two_bounds(gradient):
+    noise = GivenNoise({1: torch.randn(6, 50, 1, dtype=torch.float64)})
+    model, x = fixture_a(50)
+    found, bound = outcome_gradients(PIWAE(2, 3, gradient), model, x, noise)
+    iwae, iwae_bound = outcome_gradients(IWAE(6), model, x, noise)
+    miwae, _ = outcome_gradients(MIWAE(2, 3, gradient), model, x, noise)
+    torch.testing.assert_close(bound, iwae_bound)
+    for parameter, value in found.items():
+        other = iwae if parameter.startswith("generative") else miwae
+        torch.testing.assert_close(value, other[parameter], rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(found["inference.loc"], iwae["inference.loc"])
+
+
+def test_theta_has_one_gradient_whatever_the_estimator_and_each_draw():
+    noise = GivenNoise({1: torch.randn(4, 50, 1, dtype=torch.float64)})
+    model, x = fixture_a(50)
+    families = [
+        [IWAE(4), IWAE(4, "stl"), IWAE(4, "dreg"), VIMCO(4), RWS(4), PIWAE(2, 2)],
+        [TVO(4), TVO(4, gradient="stl"), TVO(4, gradient="dreg"), TVO(4, gradient="covariance")],
+        *([make(g) for g in ("total", "stl", "dreg")] for make in (
+            lambda g: VR(4, 0.5, g), lambda g: CIWAE(4, 0.3, g), lambda g: MIWAE(2, 2, g), lambda g: JVI(4, g),
+        )),
+    ]  # fmt: skip
+    for family in families:
+        first, *others = (outcome_gradients(objective, model, x, noise)[0] for objective in family)
+        for other in others:
+            for parameter in ("generative.slope", "generative.log_scale"):
+                torch.testing.assert_close(other[parameter], first[parameter], rtol=1e-10, atol=1e-12)
+
+
+def test_renyi_maximum_trains_on_the_largest_weight_alone():
+    noise = GivenNoise({1: torch.randn(4, 50, 1, dtype=torch.float64)})
+    model, x = fixture_a(50)
+    found, bound = outcome_gradients(VR(4, "max"), model, x, noise)
+    log_w = model(x, 4, noise)
+    expected = torch.autograd.grad(log_w.gather(0, log_w.argmax(0, keepdim=True)).sum(), model.inference.loc)[0]
+    torch.testing.assert_close(bound, log_w.detach().amax(0))
+    torch.testing.assert_close(found["inference.loc"], expected)
+
+
+@pytest.mark.parametrize("name", [*TWO_DRAWS, "elbo"])
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_path_gradients_vanish_at_the_posterior_for_every_draw(name, gradient):
+    noise = GivenNoise({1: torch.randn(2, 50, 1, dtype=torch.float64)})
+    model, x = fixture_a(50, shift=0.0, widen=1.0)
+    objective = (TWO_DRAWS | LINEAR)[name]
+    found, bound = outcome_gradients(objective(gradient), model, x, noise)
+    torch.testing.assert_close(bound, torch.full_like(bound, -1.4958208120), rtol=0, atol=1e-9)
+    total, _ = outcome_gradients(objective("total"), model, x, noise)
+    for parameter in PHI:
+        assert found[parameter].abs().max() < 1e-12
+    assert total["inference.loc"].abs().max() > (0.01 if name != "jvi" else 0)
+
+
+# Score functions, on continuous latents by quadrature
+
+
+def test_vimco_is_unbiased_for_gaussian_latents():
+    found, bound = expected_gradients(VIMCO(2))
+    truth, same_bound = expected_gradients(IWAE(2))
+    assert bound.item() == same_bound.item()
+    for parameter, gradient in truth.items():
+        assert found[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
+
+
+def test_one_partition_by_covariance_is_reinforce_for_the_elbo():
+    found, _ = expected_gradients(TVO(2, 1, gradient="covariance"))
+    truth, _ = expected_gradients(ELBO(2))
+    for parameter, gradient in truth.items():
+        assert found[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
+
+
+def midpoints(k: int) -> Tensor:
+    """k draws of a standard normal that fill it evenly, as one column (k, 1, 1)."""
+    return torch.special.ndtri((torch.arange(k, dtype=torch.float64) + 0.5) / k).view(k, 1, 1)
+
+
+def test_the_covariance_form_tends_to_the_derivative_of_thermodynamic_integration():
+    # pi_beta is Gaussian here, with precision (1-beta)/s^2 + beta/v: f(beta) = E_{pi_beta}[log w] is exact.
+    tvo = TVO(20_000, 3, beta_1=0.2, gradient="covariance")
+    scale = 1.3 * math.sqrt(POSTERIOR_VARIANCE_A)
+
+    def left_sum(location: Tensor, log_scale: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for beta, width in zip(tvo.betas, tvo.widths, strict=True):
+            q, p = (-2 * log_scale).exp(), 1 / POSTERIOR_VARIANCE_A
+            precision = (1 - beta) * q + beta * p
+            mean = ((1 - beta) * q * location + beta * p * POSTERIOR_MEAN_A) / precision
+            log_p = -0.5 * p * (1 / precision + (mean - POSTERIOR_MEAN_A) ** 2) + 0.5 * math.log(p)
+            log_q = -0.5 * q * (1 / precision + (mean - location) ** 2) - log_scale
+            total = total + width * (log_p - log_q - 1.4958208120)
+        return total
+
+    phi = [torch.tensor(v, dtype=torch.float64, requires_grad=True)
+           for v in (POSTERIOR_MEAN_A + 0.4, math.log(scale))]  # fmt: skip
+    value = left_sum(*phi)
+    truth = torch.autograd.grad(value, phi)
+    model, x = fixture_a(1)
+    found, bound = outcome_gradients(tvo, model, x, GivenNoise({1: midpoints(tvo.k)}))
+    # Midpoints err by about 1/k times the derivative of the integrand at the ends, some tens.
+    assert bound.item() == pytest.approx(value.item(), abs=3e-3)
+    for parameter, gradient in zip(PHI, truth, strict=True):
+        assert found[parameter].item() == pytest.approx(gradient.item(), abs=5e-3)
+
+
+def test_wake_phi_tends_to_the_derivative_of_the_inclusive_divergence():
+    # E_{p(z|x)}[dlog q] for Gaussians, in closed form.
+    scale2 = 1.3**2 * POSTERIOR_VARIANCE_A
+    model, x = fixture_a(1)
+    found, bound = outcome_gradients(RWS(20_000), model, x, GivenNoise({1: midpoints(20_000)}))
+    assert bound.item() == pytest.approx(-1.4958208120, abs=1e-3)
+    assert found["inference.loc"].item() == pytest.approx(-0.4 / scale2, abs=5e-3)
+    second = (POSTERIOR_VARIANCE_A + 0.4**2) / scale2 - 1
+    assert found["inference.log_scale"].item() == pytest.approx(second, abs=5e-3)
+
+
+def test_wake_phi_at_two_draws_is_its_formula():
+    nodes, weights = quadrature(2, 80)
+    model, x = fixture_a(weights.numel())
+    found, _ = outcome_gradients(RWS(2), model, x, GivenNoise({1: nodes[..., None]}))
+    scale = 1.3 * math.sqrt(POSTERIOR_VARIANCE_A)
+    location = POSTERIOR_MEAN_A + 0.4
+    z = location + scale * nodes.numpy()
+    log_w = -0.5 * z**2 - (X_A - 1.3 * z) ** 2 + 0.5 * nodes.numpy() ** 2
+    share = 1 / (1 + np.exp(log_w[1] - log_w[0]))
+    score = nodes.numpy() / scale
+    torch.testing.assert_close(
+        found["inference.loc"][0], torch.from_numpy(share * score[0] + (1 - share) * score[1]), rtol=1e-9, atol=1e-10
+    )
+
+
+def test_sleep_phi_is_the_likelihood_of_the_models_own_draws():
+    # q does not look at x here, and z ~ N(0, 1): E[dlog q(z)] in closed form, by 80 nodes exactly.
+    nodes, weights = quadrature(1, 80)
+    n = weights.numel()
+    model, x = fixture_a(n)
+    noise = GivenNoise({1: nodes[..., None], 0: torch.zeros(1, n, 1, dtype=torch.float64)})
+    # Layer 1 is the only latent one: the dream is given the same nodes as the draw.
+    found, _ = outcome_gradients(RWS(1, "sleep"), model, x, noise)
+    location, scale2 = POSTERIOR_MEAN_A + 0.4, 1.3**2 * POSTERIOR_VARIANCE_A
+    assert (found["inference.loc"] @ weights).item() == pytest.approx(-location / scale2, abs=1e-10)
+    second = (1 + location**2) / scale2 - 1
+    assert (found["inference.log_scale"] @ weights).item() == pytest.approx(second, abs=1e-10)
+    # slope of q: the score times the dreamt x = 1.3 z, and not times the x that was observed.
+    slope = 1.3 / scale2
+    assert (found["inference.slope"] @ weights).item() == pytest.approx(slope, abs=1e-10)
+
+
+def test_both_is_the_mean_of_wake_and_sleep():
+    values = {0: torch.randn(1, 30, 1, dtype=torch.float64), 1: torch.randn(1, 30, 1, dtype=torch.float64)}
+
+    class Two(GivenNoise):
+        def _of(self, layer, shape):
+            return values[layer].expand(shape) * torch.arange(1, shape[0] + 1, dtype=torch.float64).view(-1, 1, 1)
+
+    model, x = fixture_a(30)
+    wake, sleep, both = (outcome_gradients(RWS(3, phi), model, x, Two({}))[0] for phi in ("wake", "sleep", "both"))
+    for parameter in PHI:
+        torch.testing.assert_close(both[parameter], (wake[parameter] + sleep[parameter]) / 2)
+        assert not torch.allclose(wake[parameter], sleep[parameter])
+    for parameter in ("generative.slope", "generative.log_scale"):
+        assert torch.equal(wake[parameter], sleep[parameter])
+
+
+# Score functions, on discrete latents by enumeration
+
+
+def enumerate_bits(k: int, x: float) -> tuple[LatentVariableModel, Tensor, GivenNoise, Tensor]:
+    """One row for every k-tuple of states of the two bits, with its probability under q."""
+    states = list(product((0.0, 1.0), repeat=2))
+    tuples = torch.tensor(list(product(states, repeat=k)), dtype=torch.float64).transpose(0, 1)  # (k, rows, 2)
+    n = tuples.shape[1]
+    model = LatentVariableModel(BitsP(n), BitsQ(n))
+    images = torch.full((n, 1), x, dtype=torch.float64)
+    noise = GivenNoise({1: 1 - tuples})  # a bit is 1 where its uniform number, here 0 or 1, is below its probability
+    assert torch.equal(model.draw(images, k, noise).latents[0], tuples)
+    probability = model.inference(images, (tuples,)).sum(0).exp().detach()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+    return model, images, noise, probability
+
+
+def enumerated_truth(bound, k: int, x: float) -> dict[str, Tensor]:
+    """Derivatives of E_q[bound] summed over all tuples of states, written without models or objectives."""
+    prior = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([-0.4, 1.5, -1.1], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([0.5, -0.2], dtype=torch.float64, requires_grad=True)
+    states = torch.tensor(list(product((0.0, 1.0), repeat=2)), dtype=torch.float64)
+
+    def bernoulli(value, logit):
+        return torch.where(value == 1, torch.sigmoid(logit), 1 - torch.sigmoid(logit)).log()
+
+    log_q = bernoulli(states, logits).sum(1)
+    log_p = bernoulli(states, prior).sum(1) + bernoulli(torch.tensor(x), slope[0] + states @ slope[1:])
+    total = torch.zeros((), dtype=torch.float64)
+    for chosen in product(range(4), repeat=k):
+        index = torch.tensor(chosen)
+        total = total + log_q[index].sum().exp() * bound((log_p - log_q)[index])
+    gradients = torch.autograd.grad(total, (logits, prior, slope))
+    return dict(zip(("inference.logits", "generative.prior", "generative.slope"), gradients, strict=True))
+
+
+@pytest.mark.parametrize("x", [0.0, 1.0])
+@pytest.mark.parametrize("k", [2, 3])
+def test_vimco_is_the_enumerated_gradient(k, x):
+    truth = enumerated_truth(lambda log_w: log_w.logsumexp(0), k, x)
+    model, images, noise, probability = enumerate_bits(k, x)
+    found, _ = outcome_gradients(VIMCO(k), model, images, noise)
+    for parameter, gradient in truth.items():
+        torch.testing.assert_close(found[parameter] @ probability, gradient, rtol=0, atol=1e-12)
+    assert truth["inference.logits"].abs().min() > 1e-3
+
+
+def test_vimco_needs_its_second_term_and_its_baselines_only_lower_the_variance():
+    k, x = 2, 1.0
+    truth = enumerated_truth(lambda log_w: log_w.logsumexp(0), k, x)["inference.logits"]
+    model, images, noise, probability = enumerate_bits(k, x)
+    found = outcome_gradients(VIMCO(k), model, images, noise)[0]["inference.logits"]
+    particles = model.draw(images, k, noise)
+    log_w = particles.log_w.detach()
+    share = torch.softmax(log_w, 0)
+    second = torch.autograd.grad((share * particles.log_q).sum(), model.inference.logits, retain_graph=True)[0]
+    without = (found + second) @ probability
+    assert (without - truth).abs().max() > 0.05
+    bound = log_w.logsumexp(0) - math.log(k)
+    reinforce = torch.autograd.grad(((bound - share) * particles.log_q).sum(), model.inference.logits)[0]
+    torch.testing.assert_close(reinforce @ probability, truth, rtol=0, atol=1e-12)
+    spread = [((g - truth[:, None]) ** 2 @ probability).sum() for g in (found, reinforce)]
+    assert spread[0] < 0.5 * spread[1]
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_reinforce_is_the_enumerated_gradient_of_the_elbo(k):
+    truth = enumerated_truth(lambda log_w: log_w.mean(0), k, 1.0)
+    model, images, noise, probability = enumerate_bits(k, 1.0)
+    found, bound = outcome_gradients(TVO(k, 1, gradient="covariance"), model, images, noise)
+    for parameter, gradient in truth.items():
+        torch.testing.assert_close(found[parameter] @ probability, gradient, rtol=0, atol=1e-12)
+    model, images, noise, one_probability = enumerate_bits(1, 1.0)
+    elbo = model(images, 1, noise)[0].detach() @ one_probability
+    assert (bound @ probability).item() == pytest.approx(elbo.item(), abs=1e-12)
+
+
+def test_a_pathwise_objective_would_be_wrong_for_discrete_latents():
+    truth = enumerated_truth(lambda log_w: log_w.logsumexp(0), 2, 1.0)["inference.logits"]
+    model, images, noise, probability = enumerate_bits(2, 1.0)
+    found, _ = outcome_gradients(IWAE(2), model, images, noise)
+    assert (found["inference.logits"] @ probability - truth).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_wake_phi_on_discrete_latents_is_its_formula(k):
+    model, images, noise, _ = enumerate_bits(k, 1.0)
+    found, _ = outcome_gradients(RWS(k), model, images, noise)
+    particles = model.draw(images, k, noise)
+    share = torch.softmax(particles.log_w.detach(), 0)
+    score = particles.latents[0] - torch.sigmoid(model.inference.logits.detach().T)
+    expected = (share[..., None] * score).sum(0).T
+    torch.testing.assert_close(found["inference.logits"], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_weight_of_zero_beside_others_gives_finite_gradients():
+    noise = GivenNoise({1: torch.randn(3, 4, 1, dtype=torch.float64),
+                        0: torch.randn(1, 4, 1, dtype=torch.float64)})  # fmt: skip
+
+    class Truncated(ScalarChainP):
+        """Impossible for the given draws of an image."""
+
+        def log_likelihood(self, x, latents):
+            impossible = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+            log_p = super().log_likelihood(x, latents)
+            return torch.where(impossible, -math.inf, log_p) if latents[0].shape[0] == 3 else log_p
+
+    model, x = fixture_a(4)
+    model = LatentVariableModel(Truncated([1.3], [-0.35], 4), model.inference)
+    objectives = [
+        make(gradient)
+        for gradient in ("total", "stl", "dreg")
+        for make in (
+            lambda g: IWAE(3, g), lambda g: ELBO(3, g), lambda g: VR(3, 0.5, g), lambda g: VR(3, -0.5, g),
+            lambda g: VR(3, 2.0, g), lambda g: CIWAE(3, 0.3, g), lambda g: MIWAE(1, 3, g), lambda g: PIWAE(3, 1, g),
+            lambda g: TVO(3, gradient=g), lambda g: JVI(3, g),
+        )
+    ] + [VR(3, "max"), TVO(3, gradient="covariance"), VIMCO(3), RWS(3)]  # fmt: skip
+    for objective in objectives:
+        found, bound = outcome_gradients(objective, model, x, noise)
+        assert bound[0].isfinite() and bound[3] == -math.inf
+        for parameter, gradient in found.items():
+            assert gradient.isfinite().all(), (type(objective).__name__, objective.__dict__, parameter)
+
+
+# Two stochastic layers
+
+
+def two_layers(n: int, posterior: bool = False) -> tuple[LatentVariableModel, Tensor]:
+    """x | h_1 ~ N(1.2 h_1, 0.6^2), h_1 | h_2 ~ N(0.8 h_2, 0.7^2), h_2 ~ N(0, 1), observed at 0.5."""
+    p = ScalarChainP([1.2, 0.8], [math.log(0.6), math.log(0.7)], n)
+    if posterior:
+        # From the joint precision: h_2 | h_1, and h_1 | x with the prior variance of h_1.
+        prior_1 = 0.8**2 + 0.7**2
+        v1 = 1 / (1 / prior_1 + 1.2**2 / 0.36)
+        v2 = 1 / (1 + 0.8**2 / 0.49)
+        q = ScalarChainQ([0.0, 0.0], [v1 * 1.2 / 0.36, v2 * 0.8 / 0.49], [0.5 * math.log(v1), 0.5 * math.log(v2)], n)
+    else:
+        q = ScalarChainQ([0.3, -0.2], [0.4, 0.5], [-0.5, -0.3], n)
+    return LatentVariableModel(p, q), torch.full((n, 1), 0.5, dtype=torch.float64)
+
+
+class FrozenDistributions:
+    """The wrong model: it freezes loc and scale of q, and with them the way from h_1 to the location of h_2."""
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        self.generative, self.inference, self._model = model.generative, model.inference, model
+
+    def draw(self, x, k, noise):
+        particles = self._model.draw(x, k, noise)
+        q = self.inference
+
+        def rescore():
+            log_q, given = 0, x[:, 0]
+            for level, latent in enumerate(particles.latents):
+                loc = (q.loc[level] + q.slope[level] * given).detach()
+                log_q = log_q + normal(latent[..., 0], loc, q.log_scale[level].detach())
+                given = latent[..., 0]
+            return log_q
+
+        return dataclasses.replace(particles, rescore=rescore)
+
+
+def two_layer_bias(make, wrong: bool, k: int = 2, points: int = 16) -> float:
+    """Largest difference for phi between the expectations of the two estimators, on the same nodes."""
+    nodes, weights = quadrature(2 * k, points)
+    model, x = two_layers(weights.numel())
+    noise = GivenNoise({1: nodes[:k, :, None], 2: nodes[k:, :, None]})
+    total, _ = outcome_gradients(make("total"), model, x, noise)
+    dreg, _ = outcome_gradients(make("dreg"), FrozenDistributions(model) if wrong else model, x, noise)
+    differences = [(dreg[p] - total[p]) @ weights for p in total if p.startswith("inference")]
+    return torch.cat(differences).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["iwae", "vr0.5", "ciwae0.3", "tvo"])
+def test_dreg_is_unbiased_with_two_layers_and_not_with_frozen_distributions(name):
+    right, wrong = (two_layer_bias(TWO_DRAWS[name], wrong) for wrong in (False, True))
+    assert right < 1e-5  # what 16 points a dimension leave
+    assert wrong > 0.04
+
+
+def test_frozen_distributions_cannot_be_told_at_one_draw():
+    # Why the test above has two draws: the expected score of q(h_2 | h_1) is zero when nothing weighs it.
+    assert two_layer_bias(lambda gradient: IWAE(1, gradient), wrong=True, k=1, points=60) < 1e-8
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_path_gradients_vanish_at_the_posterior_of_two_layers(gradient):
+    n = 40
+    noise = GivenNoise({1: torch.randn(3, n, 1, dtype=torch.float64), 2: torch.randn(3, n, 1, dtype=torch.float64)})
+    model, x = two_layers(n, posterior=True)
+    found, bound = outcome_gradients(IWAE(3, gradient), model, x, noise)
+    marginal = 1.2**2 * (0.8**2 + 0.7**2) + 0.6**2
+    log_px = -0.5 * (0.25 / marginal + math.log(2 * math.pi * marginal))
+    torch.testing.assert_close(bound, torch.full_like(bound, log_px), rtol=0, atol=1e-12)
+    wrong, _ = outcome_gradients(IWAE(3, gradient), FrozenDistributions(model), x, noise)
+    for parameter in ("inference.loc", "inference.slope", "inference.log_scale"):
+        assert found[parameter].abs().max() < 1e-12
+    assert wrong["inference.loc"].abs().max() > 0.03
+
+
+# Signal-to-noise ratios
+
+
+def snr(objective: Objective, parameter: str, replicates: int) -> float:
+    model, x = fixture_a(replicates)
+    noise = GeneratorNoise(generator("cpu", 5, "snr", objective.num_samples), torch.float64)
+    gradient = outcome_gradients(objective, model, x, noise)[0][parameter]
+    # mean^2 / var of the mean of M draws is too large by 1/M.
+    squared = gradient.mean() ** 2 / gradient.var() - 1 / replicates
+    assert squared > 4 / replicates  # well above the floor, where a signal of zero would read about 0.8/sqrt(M)
+    return math.sqrt(squared)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter", "slope", "first", "last"),
+    [
+        (IWAE, "inference.loc", -0.5, 0.25, 0.055),
+        (lambda k: IWAE(k, "dreg"), "inference.loc", 0.5, 1.5, 6.0),
+        (IWAE, "generative.slope", 0.5, None, None),
+    ],
+    ids=["encoder-iwae", "encoder-dreg", "decoder"],
+)
+def test_signal_to_noise_over_the_number_of_samples(make, parameter, slope, first, last):
+    ks, replicates = (4, 16, 64), 30_000
+    ratios = [snr(make(k), parameter, replicates) for k in ks]
+    if first:
+        # Standard error of a ratio r: about sqrt((1 + r^2/2)/M), here up to 0.03; the numbers are rounded.
+        assert ratios[0] == pytest.approx(first, rel=0.05, abs=0.025)
+        assert ratios[-1] == pytest.approx(last, rel=0.05, abs=0.025)
+    assert np.polyfit(np.log(ks), np.log(ratios), 1)[0] == pytest.approx(slope, abs=0.15)
+
+
+# Every parameter, and no other
+
+MODELS = {
+    "one": lambda: GaussianMLP([3], [[5]]),
+    "two": lambda: GaussianMLP([3, 2], [[5], [4]]),
+    "linear": lambda: LinearGaussianModel([3, 2]),
+}
+TRAINED = {
+    "elbo": lambda: ELBO(2),
+    "elbo-stl": lambda: ELBO(2, "stl"),
+    "iwae": lambda: IWAE(3),
+    "iwae-stl": lambda: IWAE(3, "stl"),
+    "iwae-dreg": lambda: IWAE(3, "dreg"),
+    "vr": lambda: VR(3, 0.5),
+    "vr-dreg": lambda: VR(3, 0.5, "dreg"),
+    "vr-max": lambda: VR(3, "max"),
+    "ciwae-dreg": lambda: CIWAE(3, 0.1, "dreg"),
+    "miwae": lambda: MIWAE(2, 2),
+    "miwae-dreg": lambda: MIWAE(2, 2, "dreg"),
+    "piwae": lambda: PIWAE(2, 2),
+    "piwae-stl": lambda: PIWAE(2, 2, "stl"),
+    "piwae-dreg": lambda: PIWAE(2, 2, "dreg"),
+    "tvo": lambda: TVO(3),
+    "tvo-dreg": lambda: TVO(3, gradient="dreg"),
+    "tvo-covariance": lambda: TVO(3, gradient="covariance"),
+    "jvi": lambda: JVI(3),
+    "jvi-dreg": lambda: JVI(3, "dreg"),
+    "vimco": lambda: VIMCO(3),
+    "rws-wake": lambda: RWS(3, "wake"),
+    "rws-sleep": lambda: RWS(3, "sleep"),
+    "rws-both": lambda: RWS(3, "both"),
+}
+
+
+@pytest.mark.parametrize("objective", TRAINED.values(), ids=TRAINED.keys())
+@pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
+def test_every_named_parameter_is_trained_by_its_own_loss(objective, architecture):
+    objective, architecture = objective(), architecture()
+    assert objective.check(architecture) is None
+    model = architecture.build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2)).double()
+    x = (torch.rand(4, 6, dtype=torch.float64) < 0.5).double()
+    noise = GeneratorNoise(generator("cpu", 1, "step"), torch.float64)
+    losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+    assert not losses.bound.requires_grad and losses.bound.shape == (4,)
+    for loss, network in ((losses.generative, model.generative), (losses.inference, model.inference)):
+        assert loss.isfinite()
+        parameters = dict(network.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("objective", [RWS(3, "wake"), RWS(3, "sleep"), VIMCO(3), TVO(3, gradient="covariance")])
+def test_score_losses_leave_the_generative_network_alone(objective):
+    model = GaussianMLP([3, 2], [[5], [4]]).build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2))
+    x = (torch.rand(4, 6) < 0.5).float()
+    noise = GeneratorNoise(generator("cpu", 1, "step"))
+    losses = objective.losses(model, x, model.draw(x, 3, noise), noise)
+    theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in theta)
+
+
+# The files
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_yaml_names_an_objective_with_all_its_arguments(file):
+    node = yaml.safe_load(file.read_text(encoding="utf-8"))
+    objective = build(dict(node), Objective, "objective")
+    assert ["_target_", *inspect.signature(type(objective)).parameters] == list(node)
+    assert type(objective).__module__.rpartition(".")[2] == file.stem
+    assert (objective.caveats == ()) == objective.lower_bound
+    assert "arXiv" in (type(objective).__doc__ or "") or file.stem in ("jvi", "piwae", "vimco")
+
+
+def test_every_objective_has_a_yaml():
+    modules = {file.stem for file in (CONF.parents[1] / "iwae_cli" / "objectives").glob("*.py")} - {"__init__", "base"}
+    assert modules == {file.stem for file in CONF.glob("*.yaml")}
