@@ -17,7 +17,7 @@ def conf_folder() -> Path:
 
 
 def choices(folders: list[Path]) -> dict[str, list[str]]:
-    """Group -> its choices, from the yaml files of config folders; a choice may lie deeper (``burda/swap_vae_to_iwae``)."""
+    """Group -> its choices, from the yaml files of config folders; one may lie deeper (``burda/swap_vae_to_iwae``)."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.rglob("*.yaml"):
@@ -63,7 +63,7 @@ examples:
   iwae-train
   iwae-train data=mnist objective=iwae objective.k=50 model=two_layer seed=3
   iwae-train experiment=burda data=mnist objective=elbo objective.k=5 schedule.stages=3
-  iwae-train -m objective=elbo,iwae objective.k=1,5,50 seed=0,1,2
+  iwae-train -m objective=elbo,iwae objective.k=5,50 seed=0,1,2
   iwae-train data=linear_gaussian model=linear_gaussian evaluation.k=500 logger=disabled
 
 options:
