@@ -1,0 +1,269 @@
+"""The linear-Gaussian chain against the joint precision of (h_L, ..., h_1, x), built and inverted here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.noise import GeneratorNoise
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+
+PIXELS = 5
+SIZES = [[1], [3], [3, 2], [4, 3, 2]]
+every_chain = pytest.mark.parametrize("sizes", SIZES, ids=str)
+
+
+def noise(seed: int = 0) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
+
+
+def build(sizes: list[int], seed: int = 0) -> LatentVariableModel:
+    generator = torch.Generator().manual_seed(seed)
+    model = LinearGaussianModel(sizes).build((PIXELS,), np.linspace(-1, 1, PIXELS), generator).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+class Joint:
+    """Mean and covariance of (x, h_1, ..., h_L), from the precision A^T D^-1 A of the chain v = A^-1 (c + noise).
+
+    Nothing is marginalized or conditioned by the package: each variable less its prediction from the one above is
+    independent noise, which gives A row by row.
+    """
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        layers = [
+            (
+                layer.linear.weight.detach().numpy(),
+                layer.linear.bias.detach().numpy(),
+                layer.log_scale.detach().exp().numpy(),
+            )
+            for layer in model.generative.layers
+        ]
+        sizes = [w.shape[0] for w, _, _ in layers] + [layers[-1][0].shape[1]]
+        edges = np.cumsum([0, *sizes])
+        self.part = [slice(a, b) for a, b in pairwise(edges)]
+        a = np.eye(edges[-1])
+        constant, variance = np.zeros(edges[-1]), np.ones(edges[-1])
+        for level, (weight, bias, scale) in enumerate(layers):
+            a[self.part[level], self.part[level + 1]] = -weight
+            constant[self.part[level]] = bias
+            variance[self.part[level]] = scale**2
+        self.mean = np.linalg.solve(a, constant)
+        self.covariance = np.linalg.inv(a.T @ np.diag(1 / variance) @ a)
+
+    def conditional(self, target: int, given: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(A, c, C) of v_target | v_given ~ N(A v_given + c, C)."""
+        t, g = self.part[target], self.part[given]
+        gain = self.covariance[t, g] @ np.linalg.inv(self.covariance[g, g])
+        covariance = self.covariance[t, t] - gain @ self.covariance[g, t]
+        return gain, self.mean[t] - gain @ self.mean[g], covariance
+
+    def log_px(self, x: Tensor) -> np.ndarray:
+        p = self.part[0]
+        return np.atleast_1d(stats.multivariate_normal(self.mean[p], self.covariance[p, p]).logpdf(x.numpy()))
+
+
+def set_exact_posterior(model: LatentVariableModel) -> None:
+    """q(h_1|x) = p(h_1|x), and q(h_l|h_(l-1)) = p(h_l|h_(l-1)), which does not depend on what lies below."""
+    joint = Joint(model)
+    with torch.no_grad():
+        for level, layer in enumerate(model.inference.layers):
+            gain, constant, covariance = (torch.from_numpy(v) for v in joint.conditional(level + 1, level))
+            factor = torch.linalg.cholesky((covariance + covariance.T) / 2)
+            layer.linear.weight.copy_(gain)
+            layer.linear.bias.copy_(constant)
+            layer.log_diagonal.copy_(factor.diagonal().log())
+            layer.below_diagonal.copy_(factor.tril(-1))
+
+
+def observations(model: LatentVariableModel, n: int) -> Tensor:
+    with torch.no_grad():
+        return model.generative.sample(n, noise(7))[1]
+
+
+@every_chain
+def test_the_exact_marginal(sizes: list[int]) -> None:
+    """T1, T7: an order of layers or a conditioning gone wrong would show in the marginal."""
+    model = build(sizes)
+    x = 3 * torch.randn(20, PIXELS, dtype=torch.float64)
+    exact = model.generative.exact_log_px(x)
+    np.testing.assert_allclose(exact.detach().numpy(), Joint(model).log_px(x), rtol=1e-10)
+
+
+@every_chain
+def test_log_p_is_the_density_of_the_joint(sizes: list[int]) -> None:
+    model, x = build(sizes), observations(build(sizes), 6)
+    latents = tuple(torch.randn(4, 6, d, dtype=torch.float64) for d in sizes)
+    joint = Joint(model)
+    values = torch.cat([x.expand(4, 6, PIXELS), *latents], dim=-1)
+    expected = stats.multivariate_normal(joint.mean, joint.covariance).logpdf(values.numpy())
+    np.testing.assert_allclose(model.generative(x, latents).detach().numpy(), expected, rtol=1e-9)
+
+
+@every_chain
+def test_draws_have_the_moments_of_the_joint(sizes: list[int]) -> None:
+    model, joint, n = build(sizes), Joint(build(sizes)), 100_000
+    with torch.no_grad():
+        latents, x = model.generative.sample(n, noise())
+    values = torch.cat([x, *(h[0] for h in latents)], dim=-1).numpy()
+    sd = np.sqrt(np.diag(joint.covariance))
+    assert (np.abs(values.mean(0) - joint.mean) < 4.5 * sd / math.sqrt(n)).all()
+    errors = np.sqrt((np.outer(sd, sd) ** 2 + joint.covariance**2) / n)
+    assert (np.abs(np.cov(values.T) - joint.covariance) < 4.5 * errors).all()
+
+
+@every_chain
+def test_with_the_exact_posterior_every_log_weight_is_log_p(sizes: list[int]) -> None:
+    """T2."""
+    model = build(sizes)
+    x = observations(model, 8)
+    spread_before = model(x, 16, noise()).std(0).min().item()
+    set_exact_posterior(model)
+    log_w = model(x, 16, noise())
+    expected = torch.from_numpy(Joint(model).log_px(x)).expand(16, 8)
+    torch.testing.assert_close(log_w, expected, rtol=0, atol=1e-10)
+    assert spread_before > 0.01
+
+
+@every_chain
+def test_with_the_exact_posterior_the_path_derivative_is_zero_for_every_sample(sizes: list[int]) -> None:
+    """T2: STL and DReG have no variance left, whatever the weights; the total derivative keeps the score's."""
+    model = build(sizes)
+    x = observations(model, 3)
+    set_exact_posterior(model)
+    phi = list(model.inference.parameters())
+    particles = model.draw(x, 4, noise())
+
+    def largest(values: Tensor) -> float:
+        found = [torch.autograd.grad(v, phi, retain_graph=True, materialize_grads=True) for v in values.flatten()]
+        return max(g.abs().max().item() for sample in found for g in sample)
+
+    assert largest(particles.log_w_frozen) < 1e-10
+    assert largest(particles.log_w) > 0.1
+
+
+@every_chain
+@pytest.mark.parametrize("make", [lambda g: ELBO(4, g), lambda g: IWAE(4, g)], ids=["ELBO", "IWAE"])
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_objectives_see_no_gradient_at_the_exact_posterior(
+    sizes: list[int], make: Callable[[str], ELBO | IWAE], gradient: str
+) -> None:
+    model = build(sizes)
+    x = observations(model, 3)
+    set_exact_posterior(model)
+    losses = make(gradient).losses(model, x, model.draw(x, 4, noise()), noise(1))
+    phi = torch.autograd.grad(losses.inference, list(model.inference.parameters()), retain_graph=True)
+    theta = torch.autograd.grad(losses.generative, list(model.generative.parameters()))
+    assert max(g.abs().max().item() for g in phi) < 1e-10
+    assert max(g.abs().max().item() for g in theta) > 0.01
+
+
+def frozen_distributions(model: LatentVariableModel, x: Tensor, latents: tuple[Tensor, ...]) -> Tensor:
+    """The wrong way to freeze q: its distributions' parameters, which cuts d loc_2 / d h_1."""
+    log_q = torch.zeros((), dtype=torch.float64)
+    for layer, given, h in zip(model.inference.layers, (x, *latents), latents, strict=False):
+        factor = layer.cholesky().detach()
+        log_q = log_q + torch.distributions.MultivariateNormal(
+            layer.linear(given).detach(), scale_tril=factor
+        ).log_prob(h)
+    return log_q
+
+
+@every_chain
+def test_freezing_distributions_instead_of_weights_is_wrong_with_two_layers(sizes: list[int]) -> None:
+    model = build(sizes)
+    x = observations(model, 3)
+    set_exact_posterior(model)
+    phi = list(model.inference.parameters())
+    particles = model.draw(x, 4, noise())
+    wrong = frozen_distributions(model, x, particles.latents)
+    torch.testing.assert_close(wrong, particles.log_q, rtol=1e-9, atol=1e-9)
+    found = torch.autograd.grad((particles.log_p - wrong).sum(), phi, materialize_grads=True)
+    largest = max(g.abs().max().item() for g in found)
+    assert largest < 1e-10 if len(sizes) == 1 else largest > 0.01
+
+
+@every_chain
+def test_posterior_means_are_those_of_q(sizes: list[int]) -> None:
+    model = build(sizes)
+    x = observations(model, 6)
+    set_exact_posterior(model)
+    joint = Joint(model)
+    for level, mean in enumerate(model.inference.posterior_means(x, 1, noise()), start=1):
+        gain, constant, _ = joint.conditional(level, 0)
+        np.testing.assert_allclose(mean.detach().numpy(), x.numpy() @ gain.T + constant, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[1], [3]], ids=str)
+def test_the_closed_form_kl(sizes: list[int]) -> None:
+    model = build(sizes)
+    x = observations(model, 6)
+    layer = model.inference.layers[0]
+    q = torch.distributions.MultivariateNormal(layer.linear(x), scale_tril=layer.cholesky())
+    prior = torch.distributions.MultivariateNormal(torch.zeros(sizes[0]).double(), torch.eye(sizes[0]).double())
+    expected = torch.distributions.kl_divergence(q, prior)
+    torch.testing.assert_close(model.inference.kl_to_prior(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def wide_posterior(model: LatentVariableModel) -> None:
+    """q near the exact posterior and wider, so that the weights have a finite variance."""
+    set_exact_posterior(model)
+    with torch.no_grad():
+        for layer in model.inference.layers:
+            layer.linear.bias += 0.2
+            layer.log_diagonal += 0.25
+            layer.below_diagonal *= 1.25
+
+
+@every_chain
+def test_the_bounds_lie_below_and_the_estimate_agrees(sizes: list[int]) -> None:
+    """T1: E[L_k] <= log p(x) for every k, and L_5000 is log p(x) within the errors that it states."""
+    model = build(sizes)
+    wide_posterior(model)
+    x = observations(model, 50)
+    likelihood = log_likelihood(model.eval(), Split("test", x, ""), k=5000, seed=0, rows=4000, workers=1)
+    summary, _ = summarize(likelihood, PIXELS)
+    exact = Joint(model).log_px(x)
+    assert likelihood.exact is not None
+    np.testing.assert_allclose(likelihood.exact, exact, rtol=1e-10)
+    assert abs(likelihood.log_px.mean() - exact.mean()) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+    assert summary["stderr_mc"] < 0.02
+    # L_1 and L_5 are means over 5,000 and 1,000 groups an image, so that their gap is no accident.
+    gaps = [exact.mean() - likelihood.bounds[m].mean() for m in (1, 5, 50)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > gaps[1] > 5 * summary["stderr_mc"]
+
+
+def test_stated_errors_cover() -> None:
+    """T1: over many images, log p^ - log p(x) in units of its stated error is standard normal at large ESS."""
+    model = build([3, 2])
+    wide_posterior(model)
+    x = observations(model, 400)
+    likelihood = log_likelihood(model.eval(), Split("test", x, ""), k=1280, seed=1, rows=6400, workers=1)
+    v = 1 / likelihood.ess - 1 / likelihood.k
+    z = (likelihood.log_px - Joint(model).log_px(x) + v / 2) / np.sqrt(v)
+    assert abs(z.mean()) < 4 / math.sqrt(len(z))
+    assert 0.8 < z.std() < 1.25
+    assert 0.90 < (np.abs(z) < 1.96).mean() < 0.99
+
+
+def test_the_output_begins_at_the_training_mean() -> None:
+    mean = np.linspace(-3, 2, PIXELS)
+    model = LinearGaussianModel([2]).build((PIXELS,), mean, torch.Generator().manual_seed(0))
+    bias = next(m.bias for m in model.generative.modules() if isinstance(m, nn.Linear))
+    np.testing.assert_allclose(bias.detach().numpy(), mean, rtol=1e-6)
