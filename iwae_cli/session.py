@@ -80,6 +80,8 @@ class Session:
         folder.begin(experiment.config, experiment.overrides)
         folder.set_status("running", self.state.step)
         logger.info("begin at step %d of %d: %s", self.state.step, self.trainer.total_steps, experiment.overrides)
+        for caveat in experiment.objective.caveats:
+            logger.warning(caveat)
         status: Status = "failed"
         try:
             history = read_history(folder.path, self.state.step)
