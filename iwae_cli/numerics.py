@@ -197,6 +197,10 @@ def tail_size(k: int) -> int:
     return int(min(k / 5, 3 * math.sqrt(k)))
 
 
+EQUAL = 1e-4
+"""Weights that differ by less, relative to the largest, are equal: float32 rounds log-weights of 100 nats to 1e-5."""
+
+
 def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
     """Shape of a generalized Pareto distribution fitted to the largest log-weights of each column.
 
@@ -207,14 +211,15 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
         largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
 
     Returns:
-        k-hat per column; NaN where fewer than five weights lie above the threshold or all of them are equal.
+        k-hat per column; NaN where fewer than five weights lie above the threshold or all of them are equal
+        (within ``EQUAL``: a tail fitted to rounding errors says nothing).
     """
     m = largest.shape[0] - 1
     if m < 5:
         return torch.full(largest.shape[1:], math.nan, dtype=torch.float64, device=largest.device)
     shifted = (largest.to(torch.float64) - largest[0]).exp()
     x = (shifted[:-1] - shifted[-1]).flip(0)  # exceedances, ascending
-    defined = torch.isfinite(x).all(0) & (x[-1] > 0) & (x[0] < x[-1])
+    defined = torch.isfinite(x).all(0) & (x[-1] > EQUAL) & (x[0] < x[-1])
     x = torch.where(defined, x, torch.linspace(0.5, 1.5, m, dtype=torch.float64, device=x.device)[:, None])
 
     # The quartile must be positive for the grid below; ties at the threshold can make it zero.
