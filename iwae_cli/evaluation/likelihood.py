@@ -123,14 +123,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         reasons[name] = reason
         return None
 
-    finite = np.isfinite(likelihood.log_px)
-    not_finite = ""
-    if not finite.all():
-        first = int(np.flatnonzero(~finite)[0])
-        not_finite = (
-            f"log-weights are not finite for {n - int(finite.sum())} of {n} images (the first is image {first}: "
-            f"L_k = {likelihood.log_px[first]})"
-        )
+    not_finite = _not_finite(likelihood.k, likelihood.log_px)
     v = np.maximum(0.0, 1 / likelihood.ess - 1 / likelihood.k)
     with np.errstate(invalid="ignore"):
         nll = -likelihood.log_px.mean()
@@ -143,7 +136,10 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         "stderr_images": number("stderr_images", spread, not_finite or "one image has no standard error"),
         "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n, not_finite),
         "bias_mc": number("bias_mc", -v.mean() / 2, not_finite),
-        "bounds": {str(m): number(f"bounds.{m}", bound.mean(), not_finite) for m, bound in likelihood.bounds.items()},
+        "bounds": {
+            str(m): number(f"bounds.{m}", bound.mean(), not_finite or _not_finite(m, bound))
+            for m, bound in likelihood.bounds.items()
+        },
         "ess_median": number("ess_median", float(np.median(likelihood.ess)), not_finite),
         "ess_min": number("ess_min", likelihood.ess.min(), not_finite),
         "ess_share_below_10": number(
@@ -166,3 +162,11 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             "exact_nll", -likelihood.exact.mean(), "the exact log p(x) of the model is not finite"
         )
     return summary, reasons
+
+
+def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:
+    """Which images have an L_m that is not finite, in words; empty if none has."""
+    at = np.flatnonzero(~np.isfinite(bound))
+    if not len(at):
+        return ""
+    return f"L_{m} is not finite for {len(at)} of {len(bound)} images (the first is image {at[0]}: {bound[at[0]]})"
