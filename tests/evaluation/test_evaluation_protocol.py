@@ -1,0 +1,44 @@
+"""The arguments of an evaluation: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from iwae_cli.evaluation.protocol import Evaluation
+
+GOOD: dict[str, Any] = {
+    "k": 5000,
+    "splits": ["test"],
+    "weights": "last",
+    "seed": 0,
+    "binarization_seed": 0,
+    "rows": 2000,
+    "workers": None,
+    "validation_k": 50,
+    "validation_every": 5,
+}
+
+
+def test_arguments_are_kept() -> None:
+    assert {name: getattr(Evaluation(**GOOD), name) for name in GOOD} == GOOD
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k must be >= 1, got 0"),
+        ({"validation_k": 0}, "validation_k must be >= 1, got 0"),
+        ({"validation_every": -1}, "validation_every must be >= 1, got -1"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"binarization_seed": -1}, "binarization_seed must be >= 0, got -1"),
+        ({"rows": 63}, r"rows must be >= 64 \(one block of samples\), got 63"),
+        ({"workers": 0}, "workers must be >= 1 or null, got 0"),
+        ({"splits": []}, "splits must name at least one of train, validation, test"),
+        ({"splits": ["test", "test"]}, "splits must not repeat"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Evaluation(**GOOD | change)

@@ -1,0 +1,381 @@
+"""The estimate of log p(x) against models whose log p(x) is known, and against its own definition."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
+from iwae_cli.files import dump_json
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.numerics import log_mean_exp
+
+PIXELS = 4
+
+
+def split_of(x: torch.Tensor) -> Split:
+    return Split("test", x, "")
+
+
+def built(architecture: Architecture, pixels: int, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
+    generator = torch.Generator().manual_seed(1)
+    return architecture.build((pixels,), np.full(pixels, 0.4), generator).to(dtype).eval()
+
+
+def posterior_model(off: float) -> LatentVariableModel:
+    """p(h) = N(0, I), p(x|h) linear with noise, and q the exact posterior pushed ``off`` it: 0 is the posterior."""
+    model = built(LinearGaussianModel([2]), PIXELS)
+    generative, q = model.generative.layers[0], model.inference.layers[0]
+    with torch.no_grad():
+        generative.log_scale.copy_(torch.tensor([-0.5, -0.3, 0.0, 0.2]))
+        weight, precision = generative.linear.weight, torch.diag((-2 * generative.log_scale).exp())
+        covariance = torch.linalg.inv(torch.eye(2, dtype=torch.float64) + weight.T @ precision @ weight)
+        gain = covariance @ weight.T @ precision
+        cholesky = torch.linalg.cholesky(covariance)
+        q.linear.weight.copy_(gain)
+        q.linear.bias.copy_(-gain @ generative.linear.bias + off * cholesky.sum(1))
+        q.log_diagonal.copy_(cholesky.diagonal().log() + 0.5 * off)
+        q.below_diagonal.copy_(torch.tril(cholesky, -1))
+    return model
+
+
+def observations(model: LatentVariableModel, n: int) -> torch.Tensor:
+    with torch.no_grad():
+        noise = GeneratorNoise(torch.Generator().manual_seed(7), torch.float64)
+        return model.generative.sample(n, noise)[1]
+
+
+def long_run(model: LatentVariableModel, x: torch.Tensor, k: int, repeats: int) -> torch.Tensor:
+    """E[L_k] of every observation, from torch's own random numbers and plain log-mean-exp; (n,)."""
+    noise = GeneratorNoise(torch.Generator().manual_seed(123), torch.float64)
+    total = torch.zeros(len(x), dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(repeats // 100):
+            total += log_mean_exp(model(x, 100 * k, noise).view(100, k, -1).transpose(0, 1)).sum(0)
+    return total / repeats
+
+
+def repeated(model: LatentVariableModel, x: torch.Tensor, k: int, repeats: int) -> list[dict[str, float]]:
+    """The summaries of many evaluations of ``x``: every copy of it is another image and so has other noise."""
+    copies = log_likelihood(model, split_of(x.repeat(repeats, 1)), k=k, seed=0, rows=10**5, workers=1)
+    return [summarize(part(copies, slice(i, i + len(x))), PIXELS)[0] for i in range(0, repeats * len(x), len(x))]
+
+
+def part(whole: Likelihood, images: slice) -> Likelihood:
+    change = {name: getattr(whole, name)[images] for name in ("log_px", "ess", "khat", "top_weight", "exact")}
+    return replace(whole, **change, bounds={m: bound[images] for m, bound in whole.bounds.items()})
+
+
+def coverage(summaries: Sequence[dict[str, float]], truth: float) -> float:
+    return float(np.mean([abs(-s["nll"] - truth) < 1.96 * s["stderr_mc"] for s in summaries]))
+
+
+REPEATS = 400
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_stderr_mc_is_the_error_around_the_expected_bound_whatever_n(n: int) -> None:
+    """T1: 95 % intervals cover E[L_k] of an independent long run; 4 standard errors of a share of 400 are 4 %."""
+    model = posterior_model(0.5)
+    x = observations(model, n)
+    truth = long_run(model, x, 100, 4000).mean().item()
+    summaries = repeated(model, x, 100, REPEATS)
+    assert 0.91 < coverage(summaries, truth) < 0.995
+    spread = np.std([s["nll"] for s in summaries])
+    assert np.mean([s["stderr_mc"] for s in summaries]) == pytest.approx(spread, rel=0.14)  # 4 / sqrt(2 * 400)
+
+
+def test_the_exact_value_is_covered_where_n_times_v_is_small_and_only_there() -> None:
+    """T1: Jensen's bias does not average out over images, so with enough of them no interval holds log p(x)."""
+    model = posterior_model(0.8)
+    few, many = observations(model, 1), observations(model, 200)
+    for x, k, repeats, small in ((few, 100, REPEATS, True), (many, 15, 100, False)):
+        summaries = repeated(model, x, k, repeats)
+        # bias_mc = -mean(v) / 2
+        n_mean_v = -2 * len(x) * np.mean([s["bias_mc"] for s in summaries])
+        exact = -summaries[0]["exact_nll"]
+        if small:
+            assert n_mean_v < 0.1 and coverage(summaries, exact) > 0.91
+        else:
+            assert n_mean_v > 10 and coverage(summaries, exact) < 0.7
+        shift = np.mean([-s["nll"] - exact for s in summaries])
+        error = np.std([s["nll"] for s in summaries]) / math.sqrt(repeats)
+        expected = -n_mean_v / len(x) / 2
+        assert abs(shift - expected) < 0.15 * abs(expected) + 4 * error
+
+
+@pytest.mark.parametrize("off", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("k", [50, 500])
+def test_the_estimate_agrees_with_the_exact_value_within_its_own_errors(off: float, k: int) -> None:
+    model = posterior_model(off)
+    x = observations(model, 100)
+    summary, reasons = summarize(log_likelihood(model, split_of(x), k=k, seed=0, rows=5000), PIXELS)
+    assert not reasons
+    assert summary["exact_nll"] == pytest.approx(-model.generative.exact_log_px(x).mean().item(), rel=1e-12)
+    assert abs(summary["nll"] - summary["exact_nll"]) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+    assert summary["stderr_mc"] > 0 > summary["bias_mc"]
+
+
+def test_with_the_exact_posterior_every_number_is_exact() -> None:
+    """T2 through the whole evaluation: every log-weight is log p(x)."""
+    model = posterior_model(0.0)
+    x = observations(model, 30)
+    likelihood = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000)
+    exact = model.generative.exact_log_px(x).detach().numpy()
+    for bound in likelihood.bounds.values():
+        assert np.abs(bound - exact).max() < 1e-10
+    assert np.abs(likelihood.ess - 500).max() < 1e-6
+    assert np.abs(likelihood.top_weight - 1 / 500).max() < 1e-10
+    assert np.isnan(likelihood.khat).all()
+    summary, reasons = summarize(likelihood, PIXELS)
+    assert summary["stderr_mc"] < 1e-8 and abs(summary["bias_mc"]) < 1e-8
+    assert summary["khat_share_above_0.7"] is None and "all weights are equal" in reasons["khat_share_above_0.7"]
+
+
+def binary(n: int, pixels: int = 9) -> torch.Tensor:
+    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
+
+
+@pytest.fixture
+def two_layers() -> LatentVariableModel:
+    model = built(GaussianMLP([4, 3], [[8], [6]]), 9)
+    with torch.no_grad():
+        for p in model.inference.parameters():
+            p.mul_(2)  # weights that differ
+    return model
+
+
+@pytest.mark.parametrize(
+    ("k", "levels"),
+    [(5000, [1, 5, 50, 500, 5000]), (500, [1, 5, 50, 500]), (100, [1, 5, 50, 100]), (64, [1, 64]), (1, [1])],
+)
+def test_levels_are_their_definition_and_ordered_for_every_image(
+    two_layers: LatentVariableModel, k: int, levels: list[int]
+) -> None:
+    """T4. The definition, with all log-weights in memory: means over all disjoint consecutive groups."""
+    x = binary(6)
+    likelihood = log_likelihood(two_layers, split_of(x), k=k, seed=3, rows=700)
+    assert list(likelihood.bounds) == levels
+    with torch.no_grad():
+        log_w = two_layers(x.double(), k, KeyedNoise(3, "test", range(6), dtype=torch.float64)).numpy()
+    for m, bound in likelihood.bounds.items():
+        groups = log_w.reshape(k // m, m, 6)
+        top = groups.max(1, keepdims=True)
+        expected = (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
+        np.testing.assert_allclose(bound, expected, rtol=1e-12)
+    weights = np.exp(log_w - log_w.max(0))
+    weights /= weights.sum(0)
+    np.testing.assert_allclose(likelihood.ess, 1 / (weights**2).sum(0), rtol=1e-9)
+    np.testing.assert_allclose(likelihood.top_weight, weights.max(0), rtol=1e-9)
+    ordered = np.stack(list(likelihood.bounds.values()))
+    assert (np.diff(ordered, axis=0) > 0).all()
+    assert likelihood.log_px is likelihood.bounds[k] and likelihood.exact is None
+    if k == 5000:
+        prefixes = np.stack([np.log(np.exp(log_w[:m] - log_w.max(0)).mean(0)) for m in levels])
+        assert (np.diff(prefixes, axis=0) < 0).any(), "first samples alone are not ordered: the groups matter"
+
+
+def same(a: Likelihood, b: Likelihood, rtol: float) -> None:
+    for name in ("log_px", "ess", "khat", "top_weight"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=0, err_msg=name)
+    for m in a.bounds:
+        np.testing.assert_allclose(a.bounds[m], b.bounds[m], rtol=rtol, atol=0)
+
+
+@pytest.fixture
+def reference(two_layers: LatentVariableModel) -> Likelihood:
+    return log_likelihood(two_layers, split_of(binary(20)), k=1000, seed=0, rows=2000, workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("rows", [64, 100, 200, 777, 2000, 20_000])
+def test_neither_rows_nor_workers_change_the_value(
+    two_layers: LatentVariableModel, reference: Likelihood, rows: int, workers: int
+) -> None:
+    """T9. rows decides the samples computed at once (64 to 512) and the images beside each other (1 to 39)."""
+    other = log_likelihood(two_layers, split_of(binary(20)), k=1000, seed=0, rows=rows, workers=workers)
+    same(reference, other, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_the_same_shapes_it_is_the_same_bit_for_bit(two_layers: LatentVariableModel, dtype: torch.dtype) -> None:
+    """Workers never share a batch, and what was computed before an image, or is after it, does not touch it."""
+    model, x = two_layers.to(dtype), binary(20)
+    one = log_likelihood(model, split_of(x), k=300, seed=0, rows=2000, workers=1)
+    for workers in (2, 3):
+        same(one, log_likelihood(model, split_of(x), k=300, seed=0, rows=2000, workers=workers), rtol=0)
+    part = log_likelihood(model, split_of(x[:10]), k=300, seed=0, rows=2000, workers=1)  # batches of 5
+    assert np.array_equal(part.log_px, one.log_px[:10]) and np.array_equal(part.khat, one.khat[:10])
+
+
+def test_seed_and_stream_are_what_changes_the_noise(two_layers: LatentVariableModel) -> None:
+    def value(**change: object) -> np.ndarray:
+        arguments: dict[str, object] = {"k": 50, "seed": 0, "rows": 2000} | change
+        return log_likelihood(two_layers, split_of(binary(3)), **arguments).log_px  # type: ignore[arg-type]
+
+    assert np.array_equal(value(), value(stream="test"))
+    assert not np.isclose(value(), value(seed=1)).any()
+    assert not np.isclose(value(), value(stream="validation")).any()
+
+
+def test_progress_counts_images_and_may_stop(two_layers: LatentVariableModel) -> None:
+    seen: list[int] = []
+    log_likelihood(two_layers, split_of(binary(10)), k=64, seed=0, rows=256, workers=2, on_progress=seen.append)
+    assert seen == [4, 8, 10]
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        log_likelihood(two_layers, split_of(binary(10)), k=64, seed=0, rows=256, on_progress=stop)
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.models.mlp import GaussianMLP
+model = GaussianMLP([50], [[1000]]).build((64,), np.full(64, 0.4), torch.Generator().manual_seed(0)).eval()
+split = Split("test", torch.zeros(2, 64, dtype=torch.uint8), "")
+unit = 1 if sys.platform == "darwin" else 1024
+for k in (500, 500, 20_000):
+    log_likelihood(model, split, k=k, seed=0, rows=512, workers=1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+def test_memory_does_not_grow_with_k() -> None:
+    """One hidden layer of all further samples would be 78 MB; what does grow is the tail of k-hat, 3 sqrt(k) numbers.
+
+    The bound is a tenth of that: what is left for the allocator and for threads.
+    """
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, before, after = map(int, done.stdout.split())
+    assert after - before < 0.1 * (20_000 - 500) * 1000 * 4
+
+
+def hand_made(log_px: list[float], ess: list[float], k: int = 100, **change: object) -> Likelihood:
+    n = len(log_px)
+    arrays: dict[str, object] = {
+        "k": k,
+        "log_px": np.array(log_px),
+        "bounds": {1: np.array(log_px) - 1, k: np.array(log_px)},
+        "ess": np.array(ess),
+        "khat": np.full(n, 0.2),
+        "top_weight": np.full(n, 0.1),
+        "exact": None,
+    }
+    return Likelihood(**(arrays | change))  # type: ignore[arg-type]
+
+
+def test_a_summary_by_hand() -> None:
+    """v = 1/ESS - 1/100: 0.19, 0.04, 0.01, 0."""
+    likelihood = hand_made(
+        [-80.0, -82.0, -84.0, -90.0],
+        [5.0, 20.0, 50.0, 100.0],
+        khat=np.array([0.9, 0.71, 0.7, np.nan]),
+        top_weight=np.array([0.51, 0.5, 0.2, 0.01]),
+        exact=np.array([-79.0, -81.0, -83.0, -89.0]),
+    )
+    summary, reasons = summarize(likelihood, 784)
+    assert not reasons
+    sd = math.sqrt((4**2 + 2**2 + 0**2 + 6**2) / 3)
+    assert summary == {
+        "nll": 84.0,
+        "k": 100,
+        "n": 4,
+        "stderr_images": pytest.approx(sd / 2),
+        "stderr_mc": pytest.approx(math.sqrt(0.19 + 0.04 + 0.01) / 4),
+        "bias_mc": pytest.approx(-(0.19 + 0.04 + 0.01) / 4 / 2),
+        "bounds": {"1": -85.0, "100": -84.0},
+        "ess_median": 35.0,
+        "ess_min": 5.0,
+        "ess_share_below_10": 0.25,
+        "khat_share_above_0.7": pytest.approx(2 / 3),  # of those that have one
+        "top_weight_share_above_0.5": 0.25,
+        "bits_per_dim": pytest.approx(84 / (784 * math.log(2))),
+        "exact_nll": 83.0,
+    }
+
+
+def test_v_is_never_negative() -> None:
+    """An ESS of k by one rounding error."""
+    summary, _ = summarize(hand_made([-1.0, -1.0], [100 * (1 + 1e-15), 100.0]), 1)
+    assert (summary["stderr_mc"], abs(summary["bias_mc"])) == (0.0, 0.0)
+
+
+def test_the_papers_nll_in_bits() -> None:
+    assert summarize(hand_made([-84.78], [50.0]), 784)[0]["bits_per_dim"] == pytest.approx(0.1560, abs=5e-5)
+
+
+def check_nulls(summary: dict[str, object], reasons: dict[str, str]) -> set[str]:
+    """Every null has its reason and every reason its null; the text is standard JSON. The names of the nulls."""
+    dump_json({"summary": summary, "reasons": reasons}, "summary")
+    bounds = summary["bounds"]
+    assert isinstance(bounds, dict)
+    flat = {key: value for key, value in summary.items() if key != "bounds"}
+    flat |= {f"bounds.{m}": value for m, value in bounds.items()}
+    assert set(reasons) == {key for key, value in flat.items() if value is None}
+    assert all(len(reason) > 10 for reason in reasons.values())
+    return set(reasons)
+
+
+def test_one_image_has_no_standard_error() -> None:
+    summary, reasons = summarize(hand_made([-80.0], [50.0]), 784)
+    assert check_nulls(summary, reasons) == {"stderr_images"}
+
+
+def broken_model(bias: float) -> LatentVariableModel:
+    """p(x|h) = 0 for every x with two or more pixels on where ``bias`` is -1e308: their logits overflow."""
+    model = built(GaussianMLP([2], [[3]]), 9)
+    (logit_bias,) = (p for p in model.generative.parameters() if p.shape == (9,))
+    with torch.no_grad():
+        logit_bias.fill_(bias)
+    return model
+
+
+def test_images_of_probability_zero_give_nulls_and_say_which() -> None:
+    x = torch.zeros(4, 9, dtype=torch.uint8)
+    x[2] = 1
+    likelihood = log_likelihood(broken_model(-1e308), split_of(x), k=100, seed=0, rows=64)
+    assert likelihood.log_px[2] == -math.inf and np.isfinite(np.delete(likelihood.log_px, 2)).all()
+    summary, reasons = summarize(likelihood, 9)
+    nulls = check_nulls(summary, reasons)
+    assert {"nll", "stderr_images", "stderr_mc", "bias_mc", "bits_per_dim", "bounds.1", "bounds.100"} <= nulls
+    assert "1 of 4 images" in reasons["nll"] and "image 2" in reasons["nll"]
+
+
+def test_nan_weights_give_nulls() -> None:
+    likelihood = log_likelihood(broken_model(math.nan), split_of(binary(3)), k=50, seed=0, rows=2000)
+    assert np.isnan(likelihood.log_px).all()
+    summary, reasons = summarize(likelihood, 9)
+    assert {"nll", "stderr_mc", "bias_mc", "ess_share_below_10", "bounds.50"} <= check_nulls(summary, reasons)
+    assert "3 of 3 images" in reasons["nll"]
+
+
+def test_a_single_weight_of_zero_spoils_only_the_low_levels() -> None:
+    """One log w = -inf among the k: L_1 of that image is -inf, L_k is not."""
+    bounds = {1: np.array([-85.0, -math.inf]), 100: np.array([-80.0, -82.0])}
+    summary, reasons = summarize(hand_made([-80.0, -82.0], [50.0, 50.0], bounds=bounds), 9)
+    assert check_nulls(summary, reasons) == {"bounds.1"}
+    assert reasons["bounds.1"] == "L_1 is not finite for 1 of 2 images (the first is image 1: -inf)"
+    assert summary["nll"] == 81.0
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_few_samples_have_no_k_hat(two_layers: LatentVariableModel, k: int) -> None:
+    summary, reasons = summarize(log_likelihood(two_layers, split_of(binary(5)), k=k, seed=0, rows=2000), 9)
+    assert check_nulls(summary, reasons) == {"khat_share_above_0.7"}
