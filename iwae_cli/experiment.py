@@ -113,7 +113,13 @@ class Experiment:
             UserError: data, model and objective that do not go together, or a device that is not there.
         """
         if self.data.observation != self.model.observation:
-            right = {"real": "model=linear_gaussian", "binary": "model=one_layer or model=two_layer"}
+            right = {
+                "real": "model=linear_gaussian",
+                "binary": "model=one_layer or model=two_layer, with model.likelihood=bernoulli",
+                "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
+            }
+            if self.model.observation == "grey":
+                right["binary"] += ", or data.binarization=none"
             raise UserError(
                 f"data={self.names['data']} holds {self.data.observation} observations and model="
                 f"{self.names['model']} is for {self.model.observation} ones; "
@@ -229,7 +235,8 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
 def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariableModel:
     """The networks, for weights that are put in next: neither the mean nor the initial weights matter."""
     pixels = torch.Size(state.image_shape).numel()
-    model = architecture.build(state.image_shape, torch.full((pixels,), 0.5).double().numpy(), generator("cpu", 0))
+    mean = torch.full((pixels,), 0.5).double().numpy()
+    model = architecture.build(state.image_shape, mean, generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.
     return model.to(next(iter(state.model.values())).dtype)
 

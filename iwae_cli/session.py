@@ -46,9 +46,11 @@ class Session:
         self.device = experiment.device.resolve()
         self.sink: Sink = FanOut([JsonlSink(), experiment.logger])
         self.progress: console.Progress | None = None
-        self.state = checkpoint.State(folder.identity, experiment.names, data.image_shape, self._plan(), {}, {})
+        self.state = checkpoint.State(
+            folder.identity, experiment.names, data.image_shape, self._plan(), {}, {}, levels=data.levels
+        )
         self.model = experiment.model.build(
-            data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights")
+            data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
         ).to(device=self.device, dtype=experiment.device.dtype)
         initial = experiment.initial_state()
         if initial is not None:
@@ -234,4 +236,6 @@ class Session:
         self.sink.histogram(step, "log_w minus its mean", spread.flatten().tolist())
 
     def _images(self, values: torch.Tensor) -> np.ndarray:
-        return values.double().cpu().numpy().reshape(-1, *self.data.image_shape)
+        """Between 0 and 1: grey levels that are not binarized are numbers up to the white one."""
+        white = self.data.levels - 1 if self.data.binarization == "none" and self.data.levels else 1
+        return (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)

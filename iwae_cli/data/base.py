@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from torch import Tensor
 from iwae_cli.noise import numpy_generator
 
 SPLITS = ("train", "validation", "test")
+Observation = Literal["binary", "grey", "real"]
 Binarization = Literal["dynamic", "fixed", "none"]
+GreyBinarization = Literal["dynamic", "none"]
+"""What can be asked of a data set of grey images."""
 
 _CHUNK = 1000
 """Images binarized at a time: bounds the memory, does not touch the values."""
@@ -126,7 +129,7 @@ class Dataset(ABC):
     """Where a data set comes from; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
 
     name: ClassVar[str]
-    observation: ClassVar[Literal["binary", "grey", "real"]]
+    observation: Observation
 
     @abstractmethod
     def load(self) -> Data:
@@ -140,3 +143,36 @@ class Dataset(ABC):
     def fingerprint(self) -> str | None:
         """What the identity of a run must know of a file that a path names: a hash of its content; else None."""
         return None
+
+
+class GreyDataset(Dataset, ABC):
+    """A data set of grey images, which a model sees binarized or, with ``binarization="none"``, as they are.
+
+    Numbers of the two are not comparable, so the second has another name, ``<name>_grey``.
+
+    Args:
+        binarization: ``dynamic`` or ``none``.
+
+    Raises:
+        ValueError: neither.
+    """
+
+    levels: ClassVar[int]
+
+    def __init__(self, binarization: GreyBinarization = "dynamic") -> None:
+        if binarization not in get_args(GreyBinarization):
+            raise ValueError(f"binarization must be one of dynamic, none, got {binarization!r}")
+        self.binarization: GreyBinarization = binarization
+        self.observation = "binary" if binarization == "dynamic" else "grey"
+
+    @property
+    def full_name(self) -> str:
+        """Name of the data as a model sees them."""
+        return self.name if self.binarization == "dynamic" else f"{self.name}_grey"
+
+    @property
+    def sentence(self) -> str:
+        """What becomes of the grey levels, for the protocol."""
+        if self.binarization == "dynamic":
+            return "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
+        return f"grey levels 0 to {self.levels - 1} as they are, not binarized"

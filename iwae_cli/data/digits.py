@@ -7,12 +7,12 @@ import hashlib
 import importlib.util
 import zlib
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import final
 
 import numpy as np
 import torch
 
-from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.base import Data, GreyDataset
 from iwae_cli.data.files import Damaged, read_bytes
 from iwae_cli.errors import UserError
 from iwae_cli.noise import numpy_generator
@@ -26,7 +26,7 @@ _REINSTALL = "type pip install --force-reinstall scikit-learn"
 
 
 @final
-class Digits(Dataset):
+class Digits(GreyDataset):
     """1,797 handwritten digits of 8x8 pixels with 17 grey levels.
 
     Alpaydin, Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), its test set as scikit-learn ships it.
@@ -35,7 +35,7 @@ class Digits(Dataset):
     """
 
     name = "digits"
-    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    levels = LEVELS
 
     def load(self) -> Data:
         """Read the file inside the installed scikit-learn, without importing the latter (1.3 s)."""
@@ -51,17 +51,17 @@ class Digits(Dataset):
         images = torch.from_numpy(values[order])
         ends = np.cumsum(SIZES).tolist()
         return Data(
-            name=self.name,
+            name=self.full_name,
             protocol=(
                 f"{SIZES[0]:,} training, {SIZES[1]} validation and {SIZES[2]} test images of {SIDE}x{SIDE} after one "
-                f"fixed permutation, {LEVELS} grey levels, binarized dynamically: redrawn at every access in training, "
-                "one keyed draw for evaluation; Alpaydin and Kaynak 1998, the copy in scikit-learn"
+                f"fixed permutation, {LEVELS} grey levels, {self.sentence}; "
+                "Alpaydin and Kaynak 1998, the copy in scikit-learn"
             ),
             train=images[: ends[0]],
             validation=images[ends[0] : ends[1]],
             test=images[ends[1] : ends[2]],
             levels=LEVELS,
-            binarization="dynamic",
+            binarization=self.binarization,
             image_shape=(SIDE, SIDE),
         )
 

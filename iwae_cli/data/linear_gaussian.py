@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, final
+from typing import final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from iwae_cli.data.base import SPLITS, Data, Dataset
+from iwae_cli.data.base import SPLITS, Data, Dataset, Observation
 from iwae_cli.noise import numpy_generator
 
 
@@ -32,7 +32,7 @@ class LinearGaussian(Dataset):
     """
 
     name = "linear_gaussian"
-    observation: ClassVar[Literal["binary", "grey", "real"]] = "real"
+    observation: Observation = "real"
 
     def __init__(
         self,

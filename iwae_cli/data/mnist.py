@@ -1,4 +1,4 @@
-"""MNIST and the data sets that share its files: 28x28 grey images in idx format, binarized dynamically."""
+"""MNIST and the data sets that share its files: 28x28 grey images in idx format."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import zlib
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.base import Data, GreyBinarization, GreyDataset
 from iwae_cli.data.files import Damaged, check_hash, directory, import_torchvision, obtain, read_bytes
 
 SIDE = 28
@@ -22,14 +22,14 @@ HEADER = 16
 """Bytes before the pixels: the magic number and three sizes, each big-endian and four bytes long."""
 
 
-class IdxImages(Dataset, ABC):
+class IdxImages(GreyDataset, ABC):
     """Files as torchvision lays them out, ``<data_dir>/<folder>/raw/*-images-idx3-ubyte``, also with ``.gz``.
 
     They are read straight into memory; torchvision is imported only if they must be downloaded. The last
     ``validation`` images of the training file are the validation split, in the order of the file.
 
     Raises:
-        ValueError: ``data_dir`` is empty.
+        ValueError: ``data_dir`` is empty, or unknown ``binarization``.
     """
 
     folder: ClassVar[str]
@@ -39,9 +39,10 @@ class IdxImages(Dataset, ABC):
     source: ClassVar[str]
     sizes: ClassVar[tuple[int, int]] = (60_000, 10_000)
     validation: ClassVar[int] = 400
-    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    levels = 256
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, binarization: GreyBinarization = "dynamic") -> None:
+        super().__init__(binarization)
         self._root = directory(data_dir)
         self._raw = self._root / self.folder / "raw"
 
@@ -56,17 +57,16 @@ class IdxImages(Dataset, ABC):
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
         cut = len(train) - self.validation
         return Data(
-            name=self.name,
+            name=self.full_name,
             protocol=(
                 f"{cut:,} training, {self.validation:,} validation (the last of the training file) and "
-                f"{len(test):,} test images of {SIDE}x{SIDE}, binarized dynamically: redrawn at every access in "
-                f"training, one keyed draw for evaluation; {self.source}"
+                f"{len(test):,} test images of {SIDE}x{SIDE}, {self.sentence}; {self.source}"
             ),
             train=train[:cut],
             validation=train[cut:],
             test=test,
-            levels=256,
-            binarization="dynamic",
+            levels=self.levels,
+            binarization=self.binarization,
             image_shape=(SIDE, SIDE),
         )
 

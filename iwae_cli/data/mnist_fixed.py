@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.base import Data, Dataset, Observation
 from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
 
 SIDE = 28
@@ -37,7 +37,7 @@ class FixedMNIST(Dataset):
     """
 
     name = "mnist_fixed"
-    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    observation: Observation = "binary"
     url: ClassVar[str] = URL
     files: ClassVar[Mapping[str, Amat]] = {
         "train": Amat(

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.base import Data, GreyBinarization, GreyDataset
 from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download, obtain, read_bytes
 from iwae_cli.errors import UserError
 
@@ -22,7 +22,7 @@ VALIDATION = 1_345
 
 
 @final
-class Omniglot(Dataset):
+class Omniglot(GreyDataset):
     """``chardata.mat``: keys ``data`` and ``testdata``, (784, n), grey values in [0, 1], images column by column.
 
     Lake, Salakhutdinov, Tenenbaum 2015; resized and split by Burda, Grosse, Salakhutdinov 2016 (1509.00519).
@@ -32,17 +32,19 @@ class Omniglot(Dataset):
     Args:
         data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
         path: another file of the same layout, of any size, instead.
+        binarization: ``dynamic`` or ``none``.
 
     Raises:
-        ValueError: ``data_dir`` or ``path`` is empty.
+        ValueError: ``data_dir`` or ``path`` is empty, or unknown ``binarization``.
     """
 
     name = "omniglot"
-    observation: ClassVar[Literal["binary", "grey", "real"]] = "binary"
+    levels = 256
     url: ClassVar[str] = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
     md5: ClassVar[str] = "21ecaf34373511aa7691cf2e0802aa3d"
 
-    def __init__(self, data_dir: str, path: str | None = None) -> None:
+    def __init__(self, data_dir: str, path: str | None = None, binarization: GreyBinarization = "dynamic") -> None:
+        super().__init__(binarization)
         if path == "":
             raise ValueError("path must be a file or null, got an empty string")
         self._root = directory(data_dir)
@@ -70,17 +72,16 @@ class Omniglot(Dataset):
         validation = min(VALIDATION, len(train) // 10)
         cut = len(train) - validation
         return Data(
-            name=self.name,
+            name=self.full_name,
             protocol=(
                 f"{cut:,} training, {validation:,} validation (the last after one fixed permutation) and "
-                f"{len(test):,} test images of {SIDE}x{SIDE}, binarized dynamically: redrawn at every access in "
-                f"training, one keyed draw for evaluation; {source}"
+                f"{len(test):,} test images of {SIDE}x{SIDE}, {self.sentence}; {source}"
             ),
             train=train[:cut],
             validation=train[cut:],
             test=test,
-            levels=256,
-            binarization="dynamic",
+            levels=self.levels,
+            binarization=self.binarization,
             image_shape=(SIDE, SIDE),
             facts=facts,
         )

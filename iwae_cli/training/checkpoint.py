@@ -32,6 +32,7 @@ class State:
         bound_sum: sum of the training bound over the images of the running pass, nats, float64.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
+        levels: number of grey levels of the data, needed to build the model again.
     """
 
     identity: str
@@ -44,6 +45,7 @@ class State:
     bound_sum: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    levels: int | None = None
 
 
 def save(state: State, path: Path) -> None:
