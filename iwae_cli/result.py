@@ -94,6 +94,7 @@ def evaluate(
         splits[split_name], missing = summarize(likelihoods[split_name], split.x.shape[1])
         reasons |= {f"{split_name}.{key}": reason for key, reason in missing.items()}
     units = _active_units(model, data, evaluation)
+    reasons |= {key: "active units are not defined for discrete layers" for key in units if units[key] is None}
     result = {
         "status": "finished",
         "identity": folder.identity,
