@@ -1,0 +1,98 @@
+"""A state written and read back; what is said of files that hold none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iwae_cli.errors import UserError
+from iwae_cli.training import checkpoint
+from iwae_cli.training.checkpoint import State
+
+
+def state() -> State:
+    linear = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(linear.parameters())
+    linear(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return State(
+        identity="digits-0123",
+        names={"data": "digits"},
+        image_shape=(8, 8),
+        plan={"device": "cpu", "threads": 1},
+        model=linear.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=7,
+        bound_sum=-12.34567890123456789,
+        best={"step": 5, "bound": -80.5},
+        seconds=1.5,
+    )
+
+
+def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+    written = state()
+    checkpoint.save(written, tmp_path / "checkpoint.pt")
+    read = checkpoint.load(tmp_path / "checkpoint.pt", "digits-0123")
+    plain = ("identity", "names", "image_shape", "plan", "step", "bound_sum", "best", "seconds")
+    assert {key: getattr(read, key) for key in plain} == {key: getattr(written, key) for key in plain}
+    torch.testing.assert_close(read.model, written.model, rtol=0, atol=0)
+    torch.testing.assert_close(read.optimizer["state"], written.optimizer["state"], rtol=0, atol=0)
+    assert read.optimizer["param_groups"] == written.optimizer["param_groups"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def refused(path: Path, identity: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path, identity)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
+    return str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert "has no checkpoint yet" in refused(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 1000, -1, -200])
+def test_a_cut_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    assert "restart=true" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 no archive"])
+def test_rubbish(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    assert "cannot be read as a checkpoint" in refused(path)
+
+
+def test_another_content(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    assert "cannot be read as a checkpoint" in refused(path)
+
+
+def test_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(state(), path)
+    assert refused(path, "digits-4567").endswith("is a checkpoint of digits-0123, not of digits-4567")
+
+
+class Harmful:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_file_that_would_run_something_is_refused_before_it_does(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save(vars(state()) | {"plan": Harmful(f"touch {tmp_path / 'harm'}")}, path)
+    assert "cannot be read as a checkpoint" in refused(path)
+    assert not (tmp_path / "harm").exists()
