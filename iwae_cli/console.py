@@ -166,6 +166,7 @@ def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | N
     row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}")
     row("  Jensen's bias of L_k: bias_mc", "bias_mc", "{:+.4f}")
     row("exact NLL, nats", "exact_nll")
+    row(f"jackknife of NLL_{k}, nats", "nll_jackknife")
     levels = dict.fromkeys(level for split in splits.values() for level in split["bounds"])
     for level in levels:
         add(f"bound L_{level}, nats", [split["bounds"].get(level) for split in splits.values()], "{:.2f}")

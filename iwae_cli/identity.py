@@ -44,7 +44,7 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
 def evaluation_name(config: Mapping[str, Any]) -> str:
     """Name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
     evaluation = config["evaluation"]
-    parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed")}
+    parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
     return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
 

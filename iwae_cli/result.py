@@ -88,6 +88,7 @@ def evaluate(
                 seed=evaluation.seed,
                 rows=evaluation.rows,
                 workers=evaluation.workers,
+                with_jackknife=evaluation.jackknife,
                 on_progress=on_progress,
             )
         hashes[split_name] = split.sha256

@@ -21,6 +21,7 @@ from iwae_cli.evaluation.pool import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import BLOCK, KeyedNoise
 from iwae_cli.numerics import StreamingLogWeights
+from iwae_cli.objectives.jvi import jackknife
 
 CHUNK = 8 * BLOCK
 """Samples of one image computed at once; the number of images at once fills the rows that are left."""
@@ -38,6 +39,7 @@ class Likelihood:
         khat: Pareto k-hat; NaN where it is not defined (equal weights, or fewer than five in the tail).
         top_weight: largest normalized weight.
         exact: log p(x) in closed form where the model has one, else None.
+        jackknife: the jackknife estimate of log p(x) if it was asked for, else None; NaN where it has no value.
     """
 
     k: int
@@ -47,6 +49,7 @@ class Likelihood:
     khat: Float64[np.ndarray, " n"]
     top_weight: Float64[np.ndarray, " n"]
     exact: Float64[np.ndarray, " n"] | None
+    jackknife: Float64[np.ndarray, " n"] | None = None
 
 
 def log_likelihood(
@@ -58,6 +61,7 @@ def log_likelihood(
     rows: int,
     workers: int | None = None,
     stream: str | None = None,
+    with_jackknife: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
     """L_k and its diagnostics for every image of ``split``.
@@ -74,6 +78,7 @@ def log_likelihood(
         rows: bound on images x samples computed at once by one worker (at least one block of 64).
         workers: threads that share the images; None is one per core on a CPU, one on another device.
         stream: name of the noise stream; the split's name by default.
+        with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
         on_progress: called with the number of images done; may raise to stop.
     """
     parameter = next(model.parameters())
@@ -82,24 +87,28 @@ def log_likelihood(
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
 
-    def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], np.ndarray | None]:
+    def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=device)
+        kept = []
         for start in range(0, k, chunk):
             noise = KeyedNoise(seed, stream or split.name, images, start, dtype, device)
-            streaming.add(model(x, min(chunk, k - start), noise))
-        exact = model.generative.exact_log_px(x)
+            log_w = model(x, min(chunk, k - start), noise)
+            streaming.add(log_w)
+            if with_jackknife:
+                kept.append(log_w.to(torch.float64))
+        extra = {"exact": model.generative.exact_log_px(x), "jackknife": jackknife(torch.cat(kept)) if kept else None}
         return (
             {m: bound.cpu().numpy() for m, bound in streaming.bounds().items()},
             [v.cpu().numpy() for v in (streaming.ess(), streaming.khat(), streaming.top_weight())],
-            None if exact is None else exact.to(torch.float64).cpu().numpy(),
+            {name: v.to(torch.float64).cpu().numpy() for name, v in extra.items() if v is not None},
         )
 
     results = map_batches(score, len(split.x), batch=max(1, rows // chunk), workers=workers, on_progress=on_progress)
     bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
     ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
-    exact = [e for _, _, e in results if e is not None]
-    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, np.concatenate(exact) if exact else None)
+    extra = {name: np.concatenate([e[name] for _, _, e in results]) for name in results[0][2]}
+    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, extra.get("exact"), extra.get("jackknife"))
 
 
 def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -110,6 +119,8 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
       ESS < 30 or k-hat > 0.5.
     - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
+
+    ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), where it was asked for (Nowozin 2018): less biased, and no bound.
 
     Returns:
         (numbers, reasons): plain floats, ints and None; ``reasons`` has an entry for every None.
@@ -160,6 +171,12 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     if likelihood.exact is not None:
         summary["exact_nll"] = number(
             "exact_nll", -likelihood.exact.mean(), "the exact log p(x) of the model is not finite"
+        )
+    if likelihood.jackknife is not None:
+        summary["nll_jackknife"] = number(
+            "nll_jackknife",
+            -likelihood.jackknife.mean(),
+            not_finite or "for some image one weight outweighs all others, and leaving it out leaves nothing",
         )
     return summary, reasons
 

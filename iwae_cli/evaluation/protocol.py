@@ -18,6 +18,7 @@ class Evaluation:
         workers: threads that share the images; null is one per available core.
         validation_k: samples of the validation bound during training, the same for all objectives.
         validation_every: passes between two validations.
+        jackknife: report the jackknife estimate beside L_k; memory then grows with k.
 
     Raises:
         ValueError: a number out of range, an unknown or repeated split.
@@ -34,6 +35,7 @@ class Evaluation:
         workers: int | None,
         validation_k: int,
         validation_every: int,
+        jackknife: bool = False,
     ) -> None:
         at_least_one = {"k": k, "validation_k": validation_k, "validation_every": validation_every}
         for name, value in at_least_one.items():
@@ -55,6 +57,8 @@ class Evaluation:
             raise ValueError(f"splits must not repeat, got {splits}")
         if weights not in ("last", "best"):
             raise ValueError(f"weights must be last or best, got {weights!r}")
+        if jackknife and k < 2:
+            raise ValueError(f"jackknife needs k >= 2, got k={k}")
         self.k = k
         self.splits = splits
         self.weights = weights
@@ -64,3 +68,4 @@ class Evaluation:
         self.workers = workers
         self.validation_k = validation_k
         self.validation_every = validation_every
+        self.jackknife = jackknife
