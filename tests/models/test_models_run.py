@@ -1,0 +1,81 @@
+"""Runs on grey levels and with discrete latents, through the front door."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import TINY, finished, read_json, run
+
+import iwae_cli
+from iwae_cli.data.digits import Digits
+from iwae_cli.noise import GeneratorNoise
+
+GREY = ("data.binarization=none", "model.likelihood=discretized_logistic")
+
+
+def test_grey_levels_have_honest_bits_per_dimension(tmp_path: Path) -> None:
+    folder = finished(tmp_path, *GREY, *TINY)
+    result = read_json(folder / "result.json")
+    assert result["dataset"]["name"] == "digits_grey"
+    test = result["test"]
+    assert test["bits_per_dim"] == pytest.approx(test["nll"] / (64 * math.log(2)))
+    # Better than 17 levels at equal odds, and a probability of grey levels: far above what binary pixels cost.
+    assert 1.5 < test["bits_per_dim"] < math.log2(17)
+    # The loaded model knows the levels: its draws use all of them and its scores are those of the run.
+    model, _ = iwae_cli.load(folder)
+    _, x = model.generative.sample(500, GeneratorNoise(torch.Generator().manual_seed(0)))
+    assert set(x.unique().tolist()) == set(range(17))
+    scored = model(Digits(binarization="none").load().test.float(), 50, GeneratorNoise(torch.Generator()))
+    bound = (torch.logsumexp(scored, 0) - math.log(50)).mean().item()
+    assert -bound == pytest.approx(test["nll"], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.binarization=none",), "holds grey observations and model=one_layer is for binary ones"),
+        (("model.likelihood=discretized_logistic",), "or data.binarization=none"),
+        (("model=discrete", "data.binarization=none", "objective=vimco"), "model.likelihood=discretized_logistic"),
+        (("model=conv", "data=linear_gaussian"), "use model=linear_gaussian"),
+        (("model=discrete",), "cannot train discrete ones; use objective=vimco"),
+        (("model.likelihood=gaussian",), "model.likelihood must be one of bernoulli, discretized_logistic"),
+        (("model=categorical", "model.categories=1"), "model.categories must be >= 2, got 1"),
+        (("model=conv", "model.channels=[8]"), "model.channels must hold two sizes, got 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_does(
+    tmp_path: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    code, _, err = run(*overrides, f"output_dir={tmp_path / 'runs'}")
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [
+        (("model=discrete", "model.latent_sizes=[4,3]"), ("objective=vimco",)),
+        (("model=categorical", "model.categories=5"), ("objective=rws",)),
+    ],
+    ids=["discrete", "categorical"],
+)
+def test_a_discrete_run_knows_its_exact_nll(tmp_path: Path, model: tuple[str, ...], objective: tuple[str, ...]) -> None:
+    result = read_json(finished(tmp_path, *model, *objective, *TINY[2:], "evaluation.k=500") / "result.json")
+    test = result["test"]
+    assert abs(test["nll"] - test["exact_nll"]) < 3 * test["stderr_mc"] + 2 * abs(test["bias_mc"])
+    assert result["active_units"] is None
+    assert result["active_units_authors_rule"] is None
+    assert "not defined for discrete layers" in result["reasons"]["active_units"]
+
+
+def test_a_convolutional_run(tmp_path: Path) -> None:
+    sizes = ("model=conv", "model.latent_size=3", "model.channels=[2,3]", "model.hidden_size=8")
+    result = read_json(finished(tmp_path, *sizes, *TINY[2:]) / "result.json")
+    assert np.isfinite(result["test"]["nll"])
+    assert len(result["active_units"]) == 1
