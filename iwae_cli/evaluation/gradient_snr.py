@@ -1,0 +1,265 @@
+"""Signal-to-noise ratio of gradient estimates: how much of a training step is direction, and how much is chance.
+
+Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood, Teh 2018, "Tighter Variational Bounds are Not Necessarily
+Better", arXiv 1802.04537.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from iwae_cli.console import Progress
+from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.noise import GeneratorNoise, generator
+from iwae_cli.objectives.base import Objective
+
+NETWORKS = ("inference", "generative")
+
+MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
+"""E|N(0, 1)| = .80: what the ratio of M draws without signal reads is this over sqrt(M)."""
+
+
+@dataclass(frozen=True)
+class SignalToNoise:
+    """Of the gradient of one network, over draws of the latents with the observations held fixed.
+
+    Attributes:
+        draws: M.
+        per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
+        floor: .80 / sqrt(M), what is read on average where there is no signal.
+        directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
+            above ``directional_floor``, or if there is one parameter only.
+        directional_floor: the same along a direction without signal: the difference of two means.
+        parameters: how many receive a gradient that varies; the others have no ratio and are left out.
+    """
+
+    draws: int
+    per_parameter: float
+    floor: float
+    directional: float
+    directional_floor: float
+    parameters: int
+
+
+class _Moments:
+    """Moments of a stream of gradients: of the first half the mean, of the second what lies along and across it.
+
+    The direction must not be taken from the draws that it is held against: they would point along it by
+    construction.
+    """
+
+    def __init__(self, draws: int) -> None:
+        self._draws = draws
+        self._half = draws // 2
+        self._seen = 0
+        self._ratios: list[float] = []
+        self._ratios_of_noise: list[float] = []
+
+    def add(self, gradient: Float64[Tensor, " parameters"]) -> None:
+        if self._seen == 0:
+            # Sums of differences from the first one, so that a mean much larger than the noise cancels nothing.
+            self._first = gradient
+            self._sum, self._sum_squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        difference = gradient - self._first
+        self._sum += difference
+        self._sum_squares += difference.square()
+        self._seen += 1
+        if self._seen == self._half // 2:
+            self._quarter = self._sum / self._seen
+        elif self._seen == self._half:
+            self._mean = self._sum / self._seen
+            self._noise = self._quarter - self._mean
+        elif self._seen > self._half:
+            self._ratios.append(_ratio(gradient, self._first + self._mean))
+            self._ratios_of_noise.append(_ratio(difference - self._mean, self._noise))
+
+    def result(self) -> SignalToNoise:
+        m = self._draws
+        variance = (self._sum_squares - self._sum.square() / m) / (m - 1)
+        mean = self._first + self._sum / m
+        # Below the rounding of the gradients themselves nothing varies.
+        varies = variance > (mean.abs() * torch.finfo(torch.float32).eps).square() * 1e-6
+        squared = (mean.square() / variance)[varies] - 1 / m
+        floor = MEAN_OF_ABS_NORMAL / math.sqrt(m)
+        median = math.sqrt(max(0.0, float(squared.quantile(0.5)))) if len(squared) else math.nan
+        directional, noise = float(np.mean(self._ratios)), float(np.mean(self._ratios_of_noise))
+        return SignalToNoise(
+            draws=m,
+            per_parameter=median if median > floor else math.nan,
+            floor=floor,
+            directional=directional if math.isfinite(noise) and directional > noise else math.nan,
+            directional_floor=noise,
+            parameters=int(varies.sum()),
+        )
+
+
+def _ratio(vector: Float64[Tensor, " n"], along: Float64[Tensor, " n"]) -> float:
+    """|part of ``vector`` along ``along``| / |the rest|; NaN where there is no rest."""
+    unit = along / along.norm()
+    parallel = vector @ unit
+    rest = (vector - parallel * unit).norm()
+    return float(parallel.abs() / rest) if len(vector) > 1 and rest > 0 else math.nan
+
+
+def gradient_snr(
+    model: LatentVariableModel,
+    objective: Objective,
+    x: Float[Tensor, "batch pixels"],
+    *,
+    draws: int,
+    seed: int,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, SignalToNoise]:
+    """Signal-to-noise ratios of the gradients that a training step on ``x`` would use.
+
+    Args:
+        model: its parameters stay as they are.
+        objective: any.
+        x: one batch, the same for every draw, so that the noise is that of the latents alone.
+        draws: M, at least 8.
+        seed: of the noise.
+        check: called between draws; may raise to stop.
+
+    Returns:
+        ``inference`` and ``generative``.
+
+    Raises:
+        ValueError: draws < 8.
+    """
+    if draws < 8:
+        raise ValueError(f"draws must be >= 8, got {draws}")
+    networks: dict[str, nn.Module] = {name: getattr(model, name) for name in NETWORKS}
+    moments = {name: _Moments(draws) for name in NETWORKS}
+    for draw in range(draws):
+        check()
+        noise = GeneratorNoise(generator(x.device, seed, "gradient snr", draw), x.dtype)
+        losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+        for name in NETWORKS:
+            # Each loss is right for its own parameters only.
+            moments[name].add(_gradient(getattr(losses, name), networks[name].parameters()))
+    return {name: moments[name].result() for name in NETWORKS}
+
+
+def _gradient(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> Float64[Tensor, " parameters"]:
+    found = torch.autograd.grad(loss, list(parameters), retain_graph=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in found]).double()
+
+
+@final
+class GradientSNR(Estimator):
+    """Signal-to-noise ratios over k, of the run's objective or of another one, on the first training images.
+
+    Rainforth et al. 2018 find for IWAE that the encoder's falls as k^(-1/2) while the decoder's grows as k^(1/2).
+
+    Args:
+        ks: values of the objective's ``k``, rising.
+        draws: M, gradients drawn at each k.
+        images: of the training split, one batch.
+
+    Raises:
+        ValueError: a number out of range, or ``ks`` that do not rise.
+    """
+
+    def __init__(self, ks: list[int], draws: int = 200, images: int = 20) -> None:
+        if not ks:
+            raise ValueError("ks must hold at least one k, got []")
+        if ks[0] < 1 or sorted(set(ks)) != ks:
+            raise ValueError(f"ks must be >= 1 and rise, got {ks}")
+        if draws < 8:
+            raise ValueError(f"draws must be >= 8, got {draws}")
+        if images < 1:
+            raise ValueError(f"images must be >= 1, got {images}")
+        self.ks = ks
+        self.draws = draws
+        self.images = images
+
+    def estimate(self, subject: Subject, check: Callable[[], None]) -> Estimates:
+        """See the class."""
+        model, evaluation = subject.model, subject.evaluation
+        parameter = next(model.parameters())
+        objectives = {k: subject.objective(k) for k in self.ks}
+        split = subject.data.evaluation_split("train", evaluation.binarization_seed)
+        x = split.x[: self.images].to(device=parameter.device, dtype=parameter.dtype)
+        found: dict[int, dict[str, SignalToNoise]] = {}
+        with Progress("gradients", total=len(self.ks), unit="k") as progress:
+            for k, objective in objectives.items():
+                found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=evaluation.seed, check=check)
+                progress.update(len(found))
+        floor = found[self.ks[0]]["inference"].floor
+        reasons: dict[str, str] = {}
+        numbers: dict[str, Any] = {"images": len(x), "sha256": split.sha256, "draws": self.draws, "floor": floor}
+        for name in NETWORKS:
+            numbers[name] = {}
+            for k in self.ks:
+                ratio = found[k][name]
+                where = f"{name}.{k}"
+                numbers[name][str(k)] = {
+                    "per_parameter": _number(
+                        ratio.per_parameter,
+                        f"{where}.per_parameter",
+                        reasons,
+                        f"below the floor of {floor:.3f} of {self.draws} draws, or no gradient varies",
+                    ),
+                    "directional": _number(
+                        ratio.directional,
+                        f"{where}.directional",
+                        reasons,
+                        f"not above {ratio.directional_floor:.3f}, which a direction without signal gives",
+                    ),
+                    "directional_floor": _number(
+                        ratio.directional_floor,
+                        f"{where}.directional_floor",
+                        reasons,
+                        "there is one parameter only, or the gradient does not vary",
+                    ),
+                    "parameters": ratio.parameters,
+                }
+            numbers[name]["slope"] = _number(
+                _slope({k: found[k][name].per_parameter for k in self.ks}),
+                f"{name}.slope",
+                reasons,
+                "fewer than two values of k give a ratio above the floor",
+            )
+        notes = [
+            f"{self.draws} draws a k; a median over parameters below the floor, {floor:.3f}, is left out",
+            "directional: length along the mean gradient over length across it; in brackets what no signal gives",
+        ]
+        return Estimates({"gradient_snr": numbers}, reasons, {}, self._table(numbers), notes)
+
+    def _table(self, numbers: dict[str, Any]) -> list[list[str]]:
+        def cell(value: float | None) -> str:
+            return "\N{EN DASH}" if value is None else f"{value:.3f}"
+
+        table = [["signal-to-noise", *(f"k = {k}" for k in self.ks), "slope"]]
+        for name in NETWORKS:
+            rows = [numbers[name][str(k)] for k in self.ks]
+            table.append(
+                [f"{name}, median", *(cell(row["per_parameter"]) for row in rows), cell(numbers[name]["slope"])]
+            )
+            pairs = [f"{cell(row['directional'])} ({cell(row['directional_floor'])})" for row in rows]
+            table.append([f"{name}, directional", *pairs, ""])
+        return table
+
+
+def _slope(ratios: dict[int, float]) -> float:
+    """Of log ratio against log k, by least squares; NaN for fewer than two ratios."""
+    there = {k: ratio for k, ratio in ratios.items() if math.isfinite(ratio)}
+    if len(there) < 2:
+        return math.nan
+    return float(np.polyfit(np.log(list(there)), np.log(list(there.values())), 1)[0])
+
+
+def _number(value: float, name: str, reasons: dict[str, str], reason: str) -> float | None:
+    if math.isfinite(value):
+        return value
+    reasons[name] = reason
+    return None

@@ -1,0 +1,200 @@
+"""Signal-to-noise ratios against gradients of a known distribution, and against the slopes that theory gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from iwae_cli.construct import build
+from iwae_cli.data.linear_gaussian import LinearGaussian
+from iwae_cli.errors import UserError
+from iwae_cli.evaluation.estimator import Estimator, Subject
+from iwae_cli.evaluation.gradient_snr import GradientSNR, gradient_snr
+from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.noise import GeneratorNoise
+from iwae_cli.objectives.base import Losses, Objective
+from iwae_cli.objectives.iwae import IWAE
+
+
+class Known(Objective):
+    """A gradient of signal + noise N(0, I) for every parameter of p, and of the signal alone for those of q."""
+
+    num_samples = 1
+
+    def __init__(self, signal: list[float]) -> None:
+        self.signal = signal
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_w[0]
+
+    def losses(self, model: Any, x: Tensor, particles: Any, noise: Any) -> Losses:
+        theta = torch.cat([p.flatten() for p in model.generative.parameters()])
+        phi = torch.cat([p.flatten() for p in model.inference.parameters()])
+        signal = torch.tensor(self.signal, dtype=theta.dtype).repeat(len(theta))[: len(theta)]
+        random = noise.normal(0, 1, 1, len(theta))[0, 0]
+        return Losses((theta * (signal + random)).sum(), phi.sum(), particles.log_w[0].detach())
+
+
+def fixture(pixels: int, latents: int, copies: int) -> tuple[LatentVariableModel, Tensor]:
+    model = LinearGaussianModel([latents]).build((pixels,), np.zeros(pixels), torch.Generator().manual_seed(3)).double()
+    _, x = model.generative.sample(1, GeneratorNoise(torch.Generator().manual_seed(4), torch.float64))
+    return model, x.detach().expand(copies, -1)
+
+
+def test_the_ratio_of_known_gradients() -> None:
+    """Half of the parameters at 0.5, a quarter each at 0.3 and 0.9: the median lies at 0.5."""
+    model, x = fixture(30, 5, 1)
+    found = gradient_snr(model, Known([0.5, 0.3, 0.5, 0.9]), x, draws=500, seed=0)["generative"]
+    n = found.parameters
+    assert n == 30 * 5 + 30 + 30 == sum(p.numel() for p in model.generative.parameters())
+    assert found.floor == pytest.approx(0.7979 / math.sqrt(500), rel=1e-3)
+    assert found.per_parameter == pytest.approx(0.5, abs=0.02)
+    # |g_par| is near |mean| = sqrt(0.35 n), |g_perp| near sqrt(n - 1).
+    assert found.directional == pytest.approx(math.sqrt(0.35 * n / (n - 1)), rel=0.05)
+    assert found.directional_floor == pytest.approx(0.8 / math.sqrt(n), rel=0.15)
+
+
+def test_a_single_ratio_is_debiased() -> None:
+    """With 50 draws mean^2/variance is 1/50 too large; over many parameters the debiased one is right."""
+    model, x = fixture(60, 30, 1)
+    ratios = [
+        gradient_snr(model, Known([0.2]), x, draws=50, seed=seed)["generative"].per_parameter for seed in range(10)
+    ]
+    # Median of a noncentral chi-squared of one degree of freedom (0.2^2 * 50 = 2), divided by 50, less 1/50.
+    sample = np.random.default_rng(0).standard_normal(400_000) + math.sqrt(2)
+    expected = math.sqrt(np.median(sample**2) / 50 - 1 / 50)
+    assert np.mean(ratios) == pytest.approx(expected, rel=0.06)
+    assert expected < 0.19 < math.sqrt(np.median(sample**2) / 50)
+
+
+def test_no_signal_is_no_number() -> None:
+    model, x = fixture(30, 5, 1)
+    found = gradient_snr(model, Known([0.0]), x, draws=200, seed=0)["generative"]
+    assert math.isnan(found.per_parameter)
+    assert found.directional_floor < 0.1
+    assert math.isnan(found.directional) or found.directional < 1.3 * found.directional_floor
+
+
+def test_a_gradient_without_noise_has_no_ratio() -> None:
+    model, x = fixture(4, 2, 1)
+    found = gradient_snr(model, Known([1.0]), x, draws=20, seed=0)["inference"]
+    assert found.parameters == 0
+    assert math.isnan(found.per_parameter) and math.isnan(found.directional)
+
+
+def fixture_a(copies: int) -> tuple[LatentVariableModel, Tensor]:
+    """z ~ N(0, 1), x|z ~ N(1.3 z, 0.5), x = 0.9; q has the posterior's mean + 0.4 and 1.3 times its sd."""
+    model = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator()).double()
+    variance = 1 / (1 + 1.3**2 / 0.5)
+    values = {
+        "generative.layers.0.linear.weight": 1.3,
+        "generative.layers.0.log_scale": 0.5 * math.log(0.5),
+        "inference.layers.0.linear.weight": variance * 1.3 / 0.5,
+        "inference.layers.0.linear.bias": 0.4,
+        "inference.layers.0.log_diagonal": math.log(1.3 * math.sqrt(variance)),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).fill_(value)
+    return model, torch.full((copies, 1), 0.9, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "network", "slope", "copies", "ks", "one_copy"),
+    [
+        ("total", "inference", -0.5, 256, [4, 16, 64], [0.25, 0.126, 0.055]),
+        ("dreg", "inference", 0.5, 16, [4, 16, 64], [1.5, 2.95, 6.0]),
+        ("total", "generative", 0.5, 16, [32, 128, 512], None),
+    ],
+)
+def test_slopes_over_k(
+    gradient: Any, network: str, slope: float, copies: int, ks: list[int], one_copy: list[float] | None
+) -> None:
+    """Rainforth et al. 2018, theorem 1, and Tucker et al. 2019 (arXiv 1810.04152) for DReG.
+
+    The values are known for one observation; n copies of it have a ratio sqrt(n) times larger.
+    """
+    model, x = fixture_a(copies)
+    ratios = [gradient_snr(model, IWAE(k, gradient), x, draws=200, seed=k)[network].per_parameter for k in ks]
+    found = np.polyfit(np.log(ks), np.log(ratios), 1)[0]
+    assert found == pytest.approx(slope, abs=0.15), ratios
+    if one_copy is not None:
+        assert ratios == pytest.approx([math.sqrt(copies) * ratio for ratio in one_copy], rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_and_parameters_stay() -> None:
+    model, x = fixture(3, 2, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs = [gradient_snr(model, IWAE(3), x, draws=10, seed=seed) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def subject() -> Subject:
+    data = LinearGaussian(pixels=3, n_train=50).load()
+    model, _ = fixture(3, 2, 1)
+    evaluation = Evaluation(
+        k=5,
+        splits=["test"],
+        weights="last",
+        seed=0,
+        binarization_seed=0,
+        rows=2000,
+        workers=None,
+        validation_k=5,
+        validation_every=1,
+    )
+    return Subject(model.float(), data, evaluation, IWAE)
+
+
+def test_the_report() -> None:
+    found = GradientSNR(ks=[1, 4, 16], draws=60, images=30).estimate(subject(), lambda: None)
+    numbers = found.numbers["gradient_snr"]
+    assert (numbers["images"], numbers["draws"]) == (30, 60)
+    assert numbers["floor"] == pytest.approx(0.7979 / math.sqrt(60), rel=1e-3)
+    assert numbers["inference"]["1"]["per_parameter"] > numbers["floor"]
+    assert numbers["generative"]["slope"] is not None
+    nulls = [
+        f"{name}.{k}.{key}"
+        for name in ("inference", "generative")
+        for k in ("1", "4", "16")
+        for key, value in numbers[name][k].items()
+        if value is None
+    ]
+    nulls += [f"{name}.slope" for name in ("inference", "generative") if numbers[name]["slope"] is None]
+    assert sorted(found.reasons) == sorted(nulls)
+    assert [len(row) for row in found.table] == [5] * 5
+    assert found.table[0] == ["signal-to-noise", "k = 1", "k = 4", "k = 16", "slope"]
+
+
+def test_what_lies_below_the_floor_is_null_with_its_reason() -> None:
+    chosen = subject()
+    silent = Subject(chosen.model, chosen.data, chosen.evaluation, lambda k: Known([0.0]))
+    found = GradientSNR(ks=[1, 2], draws=100).estimate(silent, lambda: None)
+    assert found.numbers["gradient_snr"]["generative"]["1"]["per_parameter"] is None
+    assert "below the floor of 0.080 of 100 draws" in found.reasons["generative.1.per_parameter"]
+    assert found.numbers["gradient_snr"]["generative"]["slope"] is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ks": []}, r"ks must hold at least one k, got \[\]"),
+        ({"ks": [0, 1]}, r"ks must be >= 1 and rise, got \[0, 1\]"),
+        ({"ks": [5, 1]}, r"ks must be >= 1 and rise, got \[5, 1\]"),
+        ({"draws": 7}, "draws must be >= 8, got 7"),
+        ({"images": 0}, "images must be >= 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, Any], message: str) -> None:
+    node = {"_target_": "iwae_cli.evaluation.gradient_snr.GradientSNR", "ks": [1, 5]} | changed
+    with pytest.raises(UserError, match=f"^estimator.{message}"):
+        build(node, Estimator, "estimator")
