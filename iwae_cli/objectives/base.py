@@ -48,9 +48,7 @@ class Objective(ABC):
         """The value that is reported, nats, higher is better."""
 
     @abstractmethod
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """Scalars to differentiate, means over the batch, in nats.
 
         Args:
@@ -103,9 +101,7 @@ class BoundObjective(Objective, ABC):
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """b = a - diag(d2B/dlog w2), in closed form."""
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """See the class; ``dreg`` is two losses, each differentiated for its own parameters."""
         if self.gradient == "total":
             bound = self.bound(particles.log_w)
@@ -150,16 +146,12 @@ def refuse_discrete(objective: Objective, architecture: Architecture) -> str | N
     )
 
 
-def weighted_sum(
-    weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]
-) -> Float[Tensor, " batch"]:
+def weighted_sum(weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
     """sum_i weights_i values_i, where a weight of zero takes its value out, be it -inf."""
     return torch.where(weights == 0, 0, weights * values).sum(0)
 
 
-def score_term(
-    model: Model, x: Float[Tensor, "batch pixels"], particles: Particles
-) -> Float[Tensor, "k batch"]:
+def score_term(model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Float[Tensor, "k batch"]:
     """log q(h|x) with h held fixed, nats: its gradient is the score of q, for discrete and continuous latents."""
     if not particles.reparameterized:
         return particles.log_q

@@ -53,9 +53,7 @@ class ELBO(BoundObjective):
         """b = a: the bound is linear in log w."""
         return self.weights(log_w)
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """As every bound, or with the KL in closed form."""
         if not self.analytic_kl:
             return super().losses(model, x, particles, noise)

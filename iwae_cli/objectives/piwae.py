@@ -41,9 +41,7 @@ class PIWAE(Objective):
         """log 1/(m k) sum_i w_i."""
         return self.generative.bound(log_w)
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """The generative loss of IWAE-(m k) and the inference loss of MIWAE(m, k)."""
         generative = self.generative.losses(model, x, particles, noise)
         inference = self.inference.losses(model, x, particles, noise)

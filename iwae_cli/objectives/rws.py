@@ -56,9 +56,7 @@ class RWS(Objective):
         """log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """One loss for each network; sleep draws from p with ``noise``."""
         log_w = particles.log_w.detach()
         w = normalized_weights(log_w)

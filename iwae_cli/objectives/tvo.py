@@ -101,9 +101,7 @@ class TVO(BoundObjective):
             b += width * v * (u - beta * (1 + (1 - 2 * v) * u))
         return b
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """As every bound, or with the covariance form for phi."""
         if self.gradient != "covariance":
             return super().losses(model, x, particles, noise)

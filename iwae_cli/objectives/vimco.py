@@ -49,9 +49,7 @@ class VIMCO(Objective):
         """log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
-    def losses(
-        self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise
-    ) -> Losses:
+    def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """Theta as IWAE-k; phi by the score alone."""
         log_w = particles.log_w.detach()
         bound = self.bound(log_w)

@@ -189,9 +189,7 @@ def outcome_gradients(
     return gradients, losses.bound
 
 
-def expected_gradients(
-    objective: Objective, points: int = 80, **q: float
-) -> tuple[dict[str, Tensor], Tensor]:
+def expected_gradients(objective: Objective, points: int = 80, **q: float) -> tuple[dict[str, Tensor], Tensor]:
     """Expectation over the draws of Fixture A of the gradient estimate and of the bound, by quadrature."""
     nodes, weights = quadrature(objective.num_samples, points)
     model, x = fixture_a(weights.numel(), **q)

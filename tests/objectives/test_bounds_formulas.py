@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iwae_cli.models.linear_gaussian import LinearGaussianModel
 from iwae_cli.numerics import log_mean_exp, log_mean_exp_of_others
-from iwae_cli.objectives.base import BoundObjective, Objective
+from iwae_cli.objectives.base import BoundObjective, Objective, weighted_sum
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
@@ -156,10 +156,7 @@ def test_thermodynamic_sums_hold_the_importance_weighted_bound_between_them():
             tvo = TVO(K, partitions, schedule)
             left = tvo.bound(log_w)
             points = [*tvo.betas, 1.0]
-            right = sum(
-                (b - a) * (torch.softmax(b * log_w, 0) * log_w).sum(0)
-                for a, b in pairwise(points)
-            )
+            right = sum((b - a) * (torch.softmax(b * log_w, 0) * log_w).sum(0) for a, b in pairwise(points))
             assert (elbo < left).all() and (left < iwae).all() and (iwae < right).all()
             if schedule == "linear":  # every point of the coarser partition is one of the finer
                 assert (previous < left).all()
@@ -336,6 +333,20 @@ def test_gradients_at_the_extremes(name):
         assert a[1, 1] == 0 and b[1, 1] == 0  # a weight of zero moves nothing
 
 
+def test_a_share_of_nothing_leaves_a_bound_out():
+    for mixture, bound in ((CIWAE(K, 0.0), IWAE(K)), (CIWAE(K, 1.0), ELBO(K))):
+        torch.testing.assert_close(mixture.bound(EXTREMES), bound.bound(EXTREMES))
+        torch.testing.assert_close(gradient_of(mixture.bound, EXTREMES), gradient_of(bound.bound, EXTREMES))
+
+
+def test_a_weight_of_zero_takes_its_value_out_of_a_sum():
+    weights = torch.tensor([[0.0], [0.5]], dtype=torch.float64)
+    values = torch.tensor([[-INF], [3.0]], dtype=torch.float64)
+    assert weighted_sum(weights, values).tolist() == [1.5]
+    assert gradient_of(lambda v: weighted_sum(weights, v), values).tolist() == [[0.0], [0.5]]
+    assert weighted_sum(weights.flip(0), values).tolist() == [-INF]
+
+
 @every
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_nan_and_infinity_are_not_hidden(objective, bad):
@@ -352,9 +363,7 @@ def test_nan_and_infinity_are_not_hidden(objective, bad):
 @every
 def test_float32_is_close_to_float64(objective):
     log_w = random_log_w() - 90
-    torch.testing.assert_close(
-        objective.bound(log_w.float()).double(), objective.bound(log_w), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(objective.bound(log_w.float()).double(), objective.bound(log_w), rtol=1e-5, atol=1e-4)
 
 
 # Words

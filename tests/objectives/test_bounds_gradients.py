@@ -45,6 +45,7 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
+from iwae_cli.particles import Particles
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "objective"
 PHI = ("inference.loc", "inference.log_scale")
@@ -354,6 +355,34 @@ def test_vimco_needs_its_second_term_and_its_baselines_only_lower_the_variance()
     torch.testing.assert_close(reinforce @ probability, truth, rtol=0, atol=1e-12)
     spread = [((g - truth[:, None]) ** 2 @ probability).sum() for g in (found, reinforce)]
     assert spread[0] < 0.5 * spread[1]
+
+
+def test_vimco_learns_from_the_signals_of_its_formula():
+    inf = math.inf
+    log_w = torch.tensor(
+        [[0.5, 0.5, 0.5, -inf, 1e4], [-0.3, -inf, -inf, -inf, -1e4], [1.1, 1.1, -inf, -inf, 0.0]], dtype=torch.float64
+    )
+    log_q = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
+    latents = (torch.zeros(3, 5, 1, dtype=torch.float64),)
+    log_p = log_w.clone().requires_grad_()
+    particles = Particles(latents, log_p, log_q, reparameterized=False, rescore=log_q.detach)
+    model, _ = fixture_a(5)
+    losses = VIMCO(3).losses(model, torch.zeros(5, 1, dtype=torch.float64), particles, GivenNoise({}))
+    found = -5 * torch.autograd.grad(losses.inference, log_q)[0]
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for image in range(3):
+        values = log_w[:, image].tolist()
+        total = sum(math.exp(v) for v in values)
+        for j, v in enumerate(values):
+            others = values[:j] + values[j + 1 :]
+            stand_in = total - math.exp(v) + math.exp(sum(others) / 2)
+            # Where nothing stands in, all others being zero, the baseline is 0 and not -inf.
+            baseline = math.log(stand_in / 3) if stand_in > 0 else 0.0
+            expected[j, image] = math.log(total / 3) - baseline - math.exp(v) / total
+    expected[:, 3] = -1 / 3  # no weight at all: no signal, and equal shares
+    # Without the largest the bound falls by 1e4, without another by nothing; the share of the largest is 1.
+    expected[:, 4] = torch.tensor([1e4 - 1, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [2, 3])

@@ -1,0 +1,127 @@
+"""The score-function objectives on the package's own discrete models, every tuple of draws enumerated."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.categorical import Categorical
+from iwae_cli.models.discrete import SigmoidBeliefNetwork
+from iwae_cli.noise import GeneratorNoise, generator
+from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.particles import Particles
+
+BITS = [torch.tensor(list(product((0.0, 1.0), repeat=d)), dtype=torch.float64) for d in (2, 1)]
+MODELS = {
+    # Two stochastic layers: every pair of a state of h_1 and a state of h_2.
+    "sbn": (SigmoidBeliefNetwork([2, 1]), [(a, b) for a in BITS[0] for b in BITS[1]]),
+    "categorical": (Categorical(4), [(row,) for row in torch.eye(4, dtype=torch.float64)]),
+}
+NOISE = GeneratorNoise(generator("cpu", 0, "unused"), torch.float64)
+
+
+def small_model(name: str) -> tuple[LatentVariableModel, Tensor, list[tuple[Tensor, ...]]]:
+    architecture, states = MODELS[name]
+    model = architecture.build((3,), np.array([0.3, 0.5, 0.8]), torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, dtype=torch.float64)
+    return model, torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64), states
+
+
+def particles_of(model: LatentVariableModel, x: Tensor, chosen: tuple[tuple[Tensor, ...], ...]) -> Particles:
+    latents = tuple(torch.stack(layer)[:, None] for layer in zip(*chosen, strict=True))
+    log_q = model.inference(x, latents)
+    return Particles(latents, model.generative(x, latents), log_q, reparameterized=False, rescore=log_q.detach)
+
+
+def gradients(model: LatentVariableModel, generative: Tensor, inference: Tensor) -> list[Tensor]:
+    return [
+        gradient
+        for loss, network in ((generative, model.generative), (inference, model.inference))
+        for gradient in torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("objective", "bound"),
+    [
+        (VIMCO(2), lambda log_w: log_w.logsumexp(0)),
+        (TVO(2, partitions=1, gradient="covariance"), lambda log_w: log_w.mean(0)),
+    ],
+    ids=["vimco", "reinforce"],
+)
+def test_the_expected_gradient_is_that_of_the_enumerated_bound(name: str, objective: Objective, bound) -> None:
+    model, x, states = small_model(name)
+    everything = particles_of(model, x, tuple(states))
+    log_q, log_w = everything.log_q[:, 0], everything.log_w[:, 0]
+    assert log_q.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    value = torch.zeros((), dtype=torch.float64)
+    expected: list[Tensor] | None = None
+    for pair in product(range(len(states)), repeat=2):
+        index = torch.tensor(pair)
+        probability = log_q[index].sum().exp()
+        value = value + probability * bound(log_w[index])
+        losses = objective.losses(model, x, particles_of(model, x, tuple(states[i] for i in pair)), NOISE)
+        found = [-probability.detach() * g for g in gradients(model, losses.generative, losses.inference)]
+        expected = found if expected is None else [a + b for a, b in zip(expected, found, strict=True)]
+    assert expected is not None
+    for estimate, truth in zip(expected, gradients(model, value, value), strict=True):
+        torch.testing.assert_close(estimate, truth, rtol=0, atol=1e-12)
+        assert truth.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "objective",
+    [VIMCO(4), RWS(4, "wake"), RWS(4, "sleep"), RWS(4, "both"), TVO(4, 3, gradient="covariance")],
+    ids=["vimco", "wake", "sleep", "both", "tvo"],
+)
+def test_every_parameter_of_a_discrete_model_is_trained(name: str, objective: Objective) -> None:
+    model, x, _ = small_model(name)
+    x = (torch.rand(20, 3) < 0.5).double()
+    noise = GeneratorNoise(generator("cpu", 0, "step"), torch.float64)
+    assert objective.check(MODELS[name][0]) is None
+    losses = objective.losses(model, x, model.draw(x, 4, noise), noise)
+    for gradient in gradients(model, losses.generative, losses.inference):
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+    theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in theta)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sleep_learns_the_posterior_of_the_model_itself(name: str) -> None:
+    # At q = p(h|x) the expected sleep gradient is zero, so minimizing its loss over many dreams ends near there; the
+    # exact inclusive divergence, averaged over p(x) by enumeration, must fall.
+    model, x, states = small_model(name)
+    images = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+
+    def divergence() -> float:
+        latents = tuple(torch.stack(layer)[:, None].expand(-1, 8, -1) for layer in zip(*states, strict=True))
+        with torch.no_grad():
+            log_p = model.generative(images, latents)
+            assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+            conditional = log_p - log_p.logsumexp(0)
+            return (log_p.exp() * (conditional - model.inference(images, latents))).sum().item()
+
+    before = divergence()
+    objective = RWS(1, "sleep")
+    optimizer = torch.optim.Adam(model.inference.parameters(), lr=0.05)
+    many = x.expand(256, -1)
+    for step in range(150):
+        noise = GeneratorNoise(generator("cpu", 4, "sleep", step), torch.float64)
+        losses = objective.losses(model, many, model.draw(many, 1, noise), noise)
+        optimizer.zero_grad()
+        losses.inference.backward(inputs=list(model.inference.parameters()))
+        optimizer.step()
+    assert before > 0.1
+    assert divergence() < 0.2 * before
