@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from iwae_cli.cli_help import choices, conf_folder
+from iwae_cli.cli_help import choices, conf_folder, summary
 from iwae_cli.construct import BASES, nearest, one_line, resolve, unknown_key
 from iwae_cli.errors import UserError
 
 VERSION_BASE = "1.3"
 _HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins")
 _OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+_OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.", "hydra.verbose")
 _OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "verbose", "mode"}
 _HYDRA_OWN_KEYS = {"overrides", "runtime"}
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
@@ -204,8 +207,8 @@ class _Composer:
             raise UserError(f"{override.input_line}: packages cannot be changed, write {key}=...")
         if override.is_delete():
             raise UserError(f"~{key}: nothing can be taken away, choose another value with {key}=...")
-        if override.is_hydra_override():
-            if key.split(".")[1] not in _OPEN_HYDRA_KEYS - {"mode"}:
+        if key == "hydra" or override.is_hydra_override():
+            if not key.startswith(_OPEN_HYDRA_OVERRIDES):
                 raise UserError(f"{key} cannot be changed; runs go to output_dir=..., several runs are asked for by -m")
             return
         node, path = known, ""
@@ -235,8 +238,9 @@ class _Composer:
         names, name = self.groups[group], override.value()
         if override.type.name != "CHANGE" and "/" not in group:
             raise UserError(f"+{group} is there already: write {group}={_text(name)} without +")
-        if name not in names and not (name is None and group == "experiment"):
-            raise UserError(f"{group} must be one of {', '.join(names)}, got {_text(name)}{nearest(name, names)}")
+        if name not in names:
+            listed = ", ".join(summary(names))
+            raise UserError(f"{group} must be one of {listed}, got {_text(name)}{nearest(name, names)}")
         return True
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
@@ -249,17 +253,13 @@ class _Composer:
             except yaml.YAMLError as error:
                 raise UserError(one_line(error)) from error
             except (HydraException, OmegaConfBaseException) as error:
-                lines = [str(e).strip().partition("\n")[0] for e in (error, error.__cause__) if e is not None]
-                raise UserError(": ".join(dict.fromkeys(lines))) from error
+                told = [_without_details(str(e)) for e in (error, error.__cause__) if e is not None]
+                raise UserError(" ".join(dict.fromkeys(told))) from error
         return self._cache[key]
-
-    @cached_property
-    def _hydra_node(self) -> dict[str, Any]:
-        return _hydra_plain(compose("config", return_hydra_config=True))
 
     def _check_hydra_node(self, cfg: DictConfig) -> None:
         """Hydra builds callbacks, loggers, launchers and sweepers from its node: nothing of ours may run there."""
-        ours, asked = self._hydra_node, _hydra_plain(cfg)
+        ours, asked = _own_hydra_node(), _hydra_plain(cfg)
         for key in sorted({*ours, *asked} - _OPEN_HYDRA_KEYS):
             if ours.get(key) != asked.get(key):
                 raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
@@ -304,9 +304,15 @@ def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:
         key = str(error.full_key or prefix)
         if isinstance(error, MissingMandatoryValue):
             raise UserError(f"{key} has no value: write {key}=...") from None
-        raise UserError(f"{key}: {one_line(str(error.msg or error).partition(chr(10))[0])}") from None
+        raise UserError(f"{key}: {_without_details(str(error.msg or error))}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+@cache
+def _own_hydra_node() -> dict[str, Any]:
+    """Hydra's node as we wrote it, without what a folder of the user's may add."""
+    return _hydra_plain(compose("config", return_hydra_config=True))
 
 
 def _hydra_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -325,6 +331,14 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _targets(value, f"{path}[{index}]")
+
+
+def _without_details(message: str) -> str:
+    """The message of a Hydra or OmegaConf error without the search path and types that follow it."""
+    told = takewhile(
+        lambda line: not re.match(r"\s*(full_key|object_type|Config search path|Available)", line), message.splitlines()
+    )
+    return one_line(" ".join(told))
 
 
 def _text(value: Any) -> str:

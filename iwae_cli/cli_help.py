@@ -28,6 +28,12 @@ def choices(folders: list[Path]) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in sorted(found.items())}
 
 
+def summary(names: list[str]) -> list[str]:
+    """``names`` with those that lie deeper counted instead of listed."""
+    inside = Counter(name.partition("/")[0] for name in names if "/" in name)
+    return [name for name in names if "/" not in name] + [f"{folder}/... ({n})" for folder, n in inside.items()]
+
+
 def train_help() -> str:
     """``iwae-train --help``."""
     conf = conf_folder()
@@ -37,9 +43,7 @@ def train_help() -> str:
     for default in config["defaults"]:
         group, chosen = next(iter(default.items())) if isinstance(default, dict) else (default, None)
         if group in found:
-            names = [f"[{name}]" if name == chosen else name for name in found[group] if "/" not in name]
-            inside = Counter(name.partition("/")[0] for name in found[group] if "/" in name)
-            names += [f"{folder}/... ({n})" for folder, n in inside.items()]
+            names = [f"[{name}]" if name == chosen else name for name in summary(found[group])]
             lines.append(textwrap.fill(f"{group}=", 12).ljust(14) + " ".join(names))
     groups = textwrap.indent("\n".join(lines), "  ")
     return f"""\
