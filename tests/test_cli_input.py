@@ -1,0 +1,206 @@
+"""Wrong input: one line that names the override, exit code 2, nothing done and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from iwae_cli.cli import train
+
+WRONG = {
+    # Groups and choices.
+    "objektive=elbo": "objektive is unknown; did you mean objective?",
+    "+objektive=elbo": "objektive is unknown; did you mean objective?",
+    "objective=iwea": ", got iwea; did you mean ",
+    "experiment=smok": ", got smok; did you mean smoke?",
+    "experiment=null": "experiment must be one of ",
+    "experiment=burda/mnist_1l_iwae_k6": "did you mean burda/mnist_1l_iwae_k",
+    "objective=null": "objective must be one of ",
+    "objective={k: 3}": "objective must be one of ",
+    "+objective=elbo": "write objective=elbo without +",
+    "objective@mine=elbo": "packages cannot be changed",
+    "~objective": "~objective: nothing can be taken away",
+    # Keys.
+    "objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
+    "+objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
+    "++objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
+    "sead=3": "sead is unknown; did you mean seed?",
+    "+foo=1": "foo is unknown (there are ",
+    "+foo.bar=1": "foo.bar is unknown (there are ",
+    "+seed=3": "write seed=... without +",
+    "seed.x=3": "seed.x is unknown",
+    "model.latent_sizes.0=3": "model.latent_sizes.0 is unknown",
+    "~objective.k": "~objective.k: nothing can be taken away",
+    # Types.
+    "seed=x": "seed must be an integer, got x",
+    "seed=true": "seed must be an integer, got true",
+    "seed=": "seed must be an integer, got ''",
+    "restart=1": "restart must be true or false, got 1",
+    "output_dir=5": "output_dir must be text, got 5",
+    "objective.k=2.5": "objective.k must be an integer, got 2.5",
+    "objective.k=null": "objective.k must be an integer, got null",
+    "objective.k={a: 1}": "objective.k must be an integer, got {a: 1}",
+    "objective.gradient=slt": "objective.gradient must be one of total, stl, dreg, got slt; did you mean stl?",
+    "logger.mode=ofline": "logger.mode must be one of online, offline, disabled, got ofline; did you mean offline?",
+    "model.latent_sizes=5": "model.latent_sizes must be a list of integers, got 5",
+    "model.latent_sizes=[a]": "model.latent_sizes[0] must be an integer, got a",
+    "evaluation.splits=[tset]": "evaluation.splits[0] must be one of train, validation, test, got tset",
+    "evaluation.workers=x": "evaluation.workers must be an integer, got x",
+    "optimizer.betas=[0.9,0.99,0.999]": "optimizer.betas must be a list of 2: a number, a number",
+    # Ranges.
+    "objective.k=0": "objective.k must be >= 1, got 0",
+    "batch_size=-1": "batch_size must be >= 1, got -1",
+    "seed=-1": "seed must be >= 0, got -1",
+    "model.latent_sizes=[]": "model.latent_sizes must ",
+    "schedule.passes=0": "schedule.passes must be >= 1, got 0",
+    "device.threads=0": "device.threads must be >= 1, got 0",
+    "evaluation.k=0": "evaluation.k must be >= 1, got 0",
+    "optimizer.lr=nan": "optimizer.lr must be finite, got NaN",
+    "optimizer.lr=inf": "optimizer.lr must be finite, got Infinity",
+    "optimizer.lr=-1": "optimizer.lr=-1.0 is refused by Adam: Invalid learning rate",
+    "optimizer.eps=-1": "optimizer.eps=-1.0 is refused by Adam: Invalid epsilon",
+    "optimizer.betas=[0.9,1.5]": "optimizer.betas=[0.9, 1.5] is refused by Adam",
+    # Combinations.
+    "model=linear_gaussian": "with this data use model=one_layer",
+    # Grammar, interpolations, missing values.
+    "objective.k=[": "cannot read 'objective.k=['",
+    "objective": "did you mean objective=...?",
+    "seed=${nowhere}": "seed: ",
+    "seed=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
+    "seed=???": "seed has no value: write seed=...",
+    "objective.k=1,5": "add -m",
+    "objective=elbo,iwae": "add -m",
+    # Targets.
+    "optimizer._target_=os.system": "optimizer._target_ must name a class of iwae_cli or torch.optim",
+    "optimizer._target_=torch.optim.sgd.torch.hub.os.getcwd": "optimizer._target_=torch.optim.sgd.torch.hub.os.getcwd",
+    "optimizer._target_=torch.optim.adam.cast": "optimizer._target_ must name a class",
+    "optimizer._target_=torch.optim.adam.Tensor": "optimizer._target_ must name a class",
+    "optimizer._target_=iwae_cli.objectives.iwae.IWAE": "optimizer._target_ must name a class",
+    "objective._target_=iwae_cli.objectives.iwae.IWEA": "did you mean IWAE?",
+    "objective._target_=iwae_cli.objectives.base.Objective": "objective._target_ must name a class",
+    "objective._target_=iwae_cli.nowhere.X": "objective._target_=iwae_cli.nowhere.X cannot be imported",
+    "objective._target_=${oc.env:HOME}": "objective._target_ must name a class",
+    "objective.k={_target_: os.system}": "objective.k must be an integer",
+    "+model.extra={_target_: os.system}": "model.extra is unknown",
+    # Hydra's own node.
+    "+hydra.callbacks.x._target_=os.system": "hydra.callbacks.x._target_ cannot be changed",
+    "+hydra.launcher.x._target_=os.system": "hydra.launcher.x._target_ must name a class of hydra",
+    "hydra.launcher._target_=os.system": "hydra.launcher._target_ must name a class of hydra",
+    "hydra.run.dir=elsewhere": "hydra.run.dir cannot be changed; runs go to output_dir=...",
+    "hydra={run: {dir: elsewhere}}": "hydra cannot be changed",
+    "hydra.mode=MULTIRUN": "hydra.mode cannot be changed; runs go to output_dir=..., several runs are asked for by -m",
+    "hydra.launcher.n_jobs=2": "Key 'n_jobs' not in 'BasicLauncherConf'",
+    "hydra.output_subdir=x": "hydra.output_subdir cannot be changed",
+    "hydra/job_logging=default": "hydra/job_logging",
+    "hydra/launcher=nowhere": "hydra/launcher must be one of basic",
+    "hydra.job.env_set={IWAE_ALLOW_TARGETS: os}": "hydra.job.env_set cannot be changed",
+    "hydra.searchpath=[pkg://antigravity]": "hydra.searchpath must be a list of folders",
+    "hydra.searchpath=[file:///nowhere/at/all]": "hydra.searchpath must be a folder that exists",
+    # Options.
+    "--config-dir=nowhere": "--config-dir must be a folder that exists, got nowhere",
+    "--objective=elbo": "did you mean objective=elbo?",
+    "--multirnu": "unknown option --multirnu; did you mean --multirun?",
+    "--config-name=other": "unknown option --config-name=other",
+    "--experimental-rerun=x.pickle": "unknown option --experimental-rerun=x.pickle",
+    "--resolve": "--package and --resolve go with --cfg",
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that refuses ``argv``."""
+    before = sorted(os.listdir())
+    code = train(argv)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    assert err.startswith("iwae-train: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert sorted(os.listdir()) == before
+    assert not GlobalHydra.instance().is_initialized()
+    return err
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_is_one_line(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert WRONG[override] in refused(capsys, override)
+
+
+@pytest.mark.parametrize("override", ["objective.kk=3", "objective=iwea", "seed=${nowhere", "~objective", "+foo=1"])
+def test_displays_refuse_too(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, "--cfg", "job", override)
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "device=cuda is not there; this machine has " in refused(capsys, "device=cuda")
+
+
+def test_a_sweep_is_checked_to_its_last_run_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "objective.k must be >= 1, got 0" in refused(capsys, "-m", "objective.k=1,2,0")
+    assert "got iwea" in refused(capsys, "-m", "objective=iwae,iwea")
+    assert "with this data use" in refused(capsys, "-m", "model=one_layer,linear_gaussian")
+    assert "does not support sweep type" in refused(capsys, "-m", "optimizer.lr=interval(0,1)")
+
+
+def test_wandb_mode_must_be_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    assert "WANDB_MODE must be one of online, offline, disabled, got ofline; did you mean offline?" in refused(capsys)
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that leaves a mark when it is imported, and a config folder beside it that names it."""
+    mark = tmp_path / "sprung"
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "trap.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Trap: pass\n")
+    monkeypatch.syspath_prepend(str(folder))
+    config = tmp_path / "conf"
+    for name, text in {
+        "objective/trap.yaml": "_target_: trap.Trap\n",
+        "objective/broken.yaml": "_target_: [\n",
+        "objective/hidden.yaml": "_target_: ${oc.env:TRAP}\n",
+        "experiment/callback.yaml": "# @package _global_\nhydra: {callbacks: {x: {_target_: trap.Trap}}}\n",
+        "experiment/logging.yaml": "# @package _global_\nhydra: {job_logging: {root: {}, x: {(): trap.Trap}}}\n",
+        "experiment/launcher.yaml": "# @package _global_\nhydra: {launcher: {_target_: trap.Trap}}\n",
+        "experiment/sweeper.yaml": "# @package _global_\nhydra: {sweeper: {params: {x: {_target_: trap.Trap}}}}\n",
+        "experiment/environment.yaml": "# @package _global_\nhydra: {job: {env_set: {IWAE_ALLOW_TARGETS: trap}}}\n",
+        "experiment/folder.yaml": "# @package _global_\nhydra: {run: {dir: elsewhere}}\n",
+        "data/broken.yaml": "defaults: [nowhere]\n",
+    }.items():
+        (config / name).parent.mkdir(parents=True, exist_ok=True)
+        (config / name).write_text(text)
+    monkeypatch.setenv("TRAP", "trap.Trap")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("objective=trap", "objective._target_ must name a class of iwae_cli or torch.optim derived from Objective"),
+        ("objective=hidden", "got trap.Trap"),
+        ("objective=broken", "broken.yaml"),
+        ("data=broken", "nowhere"),
+        ("experiment=callback", "hydra.callbacks cannot be changed"),
+        ("experiment=logging", "hydra.job_logging cannot be changed"),
+        ("experiment=launcher", "hydra.launcher._target_ must name a class"),
+        ("experiment=sweeper", "hydra.sweeper.params.x._target_ must name a class"),
+        ("experiment=environment", "hydra.job cannot be changed"),
+        ("experiment=folder", "hydra.run cannot be changed"),
+    ],
+)
+@pytest.mark.parametrize(("by", "multirun"), [("option", False), ("searchpath", True)])
+def test_a_config_folder_cannot_run_what_it_likes(trap, override, said, by, multirun, capsys) -> None:
+    where = ["--config-dir", str(trap)] if by == "option" else [f"hydra.searchpath=[file://{trap}]"]
+    assert said in refused(capsys, *where, override, *(["-m"] if multirun else []))
+    assert not (trap.parent / "sprung").exists()
+
+
+def test_the_trap_works(trap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # Allowed by the environment it is imported, and refused for what it is: the test above can see it spring.
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "other, trap")
+    before = sorted(os.listdir())
+    assert train(["--config-dir", str(trap), "objective=trap"]) == 2
+    assert "derived from Objective, got trap.Trap" in capsys.readouterr().err
+    assert sorted(os.listdir()) == sorted([*before, "sprung"])
