@@ -58,7 +58,7 @@ class Device:
         return torch.device(self.kind)
 
     def setup(self) -> None:
-        """Set what may change the last bits: threads, flushing of denormals, float32 products.
+        """Set what may change the last bits: threads, flushing of denormals, float32 products and convolutions.
 
         Flushing is per thread and is inherited by no thread that exists already, so this comes before any
         work, and each worker process calls it too. Calling it again changes nothing.
@@ -66,6 +66,9 @@ class Device:
         torch.set_flush_denormal(True)
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("highest")
+        # "highest" is about products of matrices alone: convolutions on a GPU would keep ten bits of each factor.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 def available() -> list[str]:

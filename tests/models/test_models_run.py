@@ -12,6 +12,7 @@ from small_runs import TINY, finished, read_json, run
 
 import iwae_cli
 from iwae_cli.data.digits import Digits
+from iwae_cli.device import Device
 from iwae_cli.noise import GeneratorNoise
 
 GREY = ("data.binarization=none", "model.likelihood=discretized_logistic")
@@ -79,3 +80,9 @@ def test_a_convolutional_run(tmp_path: Path) -> None:
     result = read_json(finished(tmp_path, *sizes, *TINY[2:]) / "result.json")
     assert np.isfinite(result["test"]["nll"])
     assert len(result["active_units"]) == 1
+
+
+def test_convolutions_are_in_full_precision_and_repeatable_on_every_device() -> None:
+    Device("cpu").setup()
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cudnn.deterministic is True
