@@ -8,7 +8,7 @@ Monte Carlo.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -404,7 +404,7 @@ class AIS(Estimator):
             numbers["simulated"], missing = _summary_of(found)
             reasons |= {f"simulated.{key}": reason for key, reason in missing.items()}
             arrays |= {"simulated_lower": found.lower, "simulated_upper": found.upper}
-        return Estimates(numbers, reasons, arrays, _table(numbers), self._notes(numbers))
+        return Estimates(numbers, reasons, arrays)
 
     def _summary(
         self, levels: Sequence[Annealed], exact: np.ndarray | None, pixels: int
@@ -432,7 +432,42 @@ class AIS(Estimator):
             numbers["exact_nll"] = -float(exact.mean())
         return _without_nan(numbers, "one image has no standard error" if n == 1 else "a log-weight is not finite")
 
-    def _notes(self, numbers: dict[str, Any]) -> list[str]:
+    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
+        """One column for each split; below, in the first one, what was found of simulated observations."""
+        splits = {name: split for name, split in numbers.items() if name != "simulated"}
+
+        def row(label: str, key: str, form: str) -> list[str]:
+            return [label, *("\N{EN DASH}" if s[key] is None else form.format(s[key]) for s in splits.values())]
+
+        table = [
+            ["", *splits],
+            row("NLL_AIS, nats", "nll_ais", "{:.2f}"),
+            row("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
+            row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
+            row("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
+        ]
+        if all("exact_nll" in split for split in splits.values()):
+            table.append(row("exact NLL, nats", "exact_nll", "{:.2f}"))
+        for level in dict.fromkeys(level for split in splits.values() for level in split["by_temperatures"]):
+            values = [split["by_temperatures"].get(level) for split in splits.values()]
+            cells = ["\N{EN DASH}" if value is None else f"{value:.2f}" for value in values]
+            table.append([f"mean log p(x), {level} temperatures", *cells])
+        table += [
+            row("images", "n", "{:,}"),
+            row("effective chains, median", "ess_median", "{:.1f}"),
+            row("effective chains, least", "ess_min", "{:.1f}"),
+            row("acceptance", "acceptance", "{:.2f}"),
+        ]
+        if "simulated" in numbers:
+            s = numbers["simulated"]
+            for label, key in (("lower", "lower"), ("upper", "upper"), ("exact", "exact"), ("upper - lower", "gap")):
+                if s.get(key) is not None:
+                    error = f" ± {s['stderr_gap']:.3f}" if key == "gap" and s["stderr_gap"] is not None else ""
+                    table.append([f"simulated: {label}, nats", f"{s[key]:.2f}{error}"])
+        return table
+
+    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
+        """Where the numbers are not to be trusted, and in which direction they err."""
         notes = []
         for name, split in numbers.items():
             if not split.get("converged", True):
@@ -628,37 +663,3 @@ def _summary_of(found: Sandwich) -> tuple[dict[str, Any], dict[str, str]]:
 def _without_nan(numbers: dict[str, Any], reason: str) -> tuple[dict[str, Any], dict[str, str]]:
     missing = [key for key, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
     return {**numbers, **dict.fromkeys(missing)}, dict.fromkeys(missing, reason)
-
-
-def _table(numbers: dict[str, Any]) -> list[list[str]]:
-    splits = {name: split for name, split in numbers.items() if name != "simulated"}
-
-    def row(label: str, key: str, form: str) -> list[str]:
-        return [label, *("\N{EN DASH}" if s[key] is None else form.format(s[key]) for s in splits.values())]
-
-    table = [
-        ["", *splits],
-        row("NLL_AIS, nats", "nll_ais", "{:.2f}"),
-        row("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
-        row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
-        row("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
-    ]
-    if all("exact_nll" in split for split in splits.values()):
-        table.append(row("exact NLL, nats", "exact_nll", "{:.2f}"))
-    for level in dict.fromkeys(level for split in splits.values() for level in split["by_temperatures"]):
-        values = [split["by_temperatures"].get(level) for split in splits.values()]
-        cells = ["\N{EN DASH}" if value is None else f"{value:.2f}" for value in values]
-        table.append([f"mean log p(x), {level} temperatures", *cells])
-    table += [
-        row("images", "n", "{:,}"),
-        row("effective chains, median", "ess_median", "{:.1f}"),
-        row("effective chains, least", "ess_min", "{:.1f}"),
-        row("acceptance", "acceptance", "{:.2f}"),
-    ]
-    if "simulated" in numbers:
-        s = numbers["simulated"]
-        for label, key in (("lower", "lower"), ("upper", "upper"), ("exact", "exact"), ("upper - lower", "gap")):
-            if s.get(key) is not None:
-                error = f" ± {s['stderr_gap']:.3f}" if key == "gap" and s["stderr_gap"] is not None else ""
-                table.append([f"simulated: {label}, nats", f"{s[key]:.2f}{error}"])
-    return table

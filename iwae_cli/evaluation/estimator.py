@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,11 @@ class Estimates:
         numbers: for ``result.json``: plain JSON, no NaN or infinity.
         reasons: why a number is None, by its dotted name.
         arrays: per-image values for ``estimates.npz``, float64.
-        table: rows of text to print, headings first.
-        notes: what whoever reads the table should know, one line each.
     """
 
     numbers: dict[str, Any]
     reasons: dict[str, str]
     arrays: dict[str, np.ndarray]
-    table: list[list[str]]
-    notes: list[str]
 
 
 class Estimator(ABC):
@@ -65,3 +61,11 @@ class Estimator(ABC):
         Raises:
             UserError: it cannot be had of this model.
         """
+
+    @abstractmethod
+    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
+        """Rows of text to print, headings first, of the numbers of ``estimate``."""
+
+    @abstractmethod
+    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
+        """What whoever reads the table should know, one line each."""

@@ -7,7 +7,7 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -194,7 +194,7 @@ class GradientSNR(Estimator):
             for k, objective in objectives.items():
                 found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=evaluation.seed, check=check)
                 progress.update(len(found))
-        floor = found[self.ks[0]]["inference"].floor
+        floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         reasons: dict[str, str] = {}
         numbers: dict[str, Any] = {"images": len(x), "sha256": split.sha256, "draws": self.draws, "floor": floor}
         for name in NETWORKS:
@@ -229,25 +229,30 @@ class GradientSNR(Estimator):
                 reasons,
                 "fewer than two values of k give a ratio above the floor",
             )
-        notes = [
-            f"{self.draws} draws a k; a median over parameters below the floor, {floor:.3f}, is left out",
-            "directional: length along the mean gradient over length across it; in brackets what no signal gives",
-        ]
-        return Estimates({"gradient_snr": numbers}, reasons, {}, self._table(numbers), notes)
+        return Estimates({"gradient_snr": numbers}, reasons, {})
 
-    def _table(self, numbers: dict[str, Any]) -> list[list[str]]:
+    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
+        """One column for each k."""
+        found = numbers["gradient_snr"]
+
         def cell(value: float | None) -> str:
             return "\N{EN DASH}" if value is None else f"{value:.3f}"
 
         table = [["signal-to-noise", *(f"k = {k}" for k in self.ks), "slope"]]
         for name in NETWORKS:
-            rows = [numbers[name][str(k)] for k in self.ks]
-            table.append(
-                [f"{name}, median", *(cell(row["per_parameter"]) for row in rows), cell(numbers[name]["slope"])]
-            )
+            rows = [found[name][str(k)] for k in self.ks]
+            table.append([f"{name}, median", *(cell(row["per_parameter"]) for row in rows), cell(found[name]["slope"])])
             pairs = [f"{cell(row['directional'])} ({cell(row['directional_floor'])})" for row in rows]
             table.append([f"{name}, directional", *pairs, ""])
         return table
+
+    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
+        """What the rows are, and where they end."""
+        found = numbers["gradient_snr"]
+        return [
+            f"{found['draws']} draws a k; a median over parameters below the floor, {found['floor']:.3f}, is left out",
+            "directional: length along the mean gradient over length across it; in brackets what no signal gives",
+        ]
 
 
 def _slope(ratios: dict[int, float]) -> float:

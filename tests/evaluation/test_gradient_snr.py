@@ -156,7 +156,8 @@ def subject() -> Subject:
 
 
 def test_the_report() -> None:
-    found = GradientSNR(ks=[1, 4, 16], draws=60, images=30).estimate(subject(), lambda: None)
+    chosen = GradientSNR(ks=[1, 4, 16], draws=60, images=30)
+    found = chosen.estimate(subject(), lambda: None)
     numbers = found.numbers["gradient_snr"]
     assert (numbers["images"], numbers["draws"]) == (30, 60)
     assert numbers["floor"] == pytest.approx(0.7979 / math.sqrt(60), rel=1e-3)
@@ -171,8 +172,11 @@ def test_the_report() -> None:
     ]
     nulls += [f"{name}.slope" for name in ("inference", "generative") if numbers[name]["slope"] is None]
     assert sorted(found.reasons) == sorted(nulls)
-    assert [len(row) for row in found.table] == [5] * 5
-    assert found.table[0] == ["signal-to-noise", "k = 1", "k = 4", "k = 16", "slope"]
+    table = chosen.table(found.numbers)
+    assert [len(row) for row in table] == [5] * 5
+    assert table[0] == ["signal-to-noise", "k = 1", "k = 4", "k = 16", "slope"]
+    assert f"{numbers['inference']['1']['per_parameter']:.3f}" == table[1][1]
+    assert "60 draws a k" in chosen.notes(found.numbers)[0] and "0.103" in chosen.notes(found.numbers)[0]
 
 
 def test_what_lies_below_the_floor_is_null_with_its_reason() -> None:
