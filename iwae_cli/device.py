@@ -17,7 +17,7 @@ class Device:
     """A choice of device; it is looked for by ``resolve``, not here, so that a config reads the same everywhere.
 
     Args:
-        kind: ``auto`` takes cuda, then mps, then cpu.
+        kind: ``auto`` takes cuda where it is, else cpu; mps only by name, since nothing has been tested there.
         precision: of the weights and the training; evaluation sums in float64 whatever this is.
         threads: intra-op threads. One is best for networks of this size, and sums differ in their last bits
             between numbers of threads.
@@ -52,7 +52,7 @@ class Device:
         """
         there = available()
         if self.kind == "auto":
-            return torch.device(next(kind for kind in there if kind != "mps" or self.precision == "float32"))
+            return torch.device("cuda" if "cuda" in there else "cpu")
         if self.kind not in there:
             raise UserError(f"device={self.kind} is not there; this machine has {', '.join(there)}: write device=auto")
         return torch.device(self.kind)

@@ -58,6 +58,11 @@ def effective_sample_size(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*b
     return 1 / normalized_weights(log_w).square().sum(0)
 
 
+def accumulator_device(device: torch.device) -> torch.device:
+    """Where float64 sums are kept for work done on ``device``: there, or on the CPU for mps, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def grid_levels(k: int) -> list[int]:
     """Sample sizes m at which bounds are reported for an evaluation of k samples: 1, 5, 50, 500, ... and k.
 

@@ -23,18 +23,13 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("there", "best"), [((), "cpu"), (("mps",), "mps"), (("cuda",), "cuda"), (("cuda", "mps"), "cuda")]
+    ("there", "best"), [((), "cpu"), (("mps",), "cpu"), (("cuda",), "cuda"), (("cuda", "mps"), "cuda")]
 )
 def test_auto_takes_the_best(machine, there, best) -> None:
     machine(*there)
     assert Device("auto").resolve() == torch.device(best)
     assert Device("cpu").resolve() == torch.device("cpu")
     assert device.available()[-1] == "cpu"
-
-
-def test_auto_passes_over_mps_in_float64(machine) -> None:
-    machine("mps")
-    assert Device("auto", precision="float64").resolve() == torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

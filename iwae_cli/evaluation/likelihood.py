@@ -20,7 +20,7 @@ from iwae_cli.data.base import Split
 from iwae_cli.evaluation.pool import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import BLOCK, KeyedNoise
-from iwae_cli.numerics import StreamingLogWeights
+from iwae_cli.numerics import StreamingLogWeights, accumulator_device
 from iwae_cli.objectives.jvi import jackknife
 
 CHUNK = 8 * BLOCK
@@ -89,11 +89,11 @@ def log_likelihood(
 
     def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
-        streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=device)
+        streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         kept = []
         for start in range(0, k, chunk):
             noise = KeyedNoise(seed, stream or split.name, images, start, dtype, device)
-            log_w = model(x, min(chunk, k - start), noise)
+            log_w = model(x, min(chunk, k - start), noise).to(accumulator_device(device))
             streaming.add(log_w)
             if with_jackknife:
                 kept.append(log_w.to(torch.float64))

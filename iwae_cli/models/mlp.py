@@ -117,7 +117,7 @@ class GaussianRecognition(InferenceNetwork):
         for level, layer in enumerate(self.layers[1:], start=1):
             h = loc + log_scale.exp() * noise.normal(level, draws, x.shape[0], loc.shape[-1])
             loc, log_scale = layer(h)
-            means.append(loc.to(torch.float64).mean(0).to(loc.dtype))
+            means.append(loc.mean(0))
         return tuple(means)
 
     def kl_to_prior(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"]:

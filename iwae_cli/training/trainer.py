@@ -15,6 +15,7 @@ from iwae_cli.data.base import Data
 from iwae_cli.errors import RunFailed
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, derive, generator
+from iwae_cli.numerics import accumulator_device
 from iwae_cli.objectives.base import Objective
 from iwae_cli.training.checkpoint import State
 from iwae_cli.training.schedule import Schedule
@@ -89,7 +90,7 @@ class Trainer:
         images = self.data.train.to(device)
         random = torch.Generator(device)
         noise = GeneratorNoise(random, dtype)
-        bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=device)
+        bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=accumulator_device(device))
         base_rates = [group["lr"] for group in self.optimizer.param_groups]
         if state.step:
             self.optimizer.load_state_dict(state.optimizer)
@@ -115,7 +116,7 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            bound_sum += train_step(self.model, self.objective, self.optimizer, x, noise).sum(dtype=torch.float64)
+            bound_sum += train_step(self.model, self.objective, self.optimizer, x, noise).to(bound_sum).sum()
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1:
