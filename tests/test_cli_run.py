@@ -247,10 +247,14 @@ def command(module: str, *argv: str, code: str | None = None) -> subprocess.Comp
 def test_help_names_every_choice(capsys) -> None:
     assert train(["data=mnist", "--help"]) == 0
     out = capsys.readouterr().out
-    for group, names in choices([conf_folder()]).items():
+    found = choices([conf_folder()])
+    defaults = yaml.safe_load((conf_folder() / "config.yaml").read_text())["defaults"]
+    groups = [group for default in defaults if isinstance(default, dict) for group in default if group in found]
+    assert {*BASES, "experiment"} <= set(groups)
+    for group in groups:
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [f"{group}="]]
         shown = line.split(maxsplit=1)[1].replace("[", "").replace("]", "")
-        assert shown == " ".join(summary(names))
+        assert shown == " ".join(summary(found[group]))
     assert "[digits]" in out and "[iwae]" in out
     assert out.count("\n  iwae-train") >= 5
 
@@ -334,7 +338,7 @@ def test_evaluating_again_keeps_both(run_folder: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("objective.k=3", "objective.k cannot be changed after training (allowed are evaluation, device, data_dir)"),
+        ("objective.k=3", "objective.k cannot be changed after training (allowed are evaluation, device, data_dir"),
         ("evalaution.k=3", "evalaution.k cannot be changed after training; did you mean evaluation?"),
         ("evaluation.kk=3", "evaluation.kk is unknown; did you mean evaluation.k?"),
         ("+evaluation.kk=3", "evaluation.kk is unknown; did you mean evaluation.k?"),
