@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from iwae_cli.console import Progress
+from iwae_cli.data.base import SPLITS
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
 from iwae_cli.evaluation.pool import available_cores, map_batches
@@ -377,6 +378,7 @@ class AIS(Estimator):
         evaluation, model = subject.evaluation, subject.model
         common: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "check": check}
         numbers: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
         reasons: dict[str, str] = {}
         arrays: dict[str, np.ndarray] = {}
         for name in evaluation.splits:
@@ -393,7 +395,7 @@ class AIS(Estimator):
                 )
             exact = _exact(model, x)
             numbers[name], missing = self._summary(levels, exact, x.shape[1])
-            numbers[name]["sha256"] = split.sha256
+            hashes[name] = split.sha256
             reasons |= {f"{name}.{key}": reason for key, reason in missing.items()}
             prefix = "" if name == "test" else f"{name}_"
             for key in ("log_px", "stderr", "ess", "acceptance"):
@@ -404,7 +406,7 @@ class AIS(Estimator):
             numbers["simulated"], missing = _summary_of(found)
             reasons |= {f"simulated.{key}": reason for key, reason in missing.items()}
             arrays |= {"simulated_lower": found.lower, "simulated_upper": found.upper}
-        return Estimates(numbers, reasons, arrays)
+        return Estimates(numbers, hashes, reasons, arrays)
 
     def _summary(
         self, levels: Sequence[Annealed], exact: np.ndarray | None, pixels: int
@@ -434,7 +436,7 @@ class AIS(Estimator):
 
     def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
         """One column for each split; below, in the first one, what was found of simulated observations."""
-        splits = {name: split for name, split in numbers.items() if name != "simulated"}
+        splits = {name: numbers[name] for name in SPLITS if name in numbers}
 
         def row(label: str, key: str, form: str) -> list[str]:
             return [label, *("\N{EN DASH}" if s[key] is None else form.format(s[key]) for s in splits.values())]
@@ -469,14 +471,15 @@ class AIS(Estimator):
     def notes(self, numbers: Mapping[str, Any]) -> list[str]:
         """Where the numbers are not to be trusted, and in which direction they err."""
         notes = []
-        for name, split in numbers.items():
-            if not split.get("converged", True):
+        for name in (name for name in SPLITS if name in numbers):
+            split = numbers[name]
+            if not split["converged"]:
                 notes.append(
                     f"{name}: it is not seen that {split['temperatures']} temperatures are enough (their doubling "
                     f"changed the mean by {self.tolerance:g} nats or more, or was not tried): NLL_AIS is probably too "
                     f"high; write estimator.max_temperatures={4 * split['temperatures']}"
                 )
-            bias = split.get("bias_mc")
+            bias = split["bias_mc"]
             if bias is not None and abs(bias) > 0.05:
                 notes.append(
                     f"{name}: log p(x) is at least {abs(bias):.2f} nats higher than estimated (bias_mc); more "
@@ -493,7 +496,7 @@ class _Sharing:
     def __init__(self, model: LatentVariableModel, chains: int, rows: int, workers: int | None) -> None:
         on_cpu = next(model.parameters()).device.type == "cpu"
         self._workers = workers or (available_cores() if on_cpu else 1)
-        self._batch = max(1, rows // chains)
+        self._most = max(1, rows // chains)
 
     def __call__(
         self,
@@ -506,7 +509,9 @@ class _Sharing:
             with torch.inference_mode(False), torch.no_grad():
                 return work(images)
 
-        return map_batches(with_gradients, n, batch=self._batch, workers=self._workers, on_progress=on_progress)
+        # No image knows of the others, so that a few can be spread over all workers.
+        batch = min(self._most, -(-n // self._workers))
+        return map_batches(with_gradients, n, batch=batch, workers=self._workers, on_progress=on_progress)
 
 
 class _Work:

@@ -38,11 +38,13 @@ class Estimates:
 
     Attributes:
         numbers: for ``result.json``: plain JSON, no NaN or infinity.
+        hashes: of the splits that were looked at, by name.
         reasons: why a number is None, by its dotted name.
         arrays: per-image values for ``estimates.npz``, float64.
     """
 
     numbers: dict[str, Any]
+    hashes: dict[str, str]
     reasons: dict[str, str]
     arrays: dict[str, np.ndarray]
 
@@ -64,7 +66,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
-        """Rows of text to print, headings first, of the numbers of ``estimate``."""
+        """Rows of text to print, headings first, of a result that holds the numbers of ``estimate``."""
 
     @abstractmethod
     def notes(self, numbers: Mapping[str, Any]) -> list[str]:

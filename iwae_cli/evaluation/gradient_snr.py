@@ -196,7 +196,7 @@ class GradientSNR(Estimator):
                 progress.update(len(found))
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         reasons: dict[str, str] = {}
-        numbers: dict[str, Any] = {"images": len(x), "sha256": split.sha256, "draws": self.draws, "floor": floor}
+        numbers: dict[str, Any] = {"images": len(x), "draws": self.draws, "floor": floor}
         for name in NETWORKS:
             numbers[name] = {}
             for k in self.ks:
@@ -229,29 +229,34 @@ class GradientSNR(Estimator):
                 reasons,
                 "fewer than two values of k give a ratio above the floor",
             )
-        return Estimates({"gradient_snr": numbers}, reasons, {})
+        return Estimates({"gradient_snr": numbers}, {"train": split.sha256}, reasons, {})
 
     def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
-        """One column for each k."""
+        """One row for each k, and the slopes."""
         found = numbers["gradient_snr"]
 
         def cell(value: float | None) -> str:
             return "\N{EN DASH}" if value is None else f"{value:.3f}"
 
-        table = [["signal-to-noise", *(f"k = {k}" for k in self.ks), "slope"]]
-        for name in NETWORKS:
-            rows = [found[name][str(k)] for k in self.ks]
-            table.append([f"{name}, median", *(cell(row["per_parameter"]) for row in rows), cell(found[name]["slope"])])
-            pairs = [f"{cell(row['directional'])} ({cell(row['directional_floor'])})" for row in rows]
-            table.append([f"{name}, directional", *pairs, ""])
+        table = [["k", *(heading for name in NETWORKS for heading in (name, "directional"))]]
+        for k in map(str, self.ks):
+            row = [k]
+            for name in NETWORKS:
+                ratio = found[name][k]
+                row.append(cell(ratio["per_parameter"]))
+                row.append(f"{cell(ratio['directional'])} ({cell(ratio['directional_floor'])})")
+            table.append(row)
+        table.append(["slope", *(text for name in NETWORKS for text in (cell(found[name]["slope"]), ""))])
         return table
 
     def notes(self, numbers: Mapping[str, Any]) -> list[str]:
         """What the rows are, and where they end."""
         found = numbers["gradient_snr"]
         return [
-            f"{found['draws']} draws a k; a median over parameters below the floor, {found['floor']:.3f}, is left out",
+            f"inference, generative: signal-to-noise of the gradient, median over parameters; {found['draws']} draws a "
+            f"k, nothing is told from chance below {found['floor']:.3f}",
             "directional: length along the mean gradient over length across it; in brackets what no signal gives",
+            "slope: of log ratio against log k",
         ]
 
 
