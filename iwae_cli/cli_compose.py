@@ -29,6 +29,10 @@ from iwae_cli.construct import BASES, nearest, one_line, resolve, unknown_key
 from iwae_cli.errors import UserError
 
 VERSION_BASE = "1.3"
+ESTIMATOR = "estimator"
+"""Group that ``iwae-eval`` alone has."""
+ABOUT_OBJECTIVE = ("gradient_snr",)
+"""Estimators that ask about an objective."""
 _HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins")
 _OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 _OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.", "hydra.verbose")
@@ -119,18 +123,23 @@ def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) ->
 def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """A run's ``config.yaml`` with overrides of ``evaluation``, ``device`` and ``data_dir``.
 
+    With ``estimator=...`` it holds that node too; one that asks about an objective holds that of the run inside,
+    with overrides of ``objective``.
+
     Raises:
         UserError: an override of something else, a wrong one, or not such a file.
     """
-    allowed = ("evaluation", "device", "data_dir")
+    own = ("evaluation", "device", "data_dir")
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
-    if not isinstance(saved, dict) or not {*BASES, *allowed} <= saved.keys():
+    if not isinstance(saved, dict) or not {*BASES, *own} <= saved.keys():
         raise UserError(f"{file} is not the configuration of a run")
     with _hydra(None, ()) as composer:
         parsed = composer.parse(overrides)
+        about_objective = any(o.key_or_group == ESTIMATOR and o.value() in ABOUT_OBJECTIVE for o in parsed)
+        allowed = (*own, ESTIMATOR, *(["objective"] if about_objective else []))
         for override in parsed:
             key = override.key_or_group
             if key.partition(".")[0] not in allowed:
@@ -139,15 +148,21 @@ def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
         chosen = [override for override in parsed if override.key_or_group in composer.groups]
-        fresh = composer.compose(chosen)
-        config = OmegaConf.create({key: saved[key] for key in allowed})
+        fresh = composer.compose([override for override in chosen if override.key_or_group != ESTIMATOR])
+        config = OmegaConf.create({key: saved[key] for key in allowed if key != ESTIMATOR})
         for override in chosen:
-            config[override.key_or_group] = fresh[override.key_or_group]
+            key = override.key_or_group
+            config[key] = composer.estimator(override) if key == ESTIMATOR else fresh[key]
         for override in parsed:
             if override not in chosen:
+                if override.key_or_group.startswith(f"{ESTIMATOR}.") and ESTIMATOR not in config:
+                    names = " or ".join(f"{ESTIMATOR}={name}" for name in composer.groups[ESTIMATOR])
+                    raise UserError(f"{override.key_or_group} belongs to an estimator: write {names} before it")
                 composer.check_key(override, OmegaConf.to_container(config, resolve=False))
                 OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
     changed = _resolved(config)
+    if about_objective:
+        changed[ESTIMATOR]["objective"] = changed.pop("objective")
     if "data_dir" in saved["data"]:
         changed["data"] = {**saved["data"], "data_dir": changed["data_dir"]}
     return {**saved, **changed}
@@ -176,6 +191,11 @@ class _Composer:
                 raise UserError(f"cannot read {text!r}: write key=value, quote special characters{hint}") from None
         return parsed
 
+    def estimator(self, override: Override) -> Any:
+        """The node that ``estimator=...`` chooses; it is no part of a run's config, so that Hydra would not find it."""
+        self._check_choice(override)
+        return compose(f"{ESTIMATOR}/{override.value()}")[ESTIMATOR]
+
     def grid(self, parsed: Sequence[Override], base: DictConfig) -> list[list[Override]]:
         """The overrides of every job, where the sweeper knows them before it starts."""
         sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=True)
@@ -191,6 +211,10 @@ class _Composer:
 
     def compose(self, overrides: Sequence[Override]) -> DictConfig:
         """One job's config with Hydra's node, checked up to the values themselves."""
+        for override in overrides:
+            if override.key_or_group.partition(".")[0] == ESTIMATOR:
+                asked = override.input_line
+                raise UserError(f"{asked} is asked of a finished run: write iwae-eval RUN_FOLDER {asked}")
         chosen = [o for o in overrides if self._check_choice(o)]
         known = OmegaConf.to_container(self._compose([str(o.input_line) for o in chosen]), resolve=False)
         for override in overrides:

@@ -89,15 +89,20 @@ def evaluate_help() -> str:
     return f"""\
 iwae-eval: evaluate the model of a run folder again; the result is kept under its evaluations/.
 
-usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [device=CHOICE] [data_dir=DIR]
+usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [device=CHOICE] [data_dir=DIR]
 
-What is not overridden is as the run had it.
+What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
+  estimator={" ".join(found.get("estimator", []))}
+    ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
+    gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
   evaluation={" ".join(found.get("evaluation", []))}
   device={" ".join(found.get("device", []))}
 
 examples:
   iwae-eval outputs/RUN evaluation.k=500
   iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
+  iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
+  iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
 
 options: --version, --help, -h
 exit codes: as iwae-train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -185,6 +185,37 @@ def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | N
         out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     for path, reason in _missing(result):
         out.print(f"{path} not available: {reason}", soft_wrap=True)
+    _facts(out, result, folder, sync)
+
+
+def estimates_table(
+    result: Mapping[str, Any], rows: Sequence[Sequence[str]], notes: Sequence[str], *, folder: str | Path
+) -> None:
+    """Print what another estimator than L_k found, to standard output.
+
+    Args:
+        result: as in the ``result.json`` of the evaluation.
+        rows: headings, then what stands below them.
+        notes: one line each.
+        folder: of the evaluation.
+    """
+    out = Console(highlight=False, markup=False)
+    sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column, heading in enumerate(rows[0]):
+        sheet.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    for row in rows[1:]:
+        sheet.add_row(*map(Text, row))
+    out.print()
+    out.print(str(result["identity"]), style="bold", soft_wrap=True)
+    out.print(sheet)
+    for note in notes:
+        out.print(note, soft_wrap=True)
+    for path, reason in (result.get("reasons") or {}).items():
+        out.print(f"{path} not available: {reason}", soft_wrap=True)
+    _facts(out, result, folder)
+
+
+def _facts(out: Console, result: Mapping[str, Any], folder: str | Path, sync: str | None = None) -> None:
     out.print()
     facts = [("data", result.get("dataset", {}).get("protocol"))]
     if result.get("active_units") is not None:

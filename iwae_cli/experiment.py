@@ -11,17 +11,18 @@ from typing import Any, Literal
 import torch
 
 from iwae_cli import console, signals
-from iwae_cli.construct import construct
+from iwae_cli.construct import build, construct
 from iwae_cli.data.base import Dataset
 from iwae_cli.device import Device
 from iwae_cli.errors import UserError
+from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.files import RunLock
 from iwae_cli.identity import evaluation_name, training_name
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.noise import generator
 from iwae_cli.objectives.base import Objective
-from iwae_cli.result import evaluate
+from iwae_cli.result import estimate, evaluate
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.sinks.wandb import WandbSink
@@ -192,7 +193,8 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: the run folder; nothing else in it is touched.
-        config: the run's configuration, with ``evaluation``, ``device``, ``data.data_dir`` as asked for now.
+        config: the run's configuration, with ``evaluation``, ``device``, ``data.data_dir`` as asked for now; with an
+            ``estimator`` if it is not L_k that is asked for, which may hold an ``objective``.
 
     Returns:
         As ``result.json``.
@@ -203,16 +205,44 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     run = RunFolder(folder)
     objects = construct(config, ("data", "model", "evaluation", "device"))
+    asked = _estimator(config, objects["model"]) if "estimator" in config else None
     device: Device = objects["device"]
-    device.resolve()
+    if device.resolve().type == "mps" and asked is not None:
+        raise UserError("estimator=... sums in float64, which mps has not: write device=cpu")
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
     data = objects["data"].load()
+    evaluation: Evaluation = objects["evaluation"]
     with signals.caught() as caught:
-        result = evaluate(run, model, data, objects["evaluation"], device, config, state, caught.check)
-    console.result_table(result, folder=_shown(RunFolder(run.evaluation(result["evaluation"]["name"]))))
+        if asked is None:
+            result = evaluate(run, model, data, evaluation, device, config, state, caught.check)
+        else:
+            estimator, objective = asked
+            subject = Subject(model, data, evaluation, objective)
+            result = estimate(run, estimator, subject, device, config, state, caught.check)
+    kept = _shown(RunFolder(run.evaluation(result["evaluation"]["name"])))
+    if asked is None:
+        console.result_table(result, folder=kept)
+    else:
+        console.estimates_table(result, estimator.table(result), estimator.notes(result), folder=kept)
     return result
+
+
+def _estimator(config: dict[str, Any], model: Architecture) -> tuple[Estimator, Callable[[int], Objective]]:
+    """What another estimate than L_k needs: the estimator, and the objective that it asks about, with any k."""
+    node = {key: value for key, value in config["estimator"].items() if key != "objective"}
+    asked = config["estimator"].get("objective", config["objective"])
+
+    def objective(k: int) -> Objective:
+        made: Objective = build({**asked, "k": k}, Objective, "objective")
+        return made
+
+    if "objective" in config["estimator"]:
+        refusal = build(asked, Objective, "objective").check(model)
+        if refusal is not None:
+            raise UserError(refusal)
+    return build(node, Estimator, "estimator"), objective
 
 
 def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:

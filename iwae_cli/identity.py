@@ -44,9 +44,18 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
 def evaluation_name(config: Mapping[str, Any]) -> str:
     """Name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
     evaluation = config["evaluation"]
+    if "estimator" in config:
+        parts = {key: evaluation[key] for key in ("weights", "seed", "binarization_seed")}
+        parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
+        return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
     return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
+
+
+def estimator_name(config: Mapping[str, Any]) -> str:
+    """What another estimate than L_k is called: the module of its class."""
+    return str(config["estimator"]["_target_"].split(".")[-2])
 
 
 def _digest(value: Any) -> str:

@@ -20,10 +20,11 @@ from iwae_cli.data.base import Data
 from iwae_cli.device import Device
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.active_units import active_units
+from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
 from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.files import atomic_path, write_json
-from iwae_cli.identity import evaluation_name
+from iwae_cli.identity import estimator_name, evaluation_name
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.training.checkpoint import State, first_fault
@@ -56,18 +57,12 @@ def evaluate(
     Raises:
         UserError: ``evaluation.weights=best`` and there are none, or weights of another model.
     """
-    name = evaluation_name(config)
+    place = folder.evaluation(evaluation_name(config))
     step, weights = _weights(folder, evaluation, state)
-    place = folder.evaluation(name)
-    if (place / "result.json").exists():
-        kept: dict[str, Any] = json.loads((place / "result.json").read_text())
-        if kept["evaluation"]["step"] == step:
-            return kept
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder.path} holds a checkpoint of another model: {first_fault(error)}") from None
-    model.eval()
+    kept = _kept(place, step)
+    if kept is not None:
+        return kept
+    _put(weights, model, folder)
     started = time.monotonic()
     splits: dict[str, Any] = {}
     likelihoods: dict[str, Likelihood] = {}
@@ -97,13 +92,97 @@ def evaluate(
     units = _active_units(model, data, evaluation)
     reasons |= {key: "active units are not defined for discrete layers" for key in units if units[key] is None}
     result = {
+        **_facts(folder, model, data, evaluation, device, config, state, step, hashes),
+        **splits,
+        **units,
+        "reasons": reasons,
+        "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
+    }
+    _save_arrays(place / "log_likelihood.npz", likelihoods)
+    write_json(place / "result.json", result)
+    return result
+
+
+def estimate(
+    folder: RunFolder,
+    estimator: Estimator,
+    subject: Subject,
+    device: Device,
+    config: Mapping[str, Any],
+    state: State,
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    """What an ``estimator`` finds of a checkpoint, kept and read again as by ``evaluate``.
+
+    Args:
+        folder: of the run.
+        estimator: what was asked for.
+        subject: its model is built for ``state``; the weights are replaced by those asked for.
+        device, config, state, check: as for ``evaluate``; ``config`` has an ``estimator`` too.
+
+    Raises:
+        UserError: as ``evaluate``, or the estimator cannot look at such a model.
+    """
+    place = folder.evaluation(evaluation_name(config))
+    step, weights = _weights(folder, subject.evaluation, state)
+    kept = _kept(place, step)
+    if kept is not None:
+        return kept
+    _put(weights, subject.model, folder)
+    started = time.monotonic()
+    found = estimator.estimate(subject, check)
+    facts = _facts(folder, subject.model, subject.data, subject.evaluation, device, config, state, step, found.hashes)
+    del facts["evaluation"]["k"]
+    result = {
+        **facts,
+        "estimator": _described(config["estimator"], estimator_name(config)),
+        **found.numbers,
+        "reasons": found.reasons,
+        "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
+    }
+    if found.arrays:
+        with atomic_path(place / "estimates.npz") as temporary:
+            np.savez(temporary, **found.arrays)  # type: ignore[arg-type]
+    write_json(place / "result.json", result)
+    return result
+
+
+def _kept(place: Path, step: int) -> dict[str, Any] | None:
+    """The result that is there already, if it is of the same weights."""
+    if not (place / "result.json").exists():
+        return None
+    kept: dict[str, Any] = json.loads((place / "result.json").read_text())
+    return kept if kept["evaluation"]["step"] == step else None
+
+
+def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, folder: RunFolder) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder.path} holds a checkpoint of another model: {first_fault(error)}") from None
+    model.eval()
+
+
+def _facts(
+    folder: RunFolder,
+    model: LatentVariableModel,
+    data: Data,
+    evaluation: Evaluation,
+    device: Device,
+    config: Mapping[str, Any],
+    state: State,
+    step: int,
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """What was looked at, how, and with what; ``step`` is that of the weights."""
+    return {
         "status": "finished",
         "identity": folder.identity,
         "dataset": {
             "name": data.name,
             "protocol": data.protocol,
             "sizes": {s: len(getattr(data, s)) for s in ("train", "validation", "test")},
-            "evaluation_sha256": hashes,
+            "evaluation_sha256": dict(hashes),
             **data.facts,
         },
         "model": _described(config["model"], state.names["model"]),
@@ -116,17 +195,13 @@ def evaluate(
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": evaluation.weights,
         "evaluation": {
-            "name": name,
+            "name": evaluation_name(config),
             "step": step,
             "k": evaluation.k,
             "seed": evaluation.seed,
             "binarization_seed": evaluation.binarization_seed,
             "precision": device.precision,
         },
-        **splits,
-        **units,
-        "reasons": reasons,
-        "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
         "versions": {"iwae-cli": iwae_cli.__version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "hydra-core", "wandb")},
         "device": {
@@ -137,9 +212,6 @@ def evaluate(
         },
         "git": _git(),
     }
-    _save_arrays(place / "log_likelihood.npz", likelihoods)
-    write_json(place / "result.json", result)
-    return result
 
 
 def _weights(folder: RunFolder, evaluation: Evaluation, state: State) -> tuple[int, Mapping[str, torch.Tensor]]:
