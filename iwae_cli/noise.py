@@ -60,15 +60,11 @@ class GeneratorNoise:
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Standard normal draws; ``layer`` is not used, the order of the calls decides."""
-        return torch.randn(
-            k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device
-        )
+        return torch.randn(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Uniform draws on [0, 1); ``layer`` is not used, the order of the calls decides."""
-        return torch.rand(
-            k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device
-        )
+        return torch.rand(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
 
 
 class KeyedNoise:
