@@ -14,6 +14,9 @@ import yaml
 from iwae_cli.errors import UserError
 from iwae_cli.files import write_json, write_text
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where it is: a report reads a thousand of these files."""
+
 
 class RunFolder:
     """Paths and small files of one run.
@@ -78,7 +81,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            config = yaml.safe_load(path.read_text())
+            config = yaml.load(path.read_text(), LOADER)
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

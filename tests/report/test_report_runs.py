@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from report_runs import change, config, values, write
+from small_runs import TINY, finished, snapshot
+
+from iwae_cli.errors import UserError
+from iwae_cli.report.runs import read
+
+
+def states(*paths: Path) -> dict[str, tuple[str, str]]:
+    return {left.path.name: (left.state, left.why) for left in read(paths).left_out}
+
+
+def unfinished(folder: Path, **status: object) -> Path:
+    (folder / "result.json").unlink()
+    change(folder / "status.json", **status)
+    return folder
+
+
+def test_a_synthetic_run_has_what_a_real_one_has(tmp_path: Path) -> None:
+    real = finished(tmp_path / "real", *TINY)
+    made = write(tmp_path / "made", config(), values(85.0))
+    for name, part in (
+        ("result.json", None),
+        ("result.json", "test"),
+        ("result.json", "evaluation"),
+        ("status.json", None),
+    ):
+        mine, theirs = (json.loads((folder / name).read_text()) for folder in (made, real))
+        mine, theirs = (mine[part], theirs[part]) if part else (mine, theirs)
+        assert mine.keys() == theirs.keys()
+    (run,), (other,) = read([real]).runs, read([made]).runs
+    assert run.training.keys() - other.training.keys() == {"schedule.passes"}
+    assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5
+
+
+def test_what_is_not_finished_is_listed_with_the_reason(tmp_path: Path) -> None:
+    folders = [write(tmp_path, config(seed=s), values(85.0)) for s in range(6)]
+    here = socket.gethostname()
+    unfinished(folders[0], status="interrupted", step=7, error="interrupted by signal 15")
+    unfinished(folders[1], status="failed", step=9, error="RunFailed: diverged")
+    unfinished(folders[2], status="running", host=here, pid=os.getpid())
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    unfinished(folders[3], status="running", host=here, pid=int(gone.stdout))
+    for name in ("result.json", "status.json", "config.yaml"):
+        (folders[4] / name).unlink()
+    found = states(tmp_path)
+    assert found[folders[0].name] == (
+        "interrupted",
+        "at step 7: interrupted by signal 15; the same command goes on from there",
+    )
+    assert found[folders[1].name] == ("failed", "at step 9: RunFailed: diverged")
+    assert found[folders[2].name][0] == "running"
+    assert found[folders[3].name][0] == "killed"
+    assert found[folders[4].name][0] == "not begun"
+    assert [run.identity for run in read([tmp_path]).runs] == [folders[5].name]
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Every way of harm to result.json."""
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "cut": json.dumps(result)[:200],
+        "empty": "",
+        "list": "[]",
+        "number": "3",
+        "without a split's numbers": json.dumps({**result, "test": {"nll": 1.0}}),
+        "NaN": json.dumps({**result, "test": {**result["test"], "nll": float("nan")}}),
+        "words for a number": json.dumps({**result, "test": {**result["test"], "stderr_mc": "small"}}),
+        "without dataset": json.dumps({key: value for key, value in result.items() if key != "dataset"}),
+        "other k": json.dumps({**result, "test": {**result["test"], "k": 3}}),
+        "bytes": "\udcff",
+    }
+
+
+@pytest.mark.parametrize("how", [
+    "cut", "empty", "list", "number", "without a split's numbers", "NaN", "words for a number", "without dataset",
+    "other k", "bytes",
+])  # fmt: skip
+def test_a_damaged_result_is_reported_and_the_others_are_read(tmp_path: Path, how: str) -> None:
+    bad, good = (write(tmp_path, config(seed=s), values(85.0)) for s in range(2))
+    (bad / "result.json").write_bytes(damage(bad)[how].encode(errors="surrogateescape"))
+    found = read([tmp_path])
+    assert [run.path.name for run in found.runs] == [good.name]
+    ((state, why),) = states(tmp_path).values()
+    assert state == "damaged" and len(why) > 10 and "\n" not in why
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "seed: 0", "\udcff"])
+def test_a_damaged_config_is_reported(tmp_path: Path, text: str) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    (folder / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    assert states(tmp_path)[folder.name][0] == "damaged"
+    (folder / "config.yaml").unlink()
+    assert states(tmp_path)[folder.name][0] == "damaged"
+
+
+def test_old_and_copied_runs_do_not_count_twice(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", config(), values(85.0))
+    shutil.copytree(folder, tmp_path / "b" / folder.name)
+    shutil.copytree(folder, folder.with_name(f"{folder.name}.old-1"))
+    found = read([tmp_path])
+    assert len(found.runs) == 1
+    assert sorted(left.state for left in found.left_out) == ["copy", "set aside"]
+    # Named twice is no copy.
+    assert not read([folder, tmp_path / "a" / "." / folder.name]).left_out
+
+
+def test_every_evaluation_of_a_run_is_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    write(tmp_path / "other", config(evaluation__k=500), values(85.5)).rename(folder / "evaluations")
+    (folder / "evaluations" / "k500").mkdir()
+    for name in ("result.json", "log_likelihood.npz"):
+        (folder / "evaluations" / name).rename(folder / "evaluations" / "k500" / name)
+    (folder / "evaluations" / "broken").mkdir()
+    (folder / "evaluations" / "broken" / "result.json").write_text("{")
+    found = read([tmp_path])
+    assert [score.k for score in found.runs[0].scores] == [5000, 500]
+    assert "broken" in found.notes[0] and not found.left_out
+
+
+def test_a_finished_run_counts_while_it_is_evaluated_anew(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    change(folder / "status.json", status="running")
+    found = read([tmp_path])
+    assert len(found.runs) == 1 and "evaluated anew" in found.notes[0]
+
+
+def test_a_sweep_is_its_jobs(tmp_path: Path) -> None:
+    one, other = (write(tmp_path, config(seed=s), values(85.0)) for s in range(2))
+    sweep = tmp_path / "sweeps" / "seed-1234"
+    sweep.mkdir(parents=True)
+    jobs = [
+        {"identity": one.name, "folder": os.path.relpath(one, sweep), "status": "finished", "overrides": ["seed=0"]},
+        {"identity": "never", "folder": "../../never", "status": "pending", "error": None, "overrides": ["seed=7"]},
+        {"identity": "gone", "folder": "../../gone", "status": "finished", "error": None, "overrides": ["seed=8"]},
+        {"overrides": ["seed=9"], "status": "failed", "error": "no space"},
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"command": "iwae-train -m", "jobs": jobs}))
+    (sweep / ".lock").touch()
+    found = read([sweep])
+    assert [run.identity for run in found.runs] == [one.name]
+    assert found.sweep == sweep
+    assert [(left.path.name, left.state) for left in found.left_out] == [
+        ("never", "pending"), ("gone", "gone"), (sweep.name, "failed"),
+    ]  # fmt: skip
+    assert "seed=9" in found.left_out[2].why and "no space" in found.left_out[2].why
+    assert {run.identity for run in read([tmp_path]).runs} == {one.name, other.name}, "each once"
+    (sweep / "sweep.json").write_text("{}")
+    assert [(left.path, left.state) for left in read([sweep]).left_out] == [(sweep, "damaged")]
+
+
+def test_nothing_is_changed(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    before = snapshot(folder)
+    read([tmp_path])
+    assert snapshot(folder) == before
+
+
+def test_no_run_is_an_answer_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, words in (
+        (tmp_path, "no run in"),
+        (tmp_path / "nowhere", "is not there"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read([path])
+
+
+def test_links_that_go_round_end(tmp_path: Path) -> None:
+    write(tmp_path / "runs", config(), values(85.0))
+    (tmp_path / "runs" / "round").symlink_to(tmp_path)
+    assert len(read([tmp_path]).runs) == 1
+
+
+def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
+    first = write(tmp_path, config(), values(85.0))
+    texts = {
+        name: (first / name).read_text() for name in ("config.yaml", "result.json", "status.json", "metrics.jsonl")
+    }
+    for seed in range(1, 1000):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text.replace(first.name, folder.name).replace("\nseed: 0", f"\nseed: {seed}"))
+    begun = monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "iwae_cli.cli_report", tmp_path, "--html", tmp_path / "page.html"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert monotonic() - begun < 40, "some five seconds where nothing else runs"
+    assert "over 1000 seeds" in done.stdout
