@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
-import traceback
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +24,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from iwae_cli import __version__
 from iwae_cli.cli_help import conf_folder, evaluate_help, train_help
 from iwae_cli.construct import BASES, call, check_arguments, construct, convert, nearest, one_line
-from iwae_cli.errors import Interrupted, RunFailed, UserError
+from iwae_cli.errors import Interrupted, RunLocked, UserError
+from iwae_cli.signals import preemption
+from iwae_cli.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from iwae_cli.cli_compose import Job, Plan
     from iwae_cli.experiment import Experiment
+
+
+LOCKED_SECONDS = 2.0
+"""How often a sweep looks whether a run that another process has is free."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -41,28 +49,14 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     return _answered("iwae-eval", lambda: _evaluate(list(sys.argv[1:] if argv is None else argv)))
 
 
-class JobFailed(RunFailed):
-    """A run of a sweep failed and has said so; the others go on."""
-
-
-class _Stop(BaseException):
-    """Ends a sweep from inside one of its runs: Hydra would go on with the next after any Exception."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-
-
 def _answered(program: str, work: Callable[[], None]) -> int:
     try:
         work()
         sys.stdout.flush()
-    except JobFailed as error:
-        return error.exit_code
     except (UserError, Interrupted) as error:
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return error.exit_code
-    except _Stop as stop:
+    except Stopped as stop:
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -97,14 +91,12 @@ def _train(argv: list[str]) -> None:
             raise SystemExit(UserError.exit_code) from None
         return
     plan = cli_compose.plan(arguments.overrides, arguments.multirun, arguments.config_dir)
-    group = _sweep_name(plan) if plan.multirun else None
-    for job in plan.jobs:
-        _experiment(job, group).check()
     if plan.multirun:
-        folder = Path(plan.jobs[0].config["output_dir"]).absolute() / "sweeps" / str(group)
-        _hand_over(_sweep_job, ["--multirun", f"hydra.sweep.dir={cli_compose.quoted(str(folder))}", *plan.arguments])
-    else:
-        _run_one(plan.arguments)
+        _run_sweep(plan, argv)
+        return
+    for job in plan.jobs:
+        _experiment(job, None).check()
+    _run_one(plan.arguments)
 
 
 def _run_one(arguments: list[str]) -> None:
@@ -122,23 +114,100 @@ def _run_one(arguments: list[str]) -> None:
         raise failure[0]
 
 
-def _sweep_job(cfg: DictConfig) -> Any:
-    """One run of a sweep, perhaps in another process; its failure is told at once and ends no other run."""
+_sweep: Sweep | None = None
+"""The sweep that this process looks after; its jobs may be in other processes, which look after none."""
+
+
+def _run_sweep(plan: Plan, argv: list[str]) -> None:
+    """Everything is checked before the first job begins."""
+    global _sweep
+    from iwae_cli import cli_compose
+    from iwae_cli.evaluation.pool import available_cores
+    from iwae_cli.identity import evaluation_name
+
+    group = _sweep_name(plan)
+    planned = []
+    for job in plan.jobs:
+        experiment = _experiment(job, group)
+        experiment.check()
+        folder = experiment.output_dir / experiment.identity()
+        planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
+    path = experiment.output_dir / "sweeps" / group
+    hydra = cli_compose.hydra_node(plan, path)
+    arguments = ["--multirun", f"hydra.sweep.dir={cli_compose.quoted(str(path))}", *plan.arguments]
+    facts = {
+        "command": shlex.join(["iwae-train", *argv]),
+        "group": group,
+        "launcher": hydra["choices"]["hydra/launcher"],
+        "sweeper": hydra["choices"]["hydra/sweeper"],
+        "workers": cli_compose.workers_each(hydra, len(planned) if plan.is_grid else None, available_cores()),
+    }
+    _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
+    try:
+        _sweep.run(lambda: _hand_over(_sweep_job, arguments))
+    finally:
+        _sweep = None
+
+
+def _sweep_job(cfg: DictConfig) -> float | None:
+    """One run of a sweep, perhaps in another process; what becomes of it is in its record, and is no exception.
+
+    Returns:
+        What a search minimizes: the NLL of the validation split, nats; None if there is none.
+    """
     from hydra.core.hydra_config import HydraConfig
 
-    hydra, job = HydraConfig.get(), _job(cfg)
-    line = f"job {hydra.job.num} ({' '.join(job.overrides)})"
+    hydra = HydraConfig.get()
+    folder = SweepFolder(Path(hydra.sweep.dir))
+    if folder.stop.exists():
+        return None
+    job = _job(cfg)
+    attempt = Attempt(folder, hydra.job.num, job.overrides)
+    attempt.begins()
     try:
-        return _experiment(job, Path(hydra.sweep.dir).name).run()
-    except Interrupted as error:
-        print(f"iwae-train: {line} {error}", file=sys.stderr, flush=True)
-        raise _Stop(error.exit_code) from None
+        result = _run_job(job, attempt, folder, hydra.job.num)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+        attempt.ends("interrupted", error)
+        if _sweep is not None:
+            raise Stopped(128 + number) from None
+        if number == preemption():
+            # The state is saved: now submitit may put the job into the queue again.
+            signal.raise_signal(number)
+        return None
     except Exception as error:
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        message = one_line(error) or type(error).__name__
-        print(f"iwae-train: {line} failed: {message}", file=sys.stderr, flush=True)
-        raise JobFailed(message) from None
+        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
+        if _sweep is not None:
+            _sweep.failed_here()
+        return None
+    except BaseException as error:
+        attempt.ends("interrupted", error)
+        raise
+    attempt.ends("finished")
+    nll: float | None = result.get("validation", {}).get("nll")
+    return nll
+
+
+def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
+    from iwae_cli.identity import evaluation_name
+
+    experiment = _experiment(job, folder.path.name)
+    if _sweep is None:
+        # Side by side with others.
+        experiment.device.deal(number)
+    if experiment.evaluation.workers is None:
+        experiment.evaluation.workers = folder.read().get("workers")
+    attempt.is_run(experiment.output_dir / experiment.identity(), evaluation_name(job.config))
+    told = False
+    while True:
+        try:
+            return experiment.run()
+        except RunLocked as error:
+            # Another sweep that shares this run, or a job that has survived the one who started it.
+            if not told:
+                print(f"iwae-train: waiting: {one_line(error)}", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(LOCKED_SECONDS)
 
 
 def _job(cfg: DictConfig) -> Job:
@@ -163,10 +232,9 @@ def _experiment(job: Job, group: str | None) -> Experiment:
 
 def _sweep_name(plan: Plan) -> str:
     """The same for the same sweep asked for again: what is varied, and a hash of all its runs."""
-    runs = [job.overrides for job in plan.jobs]
-    varied = [o.partition("=")[0] for o in runs[0] if any(o not in other for other in runs)]
-    readable = re.sub(r"[^\w.+-]", "_", "+".join(varied))[:60] or "sweep"
-    digest = hashlib.sha256(json.dumps([runs, plan.arguments]).encode()).hexdigest()[:8]
+    runs = [[o for o in job.overrides if not o.startswith("restart=")] for job in plan.jobs]
+    readable = re.sub(r"[^\w.+-]", "_", "+".join(plan.varied))[:60] or "sweep"
+    digest = hashlib.sha256(json.dumps([runs, plan.searched]).encode()).hexdigest()[:8]
     return f"{readable}-{digest}"
 
 

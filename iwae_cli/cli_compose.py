@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from iwae_cli.cli_help import choices, conf_folder, summary
@@ -33,11 +35,27 @@ ESTIMATOR = "estimator"
 """Group that ``iwae-eval`` alone has."""
 ABOUT_OBJECTIVE = ("gradient_snr",)
 """Estimators that ask about an objective."""
-_HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins")
+_HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samplers")
+_EXTRAS = {
+    "hydra_plugins.hydra_ray_launcher": "ray",
+    "hydra_plugins.hydra_submitit_launcher": "slurm",
+    "hydra_plugins.hydra_optuna_sweeper": "optuna",
+}
+"""Engines that not everybody has installed, and the extra that brings each."""
 _OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 _OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.", "hydra.verbose")
 _OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "verbose", "mode"}
 _HYDRA_OWN_KEYS = {"overrides", "runtime"}
+_ON_ERROR = "on_error"
+_NOT_OF_A_SEARCH = (
+    "hydra/launcher=",
+    "hydra.launcher.",
+    "hydra.sweeper.n_trials=",
+    "hydra.sweeper.n_jobs=",
+    "hydra.verbose=",
+    f"{_ON_ERROR}=",
+    "restart=",
+)
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 
 
@@ -55,14 +73,24 @@ class Plan:
     """All that one command asks for.
 
     Attributes:
-        jobs: one, or those of a sweep; for a sweeper that decides as it goes, what its runs have in common.
+        jobs: one, or those of a sweep; for a search, which decides as it goes, one of those that it may try.
         multirun: whether it is a sweep.
         arguments: overrides for Hydra.
+        varied: keys that are not the same in all jobs.
+        is_grid: whether the jobs are all that there will be.
+        searched: what else makes a search the same search.
+        stop_on_error: whether the first failure ends a sweep.
+        base: the config without what is varied, with Hydra's node.
     """
 
     jobs: list[Job]
     multirun: bool
     arguments: list[str]
+    varied: list[str]
+    is_grid: bool
+    searched: list[str]
+    stop_on_error: bool
+    base: DictConfig
 
 
 def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Plan:
@@ -76,8 +104,10 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         parsed = composer.parse(overrides)
         base = composer.compose([o for o in parsed if not o.is_sweep_override()])
         multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
+        varied: list[str] = []
+        is_grid = base.hydra.sweeper._target_ == _BASIC_SWEEPER
         if multirun:
-            all_overrides = composer.grid(parsed, base)
+            all_overrides, varied = composer.grid(parsed, base) if is_grid else composer.sample(parsed, base)
         else:
             for override in parsed:
                 if override.is_sweep_override():
@@ -88,7 +118,43 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
             cfg = composer.compose(job_overrides)
             task = [str(o.input_line) for o in job_overrides if not o.is_hydra_override()]
             jobs.append(job(cfg, cfg.hydra.runtime.choices, task))
-        return Plan(jobs, multirun, [*composer.search_override, *overrides])
+        searched = [] if is_grid else [o for o in overrides if not o.lstrip("+").startswith(_NOT_OF_A_SEARCH)]
+        stop = _on_error(base) == "stop"
+        arguments = [*composer.search_override, *overrides]
+        return Plan(jobs, multirun, arguments, varied, is_grid, searched, stop, base)
+
+
+def hydra_node(plan: Plan, sweep_folder: Path) -> dict[str, Any]:
+    """Hydra's launcher, sweeper and choices for a sweep in this folder, resolved."""
+    base = copy.deepcopy(plan.base)
+    with open_dict(base):
+        base.hydra.sweep.dir = str(sweep_folder)
+    return {key: _resolved(base.hydra[key], f"hydra.{key}") for key in ("launcher", "sweeper")} | {
+        "choices": {str(group): choice for group, choice in base.hydra.runtime.choices.items()}
+    }
+
+
+def workers_each(hydra: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
+    """How many workers the evaluation of one job may have, so that jobs side by side share the cores; None: all.
+
+    Args:
+        hydra: see ``hydra_node``.
+        jobs: how many there are, where that is known.
+        cores: of this machine.
+    """
+    launcher, at_once = hydra["launcher"], jobs or hydra["sweeper"].get("n_jobs")
+    name = launcher["_target_"].rpartition(".")[2]
+    if name == "JoblibLauncher":
+        from joblib import effective_n_jobs
+
+        side_by_side = effective_n_jobs(launcher["n_jobs"])
+        return max(1, cores // min(side_by_side, at_once or side_by_side))
+    if name == "LocalLauncher":
+        return max(1, cores // (at_once or 1))
+    if name == "RayLauncher":
+        return max(1, int((launcher["ray"].get("remote") or {}).get("num_cpus") or 1))
+    # One after the other, or SLURM, which gives every job cores of its own.
+    return None
 
 
 def check_display(overrides: Sequence[str], config_dir: str | None) -> list[str]:
@@ -109,7 +175,9 @@ def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) ->
     Raises:
         UserError: a value is missing or cannot be resolved.
     """
-    config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", _ON_ERROR)]))
+    # What becomes of a sweep is no part of a run.
+    overrides = [o for o in overrides if not o.lstrip("+").startswith(f"{_ON_ERROR}=")]
     mode = os.environ.get("WANDB_MODE")
     explicit = any(o.lstrip("+").partition("=")[0] in ("logger", "logger.mode") for o in overrides)
     if mode and not explicit and isinstance(config.get("logger"), dict):
@@ -196,18 +264,35 @@ class _Composer:
         self._check_choice(override)
         return compose(f"{ESTIMATOR}/{override.value()}")[ESTIMATOR]
 
-    def grid(self, parsed: Sequence[Override], base: DictConfig) -> list[list[Override]]:
-        """The overrides of every job, where the sweeper knows them before it starts."""
-        sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=True)
-        assert isinstance(sweeper, dict)
-        if sweeper["_target_"] != _BASIC_SWEEPER:
-            return [[override for override in parsed if not override.is_sweep_override()]]
-        swept = self.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()])
+    def grid(self, parsed: Sequence[Override], base: DictConfig) -> tuple[list[list[Override]], list[str]]:
+        """The overrides of every job, and the keys that are varied."""
+        swept = [*self._sweeper_params(base), *parsed]
         try:
-            (combinations,) = BasicSweeper.split_arguments([*swept, *parsed], None)
+            (combinations,) = BasicSweeper.split_arguments(swept, None)
         except HydraException as error:
             raise UserError(one_line(error)) from None
-        return [self.parse(overrides) for overrides in combinations]
+        return [self.parse(overrides) for overrides in combinations], _varied(swept)
+
+    def sample(self, parsed: Sequence[Override], base: DictConfig) -> tuple[list[list[Override]], list[str]]:
+        """The overrides of one job that a search may try, so that it can be checked before anything runs."""
+        if base.hydra.sweeper.get("custom_search_space"):
+            raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
+        swept = [*self._sweeper_params(base), *parsed]
+        chosen: dict[str, Override] = {}
+        for override in swept:
+            if not override.is_sweep_override():
+                chosen[override.key_or_group] = override
+                continue
+            value = override.value()
+            first = (
+                next(iter(override.sweep_string_iterator())) if override.is_discrete_sweep() else str(value.start)  # type: ignore[union-attr]
+            )
+            (chosen[override.key_or_group],) = self.parse([f"{override.get_key_element()}={first}"])
+        return [list(chosen.values())], _varied(swept)
+
+    def _sweeper_params(self, base: DictConfig) -> list[Override]:
+        sweeper = _resolved(base.hydra.sweeper, "hydra.sweeper")
+        return self.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()])
 
     def compose(self, overrides: Sequence[Override]) -> DictConfig:
         """One job's config with Hydra's node, checked up to the values themselves."""
@@ -289,6 +374,10 @@ class _Composer:
                 raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
         for key in ("launcher", "sweeper"):
             for path, target in _targets(_resolved(cfg.hydra[key], f"hydra.{key}"), f"hydra.{key}"):
+                for package, extra in _EXTRAS.items():
+                    if str(target).startswith(f"{package}.") and not _is_installed(package):
+                        choice = f"hydra/{key}={cfg.hydra.runtime.choices[f'hydra/{key}']}"
+                        raise UserError(f"{choice} is not installed: pip install 'iwae-cli[{extra}]'")
                 resolve(target, object, path, _HYDRA_PACKAGES)
 
 
@@ -312,6 +401,17 @@ def _hydra(config_dir: str | None, overrides: Sequence[str]) -> Iterator[_Compos
 def quoted(text: str) -> str:
     """``text`` as a quoted value of Hydra's grammar."""
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def _varied(overrides: Sequence[Override]) -> list[str]:
+    return list(dict.fromkeys(o.key_or_group for o in overrides if o.is_sweep_override()))
+
+
+def _on_error(cfg: DictConfig) -> str:
+    allowed, value = ("continue", "stop"), cfg[_ON_ERROR]
+    if value not in allowed:
+        raise UserError(f"{_ON_ERROR} must be one of {', '.join(allowed)}, got {_text(value)}{nearest(value, allowed)}")
+    return str(value)
 
 
 def _existing(folder: str, option: str) -> Path:
@@ -344,6 +444,13 @@ def _hydra_plain(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(node, dict)
     node["job"].pop("override_dirname", None)
     return {str(key): value for key, value in node.items() if key not in _HYDRA_OWN_KEYS}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,12 @@ class Device:
         self.kind: Kind = kind
         self.precision: Precision = precision
         self.threads = threads
+        self._index: int | None = None
+
+    def deal(self, number: int) -> None:
+        """One of several jobs side by side, the ``number``-th: take a GPU in turn, where there are some."""
+        count = torch.cuda.device_count()
+        self._index = number % count if count else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,11 +57,12 @@ class Device:
             UserError: the kind that was asked for is not there.
         """
         there = available()
-        if self.kind == "auto":
-            return torch.device("cuda" if "cuda" in there else "cpu")
-        if self.kind not in there:
+        kind = self.kind
+        if kind == "auto":
+            kind = "cuda" if "cuda" in there else "cpu"
+        if kind not in there:
             raise UserError(f"device={self.kind} is not there; this machine has {', '.join(there)}: write device=auto")
-        return torch.device(self.kind)
+        return torch.device(kind, self._index) if kind == "cuda" and self._index is not None else torch.device(kind)
 
     def setup(self) -> None:
         """Set what may change the last bits: threads, flushing of denormals, float32 products and convolutions.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from iwae_cli.errors import Interrupted
+
+REPEATED_SECONDS = 2.0
+"""Signals this close are one: a terminal tells all its processes, and so may whoever has started them."""
 
 
 class Signals:
@@ -28,24 +33,41 @@ class Signals:
 
 @contextmanager
 def caught() -> Iterator[Signals]:
-    """Catch the first SIGINT or SIGTERM; the second one acts as ever. Does nothing outside the main thread."""
+    """Catch the first SIGINT or SIGTERM; a later one acts as ever. Does nothing outside the main thread.
+
+    In a job of submitit, the signal of preemption instead of SIGTERM, which it ignores: SLURM sends both.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, preemption() or signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    first = 0.0
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signals.number = number
-        restore()
+        nonlocal first
+        if signals.number is None:
+            signals.number, first = number, time.monotonic()
+        elif time.monotonic() - first > REPEATED_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
-    for number in before:
+    for number in numbers:
         signal.signal(number, handle)
     try:
         yield signals
     finally:
         restore()
+
+
+def preemption() -> signal.Signals | None:
+    """The signal that submitit answers by putting its job into the queue again; None outside such a job."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return None
+    number = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+    return number if callable(signal.getsignal(number)) else None

@@ -28,6 +28,7 @@ FLOORS = {
     "particles": 0,
     "run_folder": 0,
     "console": 0,
+    "sweep": 0,
     "sinks": 0,
     "report": 0,
     "objectives": 1,
@@ -45,7 +46,7 @@ FLOORS = {
 LIGHT = {"cli", "__init__", "__main__"}
 # Files that share a room without sharing a folder.
 PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment", "session": "experiment"}
-NO_TORCH = {"sinks", "report", "files", "identity", "run_folder", "console"}
+NO_TORCH = {"sinks", "report", "files", "identity", "run_folder", "console", "sweep"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}
 
