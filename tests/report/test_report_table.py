@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from report_runs import change, config, values, write
+
+from iwae_cli.errors import UserError
+from iwae_cli.report.paper import TABLE
+from iwae_cli.report.runs import read
+from iwae_cli.report.table import Cell, Table, comparable, tables
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PRESETS = sorted([*CONF.glob("experiment/burda/*_[12]l_*.yaml"), *CONF.glob("experiment/rainforth/*.yaml")])
+
+
+def table(place: Path, rows: list[str] | None = None, columns: list[str] | None = None) -> Table:
+    scored, left_out = comparable(read([place]).runs, "test")
+    assert not left_out
+    (made,) = tables(scored, rows, columns)
+    return made
+
+
+def by_name(made: Table) -> dict[str, Cell]:
+    return {cell.name: cell for cell in made.cells}
+
+
+def test_mean_and_standard_error_over_seeds(tmp_path: Path) -> None:
+    nlls = [84.7, 85.0, 85.2]
+    for seed, nll in enumerate(nlls):
+        write(tmp_path, config(seed=seed), values(nll), units=[24 + seed])
+    (cell,) = table(tmp_path).cells
+    assert cell.nll == pytest.approx(statistics.mean(nlls))
+    # sd of 84.7, 85.0, 85.2 about 84.9667 with 2 in the denominator, over sqrt(3)
+    assert cell.stderr == pytest.approx((0.126667 / 2 / 3) ** 0.5, abs=1e-6)
+    assert cell.units == (25.0,)
+    assert cell.bounds == pytest.approx({1: -cell.nll - 3, 50: -cell.nll - 0.5, 5000: -cell.nll})
+
+
+def test_one_seed_has_no_error_over_seeds(tmp_path: Path) -> None:
+    write(tmp_path, config(), values(85.0))
+    (cell,) = table(tmp_path).cells
+    assert cell.stderr is None and cell.units is None
+
+
+def test_rows_and_columns_by_any_key(tmp_path: Path) -> None:
+    for model in ("one_layer", "two_layer"):
+        for k in (50, 5, 1):
+            write(tmp_path, config(model, k=k), values(80 + k), names=(model, "iwae"))
+    made = table(tmp_path, ["objective.k"], ["model"])
+    assert made.row_labels == [("1",), ("5",), ("50",)], "numbers by size"
+    assert made.column_labels == [("one_layer",), ("two_layer",)]
+    assert made.grid[("5",), ("two_layer",)].nll == pytest.approx(85)
+    made = table(tmp_path, ["model.latent_sizes"], ["objective.k"])
+    assert made.row_labels == [("[100, 50]",), ("[50]",)]
+
+
+def test_only_seeds_are_averaged(tmp_path: Path) -> None:
+    """Asked for objective.k alone: what else differs becomes a row of its own, and is said."""
+    for lr in (0.001, 0.0003):
+        for seed in range(2):
+            write(tmp_path, config(seed=seed, optimizer__lr=lr), values(85 + lr * 100))
+    write(tmp_path, config("two_layer"), values(82.9), names=("two_layer", "iwae"))
+    made = table(tmp_path, ["objective.k"])
+    assert made.rows == ("objective.k", "model", "optimizer.lr")
+    assert sorted(len(cell.runs) for cell in made.cells) == [1, 2, 2]
+    assert len(made.notes) == 2 and "optimizer.lr" in made.notes[1]
+
+
+def test_what_cannot_change_the_weights_makes_no_other_cell(tmp_path: Path) -> None:
+    """Paths, logger, device, and the cadence of validation where the last weights are evaluated."""
+    for seed, changed in enumerate(
+        [
+            {},
+            {"logger__mode": "online"},
+            {"device__kind": "cuda"},
+            {"data__data_dir": "x"},
+            {"evaluation__validation_k": 5},
+        ]
+    ):
+        write(tmp_path, config(seed=seed, **changed), values(85.0))
+    (cell,) = table(tmp_path).cells
+    assert len(cell.runs) == 5
+
+
+def test_the_seeds_of_a_second_stage_are_one_cell(tmp_path: Path) -> None:
+    for seed in range(2):
+        first = f"outputs/mnist-one_layer-elbo-k1-seed{seed}-0123456{seed}"
+        write(tmp_path, config(seed=seed, init_from=first), values(85.0))
+    assert len(table(tmp_path).cells) == 1
+
+
+def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
+    for data in ("mnist", "omniglot"):
+        write(tmp_path, config(), values(85.0), data=data, images=data)
+    scored, _ = comparable(read([tmp_path]).runs, "test")
+    assert [made.title for made in tables(scored)] == ["mnist", "omniglot"]
+    (made,) = tables(scored, None, ["data", "objective"])
+    assert made.column_labels == [("mnist", "iwae"), ("omniglot", "iwae")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "images", "why"),
+    [
+        ({"evaluation__k": 500}, None, "other k (500, most have 5000)"),
+        ({"evaluation__weights": "best"}, None, "other weights (best, most have last)"),
+        ({"device__precision": "float64"}, None, "other precision (float64, most have float32)"),
+        ({}, "another binarization", "other images (sha256 "),
+    ],
+)
+def test_what_was_evaluated_otherwise_is_left_out_and_said(
+    tmp_path: Path, changed: dict[str, Any], images: str | None, why: str
+) -> None:
+    for seed in range(2):
+        write(tmp_path, config(seed=seed), values(85.0))
+    odd = write(tmp_path, config(seed=2, **changed), values(84.0), images=images or "one binarization")
+    scored, (left,) = comparable(read([tmp_path]).runs, "test")
+    assert len(scored) == 2
+    assert (left.path, left.state) == (odd, "not comparable")
+    assert why in left.why
+
+
+def test_an_older_evaluation_that_fits_counts(tmp_path: Path) -> None:
+    for seed in range(2):
+        write(tmp_path, config(seed=seed), values(85.0))
+    late = write(tmp_path, config(seed=2, evaluation__k=500), values(85.9))
+    fits = write(tmp_path / "elsewhere", config(seed=2), values(85.3))
+    (late / "evaluations").mkdir()
+    fits.rename(late / "evaluations" / "k5000")
+    scored, left_out = comparable(read([tmp_path]).runs, "test")
+    assert not left_out
+    assert [round(s.numbers["nll"], 6) for s in scored if s.run.seed == 2] == [85.3]
+
+
+def test_a_missing_number_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    test = json.loads((folder / "result.json").read_text())["test"]
+    change(folder / "result.json", test={**test, "nll": None}, reasons={"test.nll": "weights overflowed"})
+    scored, (left,) = comparable(read([tmp_path]).runs, "test")
+    assert not scored and left.state == "no number" and "weights overflowed" in left.why
+    _, (left,) = comparable(read([tmp_path]).runs, "validation")
+    assert "validation split was not evaluated" in left.why
+
+
+def test_wrong_keys_are_answered_with_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, config(), values(85.0))
+    with pytest.raises(UserError, match=r"no run has the key objective.kk; did you mean objective.k\?"):
+        table(tmp_path, ["objective.kk"])
+    with pytest.raises(UserError, match="in --rows and in --columns"):
+        table(tmp_path, ["model"], ["model"])
+
+
+@pytest.fixture(scope="module")
+def presets() -> dict[str, tuple[dict[str, Any], tuple[str, str]]]:
+    """Every preset of a published cell, composed."""
+    made = {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for path in PRESETS:
+            name = path.relative_to(CONF / "experiment").with_suffix("").as_posix()
+            cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+            choices = cfg.hydra.runtime.choices
+            plain = {key: value for key, value in cfg.items() if key != "hydra"}
+            resolved: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+            made[name] = (resolved, (choices.model, choices.objective))
+    return made
+
+
+def test_every_preset_stands_beside_the_value_that_its_yaml_quotes(
+    tmp_path: Path, presets: dict[str, tuple[dict[str, Any], tuple[str, str]]]
+) -> None:
+    assert len(PRESETS) > 30
+    for name, (settings, names) in presets.items():
+        comment = re.search(r"# Paper: .*", (CONF / "experiment" / f"{name}.yaml").read_text())
+        assert comment is not None
+        data = settings["data"]["_target_"].rpartition(".")[2]
+        data = {"MNIST": "mnist", "FixedMNIST": "mnist_fixed", "Omniglot": "omniglot"}[data]
+        place = tmp_path / name
+        write(place, settings, values(100.0), data=data, names=names)
+        (cell,) = table(place).cells
+        assert cell.published is not None, name
+        quoted = re.search(r"NLL_5000 ([\d.]+) nats(?:, ([\d+]+) active units)?", comment[0])
+        assert quoted is not None
+        assert f"{cell.published.nll:.2f}" == quoted[1], name
+        units = None if cell.published.units is None else "+".join(map(str, cell.published.units))
+        assert units == quoted[2], name
+        whole = "from memory" in comment[0] and "(the units" not in comment[0]
+        assert cell.published.nll_recalled is whole, name
+        assert not cell.deviations, name
+
+
+def test_no_published_value_is_unreachable(presets: dict[str, tuple[dict[str, Any], tuple[str, str]]]) -> None:
+    """All but the two of Table 2, which want a first run, and STL, which has no preset."""
+    assert len(TABLE) == len(presets) + 3
+
+
+def test_table_2_stands_beside_its_second_stage(tmp_path: Path) -> None:
+    second = {"init_from": "outputs/mnist-one_layer-elbo-k1-seed0-01234567", "with_optimizer": True}
+    settings = config(**second, optimizer__lr=1e-4)
+    settings["schedule"] = {"_target_": "iwae_cli.training.schedule.Constant", "passes": 2187}
+    write(tmp_path, settings, values(85.0))
+    (cell,) = table(tmp_path).cells
+    assert cell.published is not None and cell.published.nll == 84.88 and not cell.deviations
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"evaluation__k": 500},
+        {"evaluation__weights": "best"},
+        {"model__latent_sizes": [40]},
+        {"model__hidden_sizes": [[200]]},
+        {"model__likelihood": "discretized_logistic"},
+        {"objective__gradient": "dreg"},
+        {"objective__k": 49},
+        {"train": "inference"},
+        {"init_from": "outputs/mnist-one_layer-vr-k5-seed0-01234567"},
+    ],
+)
+def test_no_published_value_beside_anything_else(tmp_path: Path, changed: dict[str, Any]) -> None:
+    write(tmp_path / "right", config(), values(85.0))
+    assert table(tmp_path / "right").cells[0].published is not None
+    write(tmp_path / "other", config(**changed), values(85.0))
+    assert table(tmp_path / "other").cells[0].published is None
+
+
+@pytest.mark.parametrize("data", ["mnist_grey", "fashion_mnist", "digits"])
+def test_no_published_value_for_other_data(tmp_path: Path, data: str) -> None:
+    write(tmp_path, config(), values(85.0), data=data)
+    assert table(tmp_path).cells[0].published is None
+
+
+def test_a_shorter_training_is_marked(tmp_path: Path) -> None:
+    write(tmp_path, config(schedule__stages=3), values(90.0))
+    (cell,) = table(tmp_path).cells
+    assert cell.published is not None and cell.deviations == ("schedule.stages = 3 (paper: 8)",)
