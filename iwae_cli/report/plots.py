@@ -5,8 +5,10 @@ Built from ``Figure`` objects: pyplot keeps every figure in one global list, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,10 +18,13 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from iwae_cli.files import atomic_path
 
+T = TypeVar("T")
 Images = Shaped[np.ndarray, "n height width"]
 
-COLOURS = ("#2f5d9e", "#d9822b", "#3d8f6e")
-"""Told apart by people with any colour vision, and in grey."""
+COLOURS = (
+    "#2f5d9e", "#d9822b", "#3d8f6e", "#8a5fa8", "#b5473c", "#3f9bb3", "#94802f", "#c46a9b", "#6b7885", "#7a5238",
+)  # fmt: skip
+"""The first three are told apart by people with any colour vision, and in grey."""
 INK = "#33373d"
 FAINT = "#e3e6ea"
 DPI = 150
@@ -70,7 +75,7 @@ def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, f
         label: what the vertical axis shows, such as ``"bound, IWAE k = 50"``; nats are added.
     """
     figure, axes = _figure(f"{label} (nats)", "passes over the training data")
-    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (name, points) in _coloured(curves.items()):
         if not points:
             continue
         x, y = np.asarray(points, dtype=np.float64).T
@@ -91,15 +96,16 @@ def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> 
 
     Args:
         path: the PNG file.
-        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; the first split's values are written in.
+        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; of up to three lines the first has
+            its values written in.
     """
     figure, axes = _figure("mean bound $L_k$ (nats)", "samples k")
     ticks: set[int] = set()
-    for row, (colour, (name, levels)) in enumerate(zip(COLOURS, bounds.items(), strict=False)):
+    for row, (colour, (name, levels)) in enumerate(_coloured(bounds.items())):
         points = sorted((int(k), value) for k, value in levels.items() if value is not None)
         ticks.update(k for k, _ in points)
         axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker="o", ms=5, label=name)
-        for k, value in points if row == 0 else ():
+        for k, value in points if row == 0 and len(bounds) <= 3 else ():
             # Bounds rise with k and flatten: above and to the left of a point there is no line.
             axes.annotate(
                 _nats(value), (k, value), (-3, 6), textcoords="offset points", ha="right", color=colour, fontsize=9
@@ -111,6 +117,32 @@ def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> 
     axes.margins(x=0.12, y=0.12)
     _legend(axes)
     _save(figure, path)
+
+
+def plot_units(path: str | Path, units: Mapping[str, Sequence[float]]) -> None:
+    """Active units of every layer as bars, nearest to x first.
+
+    Args:
+        path: the PNG file.
+        units: such as ``{"iwae, k = 50": (26.0, 7.0)}``; at least one.
+    """
+    figure, axes = _figure("", "active units")
+    figure.set_size_inches(6, 0.9 + 0.32 * len(units))
+    for row, (colour, (_, layers)) in enumerate(_coloured(units.items())):
+        left = 0.0
+        for depth, n in enumerate(layers):
+            axes.barh(row, n, left=left, color=colour, alpha=0.6**depth, height=0.6)
+            left += n
+        axes.text(left, row, f" {'+'.join(f'{n:g}' for n in layers)}", va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(units)), list(units))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.15)
+    _save(figure, path)
+
+
+def _coloured(items: Iterable[T]) -> Iterator[tuple[str, T]]:
+    return zip(cycle(COLOURS), items, strict=False)
 
 
 def _check(images: Images) -> None:

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.image import imread
 
-from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training
+from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
 
 IMAGES = np.random.default_rng(0).random((23, 8, 8))
 CURVES = {"train": [(0.0, -300.0), (1.0, -120.0), (2.0, -100.0)], "validation": [(1.0, -121.0), (2.0, -103.0)]}
@@ -19,6 +19,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
     "training": lambda path: plot_training(path, CURVES, label="bound"),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
+    "units": lambda path: plot_units(path, {"iwae": (26.0, 7.5), "elbo": (17.0, 5.0)}),
 }
 
 
@@ -84,3 +85,12 @@ def test_curves_may_be_short_long_or_missing(tmp_path: Path) -> None:
     plot_training(tmp_path / "none.png", {}, label="bound")
     plot_bounds(tmp_path / "k1.png", {"test": {"1": -100.0}})
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_dozen_lines_are_all_drawn(tmp_path: Path) -> None:
+    """A report has as many as it has cells; the colours begin again."""
+    lines = {f"cell {i}": {"1": -90.0 - i, "5": -85.0 - i, "50": -84.0 - i} for i in range(12)}
+    some = dict(list(lines.items())[:10])
+    plot_bounds(tmp_path / "some.png", some)
+    plot_bounds(tmp_path / "more.png", lines)
+    assert darkness(tmp_path / "more.png") > darkness(tmp_path / "some.png")
