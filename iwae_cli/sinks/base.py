@@ -27,6 +27,7 @@ class RunInfo:
         config: the resolved configuration, plain dicts, lists, strings and numbers.
         group: name shared by the runs of one sweep, or None.
         overrides: the command line, for display.
+        kind: what it is among the runs of its group: ``train``, ``report``.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class RunInfo:
     config: Mapping[str, Any]
     group: str | None = None
     overrides: Sequence[str] = ()
+    kind: str = "train"
 
 
 class Sink(ABC):

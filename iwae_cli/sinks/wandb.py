@@ -129,6 +129,26 @@ class WandbSink(Sink):
 
         self._log(step, row)
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
+        """A table; every row has as many values as there are columns."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Table(columns=list(columns), data=[list(values) for values in rows])}
+
+        self._log(step, row)
+
+    def html(self, step: int, name: str, page: str) -> None:
+        """A page that needs no other file."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Html(page, inject=False)}
+
+        self._log(step, row)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers; nested names are joined with ``/``."""
         if self._run is not None and self._works:
@@ -187,7 +207,7 @@ class WandbSink(Sink):
             project=self.project,
             entity=self.entity,
             group=self.group or run.group,
-            job_type="train",
+            job_type=run.kind,
             tags=self.tags or None,
             name=self.name or run.identity,
             notes=" ".join(run.overrides) or None,
