@@ -40,13 +40,14 @@ FLOORS = {
     "construct": 2,  # it names classes of every room by their dotted names
     "experiment": 3,
     "cli": 4,
+    "cli_report": 4,
     "__init__": 5,
     "__main__": 5,
 }
-LIGHT = {"cli", "__init__", "__main__"}
+LIGHT = {"cli", "cli_report", "__init__", "__main__"}
 # Files that share a room without sharing a folder.
 PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment", "session": "experiment"}
-NO_TORCH = {"sinks", "report", "files", "identity", "run_folder", "console", "sweep"}
+NO_TORCH = {"sinks", "report", "cli_report", "files", "identity", "run_folder", "console", "sweep"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}
 
@@ -159,6 +160,8 @@ def test_no_floor_is_broken() -> None:
         ("cli.py", "import torch.nn"),
         ("cli.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),
         ("cli.py", "from iwae_cli import experiment"),
+        ("cli_report.py", "import torch"),
+        ("cli_report.py", "def f():\n    from iwae_cli import experiment"),
         ("cli_help.py", "import omegaconf"),
         ("cli_help.py", "import numpy"),
         ("console.py", "def f():\n    import torch"),
@@ -189,7 +192,7 @@ def test_a_broken_floor_is_seen(tmp_path: Path, file: str, code: str) -> None:
     assert [fault.split(":")[0] for fault in broken(tmp_path)] == [file]
 
 
-@pytest.mark.parametrize("module", ["iwae_cli", "iwae_cli.cli"])
+@pytest.mark.parametrize("module", ["iwae_cli", "iwae_cli.cli", "iwae_cli.cli_report"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m in {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -83,7 +83,9 @@ def installed(built: tuple[Built, Built], tmp_path_factory: pytest.TempPathFacto
 
 def test_sdist_and_wheel_carry_every_source_and_config(built: tuple[Built, Built]) -> None:
     sdist, wheel = (b.files for b in built)
-    code, conf, tests = sources("iwae_cli", "*.py"), sources("conf", "*"), sources("tests", "*.py")
+    code = sources("iwae_cli", "*.py") | sources("iwae_cli", "page.[cj]s*")
+    conf, tests = sources("conf", "*"), sources("tests", "*.py")
+    assert {"iwae_cli/report/page.css", "iwae_cli/report/page.js"} <= code.keys()
     assert len(code) > 10 and len(conf) > 5 and len(tests) > 2
     for part in (code, conf, tests):
         assert part.items() <= sdist.items()
@@ -104,7 +106,7 @@ def test_sdist_and_wheel_carry_nothing_else(built: tuple[Built, Built]) -> None:
 def test_the_installed_program_is_the_wheel(installed: Path, tmp_path: Path) -> None:
     place = run(installed / "python", "-c", "import iwae_cli; print(iwae_cli.__file__)", cwd=tmp_path).strip()
     assert installed.parent in Path(place).parents
-    for program in (["iwae-train"], ["iwae-eval"], ["python", "-m", "iwae_cli"]):
+    for program in (["iwae-train"], ["iwae-eval"], ["iwae-report"], ["python", "-m", "iwae_cli"]):
         assert __version__ in run(installed / program[0], *program[1:], "--version", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 

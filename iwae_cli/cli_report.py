@@ -1,0 +1,193 @@
+"""The command ``iwae-report``: finished runs as a table, a page, a paired comparison. Knows neither Hydra nor torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from iwae_cli import __version__
+from iwae_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from iwae_cli.report.formats import Report
+    from iwae_cli.report.paired import Paired
+    from iwae_cli.report.runs import Found, Run
+
+FORMATS = ("terminal", "markdown", "csv", "latex", "json")
+HELP = """\
+iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
+
+usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--compare A B] [--format F] [--html FILE] [--wandb]
+
+PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
+and never changed. A cell holds the runs that differ by their seed alone: NLL (mean and standard error over seeds),
+active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Runs that are
+unfinished, failed, damaged, or evaluated otherwise than most are listed with the reason.
+
+  --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective)
+  --split SPLIT          test (default), validation or train
+  --format FORMAT        terminal (default), markdown, csv, latex, json; to standard output
+  --html FILE            write one page that needs no network: tables, curves, active units, samples
+  --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or KEY=VALUE,...
+                         that chooses among the runs of PATH; may be given more than once
+  --wandb [online]       table, figures and page as one W&B run in the group of the sweep; offline by default
+  --version, --help, -h
+
+examples:
+  iwae-report
+  iwae-report outputs --rows objective.k --columns model
+  iwae-report outputs --columns data,objective --format latex > table.tex
+  iwae-report outputs --compare objective=iwae,objective.k=50 objective=elbo,objective.k=50
+  iwae-report outputs/RUN_A outputs/RUN_B --compare outputs/RUN_A outputs/RUN_B
+  iwae-report outputs/sweeps/SWEEP --html report.html
+
+exit codes: 0 done, 2 wrong input
+"""
+
+
+def report(argv: Sequence[str] | None = None) -> int:
+    """``iwae-report``; returns the exit code (0 done, 2 wrong input)."""
+    try:
+        _report(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"iwae-report: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _report(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return
+    asked = _parser().parse_args(argv)
+    if asked.html is not None and asked.html.is_dir():
+        raise UserError(f"--html {asked.html} is a folder; name a file, such as {asked.html / 'report.html'}")
+
+    from iwae_cli.report import formats
+    from iwae_cli.report.runs import read
+    from iwae_cli.report.table import comparable, tables
+
+    paths = asked.paths or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"]
+    found = read(paths)
+    scored, incomparable = comparable(found.runs, asked.split)
+    made = formats.Report(
+        found,
+        [*found.left_out, *incomparable],
+        tables(scored, asked.rows, asked.columns),
+        [_compared(a, b, found, asked.split) for a, b in asked.compare],
+    )
+    if asked.html is not None:
+        from iwae_cli.files import write_text
+        from iwae_cli.report.page import page
+
+        try:
+            write_text(asked.html, page(made))
+        except OSError as error:
+            raise UserError(f"--html {asked.html} cannot be written: {error.strerror}") from None
+    _print(made, asked.format)
+    if asked.html is not None:
+        print(f"iwae-report: wrote {asked.html}", file=sys.stderr)
+    if asked.wandb is not None:
+        from iwae_cli.report.upload import upload
+
+        line = upload(made, Path(paths[0]), asked.wandb)
+        if line:
+            print(f"iwae-report: {line}", file=sys.stderr)
+
+
+def _print(made: Report, form: str) -> None:
+    from iwae_cli.report import formats
+
+    if form == "terminal":
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(formats.terminal(made, width), end="")
+        return
+    write = {
+        "markdown": formats.markdown,
+        "csv": formats.comma_separated,
+        "latex": formats.latex,
+        "json": formats.json_text,
+    }[form]
+    print(write(made), end="")
+    if form == "csv":
+        # A program reads the table; what is not in it must still be seen.
+        lines = [line for paired in made.comparisons for line in formats.paired_lines(paired)]
+        for line in (*lines, *formats.after(made)):
+            print(line, file=sys.stderr)
+
+
+def _compared(a: str, b: str, found: Found, split: str) -> Paired:
+    from iwae_cli.report.paired import compare
+
+    return compare(a, _chosen(a, found), b, _chosen(b, found), split)
+
+
+def _chosen(text: str, found: Found) -> list[Run]:
+    """The finished runs that one side of ``--compare`` names."""
+    from iwae_cli.report.runs import read
+    from iwae_cli.report.table import known_key, shown
+
+    if Path(text).exists():
+        there = read([text])
+        if not there.runs:
+            raise UserError(f"--compare {text}: no finished run; {there.left_out[0].state}, {there.left_out[0].why}")
+        return there.runs
+    # A comma inside brackets is part of a value: model.latent_sizes=[100, 50].
+    wanted = [part.partition("=") for part in re.split(r",(?![^\[]*\])", text)]
+    if not all(sign for _, sign, _ in wanted):
+        raise UserError(f"--compare {text} is neither a folder nor KEY=VALUE,KEY=VALUE")
+    for key, _, _ in wanted:
+        known_key(key, found.runs)
+
+    def same(value: str, given: str) -> bool:
+        return value == given or value.replace(" ", "") == given.replace(" ", "") or _number(value) == _number(given)
+
+    return [run for run in found.runs if all(same(shown(run.keys.get(key)), value) for key, _, value in wanted)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; iwae-report --help shows examples")
+
+
+def _parser() -> _Parser:
+    parser = _Parser("iwae-report", add_help=False, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"iwae-report {__version__}")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--rows", type=_keys)
+    parser.add_argument("--columns", type=_keys)
+    parser.add_argument("--split", choices=["test", "validation", "train"], default="test")
+    parser.add_argument("--format", choices=FORMATS, default="terminal")
+    parser.add_argument("--html", type=Path)
+    parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
+    parser.add_argument("--wandb", nargs="?", choices=["offline", "online"], const="offline")
+    return parser
+
+
+def _keys(text: str) -> list[str]:
+    keys = [key.strip() for key in text.split(",")]
+    return list(dict.fromkeys(key for key in keys if key))
+
+
+if __name__ == "__main__":
+    sys.exit(report())

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_runs import change, config, values, write
+from small_runs import TINY, finished, snapshot
+
+from iwae_cli.cli_report import HELP, report
+
+Said = tuple[int, str, str]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs the command: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        code = report([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two seeds of two cells of Table 1, one cell trained otherwise, and one run that failed."""
+    place = tmp_path / "outputs"
+    for seed, nll in enumerate((84.7, 85.0)):
+        write(place, config(seed=seed), values(nll, seed=seed), units=[24 + seed])
+        elbo = config(objective="elbo", seed=seed, schedule__stages=3)
+        write(place, elbo, values(nll + 2, seed=seed), names=("one_layer", "elbo"), units=[19])
+    write(place, config("two_layer"), values(82.9), names=("two_layer", "iwae"), units=[26, 7])
+    bad = write(place, config(seed=9), values(80.0))
+    (bad / "result.json").unlink()
+    change(bad / "status.json", status="failed", step=3, error="RunFailed: a | b <script>alert(1)</script> \\x % _")
+    return place
+
+
+def test_the_table_of_a_terminal(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = said(runs)
+    assert (code, err) == (0, "")
+    one_layer = next(line for line in out.splitlines() if line.strip().startswith("one_layer"))
+    # 84.85 and .3 / sqrt(2) / sqrt(2)
+    assert one_layer.split("  ") and "86.85 ± 0.15" in one_layer and "84.85 ± 0.15" in one_layer
+    assert "24.5" in one_layer and "86.35 / 20*†" in one_layer and "84.78 / 25*" in one_layer
+    assert "26+7" in out and "82.90 / 26+7*" in out
+    assert "* quoted from memory" in out
+    assert "† trained otherwise than in the paper: schedule.stages = 3 (paper: 8) in 1 cells" in out
+    assert "not in a table: 1 failed" in out and "at step 3: RunFailed" in out
+    assert "40 images" in out and "NLL_5000 in nats on test" in out
+
+
+def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    made = {form: said(runs, "--format", form) for form in ("markdown", "csv", "latex", "json")}
+    assert all(code == 0 for code, _, _ in made.values())
+
+    value = json.loads(made["json"][1], parse_constant=pytest.fail)
+    cells = {(cell["keys"]["objective"], cell["keys"]["model"]): cell for cell in value["tables"][0]["cells"]}
+    iwae = cells["iwae", "one_layer"]
+    assert iwae["nll"] == pytest.approx(84.85) and iwae["stderr_seeds"] == pytest.approx(0.15)
+    assert iwae["paper"] == {
+        "nll": 84.78,
+        "nll_from_memory": False,
+        "active_units": [25],
+        "active_units_from_memory": True,
+        "source": "Burda et al. 2016, arXiv 1509.00519",
+        "trained_otherwise": [],
+    }
+    assert [run["seed"] for run in iwae["runs"]] == [0, 1]
+    assert value["left_out"][0]["state"] == "failed"
+
+    rows = {(row["objective"], row["model"]): row for row in csv.DictReader(io.StringIO(made["csv"][1]))}
+    assert rows.keys() == cells.keys()
+    assert float(rows["iwae", "one_layer"]["nll"]) == iwae["nll"]
+    assert rows["elbo", "one_layer"]["paper_training"] == "schedule.stages = 3 (paper: 8)"
+    assert rows["iwae", "two_layer"]["stderr_seeds"] == "" and rows["iwae", "two_layer"]["active_units"] == "26+7"
+    assert "1 failed" in made["csv"][2], "beside a table for programs people are told"
+
+    table = [line for line in made["markdown"][1].splitlines() if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
+    assert len(widths) == 1 and len(table) == 4
+    assert "84.85 ± 0.15" in table[2] and "a \\| b \\<script" in made["markdown"][1]
+
+    latex = made["latex"][1]
+    lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    columns = re.search(r"tabular}{(\w+)}", latex)
+    assert columns is not None
+    assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines[1:]} == {len(columns[1])}
+    assert r"84.85 $\pm$ 0.15" in latex and r"one\_layer" in latex and r"86.35 / 20$^*$$^\dagger$" in latex
+    comments = [line for line in latex.splitlines() if "failed" in line]
+    assert comments and all(line.startswith("%") for line in comments)
+
+
+def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
+    from iwae_cli.report.formats import Report, terminal
+    from iwae_cli.report.runs import read
+    from iwae_cli.report.table import comparable, tables
+
+    found = read([runs])
+    made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
+    wide, narrow = terminal(made), terminal(made, width=90)
+    assert max(map(len, wide.splitlines()[:6])) > 90 >= max(map(len, narrow.splitlines()[:6]))
+    for number in ("86.85 ± 0.15", "84.85 ± 0.15", "82.90"):
+        assert number in wide and number in narrow
+
+
+def test_real_runs_to_the_last_digit(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+    place = tmp_path / "outputs"
+    folders = [finished(place, *TINY, f"seed={seed}") for seed in range(2)]
+    before = [snapshot(folder) for folder in folders]
+    code, out, err = said(place, "--format", "json", "--compare", *folders)
+    assert (code, err) == (0, "")
+    value = json.loads(out)
+    (cell,) = value["tables"][0]["cells"]
+    nlls = [json.loads((folder / "result.json").read_text())["test"]["nll"] for folder in folders]
+    assert cell["nll"] == pytest.approx(np.mean(nlls), abs=1e-12)
+    assert cell["stderr_seeds"] == pytest.approx(abs(nlls[0] - nlls[1]) / 2, abs=1e-12)
+    assert cell["paper"] is None and cell["active_units"] is not None
+    a, b = (np.load(folder / "log_likelihood.npz")["log_px"] for folder in folders)
+    (paired,) = value["comparisons"]
+    assert paired["difference"] == pytest.approx((a - b).mean(), abs=1e-12)
+    assert paired["stderr_images"] == pytest.approx((a - b).std(ddof=1) / len(a) ** 0.5)
+    assert (paired["wins_a"], paired["wins_b"]) == ((a > b).sum(), (a < b).sum())
+    assert [snapshot(folder) for folder in folders] == before, "runs are read only"
+
+
+def test_groups_are_chosen_by_keys(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = said(
+        runs, "--compare", "objective=iwae,model.latent_sizes=[50]", "objective=elbo,objective.k=50.0"
+    )
+    assert (code, err) == (0, "")
+    assert "A - B = +2.0000 nats" in out and "A wins 40 images, B 0" in out
+    assert "0.2121 over seeds" in out
+
+
+def test_the_default_is_where_iwae_train_writes(runs: Path, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(runs.parent)
+    expected = said(runs)
+    assert expected[0] == 0
+    assert said() == expected
+    monkeypatch.chdir(runs)
+    assert said()[0] == 2
+    monkeypatch.setenv("IWAE_OUTPUT_DIR", str(runs))
+    assert said() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere is not there; name a folder of runs"),
+        ([".", "--rows", "objektive.k"], "no run has the key objektive.k; did you mean objective.k?"),
+        ([".", "--rows", "model", "--columns", "model"], "model is in --rows and in --columns"),
+        ([".", "--format", "pdf"], "invalid choice: 'pdf'"),
+        ([".", "--colums", "model"], "unrecognized arguments: --colums"),
+        ([".", "--compare", "objective=iwae"], "expected 2 arguments"),
+        ([".", "--compare", "iwae", "objective=elbo"], "--compare iwae is neither a folder nor KEY=VALUE"),
+        ([".", "--compare", "objective=iwea", "objective=elbo"], "--compare objective=iwea: no finished run is that"),
+        ([".", "--compare", "objective=iwae", "objective=elbo"], "model is one_layer, two_layer; add model=..."),
+        ([".", "--html", "."], "is a folder; name a file"),
+        ([".", "--html", "/proc/nowhere/page.html"], "cannot be written"),
+        ([".", "--split", "tests"], "invalid choice: 'tests'"),
+    ],
+)
+def test_wrong_input_is_one_line(runs: Path, said, monkeypatch, arguments: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(runs)
+    code, out, err = said(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err and err.startswith("iwae-report: ") and err.count("\n") == 1
+
+
+def test_nothing_finished_is_no_error(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    (bad,) = (path for path in runs.iterdir() if not (path / "result.json").exists())
+    for form in ("terminal", "markdown", "csv", "latex", "json"):
+        code, out, err = said(bad, "--format", form, "--rows", "model")
+        assert code == 0 and "failed" in out + err
+
+
+def test_every_example_of_the_help_works(tmp_path: Path, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "outputs"
+    a = write(place, config(), values(85.0))
+    b = write(place, config(objective="elbo"), values(86.0), names=("one_layer", "elbo"))
+    sweep = place / "sweeps" / "SWEEP"
+    sweep.mkdir(parents=True)
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"identity": a.name}]}))
+    a.rename(place / "RUN_A").joinpath("x").touch()
+    b.rename(place / "RUN_B").joinpath("x").touch()
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"identity": "RUN_A"}]}))
+    examples = HELP.split("examples:")[1].split("exit codes")[0].strip().splitlines()
+    assert len(examples) > 4
+    for line in examples:
+        command, *arguments = shlex.split(line.split(">")[0])
+        assert command == "iwae-report"
+        assert said(*arguments)[0] == 0, line
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_torch_and_hydra_stay_asleep(runs: Path) -> None:
+    """The whole command, page included, in a process that cannot import them."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'hydra', 'omegaconf', 'wandb']));"
+        "from iwae_cli.cli_report import report;"
+        f"sys.exit(report([{str(runs)!r}, '--html', 'page.html', '--compare', 'objective=iwae,model=one_layer',"
+        "'objective=elbo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_version(said, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert said("--help") == (0, HELP, "")
+    assert said("nowhere", "-h")[0] == 0
+    with pytest.raises(SystemExit, match="0"):
+        report(["--version"])
+    assert capsys.readouterr().out.startswith("iwae-report ")
