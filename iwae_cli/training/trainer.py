@@ -94,7 +94,7 @@ class Trainer:
         base_rates = [group["lr"] for group in self.optimizer.param_groups]
         if state.step:
             self.optimizer.load_state_dict(state.optimizer)
-        order = torch.empty(0)
+        order, first = torch.empty(0), state.step
         started = last_save = time.monotonic()
         seconds_before = state.seconds
 
@@ -108,7 +108,7 @@ class Trainer:
         self.model.train()
         for step in range(state.step, self.total_steps):
             pass_index, batch_index = divmod(step, self.steps_per_pass)
-            if batch_index == 0 or step == state.step:
+            if batch_index == 0 or step == first:
                 order = self._order(pass_index).to(device)
                 factor = self.schedule.factor(pass_index)
                 for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
