@@ -229,6 +229,9 @@ def one_line(error: BaseException | str) -> str:
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
     import torch
 
+    closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"{path}._target_ must take a step without a closure, which {cls.__name__} does not")
     for key, value in arguments.items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
