@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import http.client
 import importlib
-import logging
 import os
 import shutil
 import socket
@@ -22,8 +21,6 @@ import torch
 
 from iwae_cli.errors import UserError
 from iwae_cli.files import atomic_path
-
-log = logging.getLogger(__name__)
 
 TIMEOUT = 5.0
 """Seconds without an answer from one address after which a server counts as not there."""
@@ -151,7 +148,7 @@ def obtain(
             temporary.mkdir()
             try:
                 with _timeout(TIMEOUT):
-                    log.info("downloading %s", what)
+                    print(f"downloading {what}", file=sys.stderr)
                     fetched = fetch(temporary)
                 for path in fetched:
                     if not (folder / path.name).exists():
@@ -196,7 +193,7 @@ def _lock(path: Path) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that downloads into %s", path.parent)
+            print(f"waiting for another process that downloads into {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
