@@ -118,6 +118,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     - ``stderr_images`` = sd / sqrt(n): another test set; already contains the Monte Carlo noise.
     - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
       ESS < 30 or k-hat > 0.5.
+    - ``khat_share_above_0.7`` is a share of all images; one whose k-hat is not defined counts as not above.
     - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
 
     ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), where it was asked for (Nowozin 2018): less biased, and no bound.
@@ -158,7 +159,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         ),
         "khat_share_above_0.7": number(
             "khat_share_above_0.7",
-            (khat > 0.7).mean() if len(khat) else math.nan,
+            (khat > 0.7).sum() / n if len(khat) else math.nan,
             not_finite or "k-hat is not defined for any image: all weights are equal, or k is below 25",
         ),
         "top_weight_share_above_0.5": number(
