@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 install_import_hook("iwae_cli", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("IWAE_DATA_DIR") or ROOT.parent / "shared" / "data").resolve()
+DATA = Path(os.environ.get("IWAE_DATA_DIR") or ROOT / "data").resolve()
 
 torch.set_num_threads(1)
 
