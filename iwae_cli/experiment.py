@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +103,7 @@ class Experiment:
         self.train = train
         self.restart = restart
         self.source = None if init_from is None else RunFolder(Path(init_from))
-        self.config = config
+        self.config = _with_absolute_paths(config)
         self.names = names
         self.overrides = overrides
         self.group = group
@@ -137,15 +138,21 @@ class Experiment:
                 mine, theirs = self.config[group], source[group]
                 if mine != theirs if group == "model" else mine["_target_"] != theirs["_target_"]:
                     raise UserError(f"init_from={self.source.path} was run with another {group}: {theirs}")
-            self.initial_state()
+            initial = self.initial
+            if initial is not None and initial.step < initial.total_steps:
+                raise UserError(
+                    f"init_from={self.source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
+                    "finish it first: its command again goes on"
+                )
 
-    def initial_state(self) -> checkpoint.State | None:
-        """The checkpoint this run begins from, if any."""
+    @cached_property
+    def initial(self) -> checkpoint.State | None:
+        """The checkpoint this run begins from, if any; read once, so that what is hashed is what is used."""
         return None if self.source is None else checkpoint.load(self.source.checkpoint)
 
     def identity(self) -> str:
         """Name of the run folder."""
-        initial = self.initial_state()
+        initial = self.initial
         prints = {
             "data": self.data.fingerprint(),
             "init_from": None if initial is None else checkpoint.fingerprint(initial, self.with_optimizer),
@@ -168,7 +175,7 @@ class Experiment:
         self.check()
         self.device.setup()
         data = self.data.load()
-        initial = self.initial_state()
+        initial = self.initial
         if initial is not None and initial.image_shape != data.image_shape:
             raise UserError(
                 f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
@@ -182,7 +189,8 @@ class Experiment:
         folder.path.mkdir(parents=True, exist_ok=True)
         with RunLock(folder.path), _logging(folder), signals.caught() as caught:
             result = folder.result()
-            if result is None or result["evaluation"]["name"] != evaluation_name(self.config):
+            asked = evaluation_name(self.config)
+            if result is None or result["evaluation"]["name"] != asked or folder.status() != "finished":
                 result = Session(self, data, folder, caught).run()
         console.result_table(result, folder=_shown(folder), sync=self.logger.sync_command())
         return result
@@ -213,6 +221,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
     data = objects["data"].load()
+    checkpoint.require_data(state, data)
     evaluation: Evaluation = objects["evaluation"]
     with signals.caught() as caught:
         if asked is None:
@@ -269,6 +278,14 @@ def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariabl
     model = architecture.build(state.image_shape, mean, generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.
     return model.to(next(iter(state.model.values())).dtype)
+
+
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded must mean the same from any folder; identity does not look at paths."""
+    config = {**config, "data": dict(config["data"])}
+    for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], ("data_dir", "path"))):
+        node.update({key: str(Path(node[key]).absolute()) for key in keys if node.get(key) is not None})
+    return config
 
 
 def _shown(folder: RunFolder) -> Path:

@@ -95,7 +95,23 @@ class RunLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:
-        descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path = self._folder / ".lock"
+        while True:
+            descriptor = self._locked(path)
+            # While this waited at the door, the folder may have been renamed: then the lock is on what it was.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._descriptor = descriptor
+        _held.add(descriptor)
+        for leftover in self._folder.rglob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+        return self
+
+    def _locked(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,13 +125,7 @@ class RunLock:
             raise UserError(
                 f"{self._folder} cannot be locked ({error.strerror}); choose a folder on a local disk with output_dir="
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._descriptor = descriptor
-        _held.add(descriptor)
-        for leftover in self._folder.glob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
-        return self
+        return descriptor
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

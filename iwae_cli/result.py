@@ -59,7 +59,7 @@ def evaluate(
     """
     place = folder.evaluation(evaluation_name(config))
     step, weights = _weights(folder, evaluation, state)
-    kept = _kept(place, step)
+    kept = _kept(place, step, state)
     if kept is not None:
         return kept
     _put(weights, model, folder)
@@ -89,7 +89,7 @@ def evaluate(
         hashes[split_name] = split.sha256
         splits[split_name], missing = summarize(likelihoods[split_name], split.x.shape[1])
         reasons |= {f"{split_name}.{key}": reason for key, reason in missing.items()}
-    units = _active_units(model, data, evaluation)
+    units = _active_units(model, data, evaluation, check)
     reasons |= {key: "active units are not defined for discrete layers" for key in units if units[key] is None}
     result = {
         **_facts(folder, model, data, evaluation, device, config, state, step, hashes),
@@ -125,7 +125,7 @@ def estimate(
     """
     place = folder.evaluation(evaluation_name(config))
     step, weights = _weights(folder, subject.evaluation, state)
-    kept = _kept(place, step)
+    kept = _kept(place, step, state)
     if kept is not None:
         return kept
     _put(weights, subject.model, folder)
@@ -147,12 +147,15 @@ def estimate(
     return result
 
 
-def _kept(place: Path, step: int) -> dict[str, Any] | None:
-    """The result that is there already, if it is of the same weights."""
-    if not (place / "result.json").exists():
+def _kept(place: Path, step: int, state: State) -> dict[str, Any] | None:
+    """The result that is there already, if it is of the same weights of the same state of the run."""
+    try:
+        kept: dict[str, Any] = json.loads((place / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
         return None
-    kept: dict[str, Any] = json.loads((place / "result.json").read_text())
-    return kept if kept["evaluation"]["step"] == step else None
+    # A run that has gone on since may have the same best weights; all else that is told of it has changed.
+    same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
+    return kept if same else None
 
 
 def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, folder: RunFolder) -> None:
@@ -176,7 +179,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What was looked at, how, and with what; ``step`` is that of the weights."""
     return {
-        "status": "finished",
+        "status": "finished" if state.step == state.total_steps else "unfinished",
         "identity": folder.identity,
         "dataset": {
             "name": data.name,
@@ -223,7 +226,9 @@ def _weights(folder: RunFolder, evaluation: Evaluation, state: State) -> tuple[i
     return best["step"], best["model"]
 
 
-def _active_units(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> dict[str, Any]:
+def _active_units(
+    model: LatentVariableModel, data: Data, evaluation: Evaluation, check: Callable[[], None]
+) -> dict[str, Any]:
     """Ours on the whole test split; the authors' on their first training images with one draw a layer."""
     rules = {
         "active_units": ("test", None, ACTIVE_UNITS_DRAWS),
@@ -232,12 +237,13 @@ def _active_units(model: LatentVariableModel, data: Data, evaluation: Evaluation
     return {
         key: active_units(
             model,
-            data.evaluation_split(split, evaluation.binarization_seed).x[:images],
+            data.evaluation_split(split, evaluation.binarization_seed, images).x,
             draws=draws,
             seed=evaluation.seed,
             stream=key,
             rows=evaluation.rows,
             workers=evaluation.workers,
+            on_progress=lambda _: check(),
         )
         for key, (split, images, draws) in rules.items()
     }

@@ -73,6 +73,13 @@ class RunFolder:
         }
         write_json(self.path / "status.json", value)
 
+    def status(self) -> str | None:
+        """running, interrupted, failed or finished; None where it cannot be read."""
+        try:
+            return str(json.loads((self.path / "status.json").read_text())["status"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run.
 

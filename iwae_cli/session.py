@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import iwae_cli
 from iwae_cli import console
 from iwae_cli.data.base import Data, Split
 from iwae_cli.errors import Interrupted
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 VALIDATION_SEED = 0
 """Noise and binarization of the validation during training: fixed, so that all objectives are compared on the same."""
 
+VALIDATION_ROWS = 2000
+"""Fixed too: the shape of a product may change its last bits, and so which weights are the best."""
+
 logger = logging.getLogger("iwae_cli")
 
 
@@ -47,12 +51,17 @@ class Session:
         self.sink: Sink = FanOut([JsonlSink(), experiment.logger])
         self.progress: console.Progress | None = None
         self.state = checkpoint.State(
-            folder.identity, experiment.names, data.image_shape, self._plan(), {}, {}, levels=data.levels
+            identity=folder.identity,
+            names=experiment.names,
+            data_sha256=data.sha256(),
+            image_shape=data.image_shape,
+            levels=data.levels,
+            plan=self._plan(),
         )
         self.model = experiment.model.build(
             data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
         ).to(device=self.device, dtype=experiment.device.dtype)
-        initial = experiment.initial_state()
+        initial = experiment.initial
         if initial is not None:
             self.model.load_state_dict(initial.model)
         if experiment.train == "inference":
@@ -68,6 +77,7 @@ class Session:
             validate=self._validate,
             validation_every=experiment.evaluation.validation_every,
         )
+        self.state.total_steps = self.trainer.total_steps
         if initial is not None and experiment.with_optimizer:
             # Its memory alone: learning rate and the like are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -79,11 +89,13 @@ class Session:
         experiment, folder = self.experiment, self.folder
         if folder.checkpoint.exists():
             self._resume()
-        folder.begin(experiment.config, experiment.overrides)
-        folder.set_status("running", self.state.step)
-        logger.info("begin at step %d of %d: %s", self.state.step, self.trainer.total_steps, experiment.overrides)
         for caveat in experiment.objective.caveats:
             logger.warning(caveat)
+        # A finished run that is evaluated in another way stays what it is until the new result is there.
+        finished_before = self.state.step == self.trainer.total_steps and folder.result() is not None
+        if not finished_before:
+            self._begin()
+        logger.info("begin at step %d of %d: %s", self.state.step, self.trainer.total_steps, experiment.overrides)
         status: Status = "failed"
         try:
             history = read_history(folder.path, self.state.step)
@@ -102,27 +114,45 @@ class Session:
                 self.state,
                 self.signals.check,
             )
-            with atomic_path(folder.path / "log_likelihood.npz") as temporary:
-                shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
-            write_json(folder.path / "result.json", result)
+            if finished_before:
+                self._begin()
+                finished_before = False
+            self._publish(result)
             status = "finished"
-            folder.set_status(status, self.state.step)
-            logger.info("finished: %s", json.dumps({s: result[s]["nll"] for s in experiment.evaluation.splits}))
-            self._pictures(result)
-            self.sink.summary({key: result[key] for key in (*experiment.evaluation.splits, "active_units", "seconds")})
             return result
-        except Interrupted as error:
-            status = "interrupted"
-            folder.set_status(status, self.state.step, str(error))
-            logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
-            raise
         except BaseException as error:
-            if status != "finished":
+            if isinstance(error, Interrupted):
+                status = "interrupted"
+                logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
+            else:
+                logger.info("failed at step %d", self.state.step, exc_info=True)
+            if not finished_before:
                 folder.set_status(status, self.state.step, f"{type(error).__name__}: {error}")
-            logger.info("failed at step %d", self.state.step, exc_info=True)
             raise
         finally:
             self.sink.close(status)
+            if status == "finished":
+                # Last of all: until it says so, the same command does again what may be missing.
+                folder.set_status(status, self.state.step)
+
+    def _begin(self) -> None:
+        self.folder.begin(self.experiment.config, self.experiment.overrides)
+        self.folder.set_status("running", self.state.step)
+
+    def _publish(self, result: dict[str, Any]) -> None:
+        """Make a kept evaluation the result of the run."""
+        folder, splits = self.folder, self.experiment.evaluation.splits
+        # Without a result in between, a kill cannot leave the arrays of one evaluation beside the result of another.
+        (folder.path / "result.json").unlink(missing_ok=True)
+        with atomic_path(folder.path / "log_likelihood.npz") as temporary:
+            shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
+        write_json(folder.path / "result.json", result)
+        logger.info("result: %s", json.dumps({split: result[split]["nll"] for split in splits}))
+        self.sink.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
+        try:
+            self._pictures(result)
+        except (ValueError, OSError) as error:
+            logger.warning("figures are missing: %s", error)
 
     def on_step(self, step: int) -> None:
         """Show that something happens."""
@@ -173,7 +203,7 @@ class Session:
             self._validation,
             k=evaluation.validation_k,
             seed=VALIDATION_SEED,
-            rows=evaluation.rows,
+            rows=VALIDATION_ROWS,
             workers=evaluation.workers,
             stream="validation during training",
         )
@@ -181,6 +211,7 @@ class Session:
 
     def _resume(self) -> None:
         self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
+        checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
         for key, value in plan.items():
             if key == "threads":
@@ -194,7 +225,11 @@ class Session:
             "device": self.device.type,
             "threads": self.experiment.device.threads,
             "torch": str(torch.__version__),  # a plain string is what weights_only reads back
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "iwae-cli": iwae_cli.__version__,
+            "numpy": np.__version__,
+            "processor": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability(),
         }
 
     def _pictures(self, result: Mapping[str, Any]) -> None:

@@ -96,7 +96,14 @@ class Data:
         total = images.sum(0, dtype=np.float64 if self.levels is None else np.int64)
         return np.asarray(total / (len(images) * scale))
 
-    def evaluation_split(self, name: str, binarization_seed: int) -> Split:
+    def sha256(self) -> str:
+        """Hash of all three splits as they are stored."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            _add(digest, getattr(self, name).numpy())
+        return digest.hexdigest()
+
+    def evaluation_split(self, name: str, binarization_seed: int, first: int | None = None) -> Split:
         """One split as every model is scored on it.
 
         A dynamic split is binarized once, x_ij ~ Bernoulli(grey_ij / (levels - 1)), keyed by
@@ -104,12 +111,17 @@ class Data:
         owns numbers i * pixels to (i + 1) * pixels of the counter-based stream of its split, so that its draw
         depends on no other image.
 
+        Args:
+            name: train, validation or test.
+            binarization_seed: of the one draw.
+            first: only so many images, from the first; None is all.
+
         Raises:
             ValueError: ``name`` is not a split.
         """
         if name not in SPLITS:
             raise ValueError(f"name must be one of {', '.join(SPLITS)}, got {name!r}")
-        images = getattr(self, name)
+        images = getattr(self, name)[:first]
         if self.binarization == "dynamic":
             assert self.levels is not None
             grey = images.numpy()
@@ -119,10 +131,14 @@ class Data:
                 chunk = grey[start : start + _CHUNK]
                 x[start : start + _CHUNK] = uniform.random(chunk.shape) < chunk / (self.levels - 1)
             images = torch.from_numpy(x)
-        values = images.numpy()
-        digest = hashlib.sha256(f"{values.dtype} {values.shape} ".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
+        digest = hashlib.sha256()
+        _add(digest, images.numpy())
         return Split(name, images, digest.hexdigest())
+
+
+def _add(digest: hashlib._Hash, values: np.ndarray) -> None:
+    digest.update(f"{values.dtype} {values.shape} ".encode())
+    digest.update(np.ascontiguousarray(values).data)
 
 
 class Dataset(ABC):

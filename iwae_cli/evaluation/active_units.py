@@ -5,7 +5,7 @@ A unit u is active if Var_x(E_q[u|x]) > 0.01 (Burda, Grosse, Salakhutdinov 2016,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
@@ -27,6 +27,7 @@ def active_units(
     stream: str,
     rows: int,
     workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[int] | None:
     """Number of active units of every stochastic layer, nearest to x first; None for discrete layers.
 
@@ -39,8 +40,9 @@ def active_units(
         x: observations.
         draws: samples of the layer below (500 for our rule, 1 for the authors').
         seed, stream: of the noise.
-        rows: bound on images x draws computed at once by one worker.
+        rows: bound on images x draws computed at once by one worker, but for one image with all its draws.
         workers: threads that share the images; None is one per core on a CPU, one on another device.
+        on_progress: called with the number of images done; may raise to stop.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -53,7 +55,11 @@ def active_units(
         found = model.inference.posterior_means(batch, draws, noise)
         return None if found is None else [m.double().cpu().numpy() for m in found]
 
-    results = [r for r in map_batches(means, len(x), batch=max(1, rows // draws), workers=workers) if r is not None]
+    results = [
+        r
+        for r in map_batches(means, len(x), batch=max(1, rows // draws), workers=workers, on_progress=on_progress)
+        if r is not None
+    ]
     if not results:
         return None
     layers = [np.concatenate([r[layer] for r in results]) for layer in range(len(results[0]))]

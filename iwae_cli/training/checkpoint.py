@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iwae_cli.data.base import Data
 from iwae_cli.errors import UserError
 from iwae_cli.files import atomic_path
 
@@ -25,27 +26,30 @@ class State:
     Attributes:
         identity: name of the training this state belongs to.
         names: chosen name of every group, as in the name of the folder.
-        image_shape: shape of one observation, needed to build the model again.
+        data_sha256: hash of the data it was trained on.
+        image_shape, levels: shape of one observation and number of grey levels, needed to build the model again.
+        total_steps: steps of the whole schedule.
         plan: what was decided once and may change bits (device kind, threads, versions).
         model, optimizer: their state dicts.
         step: optimizer steps done.
         bound_sum: sum of the training bound over the images of the running pass, nats, float64.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
-        levels: number of grey levels of the data, needed to build the model again.
     """
 
     identity: str
     names: dict[str, str]
+    data_sha256: str
     image_shape: tuple[int, ...]
+    levels: int | None
     plan: dict[str, Any]
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    total_steps: int = 0
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     bound_sum: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    levels: int | None = None
 
 
 def save(state: State, path: Path) -> None:
@@ -72,6 +76,19 @@ def load(path: Path, identity: str | None = None) -> State:
     if identity is not None and state.identity != identity:
         raise UserError(f"{path} is a checkpoint of {state.identity}, not of {identity}")
     return state
+
+
+def require_data(state: State, data: Data) -> None:
+    """Refuse to go on with data that has changed.
+
+    Raises:
+        UserError: ``data`` is not what ``state`` was trained on.
+    """
+    if state.data_sha256 != data.sha256():
+        raise UserError(
+            f"the files of {data.name} are not those that {state.identity} was trained on; "
+            "bring them back, or begin anew with restart=true"
+        )
 
 
 def fingerprint(state: State, with_optimizer: bool) -> str:

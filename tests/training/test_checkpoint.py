@@ -22,7 +22,9 @@ def state() -> State:
     return State(
         identity="digits-0123",
         names={"data": "digits"},
+        data_sha256="0" * 64,
         image_shape=(8, 8),
+        levels=17,
         plan={"device": "cpu", "threads": 1},
         model=linear.state_dict(),
         optimizer=optimizer.state_dict(),

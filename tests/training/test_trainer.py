@@ -80,7 +80,7 @@ def data() -> Data:
 
 
 def new_state() -> State:
-    return State("toy", {}, (4,), {}, {}, {})
+    return State("toy", {}, "", (4,), None, {})
 
 
 def make(
