@@ -48,7 +48,7 @@ def line_chart(
     xs = [p[0] for line in kept for p in line.points]
     ys = [p[1] for line in kept for p in line.points]
     low, high = min(ys), max(ys)
-    if focus:
+    if focus and max(len(line.points) for line in kept) > 10:
         # No line may vanish below the axis: where each of them ends is seen.
         low = min(sorted(ys)[len(ys) // 5], *(line.points[-1][1] for line in kept if line.points))
     pad = 0.06 * (high - low) or 1.0

@@ -23,6 +23,8 @@ from iwae_cli.report.table import MISSING, Cell, Scored, Table
 
 OTHERWISE = "\N{DAGGER}"
 """Behind a published value whose runs were trained otherwise."""
+WAYS = 4
+"""Ways of training otherwise that a footnote has."""
 LISTED = 20
 """Runs left out that a terminal lists one by one; more are counted by reason."""
 
@@ -97,7 +99,9 @@ def footnotes(table: Table) -> list[str]:
         notes.append(f"{RECALLED} quoted from memory of the paper")
     ways = Counter(way for cell in cells for way in cell.deviations)
     if ways:
-        said = [way if n == len(cells) else f"{way} in {n} cells" for way, n in ways.items()]
+        most = ways.most_common(WAYS)
+        said = [way if n == len(cells) else f"{way} in {n} of {len(cells)} cells" for way, n in most]
+        said += [f"and in {len(ways) - WAYS} more ways"] if len(ways) > WAYS else []
         notes.append(f"{OTHERWISE} trained otherwise than in the paper: {', '.join(said)}")
     return notes + list(table.notes)
 
@@ -302,13 +306,13 @@ def _grid(table: Table) -> Sheet:
 
 
 def _tall(table: Table) -> Sheet:
-    sheet = _sheet()
+    sheet, each = _sheet(), fields(table)
     for key in (*table.columns, *table.rows):
         sheet.add_column(key, no_wrap=True)
-    for name, _ in fields(table):
+    for name, _ in each:
         sheet.add_column(name, justify="right", no_wrap=True)
     for cell in table.cells:
-        sheet.add_row(*map(Text, (*cell.column, *cell.row, *(text(cell) for _, text in fields(table)))))
+        sheet.add_row(*map(Text, (*cell.column, *cell.row, *(text(cell) for _, text in each))))
     return sheet
 
 

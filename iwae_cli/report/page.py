@@ -22,6 +22,8 @@ COLOURS = 10
 """As many cells are drawn as there are colours: the best ones."""
 CURVES = 5
 """Runs of one cell whose training is drawn."""
+LONG = 15
+"""Rows of a table that scrolls in itself."""
 SAMPLES = 20_000_000
 """Bytes of pictures in a page."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -124,7 +126,7 @@ def _results(table: Table) -> str:
                     cells.append(f'<td{kind} data-v="{_value(cell, field)}">{_soft(text(cell))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     inside = f"<thead>{groups}<tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll"><table class="results">{inside}</table></div>'
+    return f'<div class="scroll{" long" * (len(rows) > LONG)}"><table class="results">{inside}</table></div>'
 
 
 def _head(name: str, column: int, kind: str = "") -> str:
@@ -260,7 +262,7 @@ def _runs(table: Table) -> str:
     head = "".join(_head(name, i, "key first" if i == 0 else "") for i, name in enumerate(names))
     rows = [_run(scored, cell) for cell in table.cells for scored in cell.runs]
     return (
-        f'<div class="scroll{" long" * (len(rows) > 15)}"><table class="runs"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll{" long" * (len(rows) > LONG)}"><table class="runs"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="note">stderr_images: another test set; stderr_mc: other noise; bias_mc: how far the estimate lies '
         "below log p(x) by Jensen's inequality; none of them covers training seeds. All in nats. weak: warnings of "
@@ -315,9 +317,12 @@ def _samples(table: Table) -> str:
         else:
             room -= len(picture)
             name = escape(f"{cell.name}, seed {scored.run.seed}")
+            # As the file says of itself, so that the page keeps room for pictures that are not decoded yet.
+            width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
             data = base64.b64encode(picture).decode()
             figures.append(
-                f'<figure><img loading="lazy" alt="Samples of {name}" src="data:image/png;base64,{data}">'
+                f'<figure><img loading="lazy" width="{width}" height="{height}" alt="Samples of {name}" '
+                f'src="data:image/png;base64,{data}">'
                 f"<figcaption>{name}; NLL {scored.numbers['nll']:.2f}</figcaption></figure>"
             )
     notes = [f"{missing} without figures/samples.png"] if missing else []
@@ -330,10 +335,15 @@ def _comparisons(report: Report) -> str:
     if not report.comparisons:
         return ""
     cards = "".join(
-        f'<div class="card">{"".join(f"<p>{escape(line)}</p>" for line in formats.paired_lines(paired))}</div>'
+        f'<div class="card">{"".join(f"<p>{_breakable(line)}</p>" for line in formats.paired_lines(paired))}</div>'
         for paired in report.comparisons
     )
     return f'<section id="compared"><h2>Paired comparison</h2>{cards}</section>'
+
+
+def _breakable(text: str) -> str:
+    """``KEY=VALUE,KEY=VALUE`` breaks between its parts."""
+    return escape(text).replace(",", ",<wbr>")
 
 
 def _left_out(report: Report) -> str:

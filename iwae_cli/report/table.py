@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from iwae_cli.errors import UserError
@@ -300,7 +302,7 @@ def _kind(score: Score, split: str) -> Kind | None:
 
 def _lacks_split(run: Run, split: str) -> str:
     has = ", ".join(run.scores[0].splits) or "none"
-    return f"its {split} split was not evaluated (but {has}); iwae-eval {run.path} evaluation.splits=[{split}]"
+    return f"its {split} split was not evaluated (but {has}); iwae-eval {_typed(run.path)} evaluation.splits=[{split}]"
 
 
 def _why(run: Run, split: str, wanted: Kind) -> str:
@@ -316,8 +318,14 @@ def _why(run: Run, split: str, wanted: Kind) -> str:
         if mine != theirs
     ]
     k, weights, _, _ = wanted
-    repair = f"; iwae-eval {run.path} evaluation.k={k} evaluation.weights={weights}"
+    repair = f"; iwae-eval {_typed(run.path)} evaluation.k={k} evaluation.weights={weights}"
     return ", ".join(differing) + (repair if kind[2:] == wanted[2:] else "")
+
+
+def _typed(path: Path) -> str:
+    """As it would be typed here."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def _short(value: object) -> str:

@@ -56,7 +56,7 @@ def test_the_table_of_a_terminal(runs: Path, said) -> None:  # type: ignore[no-u
     assert "24.5" in one_layer and "86.35 / 20*†" in one_layer and "84.78 / 25*" in one_layer
     assert "26+7" in out and "82.90 / 26+7*" in out
     assert "* quoted from memory" in out
-    assert "† trained otherwise than in the paper: schedule.stages = 3 (paper: 8) in 1 cells" in out
+    assert "† trained otherwise than in the paper: schedule.stages = 3 (paper: 8) in 1 of 3 cells" in out
     assert "not in a table: 1 failed" in out and "at step 3: RunFailed" in out
     assert "40 images" in out and "NLL_5000 in nats on test" in out
 
