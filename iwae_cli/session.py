@@ -121,13 +121,14 @@ class Session:
             status = "finished"
             return result
         except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
             if isinstance(error, Interrupted):
-                status = "interrupted"
+                status, told = "interrupted", str(error)
                 logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
             else:
                 logger.info("failed at step %d", self.state.step, exc_info=True)
             if not finished_before:
-                folder.set_status(status, self.state.step, f"{type(error).__name__}: {error}")
+                folder.set_status(status, self.state.step, told)
             raise
         finally:
             self.sink.close(status)
