@@ -41,7 +41,7 @@ LOCKED_SECONDS = 2.0
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``iwae-train``; returns the exit code (0 done, 1 failed, 2 wrong input, 3 locked, 128 + signal)."""
-    return _answered("iwae-train", lambda: _train(list(sys.argv[1:] if argv is None else argv)))
+    return _answered("iwae-train", lambda: _train_with_others(list(sys.argv[1:] if argv is None else argv)))
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +65,27 @@ def _answered(program: str, work: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _train_with_others(argv: list[str]) -> None:
+    """Under torchrun this process is one of several: the first does everything, the others help it to evaluate."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        _train(argv)
+        return
+    from iwae_cli.evaluation import pool
+    from iwae_cli.evaluation.ranks import Ranks, are_several
+
+    if not are_several():
+        _train(argv)
+        return
+    ranks = Ranks()
+    if ranks.rank > 0:
+        ranks.help(pool.map_here)
+        return
+    pool.share_with(ranks)
+    _train(argv)
+    # Not after an error, which may have come in the middle of common work: they see that this process ends.
+    ranks.dismiss()
 
 
 def _train(argv: list[str]) -> None:
@@ -92,6 +113,8 @@ def _train(argv: list[str]) -> None:
         return
     plan = cli_compose.plan(arguments.overrides, arguments.multirun, arguments.config_dir)
     if plan.multirun:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError("torchrun is for one run; the launchers of a sweep are hydra/launcher=joblib, ray, ...")
         _run_sweep(plan, argv)
         return
     for job in plan.jobs:
@@ -132,6 +155,8 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
         experiment.check()
         folder = experiment.output_dir / experiment.identity()
         planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
+    if not plan.is_grid and "validation" not in experiment.evaluation.splits:
+        raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = experiment.output_dir / "sweeps" / group
     hydra = cli_compose.hydra_node(plan, path)
     arguments = ["--multirun", f"hydra.sweep.dir={cli_compose.quoted(str(path))}", *plan.arguments]
@@ -142,11 +167,39 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
         "sweeper": hydra["choices"]["hydra/sweeper"],
         "workers": cli_compose.workers_each(hydra, len(planned) if plan.is_grid else None, available_cores()),
     }
+
+    def work() -> None:
+        if not plan.is_grid:
+            cli_compose.save(plan.base, path / "multirun.yaml")
+            arguments.extend(_search(hydra, path))
+        _hand_over(_sweep_job, arguments)
+
+    if hydra["choices"]["hydra/launcher"] == "ray":
+        _start_ray(hydra["launcher"]["ray"]["init"])
     _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
     try:
-        _sweep.run(lambda: _hand_over(_sweep_job, arguments))
+        _sweep.run(work)
     finally:
         _sweep = None
+
+
+def _start_ray(init: dict[str, Any]) -> None:
+    """What the launcher would do later, but Ray puts a handler of its own on SIGTERM, which must not be the last."""
+    import ray
+
+    if "address" not in init and "RAY_ADDRESS" not in os.environ:
+        # Hardly anything goes through its memory, of which it would take a third of the machine's.
+        init = {"object_store_memory": 78_643_200, **init}
+    ray.init(**init)
+
+
+def _search(hydra: dict[str, Any], folder: Path) -> list[str]:
+    """What is left of a search."""
+    if not hydra["sweeper"]["_target_"].endswith(".OptunaSweeper"):
+        return []
+    from iwae_cli.cli_search import remaining
+
+    return remaining(hydra["sweeper"], folder)
 
 
 def _sweep_job(cfg: DictConfig) -> float | None:

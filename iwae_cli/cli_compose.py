@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from iwae_cli.cli_help import choices, conf_folder, summary
 from iwae_cli.construct import BASES, nearest, one_line, resolve, unknown_key
 from iwae_cli.errors import UserError
+from iwae_cli.files import write_text
 
 VERSION_BASE = "1.3"
 ESTIMATOR = "estimator"
@@ -36,12 +36,8 @@ ESTIMATOR = "estimator"
 ABOUT_OBJECTIVE = ("gradient_snr",)
 """Estimators that ask about an objective."""
 _HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samplers")
-_EXTRAS = {
-    "hydra_plugins.hydra_ray_launcher": "ray",
-    "hydra_plugins.hydra_submitit_launcher": "slurm",
-    "hydra_plugins.hydra_optuna_sweeper": "optuna",
-}
-"""Engines that not everybody has installed, and the extra that brings each."""
+_EXTRAS = {"ray": "ray", "ray_aws": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
+"""Launchers and sweepers that not everybody has installed, and the extra that brings each."""
 _OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 _OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.", "hydra.verbose")
 _OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "verbose", "mode"}
@@ -132,6 +128,11 @@ def hydra_node(plan: Plan, sweep_folder: Path) -> dict[str, Any]:
     return {key: _resolved(base.hydra[key], f"hydra.{key}") for key in ("launcher", "sweeper")} | {
         "choices": {str(group): choice for group, choice in base.hydra.runtime.choices.items()}
     }
+
+
+def save(config: DictConfig, file: Path) -> None:
+    """Write ``multirun.yaml``, which Hydra's own sweeper alone writes."""
+    write_text(file, OmegaConf.to_yaml(config))
 
 
 def workers_each(hydra: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
@@ -348,6 +349,8 @@ class _Composer:
         if override.type.name != "CHANGE" and "/" not in group:
             raise UserError(f"+{group} is there already: write {group}={_text(name)} without +")
         if name not in names:
+            if group in _OPEN_HYDRA_GROUPS and name in _EXTRAS:
+                raise UserError(_not_installed(group, str(name)))
             listed = ", ".join(summary(names))
             raise UserError(f"{group} must be one of {listed}, got {_text(name)}{nearest(name, names)}")
         return True
@@ -362,6 +365,9 @@ class _Composer:
             except yaml.YAMLError as error:
                 raise UserError(one_line(error)) from error
             except (HydraException, OmegaConfBaseException) as error:
+                missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
+                if missing and missing[2] in _EXTRAS:
+                    raise UserError(_not_installed(missing[1], missing[2])) from None
                 told = [_without_details(str(e)) for e in (error, error.__cause__) if e is not None]
                 raise UserError(" ".join(dict.fromkeys(told))) from error
         return self._cache[key]
@@ -374,10 +380,6 @@ class _Composer:
                 raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
         for key in ("launcher", "sweeper"):
             for path, target in _targets(_resolved(cfg.hydra[key], f"hydra.{key}"), f"hydra.{key}"):
-                for package, extra in _EXTRAS.items():
-                    if str(target).startswith(f"{package}.") and not _is_installed(package):
-                        choice = f"hydra/{key}={cfg.hydra.runtime.choices[f'hydra/{key}']}"
-                        raise UserError(f"{choice} is not installed: pip install 'iwae-cli[{extra}]'")
                 resolve(target, object, path, _HYDRA_PACKAGES)
 
 
@@ -446,11 +448,8 @@ def _hydra_plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in node.items() if key not in _HYDRA_OWN_KEYS}
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+def _not_installed(group: str, name: str) -> str:
+    return f"{group}={name} is not installed: pip install 'iwae-cli[{_EXTRAS[name]}]'"
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -59,10 +59,13 @@ def caught() -> Iterator[Signals]:
 
     for number in numbers:
         signal.signal(number, handle)
+    # Ray starts its workers with SIGINT blocked.
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield signals
     finally:
         restore()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def preemption() -> signal.Signals | None:

@@ -174,9 +174,13 @@ class Sweep:
                 except UserError:
                     raise
                 except Exception as error:
-                    # The engine lost a job (a worker was killed) and gave up; the others may go on without it.
-                    ended = error
-                    self._settle()
+                    if self._exit_code is not None:
+                        # Ray makes an error of its own of what a handler raises.
+                        ended = Stopped(self._exit_code)
+                    else:
+                        # The engine lost a job (a worker was killed) and gave up; the others may go on without it.
+                        ended = error
+                        self._settle()
                 except Stopped as stopped:
                     ended = stopped
             jobs = self._update()
@@ -212,7 +216,7 @@ class Sweep:
         self._known.clear()
 
     def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in self.folder.jobs.glob("*.json"):
+        for path in self.folder.jobs.glob("[!.]*.json"):
             try:
                 changed = path.stat().st_mtime_ns
             except FileNotFoundError:
@@ -397,11 +401,12 @@ def _alive(record: Mapping[str, Any]) -> bool:
         return True
     try:
         os.kill(record["pid"], 0)
+        # What nobody has waited for yet is dead too; only Linux tells.
+        return Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
+    except (OSError, IndexError):
+        return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:

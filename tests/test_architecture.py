@@ -46,7 +46,13 @@ FLOORS = {
 }
 LIGHT = {"cli", "cli_report", "__init__", "__main__"}
 # Files that share a room without sharing a folder.
-PART_OF = {"cli_compose": "cli", "cli_help": "cli", "result": "experiment", "session": "experiment"}
+PART_OF = {
+    "cli_compose": "cli",
+    "cli_help": "cli",
+    "cli_search": "cli",
+    "result": "experiment",
+    "session": "experiment",
+}
 NO_TORCH = {"sinks", "report", "cli_report", "files", "identity", "run_folder", "console", "sweep"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}

@@ -1,15 +1,25 @@
-"""Work over batches of images, shared by threads, gathered in the order of the images."""
+"""Work over batches of images, shared by threads and processes, gathered in the order of the images."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from iwae_cli.evaluation.ranks import Ranks
+
 T = TypeVar("T")
+_ranks: Ranks | None = None
+"""Other processes that help this one, where there are any."""
+
+
+def share_with(ranks: Ranks | None) -> None:
+    """From here on, share all work with these processes."""
+    global _ranks
+    _ranks = ranks
 
 
 def available_cores() -> int:
@@ -44,18 +54,34 @@ def map_batches(
         on_progress: called in the calling thread with the number of images done; may raise to stop.
     """
 
+    batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
+
+    def serial(work: Callable[[Sequence[int]], Any], mine: list[range], workers: int) -> list[Any]:
+        # With others at work beside this process, as far as all are is as far as this one is.
+        return map_here(work, mine, workers, on_progress and (lambda done: on_progress(n * done // len(mine))))
+
+    return serial(work, batches, workers) if _ranks is None else _ranks.share(work, batches, workers, serial)
+
+
+def map_here(
+    work: Callable[[Sequence[int]], T],
+    batches: list[range],
+    workers: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[T]:
+    """``map_batches`` by the threads of this process alone; ``on_progress`` gets the number of batches done."""
+
     def run(indices: Sequence[int]) -> T:
         with torch.inference_mode():
             return work(indices)
 
-    batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluation", initializer=_start_worker)
     try:
         results = []
         for future in [pool.submit(run, indices) for indices in batches]:
             results.append(future.result())
             if on_progress is not None:
-                on_progress(min(n, batch * len(results)))
+                on_progress(len(results))
         return results
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,0 +1,91 @@
+"""One evaluation shared by several processes (``torchrun``): rank 0 does all of a run, the others help it to evaluate.
+
+Rank 0 alone trains, writes and speaks. Whenever it has batches of images to work through, it sends the work to all
+ranks; each does every n-th batch whole, and the results come back in the order of the images, so that one process or
+eight give the same numbers bit for bit. What is exchanged is a model and a few float64 numbers an image, in the memory
+of the CPU: gloo serves for GPUs as well, of which each rank sees one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar, final
+
+T = TypeVar("T")
+Work = Callable[[Sequence[int]], T]
+Serial = Callable[[Work[Any], list[range], int], list[Any]]
+
+
+@final
+class Ranks:
+    """The processes that share an evaluation, this one among them.
+
+    To be made before torch looks for GPUs: afterwards this process sees one of them.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._here = int(os.environ["LOCAL_WORLD_SIZE"])
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(gpu) for gpu in range(self._here)] if visible is None else visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+
+        import torch.distributed as dist
+
+        # The others wait as long as rank 0 trains.
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+
+    def share(self, work: Work[T], batches: list[range], workers: int, serial: Serial) -> list[T]:
+        """The results of ``work`` on all ``batches``, in their order; called by rank 0, the others are in ``help``.
+
+        Args:
+            work: what to do with one batch.
+            batches: all of them.
+            workers: threads on this machine; its ranks share them.
+            serial: does the batches of one rank.
+        """
+        from joblib.externals import cloudpickle
+
+        self._broadcast(cloudpickle.dumps((work, batches, workers)))
+        return self._together(work, batches, workers, serial)
+
+    def help(self, serial: Serial) -> None:
+        """Do a share of everything that rank 0 asks for, until it is done or gone."""
+        from joblib.externals import cloudpickle
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # torchrun tells all ranks; rank 0 decides what becomes of the run, and there is nothing here to be saved.
+            signal.signal(number, signal.SIG_IGN)
+        # Where rank 0 has ended, its connection has.
+        with suppress(RuntimeError):
+            while (message := self._broadcast(None)) is not None:
+                work, batches, workers = cloudpickle.loads(message)
+                self._together(work, batches, workers, serial)
+
+    def dismiss(self) -> None:
+        """The other ranks may leave."""
+        self._broadcast(None)
+
+    def _together(self, work: Work[T], batches: list[range], workers: int, serial: Serial) -> list[T]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        mine = serial(work, batches[self.rank :: self.size], max(1, workers // self._here))
+        dist.all_gather_object(found, mine)
+        return [found[number % self.size][number // self.size] for number in range(len(batches))]
+
+    def _broadcast(self, message: bytes | None) -> bytes | None:
+        import torch.distributed as dist
+
+        box = [message]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def are_several() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
