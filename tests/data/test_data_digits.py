@@ -74,7 +74,9 @@ def test_an_altered_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a gzip file", gzip.compress(b"1,2,3\n4,5\n"), gzip.compress(b"1,2\n" * 99)[:-9]]
+    "content",
+    [b"", b"not a gzip file", gzip.compress(b"1,2,3\n4,5\n"), gzip.compress(b"1,2\n" * 99)[:-9]],
+    ids=["empty", "no gzip", "lines of unequal length", "cut short"],
 )
 def test_a_damaged_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
     path = elsewhere(monkeypatch, tmp_path)
