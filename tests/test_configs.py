@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,10 @@ def test_a_preset_takes_a_step(name: str, files: Path) -> None:
     if "init_from: ???" in (conf_folder() / "experiment" / f"{name}.yaml").read_text():
         code, _, err = run(f"experiment={name}", "output_dir=out")
         assert code == 2 and "init_from" in err and len(err.strip().splitlines()) == 1
+        return
+    if name == "sweeps/search" and not find_spec("optuna"):
+        code, _, err = run(f"experiment={name}", "output_dir=out")
+        assert (code, err) == (2, "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n")
         return
     one_step(f"experiment={name}", "logger=disabled")
 
