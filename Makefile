@@ -22,7 +22,7 @@ train: .venv/.installed
 	.venv/bin/iwae-train $(ARGS)
 
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest --numprocesses 2 $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

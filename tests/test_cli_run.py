@@ -157,7 +157,8 @@ def test_a_run_gets_what_was_asked_for(runs) -> None:
     assert (experiment.seed, experiment.objective.num_samples, experiment.group) == (3, 7, None)
     assert experiment.overrides == ["seed=3", "objective=elbo", "objective.k=7", "output_dir=there"]
     assert experiment.names["objective"] == "elbo"
-    assert experiment.config == job(*experiment.overrides).config
+    here = {"data_dir": str(Path("data").absolute()), "output_dir": str(Path("there").absolute())}
+    assert experiment.config == job(*experiment.overrides).config | here
     assert os.listdir() == []
 
 

@@ -58,7 +58,8 @@ def map_batches(
 
     def serial(work: Callable[[Sequence[int]], Any], mine: list[range], workers: int) -> list[Any]:
         # With others at work beside this process, as far as all are is as far as this one is.
-        return map_here(work, mine, workers, on_progress and (lambda done: on_progress(n * done // len(mine))))
+        images = batch * len(batches) / max(1, len(mine))
+        return map_here(work, mine, workers, on_progress and (lambda done: on_progress(min(n, int(images * done)))))
 
     return serial(work, batches, workers) if _ranks is None else _ranks.share(work, batches, workers, serial)
 

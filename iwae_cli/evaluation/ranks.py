@@ -48,14 +48,14 @@ class Ranks:
             workers: threads on this machine; its ranks share them.
             serial: does the batches of one rank.
         """
-        from joblib.externals import cloudpickle
+        import cloudpickle
 
         self._broadcast(cloudpickle.dumps((work, batches, workers)))
         return self._together(work, batches, workers, serial)
 
     def help(self, serial: Serial) -> None:
         """Do a share of everything that rank 0 asks for, until it is done or gone."""
-        from joblib.externals import cloudpickle
+        import cloudpickle
 
         for number in (signal.SIGINT, signal.SIGTERM):
             # torchrun tells all ranks; rank 0 decides what becomes of the run, and there is nothing here to be saved.
