@@ -65,10 +65,18 @@ class Ranks:
             while (message := self._broadcast(None)) is not None:
                 work, batches, workers = cloudpickle.loads(message)
                 self._together(work, batches, workers, serial)
+        self._leave()
 
     def dismiss(self) -> None:
         """The other ranks may leave."""
         self._broadcast(None)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Join gloo's threads: one that still runs when Python ends aborts the process, now and then."""
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
 
     def _together(self, work: Work[T], batches: list[range], workers: int, serial: Serial) -> list[T]:
         import torch.distributed as dist
