@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,7 @@ class Run:
         flat |= {"data": self.dataset, "model": self.result["model"]["name"]}
         flat["objective"] = self.result["objective"]["name"]
         flat["init_from"] = _ancestor(self.config.get("init_from"))
+        flat["init_from.training"] = _training_of(self.config.get("init_from"))
         return flat
 
     @cached_property
@@ -118,7 +120,7 @@ class Run:
         decides = training_config(self.config, {})
         # The cadence of validation decides best.pt alone; `keys` has it with the evaluation.
         parts = {key: decides.pop(key) for key in ("seed", "precision", "validation", "fingerprints")}
-        names = {*_flat(decides), "init_from", "device.precision"}
+        names = {*_flat(decides), "init_from", "init_from.training", "device.precision"}
         names |= {f"evaluation.{key}" for key in parts["validation"]}
         return {key: value for key, value in self.keys.items() if key in names}
 
@@ -346,6 +348,21 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _ancestor(path: str | None) -> str | None:
     """The run that this one began from, without its seed: what the seeds of one experiment have in common."""
     return None if path is None else re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(path).name)
+
+
+def _training_of(path: str | None) -> str | None:
+    """A hash of what decided the weights that this run began from, but for the seed; None where it cannot be read.
+
+    Its name alone would make seeds of one experiment out of runs that began from different trainings.
+    """
+    if path is None:
+        return None
+    try:
+        decides = training_config(RunFolder(Path(path)).config(), {})
+    except (UserError, OSError, KeyError, TypeError):
+        return None
+    settings = json.dumps({key: value for key, value in decides.items() if key != "seed"}, sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
 def _said(error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from report_runs import change, config, values, write
@@ -94,6 +95,16 @@ def test_the_seeds_of_a_second_stage_are_one_cell(tmp_path: Path) -> None:
         first = f"outputs/mnist-one_layer-elbo-k1-seed{seed}-0123456{seed}"
         write(tmp_path, config(seed=seed, init_from=first), values(85.0))
     assert len(table(tmp_path).cells) == 1
+
+
+def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -> None:
+    """The names of their ancestors differ by seed and hash alone, as those of two seeds do."""
+    for seed, rate in enumerate((1e-3, 1e-4)):
+        first = tmp_path / "first" / f"mnist-one_layer-elbo-k1-seed0-0123456{seed}"
+        first.mkdir(parents=True)
+        (first / "config.yaml").write_text(yaml.safe_dump(config(optimizer__lr=rate)))
+        write(tmp_path / "second", config(seed=seed, init_from=str(first)), values(85.0 + seed))
+    assert [len(cell.runs) for cell in table(tmp_path / "second").cells] == [1, 1]
 
 
 def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
