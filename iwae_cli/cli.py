@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from iwae_cli.cli_help import conf_folder, evaluate_help, train_help
 from iwae_cli.construct import BASES, call, check_arguments, construct, convert, nearest, one_line
 from iwae_cli.errors import Interrupted, RunLocked, UserError
 from iwae_cli.signals import preemption
+from iwae_cli.streams import exit_code, forgiving
 from iwae_cli.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
 
 if TYPE_CHECKING:
@@ -49,53 +49,49 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     return _answered("iwae-eval", lambda: _evaluate(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _answered(program: str, work: Callable[[], None]) -> int:
-    try:
-        work()
-        sys.stdout.flush()
-    except (UserError, Interrupted) as error:
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) has what it wanted; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+def _answered(program: str, work: Callable[[], bool]) -> int:
+    """Exit code of ``work``, which returns whether it has made something: what is printed is then beside it."""
+    with forgiving() as out:
+        try:
+            made = work()
+        except (UserError, Interrupted) as error:
+            print(f"{program}: {one_line(error)}", file=sys.stderr)
+            return error.exit_code
+        except Stopped as stop:
+            return stop.exit_code
+        except KeyboardInterrupt:
+            return 130
+        return exit_code(program, out, needed=not made)
 
 
-def _train_with_others(argv: list[str]) -> None:
+def _train_with_others(argv: list[str]) -> bool:
     """Under torchrun this process is one of several: the first does everything, the others help it to evaluate."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        _train(argv)
-        return
+        return _train(argv)
     from iwae_cli.evaluation import pool
     from iwae_cli.evaluation.ranks import Ranks, are_several
 
     if not are_several():
-        _train(argv)
-        return
+        return _train(argv)
     ranks = Ranks()
     if ranks.rank > 0:
         ranks.help(pool.map_here)
-        return
+        return True
     pool.share_with(ranks)
-    _train(argv)
+    made = _train(argv)
     # Not after an error, which may have come in the middle of common work: they see that this process ends.
     ranks.dismiss()
+    return made
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> bool:
     if {"-h", "--help"} & set(argv):
         print(train_help(), end="")
-        return
+        return False
     arguments = _train_parser().parse_intermixed_args(argv)
     if arguments.shell_completion:
         _hand_over(_never, ["--shell-completion", *arguments.overrides])
-        return
+        return False
     from iwae_cli import cli_compose
 
     shown = _display_options(arguments)
@@ -103,23 +99,22 @@ def _train(argv: list[str]) -> None:
         overrides = cli_compose.check_display(arguments.overrides, arguments.config_dir)
         if arguments.multirun:
             raise UserError("-m runs, --cfg and --info only show: write one of them")
-        # Hydra shows through logging, which would complain at length of a reader (head, less) that has left.
-        logging.raiseExceptions = False
         try:
             _hand_over(_never, [*shown, *overrides])
         except SystemExit:
             # Hydra has said what it does not find, such as --package.
             raise SystemExit(UserError.exit_code) from None
-        return
+        return False
     plan = cli_compose.plan(arguments.overrides, arguments.multirun, arguments.config_dir)
     if plan.multirun:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise UserError("torchrun is for one run; the launchers of a sweep are hydra/launcher=joblib, ray, ...")
         _run_sweep(plan, argv)
-        return
+        return True
     for job in plan.jobs:
         _experiment(job, None).check()
     _run_one(plan.arguments)
+    return True
 
 
 def _run_one(arguments: list[str]) -> None:
@@ -218,7 +213,9 @@ def _sweep_job(cfg: DictConfig) -> float | None:
     attempt = Attempt(folder, hydra.job.num, job.overrides)
     attempt.begins()
     try:
-        result = _run_job(job, attempt, folder, hydra.job.num)
+        # Perhaps in a process of its own, which has come in by no other way.
+        with forgiving():
+            result = _run_job(job, attempt, folder, hydra.job.num)
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         attempt.ends("interrupted", error)
@@ -370,10 +367,10 @@ def _display_options(arguments: argparse.Namespace) -> list[str]:
     return []
 
 
-def _evaluate(argv: list[str]) -> None:
+def _evaluate(argv: list[str]) -> bool:
     if {"-h", "--help"} & set(argv):
         print(evaluate_help(), end="")
-        return
+        return False
     parser = _parser("iwae-eval")
     parser.add_argument("folder", nargs="?")
     parser.add_argument("overrides", nargs="*")
@@ -388,6 +385,7 @@ def _evaluate(argv: list[str]) -> None:
     from iwae_cli.experiment import evaluate_run
 
     evaluate_run(folder, config)
+    return True
 
 
 def _run_folder(name: str | None) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iwae_cli import __version__
 from iwae_cli.errors import UserError
+from iwae_cli.streams import exit_code, forgiving
 
 if TYPE_CHECKING:
     from iwae_cli.report.formats import Report
@@ -52,20 +53,16 @@ exit codes: 0 done, 2 wrong input
 
 
 def report(argv: Sequence[str] | None = None) -> int:
-    """``iwae-report``; returns the exit code (0 done, 2 wrong input)."""
-    try:
-        _report(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"iwae-report: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) has what it wanted; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+    """``iwae-report``; returns the exit code (0 done, 1 not written, 2 wrong input)."""
+    with forgiving() as out:
+        try:
+            _report(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            print(f"iwae-report: {' '.join(str(error).split())}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 130
+        return exit_code("iwae-report", out, needed=True)
 
 
 def _report(argv: list[str]) -> None:

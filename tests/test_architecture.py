@@ -28,6 +28,7 @@ FLOORS = {
     "particles": 0,
     "run_folder": 0,
     "console": 0,
+    "streams": 0,
     "sweep": 0,
     "sinks": 0,
     "report": 0,
@@ -53,7 +54,7 @@ PART_OF = {
     "result": "experiment",
     "session": "experiment",
 }
-NO_TORCH = {"sinks", "report", "cli_report", "files", "identity", "run_folder", "console", "sweep"}
+NO_TORCH = {"sinks", "report", "cli_report", "files", "identity", "run_folder", "console", "streams", "sweep"}
 TORCH = {"torch", "torchvision"}
 HEAVY = {"torch", "torchvision", "wandb", "numpy", "scipy", "sklearn", "matplotlib"}
 

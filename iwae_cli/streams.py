@@ -1,0 +1,104 @@
+"""Standard streams that cannot fail: a closed terminal or a full disk behind them must not end a run.
+
+The results of a run are files. What is printed beside them is for whoever looks on, who may have left.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class Forgiving:
+    """A text stream that goes on in silence once it cannot be written; all else is the stream's own.
+
+    Attributes:
+        lost: why nothing more is written; None as long as it is.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):
+            # A terminal that has no plus-minus sign shows a question mark for it.
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        if self.lost is None:
+            try:
+                self._stream.write(text)
+            except OSError as error:
+                self._give_up(error)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """As of any text stream."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        if self.lost is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.lost = error
+        # What is left in buffers goes nowhere: Python would try it again when it ends, and complain.
+        with suppress(OSError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def forgiving() -> Iterator[Forgiving]:
+    """``sys.stdout`` and ``sys.stderr`` that never raise, whatever this process was started with.
+
+    Yields:
+        Standard output.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Otherwise the next file that is opened takes this number, and what is printed goes into it.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    before = sys.stdout, sys.stderr
+    out, err = Forgiving(sys.stdout), Forgiving(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
+
+
+def exit_code(program: str, out: Forgiving, *, needed: bool) -> int:
+    """How a command ends that has done its work.
+
+    Args:
+        program: its name.
+        out: its standard output.
+        needed: whether what it prints is all that it makes.
+
+    Returns:
+        0; 141 if the reader has left, as shells say it of a broken pipe; 1 if what is ``needed`` cannot be written.
+    """
+    out.flush()
+    if out.lost is None:
+        return 0
+    if isinstance(out.lost, BrokenPipeError):
+        return 141
+    print(f"{program}: standard output cannot be written: {out.lost.strerror}", file=sys.stderr)
+    return 1 if needed else 0
