@@ -1,16 +1,19 @@
-"""What passes between a model and an objective; neither imports the other, both know this page."""
+"""What passes between data, a model and an objective; none imports another, all know this page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwae_cli.noise import Noise
+
+Observation = Literal["binary", "grey", "real"]
+"""What a pixel is: {0, 1}; an integer grey level; a real number."""
 
 Latents = tuple[Float[Tensor, "k batch _"], ...]
 """One draw per stochastic layer, nearest to x first; layer l has shape (k, batch, d_l)."""
@@ -88,8 +91,8 @@ class Inference(Protocol):
 
 
 @runtime_checkable
-class Architecture(Protocol):
-    """What is known of a model before it is built, for refusing combinations that cannot be."""
+class StochasticLayers(Protocol):
+    """The stochastic layers of a model, known before it is built: for refusing combinations that cannot be."""
 
     @property
     def layers(self) -> int: ...

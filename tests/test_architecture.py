@@ -199,6 +199,16 @@ def test_a_broken_floor_is_seen(tmp_path: Path, file: str, code: str) -> None:
     assert [fault.split(":")[0] for fault in broken(tmp_path)] == [file]
 
 
+def test_no_two_classes_share_a_name() -> None:
+    files: dict[str, list[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(file.relative_to(PACKAGE).as_posix())
+    assert len(files) > 50
+    assert {name: found for name, found in files.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize("module", ["iwae_cli", "iwae_cli.cli", "iwae_cli.cli_report"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m in {HEAVY!r}))"

@@ -15,9 +15,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from iwae_cli.noise import numpy_generator
+from iwae_cli.particles import Observation
 
 SPLITS = ("train", "validation", "test")
-Observation = Literal["binary", "grey", "real"]
 Binarization = Literal["dynamic", "fixed", "none"]
 GreyBinarization = Literal["dynamic", "none"]
 """What can be asked of a data set of grey images."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from iwae_cli.data.base import SPLITS, Data, Dataset, Observation
+from iwae_cli.data.base import SPLITS, Data, Dataset
 from iwae_cli.noise import numpy_generator
+from iwae_cli.particles import Observation
 
 
 @final

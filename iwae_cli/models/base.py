@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, final
+from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from iwae_cli.models.networks import initialize
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents, Model, Particles
-
-Observation = Literal["binary", "grey", "real"]
-"""What a pixel is: {0, 1}; an integer grey level; a real number."""
+from iwae_cli.particles import Latents, Model, Observation, Particles
 
 
 class GenerativeNetwork(nn.Module, ABC):
@@ -117,21 +115,46 @@ class LatentVariableModel(nn.Module):
         return self.draw(x, k, noise).log_w
 
 
+class Networks(NamedTuple):
+    """Two networks without initial weights.
+
+    Attributes:
+        generative: p(x, h).
+        inference: q(h|x).
+        output_bias: the parameter of p with which E[x|h] begins at the training mean, whatever h.
+        start: its first values, float64.
+    """
+
+    generative: GenerativeNetwork
+    inference: InferenceNetwork
+    output_bias: nn.Parameter
+    start: Float64[np.ndarray, " values"]
+
+
 class Architecture(ABC):
     """A model before its data is known: sizes and choices, checked; ``build`` makes the networks.
 
     This is what a yaml of ``conf/model`` names.
+
+    Attributes:
+        observation: what a pixel of its data is.
+        layers: number of stochastic layers.
+        discrete: whether they are, so that draws have no gradient.
     """
 
     observation: Observation
+    layers: int
     discrete: ClassVar[bool] = False
 
-    @property
     @abstractmethod
-    def layers(self) -> int:
-        """Number of stochastic layers."""
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
+        """The networks for such data, see ``build``; whatever weights they have are replaced.
 
-    @abstractmethod
+        Raises:
+            UserError: observations of this shape cannot be modelled.
+        """
+
+    @final
     def build(
         self,
         image_shape: tuple[int, ...],
@@ -139,7 +162,7 @@ class Architecture(ABC):
         generator: torch.Generator,
         levels: int | None = None,
     ) -> LatentVariableModel:
-        """The networks, initialized from ``generator``, in float32 on the CPU.
+        """The model, initialized from ``generator``, in float32 on the CPU.
 
         Args:
             image_shape: shape of one observation; its product is the number of pixels.
@@ -151,3 +174,9 @@ class Architecture(ABC):
         Raises:
             UserError: observations of this shape cannot be modelled.
         """
+        generative, inference, output_bias, start = self.networks(image_shape, mean, levels)
+        model = LatentVariableModel(generative, inference)
+        initialize(model, generator)
+        with torch.no_grad():
+            output_bias.copy_(torch.from_numpy(start))
+        return model

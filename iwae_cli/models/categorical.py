@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import numpy as np
@@ -11,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, LatentVariableModel, Observation
+from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, Networks
 from iwae_cli.models.discrete import enumerated_log_px
 from iwae_cli.models.likelihoods import Bernoulli
-from iwae_cli.models.networks import bernoulli_log_prob, fill, initialize
+from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents
+from iwae_cli.particles import Latents, Observation
 
 
 def categorical_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise) -> Float[Tensor, "k batch d"]:
@@ -52,8 +51,7 @@ class BernoulliMixture(GenerativeNetwork):
     def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
         """A category, then its pixels."""
         h = categorical_draw(self.prior_logits.expand(1, n, -1), 1, noise)
-        probability = self.mean((h,))
-        return (h,), (noise.uniform(0, *probability.shape) < probability).to(probability.dtype)[0]
+        return (h,), bernoulli_draw(self.observation(h), 0, noise)[0]
 
     def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
         """Probability of every pixel to be 1."""
@@ -106,6 +104,7 @@ class Categorical(Architecture):
     """
 
     observation: Observation = "binary"
+    layers = 1
     discrete: ClassVar[bool] = True
 
     def __init__(self, categories: int) -> None:
@@ -113,22 +112,8 @@ class Categorical(Architecture):
             raise ValueError(f"categories must be >= 2, got {categories}")
         self.categories = categories
 
-    @property
-    def layers(self) -> int:
-        """One."""
-        return 1
-
-    def build(
-        self,
-        image_shape: tuple[int, ...],
-        mean: np.ndarray,
-        generator: torch.Generator,
-        levels: int | None = None,
-    ) -> LatentVariableModel:
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the logit of the training mean."""
-        pixels = math.prod(image_shape)
-        generative = BernoulliMixture(pixels, self.categories)
-        model = LatentVariableModel(generative, CategoricalRecognition(pixels, self.categories))
-        initialize(model, generator)
-        fill(generative.observation.bias, Bernoulli(mean).initial_bias())
-        return model
+        generative = BernoulliMixture(len(mean), self.categories)
+        inference = CategoricalRecognition(len(mean), self.categories)
+        return Networks(generative, inference, generative.observation.bias, Bernoulli(mean).initial_bias())

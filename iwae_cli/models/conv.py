@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwae_cli.errors import UserError
-from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.likelihoods import LikelihoodName, likelihood_observation, make_likelihood
 from iwae_cli.models.mlp import GaussianChain, GaussianRecognition
-from iwae_cli.models.networks import check_sizes, fill, initialize
+from iwae_cli.models.networks import check_sizes
 
 HALVE = (4, 2, 1)
 """Kernel size, stride, padding: make a side exactly half as long; transposed, twice as long."""
@@ -100,6 +100,8 @@ class GaussianConvolutional(Architecture):
         ValueError: a size below 1, other than two channels, unknown likelihood.
     """
 
+    layers = 1
+
     def __init__(
         self, latent_size: int, channels: list[int], hidden_size: int, likelihood: LikelihoodName = "bernoulli"
     ) -> None:
@@ -116,18 +118,7 @@ class GaussianConvolutional(Architecture):
         self.hidden_size = hidden_size
         self.likelihood: LikelihoodName = likelihood
 
-    @property
-    def layers(self) -> int:
-        """One."""
-        return 1
-
-    def build(
-        self,
-        image_shape: tuple[int, ...],
-        mean: np.ndarray,
-        generator: torch.Generator,
-        levels: int | None = None,
-    ) -> LatentVariableModel:
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
         side = image_shape[0]
         if image_shape != (side, side) or side % 4:
@@ -139,9 +130,6 @@ class GaussianConvolutional(Architecture):
         sizes = (self.hidden_size, self.channels, side)
         head = TransposedNetwork(self.latent_size, *sizes, likelihood.per_pixel)
         q = ConvolutionalConditional(side, self.channels, self.hidden_size, self.latent_size)
-        model = LatentVariableModel(
-            GaussianChain(head, likelihood, [], self.latent_size), GaussianRecognition([q], likelihood.white)
-        )
-        initialize(model, generator)
-        fill(head.bias, likelihood.initial_bias())
-        return model
+        generative = GaussianChain(head, likelihood, [], self.latent_size)
+        inference = GaussianRecognition([q], likelihood.white)
+        return Networks(generative, inference, head.bias, likelihood.initial_bias())

@@ -6,7 +6,6 @@ arXiv 1406.2751) and of Mnih and Rezende 2016 (VIMCO, arXiv 1602.06725), for the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar, cast
@@ -17,11 +16,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, LatentVariableModel, Observation
+from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, Networks
 from iwae_cli.models.likelihoods import Bernoulli
-from iwae_cli.models.networks import bernoulli_log_prob, check_sizes, fill, initialize
+from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, check_sizes
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents
+from iwae_cli.particles import Latents, Observation
 
 MAX_STATES = 2**14
 """Joint states of all layers up to which log p(x) is enumerated; that costs about as much as 5000 samples do."""
@@ -150,11 +149,6 @@ class BernoulliRecognition(InferenceNetwork):
         return None
 
 
-def bernoulli_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise) -> Float[Tensor, "k batch d"]:
-    """Draws in {0, 1}, without gradient."""
-    return (noise.uniform(layer, *logits.shape) < torch.sigmoid(logits)).to(logits.dtype)
-
-
 class SigmoidBeliefNetwork(Architecture):
     """Sizes of a sigmoid belief network; p and q are linear between stochastic layers.
 
@@ -171,24 +165,11 @@ class SigmoidBeliefNetwork(Architecture):
 
     def __init__(self, latent_sizes: list[int]) -> None:
         check_sizes("latent_sizes", latent_sizes)
+        self.layers = len(latent_sizes)
         self.latent_sizes = latent_sizes
 
-    @property
-    def layers(self) -> int:
-        """Number of stochastic layers."""
-        return len(self.latent_sizes)
-
-    def build(
-        self,
-        image_shape: tuple[int, ...],
-        mean: np.ndarray,
-        generator: torch.Generator,
-        levels: int | None = None,
-    ) -> LatentVariableModel:
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the logit of the training mean."""
-        pixels = math.prod(image_shape)
-        generative = BernoulliChain(pixels, self.latent_sizes)
-        model = LatentVariableModel(generative, BernoulliRecognition(pixels, self.latent_sizes))
-        initialize(model, generator)
-        fill(generative.layers[0].bias, Bernoulli(mean).initial_bias())
-        return model
+        generative = BernoulliChain(len(mean), self.latent_sizes)
+        inference = BernoulliRecognition(len(mean), self.latent_sizes)
+        return Networks(generative, inference, generative.layers[0].bias, Bernoulli(mean).initial_bias())

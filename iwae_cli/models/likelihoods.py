@@ -11,14 +11,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
-from iwae_cli.models.base import Observation
-from iwae_cli.models.networks import bernoulli_log_prob
+from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob
 from iwae_cli.noise import Noise
+from iwae_cli.particles import Observation
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
 
 
-class Likelihood(ABC):
+class PixelLikelihood(ABC):
     """Independent pixels x given what a network says of each: ``per_pixel`` numbers, all first ones first.
 
     Attributes:
@@ -49,7 +49,7 @@ class Likelihood(ABC):
 
 
 @final
-class Bernoulli(Likelihood):
+class Bernoulli(PixelLikelihood):
     """Pixels in {0, 1}; the network puts out logits.
 
     Args:
@@ -79,11 +79,11 @@ class Bernoulli(Likelihood):
 
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
         """See the base class."""
-        return (noise.uniform(0, *values.shape) < torch.sigmoid(values)).to(values.dtype)
+        return bernoulli_draw(values, 0, noise)
 
 
 @final
-class DiscretizedLogistic(Likelihood):
+class DiscretizedLogistic(PixelLikelihood):
     """Grey levels 0 to ``levels`` - 1: the mass of a logistic distribution in the bin around each level.
 
     With white = levels - 1, the bin of level v is ((v - .5) / white, (v + .5) / white]; the first and the last one
@@ -155,7 +155,7 @@ def likelihood_observation(name: LikelihoodName) -> Observation:
     return "binary" if name == "bernoulli" else "grey"
 
 
-def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> Likelihood:
+def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:
     """The likelihood ``name`` for data of the given training mean and number of grey levels.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -12,26 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwae_cli.models.base import (
-    Architecture,
-    GenerativeNetwork,
-    InferenceNetwork,
-    LatentVariableModel,
-    Observation,
-)
+from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, Networks
 from iwae_cli.models.networks import (
     HALF_LOG_2PI,
     check_sizes,
-    fill,
-    initialize,
     normal_log_prob,
     standard_normal_log_prob,
 )
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents
+from iwae_cli.particles import Latents, Observation
 
 
-class LinearGaussian(nn.Module):
+class LinearConditional(nn.Module):
     """y | h ~ N(W h + b, diag(exp(log_scale))^2)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -44,7 +35,7 @@ class LinearGaussian(nn.Module):
         return self.linear(given), self.log_scale
 
 
-class LinearCholesky(nn.Module):
+class CholeskyConditional(nn.Module):
     """h | y ~ N(A y + c, L L^T) with L lower triangular and a positive diagonal.
 
     The full covariance is needed: the exact posterior of a linear-Gaussian model is correlated, and weights against
@@ -74,8 +65,8 @@ class LinearGaussianChain(GenerativeNetwork):
     def __init__(self, pixels: int, latent_sizes: Sequence[int]) -> None:
         super().__init__()
         self._top_size = latent_sizes[-1]
-        layers = (LinearGaussian(above, below) for below, above in pairwise([pixels, *latent_sizes]))
-        self.layers = cast(Sequence[LinearGaussian], nn.ModuleList(layers))
+        layers = (LinearConditional(above, below) for below, above in pairwise([pixels, *latent_sizes]))
+        self.layers = cast(Sequence[LinearConditional], nn.ModuleList(layers))
 
     def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         """log p(x|h_1), nats."""
@@ -121,8 +112,8 @@ class LinearGaussianRecognition(InferenceNetwork):
 
     def __init__(self, pixels: int, latent_sizes: Sequence[int]) -> None:
         super().__init__()
-        layers = (LinearCholesky(below, above) for below, above in pairwise([pixels, *latent_sizes]))
-        self.layers = cast(Sequence[LinearCholesky], nn.ModuleList(layers))
+        layers = (CholeskyConditional(below, above) for below, above in pairwise([pixels, *latent_sizes]))
+        self.layers = cast(Sequence[CholeskyConditional], nn.ModuleList(layers))
 
     def sample(
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
@@ -184,24 +175,11 @@ class LinearGaussianModel(Architecture):
 
     def __init__(self, latent_sizes: list[int]) -> None:
         check_sizes("latent_sizes", latent_sizes)
+        self.layers = len(latent_sizes)
         self.latent_sizes = latent_sizes
 
-    @property
-    def layers(self) -> int:
-        """Number of stochastic layers."""
-        return len(self.latent_sizes)
-
-    def build(
-        self,
-        image_shape: tuple[int, ...],
-        mean: np.ndarray,
-        generator: torch.Generator,
-        levels: int | None = None,
-    ) -> LatentVariableModel:
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the training mean."""
-        pixels = math.prod(image_shape)
-        generative = LinearGaussianChain(pixels, self.latent_sizes)
-        model = LatentVariableModel(generative, LinearGaussianRecognition(pixels, self.latent_sizes))
-        initialize(model, generator)
-        fill(generative.layers[0].linear.bias, mean)
-        return model
+        generative = LinearGaussianChain(len(mean), self.latent_sizes)
+        inference = LinearGaussianRecognition(len(mean), self.latent_sizes)
+        return Networks(generative, inference, generative.layers[0].linear.bias, mean)

@@ -5,23 +5,19 @@ Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, LatentVariableModel
-from iwae_cli.models.likelihoods import Likelihood, LikelihoodName, likelihood_observation, make_likelihood
+from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, Networks
+from iwae_cli.models.likelihoods import LikelihoodName, PixelLikelihood, likelihood_observation, make_likelihood
 from iwae_cli.models.networks import (
     GaussianConditional,
     TanhNetwork,
     check_sizes,
-    fill,
-    initialize,
     normal_log_prob,
     standard_normal_log_prob,
 )
@@ -40,7 +36,7 @@ class GaussianChain(GenerativeNetwork):
     """
 
     def __init__(
-        self, observation: nn.Module, likelihood: Likelihood, layers: Sequence[nn.Module], top_size: int
+        self, observation: nn.Module, likelihood: PixelLikelihood, layers: Sequence[nn.Module], top_size: int
     ) -> None:
         super().__init__()
         self.observation = observation
@@ -156,24 +152,14 @@ class GaussianMLP(Architecture):
                 f"latent_sizes has {len(latent_sizes)}, got {len(hidden_sizes)}"
             )
         self.observation = likelihood_observation(likelihood)
+        self.layers = len(latent_sizes)
         self.latent_sizes = latent_sizes
         self.hidden_sizes = hidden_sizes
         self.likelihood: LikelihoodName = likelihood
 
-    @property
-    def layers(self) -> int:
-        """Number of stochastic layers."""
-        return len(self.latent_sizes)
-
-    def build(
-        self,
-        image_shape: tuple[int, ...],
-        mean: np.ndarray,
-        generator: torch.Generator,
-        levels: int | None = None,
-    ) -> LatentVariableModel:
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
-        pixels, sizes = math.prod(image_shape), self.latent_sizes
+        pixels, sizes = len(mean), self.latent_sizes
         likelihood = make_likelihood(self.likelihood, mean, levels)
         head = TanhNetwork(sizes[0], self.hidden_sizes[0][::-1], likelihood.per_pixel * pixels)
         downwards = [
@@ -184,9 +170,6 @@ class GaussianMLP(Architecture):
             GaussianConditional(below, hidden, above)
             for (below, above), hidden in zip(pairwise([pixels, *sizes]), self.hidden_sizes, strict=True)
         ]
-        model = LatentVariableModel(
-            GaussianChain(head, likelihood, downwards, sizes[-1]), GaussianRecognition(upwards, likelihood.white)
-        )
-        initialize(model, generator)
-        fill(head.head.bias, likelihood.initial_bias())
-        return model
+        generative = GaussianChain(head, likelihood, downwards, sizes[-1])
+        inference = GaussianRecognition(upwards, likelihood.white)
+        return Networks(generative, inference, head.head.bias, likelihood.initial_bias())

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from iwae_cli.noise import Noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -31,6 +32,11 @@ def standard_normal_log_prob(h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
 def bernoulli_log_prob(x: Float[Tensor, "*#n d"], logits: Float[Tensor, "*#n d"]) -> Float[Tensor, "*_"]:
     """log p(x) of independent Bernoulli variables with the given logits, summed over the last axis, nats."""
     return (x * logits - F.softplus(logits)).sum(-1)
+
+
+def bernoulli_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise) -> Float[Tensor, "k batch d"]:
+    """Draws in {0, 1}, without gradient."""
+    return (noise.uniform(layer, *logits.shape) < torch.sigmoid(logits)).to(logits.dtype)
 
 
 def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
@@ -89,12 +95,6 @@ def initialize(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(part.weight, generator=generator)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-
-
-def fill(parameter: nn.Parameter, values: Shaped[np.ndarray, " n"]) -> None:
-    """Set a parameter."""
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(values))
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> None:

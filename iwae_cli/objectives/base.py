@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iwae_cli.noise import Noise
-from iwae_cli.particles import Architecture, Model, Particles
+from iwae_cli.particles import Model, Particles, StochasticLayers
 
 Gradient = Literal["total", "stl", "dreg"]
 
@@ -65,7 +65,7 @@ class Objective(ABC):
             return ()
         return (f"{type(self).__name__} as chosen is not a lower bound: its value may exceed log p(x)",)
 
-    def check(self, architecture: Architecture) -> str | None:
+    def check(self, architecture: StochasticLayers) -> str | None:
         """Why this objective cannot train such a model, in words that name what can; None if it can."""
         return None
 
@@ -131,12 +131,12 @@ class BoundObjective(Objective, ABC):
                 )
         return caveats
 
-    def check(self, architecture: Architecture) -> str | None:
+    def check(self, architecture: StochasticLayers) -> str | None:
         """Discrete latents are refused: the score of q would be dropped silently."""
         return refuse_discrete(self, architecture)
 
 
-def refuse_discrete(objective: Objective, architecture: Architecture) -> str | None:
+def refuse_discrete(objective: Objective, architecture: StochasticLayers) -> str | None:
     """The message of an objective that differentiates through the latents, for a model of discrete ones."""
     if not architecture.discrete:
         return None

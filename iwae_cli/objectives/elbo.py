@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iwae_cli.noise import Noise
 from iwae_cli.objectives.base import BoundObjective, Gradient, Losses
-from iwae_cli.particles import Architecture, Model, Particles
+from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class ELBO(BoundObjective):
@@ -62,7 +62,7 @@ class ELBO(BoundObjective):
         loss = -bound.mean()
         return Losses(loss, loss, bound.detach())
 
-    def check(self, architecture: Architecture) -> str | None:
+    def check(self, architecture: StochasticLayers) -> str | None:
         """An analytic KL needs one Gaussian layer."""
         if self.analytic_kl and architecture.layers > 1:
             return (

@@ -9,7 +9,7 @@ from iwae_cli.noise import Noise
 from iwae_cli.objectives.base import Gradient, Losses, Objective, refuse_discrete
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.particles import Architecture, Model, Particles
+from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class PIWAE(Objective):
@@ -52,6 +52,6 @@ class PIWAE(Objective):
         """Those of its parts."""
         return self.generative.caveats + self.inference.caveats
 
-    def check(self, architecture: Architecture) -> str | None:
+    def check(self, architecture: StochasticLayers) -> str | None:
         """Discrete latents are refused: the score of q would be dropped silently."""
         return refuse_discrete(self, architecture)

@@ -12,7 +12,7 @@ from torch import Tensor
 from iwae_cli.noise import Noise
 from iwae_cli.numerics import normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Losses, score_term, weighted_sum
-from iwae_cli.particles import Architecture, Model, Particles
+from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class TVO(BoundObjective):
@@ -126,7 +126,7 @@ class TVO(BoundObjective):
             caveats += ("objective.gradient=covariance is biased at finite k for more than one partition",)
         return caveats
 
-    def check(self, architecture: Architecture) -> str | None:
+    def check(self, architecture: StochasticLayers) -> str | None:
         """Discrete latents need the covariance form."""
         return None if self.gradient == "covariance" else super().check(architecture)
 
