@@ -154,9 +154,15 @@ class StreamingLogWeights:
             raise ValueError(f"log_w must not exceed {self.k} samples, got {self._seen + log_w.shape[0]}")
         log_w = log_w.to(torch.float64)
         self._seen += log_w.shape[0]
-        for piece in log_w.split(self._block):
-            self._log_sum = torch.logaddexp(self._log_sum, _log_sum_exp(piece))
-            self._log_sum_squares = torch.logaddexp(self._log_sum_squares, _log_sum_exp(2 * piece))
+        whole = log_w.shape[0] // self._block
+        blocks, rest = log_w.split([whole * self._block, log_w.shape[0] - whole * self._block])
+        for piece in (blocks.unflatten(0, (whole, self._block)).transpose(0, 1), rest[:, None]):
+            if piece.numel():
+                # One block after the other, so that the rounding does not depend on the cut.
+                for block in _log_sum_exp(piece):
+                    self._log_sum = torch.logaddexp(self._log_sum, block)
+                for block in _log_sum_exp(2 * piece):
+                    self._log_sum_squares = torch.logaddexp(self._log_sum_squares, block)
         values = log_w
         for groups in self._groups:
             values = groups.add(values)
@@ -193,7 +199,7 @@ class StreamingLogWeights:
             raise ValueError(f"k must be reached before results are read: {self._seen} of {self.k} samples were added")
 
 
-def _log_sum_exp(log_w: Float[Tensor, "n batch"]) -> Float[Tensor, " batch"]:
+def _log_sum_exp(log_w: Float[Tensor, "n *batch"]) -> Float[Tensor, "*batch"]:
     return log_mean_exp(log_w) + math.log(log_w.shape[0])
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float64
 
 from iwae_cli.data.base import Split
+from iwae_cli.evaluation.fast import FastScorer
 from iwae_cli.evaluation.pool import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import BLOCK, KeyedNoise
@@ -25,6 +26,12 @@ from iwae_cli.objectives.jvi import jackknife
 
 CHUNK = 8 * BLOCK
 """Samples of one image computed at once; the number of images at once fills the rows that are left."""
+
+PIECE = 128 * BLOCK
+"""Samples of one image that the fast way sums up together, as it has computed them a few at a time."""
+
+IMAGES = 8
+"""Images that the fast way sums up together, one computed after the other."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ def log_likelihood(
     workers: int | None = None,
     stream: str | None = None,
     with_jackknife: bool = False,
+    plain: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
     """L_k and its diagnostics for every image of ``split``.
@@ -79,6 +87,8 @@ def log_likelihood(
         workers: threads that share the images; None is one per core on a CPU, one on another device.
         stream: name of the noise stream; the split's name by default.
         with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
+        plain: compute the log-weights by the model itself, even where ``FastScorer`` computes them faster (they differ
+            by the rounding of sums of another order).
         on_progress: called with the number of images done; may raise to stop.
     """
     parameter = next(model.parameters())
@@ -86,14 +96,25 @@ def log_likelihood(
     chunk = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
+    scorer = FastScorer(model, rows) if not plain and device.type == "cpu" and FastScorer.fits(model) else None
+    batch, piece = max(1, rows // chunk), chunk
+    if scorer is not None:
+        piece = PIECE
+        batch = max(1, min(IMAGES, IMAGES * PIECE // k))
+
+    def noise(images: Sequence[int], start: int) -> KeyedNoise:
+        return KeyedNoise(seed, stream or split.name, images, start, dtype, device)
 
     def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         kept = []
-        for start in range(0, k, chunk):
-            noise = KeyedNoise(seed, stream or split.name, images, start, dtype, device)
-            log_w = model(x, min(chunk, k - start), noise).to(accumulator_device(device))
+        for start in range(0, k, piece):
+            n = min(piece, k - start)
+            if scorer is None:
+                log_w = model(x, n, noise(images, start)).to(accumulator_device(device))
+            else:
+                log_w = scorer.log_weights(x, n, noise, images, start)
             streaming.add(log_w)
             if with_jackknife:
                 kept.append(log_w.to(torch.float64))
@@ -104,7 +125,7 @@ def log_likelihood(
             {name: v.to(torch.float64).cpu().numpy() for name, v in extra.items() if v is not None},
         )
 
-    results = map_batches(score, len(split.x), batch=max(1, rows // chunk), workers=workers, on_progress=on_progress)
+    results = map_batches(score, len(split.x), batch=batch, workers=workers, on_progress=on_progress)
     bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
     ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
     extra = {name: np.concatenate([e[name] for _, _, e in results]) for name in results[0][2]}

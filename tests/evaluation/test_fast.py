@@ -1,0 +1,111 @@
+"""The fast way to log-weights gives what the model gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.fast import FastScorer
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.noise import KeyedNoise
+
+SIZES = {
+    "one layer": ([3], [[8, 7]]),
+    "two layers": ([4, 3], [[8, 7], [6]]),
+    "three layers": ([5, 4, 3], [[8], [7, 6], [5]]),
+}
+
+
+def built(architecture: Architecture, pixels: int, weights: float = 1.0) -> LatentVariableModel:
+    """Weights and biases that all matter, ``weights`` times as large as they are at first."""
+    generator = torch.Generator().manual_seed(1)
+    model = architecture.build((pixels,), np.linspace(0.1, 0.9, pixels), generator).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(weights).add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def binary(n: int, pixels: int) -> torch.Tensor:
+    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
+
+
+def both(model: LatentVariableModel, x: torch.Tensor, k: int, rows: int = 10_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """log w by the model, and in the fast way."""
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode():
+        plain = model(x.to(dtype), k, KeyedNoise(0, "test", range(len(x)), 0, dtype))
+        fast = FastScorer(model, rows).log_weights(
+            x.to(dtype), k, lambda images, start: KeyedNoise(0, "test", images, start, dtype), range(len(x))
+        )
+    return plain, fast
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("pixels", [1, 9, 16, 50])
+@pytest.mark.parametrize("weights", [1.0, 5.0])
+def test_log_weights_are_those_of_the_model(name: str, pixels: int, weights: float) -> None:
+    model = built(GaussianMLP(*SIZES[name]), pixels, weights).double()
+    plain, fast = both(model, binary(5, pixels), 300, rows=128)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_in_float32_they_differ_by_rounding(name: str) -> None:
+    """The error of both against float64 on the same noise: the fast way is as good."""
+    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    plain, fast = both(model, x, 300)
+    exact, _ = both(model.double(), x, 300)
+    assert fast.dtype == torch.float32
+    error = (fast - exact).abs()
+    assert error.max() < 4 * (plain - exact).abs().max() < 1e-6 * exact.abs().max() * 4
+    assert (fast - exact).mean().abs() < 1e-7 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> None:
+    """Logits of thousands on the wrong side: no product of probabilities is a number above zero."""
+    model, x = built(GaussianMLP([3], [[8]]), 50).to(dtype), binary(4, 50)
+    with torch.no_grad():
+        for p in model.generative.parameters():
+            p.mul_(2000)
+    plain, fast = both(model, x, 100)
+    assert (plain < -5000).any()
+    torch.testing.assert_close(fast, plain, rtol=1e-5 if dtype == torch.float32 else 1e-11, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 63, 64, 100, 1100])
+@pytest.mark.parametrize("rows", [64, 100, 5000])
+def test_whatever_is_computed_at_once(k: int, rows: int) -> None:
+    model, x = built(GaussianMLP(*SIZES["two layers"]), 9).double(), binary(18, 9)
+    split = Split("test", x, "")
+    plain = log_likelihood(model, split, k=k, seed=3, rows=2000, workers=1, plain=True)
+    fast = log_likelihood(model, split, k=k, seed=3, rows=rows)
+    for name in ("log_px", "ess", "top_weight", "khat"):
+        np.testing.assert_allclose(getattr(fast, name), getattr(plain, name), rtol=1e-9)
+    assert list(fast.bounds) == list(plain.bounds)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GaussianMLP([3], [[8]], likelihood="discretized_logistic"),
+        LinearGaussianModel([2]),
+        SigmoidBeliefNetwork([4]),
+    ],
+)
+def test_what_is_not_known_is_left_to_the_model(other: Architecture) -> None:
+    """Each of these scores in its own way: the fast one would be another number."""
+    assert FastScorer.fits(built(GaussianMLP([3], [[8]]), 9))
+    model = other.build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1), levels=17).eval()
+    assert not FastScorer.fits(model)
+    split = Split("test", binary(3, 9), "")
+    plain = log_likelihood(model, split, k=70, seed=0, rows=640, plain=True)
+    assert np.array_equal(plain.log_px, log_likelihood(model, split, k=70, seed=0, rows=640).log_px)
