@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,24 +19,30 @@ if TYPE_CHECKING:
     from iwae_cli.report.formats import Report
     from iwae_cli.report.paired import Paired
     from iwae_cli.report.runs import Found, Run
+    from iwae_cli.report.table import Table
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "json")
 HELP = """\
 iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
 
-usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--compare A B] [--format F] [--html FILE] [--wandb]
+usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--against A] [--compare A B] [--format F] [--html FILE]
+                   [--wandb]
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. A cell holds the runs that differ by their seed alone: NLL (mean and standard error over seeds),
 active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Runs that are
 unfinished, failed, damaged, or evaluated otherwise than most are listed with the reason.
 
-  --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective)
+  --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
+                         table without columns has stderr_images, stderr_mc and bias_mc beside every NLL
   --split SPLIT          test (default), validation or train
   --format FORMAT        terminal (default), markdown, csv, latex, json; to standard output
   --html FILE            write one page that needs no network: tables, curves, active units, samples
-  --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or KEY=VALUE,...
-                         that chooses among the runs of PATH; may be given more than once
+  --against A            paired difference of every cell from the cell A, in nats, with its standard error over images
+                         and over seeds; of several such cells, from the one in the same row or column
+  --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or chosen among
+                         the runs of PATH; may be given more than once
+  A and B are chosen as typed for iwae-train: "objective=iwae objective.k=50" (any key; quoted where there are several)
   --wandb [online]       table, figures and page as one W&B run in the group of the sweep; offline by default
   --version, --help, -h
 
@@ -44,7 +50,8 @@ examples:
   iwae-report
   iwae-report outputs --rows objective.k --columns model
   iwae-report outputs --columns data,objective --format latex > table.tex
-  iwae-report outputs --compare objective=iwae,objective.k=50 objective=elbo,objective.k=50
+  iwae-report outputs --rows objective --against objective=elbo
+  iwae-report outputs --compare "objective=iwae schedule=burda" "objective=elbo schedule=burda"
   iwae-report outputs/RUN_A outputs/RUN_B --compare outputs/RUN_A outputs/RUN_B
   iwae-report outputs/sweeps/SWEEP --html report.html
 
@@ -83,7 +90,7 @@ def _report(argv: list[str]) -> None:
     made = formats.Report(
         found,
         [*found.left_out, *incomparable],
-        tables(scored, asked.rows, asked.columns),
+        _against(asked.against, tables(scored, asked.rows, asked.columns), found),
         [_compared(a, b, found, asked.split) for a, b in asked.compare],
     )
     if asked.html is not None:
@@ -91,6 +98,7 @@ def _report(argv: list[str]) -> None:
         from iwae_cli.report.page import page
 
         try:
+            asked.html.parent.mkdir(parents=True, exist_ok=True)
             write_text(asked.html, page(made))
         except OSError as error:
             raise UserError(f"--html {asked.html} cannot be written: {error.strerror}") from None
@@ -132,34 +140,53 @@ def _compared(a: str, b: str, found: Found, split: str) -> Paired:
     return compare(a, _chosen(a, found), b, _chosen(b, found), split)
 
 
+def _against(text: str | None, made: list[Table], found: Found) -> list[Table]:
+    """The tables with what ``--against`` adds to them."""
+    if text is None:
+        return made
+    from iwae_cli.report.paired import against
+
+    wanted = _wanted("--against", text, found)
+    compared = [against(table, wanted, text) for table in made]
+    if not any(compared):
+        raise UserError(f"--against {text}: no cell of a table is that{_there(wanted, found)}")
+    return [new or table for new, table in zip(compared, made, strict=True)]
+
+
 def _chosen(text: str, found: Found) -> list[Run]:
     """The finished runs that one side of ``--compare`` names."""
     from iwae_cli.report.runs import read
-    from iwae_cli.report.table import known_key, shown
+    from iwae_cli.report.table import agrees
 
     if Path(text).exists():
         there = read([text])
         if not there.runs:
             raise UserError(f"--compare {text}: no finished run; {there.left_out[0].state}, {there.left_out[0].why}")
         return there.runs
-    # A comma inside brackets is part of a value: model.latent_sizes=[100, 50].
-    wanted = [part.partition("=") for part in re.split(r",(?![^\[]*\])", text)]
+    wanted = _wanted("--compare", text, found)
+    runs = [run for run in found.runs if agrees(run, wanted)]
+    if not runs:
+        raise UserError(f"--compare {text}: no finished run is that{_there(wanted, found)}")
+    return runs
+
+
+def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
+    """Keys and values of ``"KEY=VALUE KEY=VALUE"``; a comma between them does as well."""
+    from iwae_cli.report.table import known_key
+
+    # Not at what is inside of a value: model.latent_sizes=[100, 50].
+    wanted = [part.partition("=") for part in re.split(r"[,\s]+(?=[^\s,=\[\]]+=)", text.strip())]
     if not all(sign for _, sign, _ in wanted):
-        raise UserError(f"--compare {text} is neither a folder nor KEY=VALUE,KEY=VALUE")
-    for key, _, _ in wanted:
-        known_key(key, found.runs)
-
-    def same(value: str, given: str) -> bool:
-        return value == given or value.replace(" ", "") == given.replace(" ", "") or _number(value) == _number(given)
-
-    return [run for run in found.runs if all(same(shown(run.keys.get(key)), value) for key, _, value in wanted)]
+        raise UserError(f"{option} {text} is neither a folder nor KEY=VALUE, such as objective=elbo")
+    return {known_key(key, found.runs): value for key, _, value in wanted}
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _there(wanted: Mapping[str, str], found: Found) -> str:
+    """What there is of the keys, for a message that there is not what was wanted."""
+    from iwae_cli.report.table import shown
+
+    values = {key: sorted({shown(run.keys.get(key)) for run in found.runs}) for key in wanted}
+    return "".join(f"; {key} is {', '.join(there)}" for key, there in values.items())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,6 +203,7 @@ def _parser() -> _Parser:
     parser.add_argument("--split", choices=["test", "validation", "train"], default="test")
     parser.add_argument("--format", choices=FORMATS, default="terminal")
     parser.add_argument("--html", type=Path)
+    parser.add_argument("--against")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
     parser.add_argument("--wandb", nargs="?", choices=["offline", "online"], const="offline")
     return parser

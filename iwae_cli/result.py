@@ -188,8 +188,7 @@ def _facts(
             "evaluation_sha256": dict(hashes),
             **data.facts,
         },
-        "model": _described(config["model"], state.names["model"]),
-        "objective": _described(config["objective"], state.names["objective"]),
+        **{key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")},
         "seed": config["seed"],
         "trained": config["train"],  # "train" is the name of a split
         "init_from": config["init_from"],

@@ -88,11 +88,15 @@ def write(
     *,
     data: str = "mnist",
     names: tuple[str, str] = ("one_layer", "iwae"),
+    choices: tuple[str, str] = ("burda", "burda"),
     units: list[int] | None = None,
     images: str = "one binarization",
     arrays: bool = True,
 ) -> Path:
-    """A finished run whose test images have these values; ``names`` are those of model and objective."""
+    """A finished run whose test images have these values.
+
+    ``names`` were chosen for model and objective, ``choices`` for optimizer and schedule.
+    """
     digest = hashlib.sha256(json.dumps([data, settings, names], sort_keys=True).encode()).hexdigest()[:8]
     identity = f"{data}-{names[0]}-{names[1]}-k{settings['objective'].get('k', 1)}-seed{settings['seed']}-{digest}"
     folder = output_dir / identity
@@ -126,6 +130,8 @@ def write(
         },
         "model": {"name": names[0]},
         "objective": {"name": names[1]},
+        "optimizer": {"name": choices[0]},
+        "schedule": {"name": choices[1]},
         "seed": settings["seed"],
         "trained": settings["train"],
         "init_from": settings["init_from"],

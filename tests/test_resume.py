@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TINY_TWO_LAYERS, bits, finished, read_json, run, run_folders, snapshot
+from small_runs import TINY_TWO_LAYERS, bits, finished, last_of_each, read_json, run, run_folders, snapshot
 
 from iwae_cli.session import Session
 
 STEPS_PER_PASS = 13
-COMMAND = (*TINY_TWO_LAYERS, "objective.gradient=dreg", "schedule.passes=3", "optimizer.lr=0.01")
+COMMAND = last_of_each(*TINY_TWO_LAYERS, "objective.gradient=dreg", "schedule.passes=3", "optimizer.lr=0.01")
 
 SLOW = """
 import os, signal, sys, time

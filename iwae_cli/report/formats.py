@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -18,11 +18,13 @@ from iwae_cli.console import reliability_warnings
 from iwae_cli.files import dump_json
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.paper import RECALLED
-from iwae_cli.report.runs import Found, LeftOut
+from iwae_cli.report.runs import NUMBERS, Found, LeftOut
 from iwae_cli.report.table import MISSING, Cell, Scored, Table
 
 OTHERWISE = "\N{DAGGER}"
 """Behind a published value whose runs were trained otherwise."""
+WITHIN_BIAS = "\N{DOUBLE DAGGER}"
+"""Behind a difference that the bias of the estimates may explain."""
 WAYS = 4
 """Ways of training otherwise that a footnote has."""
 LISTED = 20
@@ -90,7 +92,7 @@ def caption(table: Table) -> str:
 
 def footnotes(table: Table) -> list[str]:
     """What the marks in the table mean."""
-    cells = [cell for cell in table.cells if cell.published is not None]
+    cells, seeds = [cell for cell in table.cells if cell.published is not None], _seeds(table)
     notes = []
     if cells:
         sources = dict.fromkeys(cell.published.source for cell in cells if cell.published)
@@ -103,19 +105,72 @@ def footnotes(table: Table) -> list[str]:
         said = [way if n == len(cells) else f"{way} in {n} of {len(cells)} cells" for way, n in most]
         said += [f"and in {len(ways) - WAYS} more ways"] if len(ways) > WAYS else []
         notes.append(f"{OTHERWISE} trained otherwise than in the paper: {', '.join(said)}")
+    if table.against is not None:
+        notes.append(
+            f"over {table.against}: how much higher log p(x) is than there, paired image by image, nats; beside it the "
+            "standard errors over images and over seeds"
+        )
+    if _has_room(table):
+        notes.append("stderr_images, stderr_mc, bias_mc: nats, of one run" + "; their mean over seeds" * (seeds != {1}))
+    paired = [cell.against for cell in table.cells if cell.against is not None]
+    if any(p.within_bias for p in paired):
+        notes.append(
+            f"{WITHIN_BIAS} below three times the bias of the estimate: a better fit of q may be all of it; "
+            "estimator=ais tells p and q apart"
+        )
+    notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
     return notes + list(table.notes)
 
 
-def fields(table: Table) -> list[tuple[str, Callable[[Cell], str]]]:
-    """What stands in every cell, and how it is called."""
-    found: list[tuple[str, Callable[[Cell], str]]] = [(f"NLL_{table.k}", nll_text)]
+class Field(NamedTuple):
+    """Something that stands in every cell: what it is called, how it is printed, and what it is sorted by."""
+
+    name: str
+    text: Callable[[Cell], str]
+    value: Callable[[Cell], float | None]
+
+
+def fields(table: Table) -> list[Field]:
+    """What stands in every cell."""
+    found = [Field(f"NLL_{table.k}", nll_text, lambda cell: cell.nll)]
     if len(_seeds(table)) > 1:
-        found.append(("seeds", lambda cell: str(len(cell.runs))))
+        found.append(Field("seeds", lambda cell: str(len(cell.runs)), lambda cell: len(cell.runs)))
+    if table.against is not None:
+        found.append(_number(f"over {table.against}", "{:+.3f}", _paired("difference"), _within_bias))
+        found.append(_number("\N{PLUS-MINUS SIGN} images", "{:.3f}", _paired("stderr_images")))
+        if any(cell.against is not None and cell.against.stderr_seeds is not None for cell in table.cells):
+            found.append(_number("\N{PLUS-MINUS SIGN} seeds", "{:.3f}", _paired("stderr_seeds")))
+    if _has_room(table):
+        for key, form in (("stderr_images", "{:.2f}"), ("stderr_mc", "{:.4f}"), ("bias_mc", "{:+.4f}")):
+            found.append(_number(key, form, lambda cell, key=key: cell.mean(key)))  # type: ignore[misc]
     if any(cell.units is not None for cell in table.cells):
-        found.append(("active units", units_text))
+        found.append(Field("active units", units_text, lambda cell: None if cell.units is None else sum(cell.units)))
     if any(cell.published for cell in table.cells):
-        found.append(("paper", published_text))
+        found.append(Field("paper", published_text, lambda cell: cell.published.nll if cell.published else None))
     return found
+
+
+def _has_room(table: Table) -> bool:
+    """Whether a row has one cell, beside which its errors can stand."""
+    return not table.columns
+
+
+def _paired(key: str) -> Callable[[Cell], float | None]:
+    return lambda cell: None if cell.against is None else getattr(cell.against, key)
+
+
+def _within_bias(cell: Cell) -> str:
+    return WITHIN_BIAS if cell.against is not None and cell.against.within_bias else ""
+
+
+def _number(
+    name: str, form: str, value: Callable[[Cell], float | None], mark: Callable[[Cell], str] = lambda cell: ""
+) -> Field:
+    def text(cell: Cell) -> str:
+        number = value(cell)
+        return MISSING if number is None else form.format(number) + mark(cell)
+
+    return Field(name, text, value)
 
 
 def terminal(report: Report, width: int | None = None) -> str:
@@ -144,7 +199,7 @@ def markdown(report: Report) -> str:
     """GitHub's tables; nothing is left out of the lists."""
     lines = []
     for table in report.tables:
-        names = [name for name, _ in fields(table)]
+        names = [field.name for field in fields(table)]
         head = [*table.rows, *(" ".join((*column, name)) for column in table.column_labels for name in names)]
         lines += [f"**{_escaped(table.title)}**", "", _piped(head)]
         lines.append(_piped(["---"] * len(table.rows) + ["---:"] * (len(head) - len(table.rows))))
@@ -159,18 +214,24 @@ def markdown(report: Report) -> str:
 def comma_separated(report: Report) -> str:
     """One row a cell, all digits."""
     keys = list(dict.fromkeys(key for table in report.tables for key in (*table.rows, *table.columns)))
-    names = ["data", "split", "k", "weights", "images", "seeds", "nll", "stderr_seeds", "stderr_images", "active_units"]
+    names = ["data", "split", "k", "weights", "images", "seeds", "nll", "stderr_seeds", *NUMBERS, "active_units"]
+    differences = ["difference", "difference_stderr_images", "difference_stderr_seeds"]
+    names += ["against", *differences] if any(table.against for table in report.tables) else []
     names += ["paper_nll", "paper_active_units", "paper_from_memory", "paper_training", "paper_source", "runs"]
     out = io.StringIO()
     writer = csv.DictWriter(out, [*keys, *(name for name in names if name not in keys)], lineterminator="\n")
     writer.writeheader()
     for table in report.tables:
         for cell in table.cells:
-            row: dict[str, Any] = {**_keyed(table, cell)}
+            row: dict[str, Any] = {**table.keyed(cell)}
             row |= {"data": cell.runs[0].run.dataset, "split": table.split, "k": cell.runs[0].score.k}
             row |= {"weights": table.weights, "images": cell.runs[0].numbers["n"], "seeds": len(cell.runs)}
             row |= {"nll": cell.nll, "stderr_seeds": cell.stderr}
-            row["stderr_images"] = cell.runs[0].numbers["stderr_images"] if len(cell.runs) == 1 else None
+            row |= {key: cell.mean(key) for key in NUMBERS}
+            if cell.against is not None:
+                paired = cell.against
+                values = (paired.difference, paired.stderr_images, paired.stderr_seeds)
+                row |= {"against": paired.b, **dict(zip(differences, values, strict=True))}
             row["active_units"] = None if cell.units is None else units_text(cell)
             if cell.published is not None:
                 of_paper = cell.published
@@ -202,7 +263,7 @@ def latex(report: Report) -> str:
             lines.append(" & ".join([""] * keys + spans).strip() + r" \\")
             starts = [keys + 1 + i * len(each) for i in range(len(columns))]
             lines.append(" ".join(rf"\cmidrule(lr){{{start}-{start + len(each) - 1}}}" for start in starts))
-        names = [rf"NLL$_{{{table.k}}}$" if name.startswith("NLL_") else name for name, _ in each]
+        names = [rf"NLL$_{{{table.k}}}$" if field.name.startswith("NLL_") else _tex(field.name) for field in each]
         lines.append(" & ".join([*map(_tex, table.rows), *names * len(columns)]) + r" \\")
         lines.append(r"\midrule")
         lines += [" & ".join(map(_tex, row)) + r" \\" for row in _body(table)]
@@ -230,7 +291,7 @@ def json_text(report: Report) -> str:
             }
             for table in report.tables
         ],
-        "comparisons": [{**asdict(paired), "cautions": paired.cautions} for paired in report.comparisons],
+        "comparisons": [_difference(paired) for paired in report.comparisons],
         "left_out": [{"path": str(x.path), "state": x.state, "why": x.why} for x in report.left_out],
         "notes": list(report.found.notes),
         "warnings": report.warnings,
@@ -282,8 +343,8 @@ def _body(table: Table) -> list[list[str]]:
         for column in table.column_labels:
             cell = table.grid.get((row, column))
             line += [
-                MISSING if cell is None and i == 0 else "" if cell is None else text(cell)
-                for i, (_, text) in enumerate(each)
+                MISSING if cell is None and i == 0 else "" if cell is None else field.text(cell)
+                for i, field in enumerate(each)
             ]
         body.append(line)
     return body
@@ -298,8 +359,8 @@ def _grid(table: Table) -> Sheet:
     for key in table.rows:
         sheet.add_column(f"\n{key}", no_wrap=True)
     for column in table.column_labels:
-        for i, (name, _) in enumerate(fields(table)):
-            sheet.add_column(f"{' '.join(column) if i == 0 else ''}\n{name}", justify="right", no_wrap=True)
+        for i, field in enumerate(fields(table)):
+            sheet.add_column(f"{' '.join(column) if i == 0 else ''}\n{field.name}", justify="right", no_wrap=True)
     for row in _body(table):
         sheet.add_row(*map(Text, row))
     return sheet
@@ -309,24 +370,22 @@ def _tall(table: Table) -> Sheet:
     sheet, each = _sheet(), fields(table)
     for key in (*table.columns, *table.rows):
         sheet.add_column(key, no_wrap=True)
-    for name, _ in each:
-        sheet.add_column(name, justify="right", no_wrap=True)
+    for field in each:
+        sheet.add_column(field.name, justify="right", no_wrap=True)
     for cell in table.cells:
-        sheet.add_row(*map(Text, (*cell.column, *cell.row, *(text(cell) for _, text in each))))
+        sheet.add_row(*map(Text, (*cell.column, *cell.row, *(field.text(cell) for field in each))))
     return sheet
-
-
-def _keyed(table: Table, cell: Cell) -> dict[str, str]:
-    return dict(zip((*table.rows, *table.columns), (*cell.row, *cell.column), strict=True))
 
 
 def _cell(table: Table, cell: Cell) -> dict[str, Any]:
     of_paper = cell.published
     return {
-        "keys": _keyed(table, cell),
+        "keys": table.keyed(cell),
         "seeds": [s.run.seed for s in cell.runs],
         "nll": cell.nll,
         "stderr_seeds": cell.stderr,
+        **{key: cell.mean(key) for key in NUMBERS},
+        "against": None if cell.against is None else _difference(cell.against),
         "active_units": None if cell.units is None else list(cell.units),
         "bounds": {str(m): value for m, value in cell.bounds.items()},
         "paper": None
@@ -345,13 +404,17 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
                 "path": str(s.run.path),
                 "seed": s.run.seed,
                 "evaluation": s.score.name,
-                **{key: s.numbers.get(key) for key in ("nll", "stderr_images", "stderr_mc", "bias_mc")},
+                **{key: s.numbers.get(key) for key in ("nll", *NUMBERS)},
                 "sha256": s.score.sha256[s.split],
                 "warnings": reliability_warnings(s.split, s.numbers),
             }
             for s in cell.runs
         ],
     }
+
+
+def _difference(paired: Paired) -> dict[str, Any]:
+    return {**asdict(paired), "cautions": paired.cautions}
 
 
 def _piped(cells: Sequence[str]) -> str:
@@ -366,6 +429,7 @@ def _escaped(text: str) -> str:
 
 def _tex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", " \N{PLUS-MINUS SIGN} ": r" $\pm$ ", MISSING: "--", OTHERWISE: r"$^\dagger$"}
+    special |= {WITHIN_BIAS: r"$^\ddagger$", "\N{PLUS-MINUS SIGN}": r"$\pm$"}
     special |= {RECALLED: "$^*$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
     special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     parts, i = [], 0

@@ -111,19 +111,21 @@ def _results(table: Table) -> str:
         spans = "".join(f'<th class="group start" colspan="{len(each)}">{escape(" ".join(c))}</th>' for c in columns)
         groups = f'<tr><th class="key first" colspan="{len(table.rows)}"></th>{spans}</tr>'
     names = [(key, "key first" if i == 0 else "key") for i, key in enumerate(table.rows)]
-    names += [(field, "start" if i == 0 else "") for _ in columns for i, (field, _) in enumerate(each)]
-    head = "".join(_head(field, i, kind) for i, (field, kind) in enumerate(names))
+    names += [(field.name, "start" if i == 0 else "") for _ in columns for i, field in enumerate(each)]
+    head = "".join(_head(name, i, kind) for i, (name, kind) in enumerate(names))
     rows = []
     for row in table.row_labels:
         cells = [f'<th class="key{" first" * (i == 0)}" scope="row">{escape(key)}</th>' for i, key in enumerate(row)]
         for column in columns:
             cell = table.grid.get((row, column))
-            for i, (field, text) in enumerate(each):
+            for i, field in enumerate(each):
                 kind = ' class="start"' if i == 0 else ""
                 if cell is None:
                     cells.append(f'<td{kind} data-v="">{MISSING if i == 0 else ""}</td>')
-                else:
-                    cells.append(f'<td{kind} data-v="{_value(cell, field)}">{_soft(text(cell))}</td>')
+                    continue
+                value = field.value(cell)
+                sorts = "" if value is None else value
+                cells.append(f'<td{kind} data-v="{sorts}">{_soft(field.text(cell))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     inside = f"<thead>{groups}<tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll{" long" * (len(rows) > LONG)}"><table class="results">{inside}</table></div>'
@@ -137,17 +139,6 @@ def _soft(text: str) -> str:
     """An error stands back behind its number."""
     number, sign, error = text.partition(" \N{PLUS-MINUS SIGN} ")
     return f'{escape(number)}<span class="pm"> &plusmn; {escape(error)}</span>' if sign else escape(text)
-
-
-def _value(cell: Cell, field: str) -> str:
-    """What a column is sorted by."""
-    if field == "seeds":
-        return str(len(cell.runs))
-    if field == "active units":
-        return "" if cell.units is None else str(sum(cell.units))
-    if field == "paper":
-        return "" if cell.published is None else str(cell.published.nll)
-    return str(cell.nll)
 
 
 def _legend(cells: Sequence[Cell]) -> str:
@@ -179,34 +170,36 @@ def _bounds(cells: Sequence[Cell], table: Table) -> str:
 
 
 def _training(cells: Sequence[Cell]) -> str:
-    """Two charts; a record that is damaged is named instead of drawn."""
-    curves: dict[str, list[Line]] = {"validation/bound": [], "train/bound": []}
-    damaged, levels, hidden = [], set(), 0
+    """A chart of validation for every data set and every k, one of training; a damaged record is named, not drawn."""
+    validation: dict[tuple[str, int], list[Line]] = {}
+    training: list[Line] = []
+    damaged, hidden = [], 0
     for i, cell in enumerate(cells):
         hidden += len(cell.runs[CURVES:])
         for scored in cell.runs[:CURVES]:
+            run = scored.run
             try:
-                history = _history(scored.run)
+                history = _history(run)
             except (UserError, OSError, ValueError, TypeError) as error:
-                damaged.append(f"{scored.run.identity}: {error}")
+                damaged.append(f"{run.identity}: {error}")
                 continue
-            levels.add(scored.run.keys.get("evaluation.validation_k"))
-            for key, lines in curves.items():
+            of_k = validation.setdefault((run.dataset, int(run.keys["evaluation.validation_k"])), [])
+            for key, lines in (("validation/bound", of_k), ("train/bound", training)):
                 points = [(x, values[key]) for x, values in history if key in values]
                 if points:
-                    lines.append(Line(f"{cell.name}, seed {scored.run.seed}", i, points))
+                    lines.append(Line(f"{cell.name}, seed {run.seed}", i, points))
     some = f"; the first {CURVES} seeds of each" if hidden else ""
-    k = f"L_{levels.pop()}" if len(levels) == 1 else "a bound of few samples"
-    words = {
-        "validation/bound": ("Validation", f"{k} on the same images and noise for all{some}"),
-        "train/bound": ("Training", f"every run's own bound: not comparable between objectives{some}"),
-    }
+    several = len({dataset for dataset, _ in validation}) > 1
+    charts = [
+        (f"Validation{f' on {dataset}' * several}, L_{k}", f"the same images and noise for all{some}", lines)
+        for (dataset, k), lines in sorted(validation.items())
+    ]
+    charts.append(("Training", f"every run's own bound: not comparable between objectives{some}", training))
     parts = []
-    for key, lines in curves.items():
+    for title, said, lines in charts:
         xs = [x for line in lines for x, _ in line.points if x > 0]
         if xs:
             log = max(xs) / min(xs) > 100
-            title, said = words[key]
             chart = line_chart(lines, title=title, x="passes over the training data", y="nats", log_x=log, focus=True)
             parts.append(_figure(title, said, chart))
     parts += [f'<p class="note warn">not drawn: {escape(line)}</p>' for line in damaged]

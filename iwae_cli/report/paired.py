@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64
 
 from iwae_cli.errors import UserError
 from iwae_cli.report.runs import Run, Score
-from iwae_cli.report.table import Scored, varying
+from iwae_cli.report.table import Cell, Scored, Table, agrees, label, telling_apart
 
 ENOUGH_SEEDS = 3
 """A difference that is to hold for new seeds needs as many of each."""
+OPTIONS = 4
+"""Ways to say it otherwise that a message has."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,24 @@ class Paired:
     bias_mc: float | None
 
     @property
+    def few_seeds(self) -> str | None:
+        """What is not known of other training seeds; None if there are enough."""
+        if self.stderr_seeds is None:
+            return "one seed on a side: nothing is said of other training seeds"
+        if min(len(self.seeds_a), len(self.seeds_b)) < ENOUGH_SEEDS:
+            return f"fewer than {ENOUGH_SEEDS} seeds on a side: stderr over seeds is itself hardly known"
+        return None
+
+    @property
+    def within_bias(self) -> bool:
+        """Whether the bias of the estimates may be all of the difference."""
+        return self.bias_mc is not None and abs(self.difference) < 3 * abs(self.bias_mc)
+
+    @property
     def cautions(self) -> list[str]:
         """What the difference does not show."""
-        found = []
-        if self.stderr_seeds is None:
-            found.append("one seed on a side: nothing is said of other training seeds")
-        elif min(len(self.seeds_a), len(self.seeds_b)) < ENOUGH_SEEDS:
-            found.append(f"fewer than {ENOUGH_SEEDS} seeds on a side: stderr over seeds is itself hardly known")
-        if self.bias_mc is not None and abs(self.difference) < 3 * abs(self.bias_mc):
+        found = [self.few_seeds] if self.few_seeds else []
+        if self.within_bias:
             found.append(
                 f"below three times the bias of the estimate ({self.bias_mc:+.4f} nats): "
                 "a better fit of q may be all of it; estimator=ais tells p and q apart"
@@ -73,39 +85,57 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
         UserError: a group is empty or mixes trainings, both hold the same run, or they were not scored on the same
             images with the same k, weights and precision, or a file of per-image values is missing or damaged.
     """
-    for name, group in ((name_a, a), (name_b, b)):
+    sides = ((name_a, a), (name_b, b))
+    for name, group in sides:
         if not group:
             raise UserError(f"--compare {name}: no finished run is that")
+        # Before the evaluations: two trainings in one group are often evaluated in two ways.
+        _one_training(name, [Scored(run, run.scores[0], split) for run in group])
     both = {run.identity for run in a} & {run.identity for run in b}
     if both:
         raise UserError(f"--compare {name_a} {name_b}: both hold {min(both)}")
     scores = _shared(name_a, a, name_b, b, split)
-    values, scored = {}, {}
-    for name, group in ((name_a, a), (name_b, b)):
-        scored[name] = [Scored(run, scores[run.identity], split) for run in group]
-        different = varying(scored[name])
-        if different:
-            key = next(iter(different))
-            raise UserError(
-                f"--compare {name}: its runs differ by more than their seed, {key} is {', '.join(different[key])}; "
-                f"add {key}=..."
-            )
-        values[name] = np.stack([log_px(s) for s in scored[name]])
-    mine, theirs = values[name_a], values[name_b]
+    scored = [[Scored(run, scores[run.identity], split) for run in group] for _, group in sides]
+    for name, one in zip((name_a, name_b), scored, strict=True):
+        _one_training(name, one)
+    return difference(name_a, scored[0], name_b, scored[1])
+
+
+def _one_training(name: str, scored: Sequence[Scored]) -> None:
+    keys = telling_apart(scored)
+    if not keys:
+        return
+    found = sorted({label(s.run, keys) for s in scored})
+    options = [" ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)) for values in found]
+    if "=" in name:
+        options = [f'"{name} {option}"' for option in options]
+    more = f" or one of {len(options) - OPTIONS} more" if len(options) > OPTIONS else ""
+    raise UserError(
+        f"--compare {name}: its runs differ by more than their seed; choose {' or '.join(options[:OPTIONS])}{more}"
+    )
+
+
+def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored]) -> Paired:
+    """A minus B, where each is one training at several seeds and all are scored on the same images in the same way.
+
+    Raises:
+        UserError: a file of per-image values is missing or damaged.
+    """
+    mine, theirs = (np.stack([log_px(s) for s in group]) for group in (a, b))
     gain = mine.mean(0) - theirs.mean(0)
     n = len(gain)
     spread = None
     if min(len(a), len(b)) > 1:
         spread = math.sqrt(sum(float(v.mean(1).var(ddof=1)) / len(v) for v in (mine, theirs)))
-    biases = [s.numbers["bias_mc"] for group in scored.values() for s in group]
+    biases = [s.numbers["bias_mc"] for s in (*a, *b)]
     known = [abs(bias) for bias in biases if bias is not None]
     return Paired(
         a=name_a,
         b=name_b,
-        seeds_a=tuple(run.seed for run in a),
-        seeds_b=tuple(run.seed for run in b),
-        split=split,
-        k=scores[a[0].identity].k,
+        seeds_a=tuple(s.run.seed for s in a),
+        seeds_b=tuple(s.run.seed for s in b),
+        split=a[0].split,
+        k=a[0].score.k,
         images=n,
         difference=float(gain.mean()),
         stderr_images=float(gain.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0,
@@ -115,6 +145,40 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
         ties=int((gain == 0).sum()),
         bias_mc=-max(known) if len(known) == len(biases) else None,
     )
+
+
+def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
+    """Every cell with its difference from the cell whose runs are ``wanted``; None if there is no such cell.
+
+    Of several such cells, that counts which has the cell's own values of the keys that tell them apart: objectives at
+    three values of k against the ELBO at the same k.
+
+    Args:
+        table: of runs scored on the same images in the same way, data set by data set.
+        wanted: keys of the configuration and their values.
+        name: what that is called.
+
+    Raises:
+        UserError: as ``difference``.
+    """
+    references = [cell for cell in table.cells if all(agrees(s.run, wanted) for s in cell.runs)]
+    if not references:
+        return None
+    keys = ("data", *table.rows, *table.columns)
+    apart = [key for key in keys if len({_values(cell, [key]) for cell in references}) > 1]
+
+    def paired(cell: Cell) -> Paired | None:
+        # Other data are other images, whatever tells the references apart.
+        same = [r for r in references if _values(r, ["data", *apart]) == _values(cell, ["data", *apart])]
+        if not same or same[0] is cell:
+            return None
+        return difference(cell.name, cell.runs, name, same[0].runs)
+
+    return replace(table, against=name, cells=tuple(replace(cell, against=paired(cell)) for cell in table.cells))
+
+
+def _values(cell: Cell, keys: Sequence[str]) -> tuple[str, ...]:
+    return label(cell.runs[0].run, keys)
 
 
 def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:

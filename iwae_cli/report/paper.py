@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iwae_cli.report.runs import Run, Score
+from iwae_cli.report.runs import Run, Score, class_name
 
 K = 5000
 BURDA = "Burda et al. 2016, arXiv 1509.00519"
@@ -109,7 +109,7 @@ TRAINING = {
     "schedule.stages": 8,
     "batch_size": 20,
 }
-"""How the papers trained, by dotted keys."""
+"""How the papers trained, by dotted keys; of optimizer and schedule the class."""
 SWAP = {"optimizer.lr": 1e-4, "schedule": "Constant", "schedule.passes": 2187, "with_optimizer": True}
 """The second stage of Table 2, where it differs."""
 
@@ -122,20 +122,23 @@ def published(run: Run, score: Score, split: str) -> Published | None:
     layers = NETWORKS.get((keys.get("model.latent_sizes", ""), keys.get("model.hidden_sizes", "")))
     plain = keys.get("model.likelihood") == "bernoulli" and keys["train"] == "all" and keys.get("data.path") is None
     # The class, since a choice of the user's own may carry any name.
-    if layers is None or not plain or str(run.config["model"]["_target_"]).rpartition(".")[2] != "GaussianMLP":
+    if layers is None or not plain or class_name(keys["model._target_"]) != "GaussianMLP":
         return None
     return TABLE.get((run.dataset, layers, _trained(run), int(keys.get("objective.k", 0))))
 
 
 def deviations(run: Run) -> list[str]:
     """How a run was trained otherwise than in the paper, such as ``schedule.stages = 3 (paper: 8)``."""
-    keys, wanted = run.keys, TRAINING
+    wanted = TRAINING
+    # A choice of the user's own may carry any name.
+    classes = {group: class_name(run.keys[f"{group}._target_"]) for group in ("optimizer", "schedule")}
+    keys = {**run.keys, **classes}
     if keys["init_from"]:
         wanted = {key: value for key, value in TRAINING.items() if key != "schedule.stages"} | SWAP
     if keys.get("schedule") != wanted["schedule"]:
         # One line instead of one for every argument of another schedule.
         wanted = {key: value for key, value in wanted.items() if not key.startswith("schedule")}
-        found = [f"{run.result['epochs']:,} passes on schedule {keys.get('schedule')}"]
+        found = [f"{run.result['epochs']:,} passes on schedule {run.keys['schedule']}"]
     else:
         found = []
     return found + [
@@ -146,7 +149,7 @@ def deviations(run: Run) -> list[str]:
 def _trained(run: Run) -> str:
     """The objective as ``TABLE`` has it."""
     keys = run.keys
-    name = str(run.config["objective"]["_target_"]).rpartition(".")[2].lower()
+    name = class_name(keys["objective._target_"]).lower()
     if name in ("miwae", "piwae"):
         name += str(keys["objective.m"])
     if name == "ciwae":

@@ -22,8 +22,8 @@ MARKS = ("status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.
 """A folder that has one of these is a run folder, whole or not."""
 SWEEP = "sweep.json"
 """What a sweep folder knows of its jobs: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
-GROUPS = ("data", "model", "objective")
-"""Groups whose chosen name a result knows; of the others there is the name of the class."""
+GROUPS = ("model", "objective", "optimizer", "schedule")
+"""Groups of which a result says what was chosen."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
 
@@ -103,10 +103,16 @@ class Run:
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """Every dotted key of the configuration; of a group its chosen name (``model``), else that of its class."""
+        """Every dotted key of the configuration, and what was typed for a group: ``schedule`` is ``burda``.
+
+        The class is ``schedule._target_``. Of the data the name says how they are binarized.
+        """
         flat = _flat(self.config)
-        flat |= {"data": self.dataset, "model": self.result["model"]["name"]}
-        flat["objective"] = self.result["objective"]["name"]
+        flat["data"] = self.dataset
+        for group in GROUPS:
+            # Older results know the class alone of an optimizer and a schedule.
+            named = group in self.result or group in ("model", "objective")
+            flat[group] = str(self.result[group]["name"]) if named else class_name(flat[f"{group}._target_"])
         flat["init_from"] = _ancestor(self.config.get("init_from"))
         flat["init_from.training"] = _training_of(self.config.get("init_from"))
         return flat
@@ -120,7 +126,7 @@ class Run:
         decides = training_config(self.config, {})
         # The cadence of validation decides best.pt alone; `keys` has it with the evaluation.
         parts = {key: decides.pop(key) for key in ("seed", "precision", "validation", "fingerprints")}
-        names = {*_flat(decides), "init_from", "init_from.training", "device.precision"}
+        names = {*_flat(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
         names |= {f"evaluation.{key}" for key in parts["validation"]}
         return {key: value for key, value in self.keys.items() if key in names}
 
@@ -333,16 +339,19 @@ def _score(result: Mapping[str, Any], arrays: Path) -> Score:
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a list is one value; ``_target_`` becomes the key of its group."""
+    """Dotted keys; a list is one value."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        if key == "_target_":
-            flat[prefix.rstrip(".")] = str(value).rpartition(".")[2]
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
     return flat
+
+
+def class_name(target: str) -> str:
+    """Of a class's dotted name the last part."""
+    return target.rpartition(".")[2]
 
 
 def _ancestor(path: str | None) -> str | None:

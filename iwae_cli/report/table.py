@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iwae_cli.errors import UserError
 from iwae_cli.report.paper import Published, deviations, published
 from iwae_cli.report.runs import LeftOut, Run, Score
+
+if TYPE_CHECKING:
+    from iwae_cli.report.paired import Paired
 
 ROWS = ("model", "objective.k")
 COLUMNS = ("objective",)
@@ -47,6 +50,7 @@ class Cell:
         runs: at least one.
         published: what a paper has for exactly this, if any.
         deviations: how these were trained otherwise than there.
+        against: the paired difference from the cell that the table is against, if there is one.
     """
 
     row: Label
@@ -54,6 +58,7 @@ class Cell:
     runs: tuple[Scored, ...]
     published: Published | None
     deviations: tuple[str, ...]
+    against: Paired | None = None
 
     @property
     def name(self) -> str:
@@ -69,6 +74,11 @@ class Cell:
     def stderr(self) -> float | None:
         """Standard error of the mean over seeds, nats; None for one seed."""
         return standard_error([scored.numbers["nll"] for scored in self.runs])
+
+    def mean(self, key: str) -> float | None:
+        """Mean over seeds of another number of ``result.json``, such as ``bias_mc``; None where a run has none."""
+        values = [scored.numbers[key] for scored in self.runs]
+        return None if None in values else statistics.fmean(values)
 
     @property
     def units(self) -> tuple[float, ...] | None:
@@ -97,6 +107,7 @@ class Table:
         rows, columns: keys.
         cells: in the order of rows, then columns.
         notes: what should be known of it, one line each.
+        against: what the cells' paired differences are from, as it was asked for; None if it was not.
     """
 
     title: str
@@ -108,6 +119,7 @@ class Table:
     columns: Label
     cells: tuple[Cell, ...]
     notes: tuple[str, ...]
+    against: str | None = None
 
     @property
     def row_labels(self) -> list[Label]:
@@ -118,6 +130,10 @@ class Table:
     def column_labels(self) -> list[Label]:
         """In order."""
         return sorted({cell.column for cell in self.cells}, key=_order)
+
+    def keyed(self, cell: Cell) -> dict[str, str]:
+        """Where a cell stands."""
+        return dict(zip((*self.rows, *self.columns), (*cell.row, *cell.column), strict=True))
 
     @cached_property
     def grid(self) -> dict[tuple[Label, Label], Cell]:
@@ -137,6 +153,22 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
+
+
+def agrees(run: Run, wanted: Mapping[str, str]) -> bool:
+    """Whether a run has these values; numbers are compared as numbers, lists without their spaces."""
+
+    def same(value: str, given: str) -> bool:
+        return value.replace(" ", "") == given.replace(" ", "") or _number(value) == _number(given)
+
+    return all(same(shown(run.keys.get(key)), value) for key, value in wanted.items())
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def known_key(key: str, runs: Iterable[Run]) -> str:
@@ -211,11 +243,11 @@ def tables(
 
 
 def _table(scored: Sequence[Scored], rows: Label, columns: Label) -> Table:
-    added = _telling_apart(scored, (*rows, *columns))
+    added = telling_apart(scored, (*rows, *columns))
     rows += added
     members: dict[tuple[Label, Label], list[Scored]] = {}
     for s in scored:
-        place = (_label(s.run, rows), _label(s.run, columns))
+        place = (label(s.run, rows), label(s.run, columns))
         members.setdefault(place, []).append(s)
     cells = []
     for row, column in sorted(members, key=lambda place: (_order(place[0]), _order(place[1]))):
@@ -255,16 +287,19 @@ def varying(scored: Sequence[Scored]) -> dict[str, list[str]]:
     each = [training(s) for s in scored]
     keys = dict.fromkeys(key for values in each for key in values)
     found = {key: list(dict.fromkeys(shown(values.get(key)) for values in each)) for key in keys}
-    return {key: values for key, values in found.items() if len(values) > 1}
+    found = {key: values for key, values in found.items() if len(values) > 1}
+    # Two names of the same settings are no difference: schedule=smoke is schedule=constant with three passes.
+    same = [group for group in ("optimizer", "schedule") if not any(key.startswith(f"{group}.") for key in found)]
+    return {key: values for key, values in found.items() if key not in same}
 
 
-def _telling_apart(scored: Sequence[Scored], keys: Label) -> Label:
+def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
     """Keys to add so that runs which agree in all of them differ by their seed alone."""
     added: Label = ()
     while True:
         cells: dict[Label, list[Scored]] = {}
         for s in scored:
-            cells.setdefault(_label(s.run, (*keys, *added)), []).append(s)
+            cells.setdefault(label(s.run, (*keys, *added)), []).append(s)
         differing = next((different for group in cells.values() if (different := varying(group))), None)
         if differing is None:
             return added
@@ -275,19 +310,15 @@ def _telling_apart(scored: Sequence[Scored], keys: Label) -> Label:
         added += (first,)
 
 
-def _label(run: Run, keys: Label) -> Label:
+def label(run: Run, keys: Sequence[str]) -> Label:
+    """The run's values of ``keys``, as they are printed."""
     return tuple(shown(run.keys.get(key)) for key in keys)
 
 
-def _order(label: Label) -> list[tuple[int, float, str]]:
+def _order(values: Label) -> list[tuple[int, float, str]]:
     """Numbers by size before words by letter."""
-    order = []
-    for text in label:
-        try:
-            order.append((0, float(text), text))
-        except ValueError:
-            order.append((1, 0.0, text))
-    return order
+    numbers = map(_number, values)
+    return [(1, 0.0, n) if isinstance(n, str) else (0, n, text) for n, text in zip(numbers, values, strict=True)]
 
 
 Kind = tuple[int, str, str, str]

@@ -15,6 +15,7 @@ from report_runs import change, config, values, write
 from small_runs import TINY, finished, snapshot
 
 from iwae_cli.cli_report import HELP, report
+from iwae_cli.report.table import MISSING
 
 Said = tuple[int, str, str]
 
@@ -144,6 +145,81 @@ def test_groups_are_chosen_by_keys(runs: Path, said) -> None:  # type: ignore[no
     assert "0.2121 over seeds" in out
 
 
+def test_keys_are_typed_as_for_a_run(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    """Blanks between them, as on the command line of iwae-train, and the names that were chosen there."""
+    pairs = ["objective=iwae  schedule=burda model.latent_sizes=[50]", "objective=elbo optimizer=burda"]
+    blanks = said(runs, "--compare", *pairs)
+    assert blanks[0] == 0 and "A - B = +2.0000 nats" in blanks[1]
+    commas = said(runs, "--compare", *(re.sub(r" +", ",", pair) for pair in pairs))
+    assert [line for line in commas[1].splitlines() if line.startswith("A - B")] == [
+        line for line in blanks[1].splitlines() if line.startswith("A - B")
+    ]
+
+
+def test_what_a_comparison_lacks_is_said_as_it_is_typed(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+    """Quick runs beside smoke ones, which are evaluated otherwise too; what the message says works."""
+    place = tmp_path / "outputs"
+    for objective in ("iwae", "elbo"):
+        names = ("one_layer", objective)
+        quick = {"schedule": {"_target_": "iwae_cli.training.schedule.Exponential", "passes": 100, "final": 0.1}}
+        smoke = {"schedule": {"_target_": "iwae_cli.training.schedule.Constant", "passes": 3}, "evaluation__k": 500}
+        for choice, settings in (("quick", quick), ("smoke", smoke)):
+            write(place, config(objective=objective, **settings), values(85.0), names=names, choices=("adam", choice))
+    code, _, err = said(place, "--compare", "objective=iwae", "objective=elbo")
+    assert code == 2
+    first, second = re.findall(r'"(objective=iwae schedule=\w+)"', err)
+    assert (first, second) == ("objective=iwae schedule=quick", "objective=iwae schedule=smoke")
+    for choice in (first, second):
+        assert said(place, "--compare", choice, choice.replace("iwae", "elbo"))[0] == 0
+
+
+def test_differences_of_a_whole_table(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+    """Two seeds of ELBO and IWAE at two values of k, and one of VR that has no ELBO at its k; by hand."""
+    place, shift = tmp_path / "outputs", {("elbo", 5): 0.0, ("elbo", 50): 1.0, ("iwae", 5): 0.5, ("iwae", 50): 1.25}
+    noise = np.array([-1.0, 1.0, 0.0, 0.0])
+    for (objective, k), gain in shift.items():
+        for seed in range(2):
+            log_px = -90 + gain + seed * 0.1 * (objective == "iwae") + noise * (objective == "iwae")
+            settings = config(objective=objective, k=k, seed=seed)
+            write(place, settings, log_px + np.zeros(4), names=("one_layer", objective), units=[20], data="digits")
+    alone = config("one_layer", "vr", k=8)
+    write(place, alone, np.full(4, -89.0), names=("one_layer", "vr"), units=[20], data="digits")
+    asked = (place, "--rows", "objective,objective.k", "--against", "objective=elbo")
+    code, out, err = said(*asked)
+    assert (code, err) == (0, "")
+    rows = [line for line in out.splitlines() if line.startswith((" elbo", " iwae", " vr"))]
+    table = [re.sub(r"  +", " ", line.strip()) for line in rows]
+    # Mean over seeds of the gains .5 and .6 (and .25, .35); over images sd sqrt(2/3) of 4; over seeds var .005 of 2.
+    assert table == [
+        f"elbo 5 90.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20",
+        f"elbo 50 89.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20",
+        "iwae 5 89.45 ± 0.05 2 +0.550 0.408 0.050 0.41 0.0040 -0.0020 20",
+        "iwae 50 88.70 ± 0.05 2 +0.300 0.408 0.050 0.41 0.0040 -0.0020 20",
+        f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20",
+    ]
+    value = json.loads(said(*asked, "--format", "json")[1])
+    cells = {tuple(cell["keys"].values()): cell for cell in value["tables"][0]["cells"]}
+    assert cells["iwae", "50"]["against"]["difference"] == pytest.approx(0.3)
+    assert cells["iwae", "50"]["against"]["stderr_images"] == pytest.approx((2 / 3 / 4) ** 0.5)
+    assert cells["elbo", "50"]["against"] is None and cells["vr", "8"]["against"] is None
+    read = list(csv.DictReader(io.StringIO(said(*asked, "--format", "csv")[1])))
+    assert [row["against"] for row in read] == ["", "", "objective=elbo", "objective=elbo", ""]
+    assert float(read[2]["difference_stderr_seeds"]) == pytest.approx(0.05)
+    assert [float(row["bias_mc"]) for row in read] == [-0.002] * 5
+    one = said(place, "--rows", "objective,objective.k", "--against", "objective=elbo objective.k=5")[1]
+    assert "+1.000" in one and "+1.300" in one, "from one cell, whatever k"
+
+
+def test_a_difference_within_the_bias_is_marked(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+    for objective, nll in (("elbo", 85.0), ("iwae", 84.995)):
+        write(tmp_path, config(objective=objective), values(nll), names=("one_layer", objective))
+    asked = (tmp_path, "--rows", "objective", "--against", "objective=elbo")
+    code, out, _ = said(*asked)
+    assert code == 0 and "+0.005‡" in out and "‡ below three times the bias" in out
+    assert "caution: one seed on a side" in out
+    assert r"+0.005$^\ddagger$" in said(*asked, "--format", "latex")[1]
+
+
 def test_the_default_is_where_iwae_train_writes(runs: Path, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(runs.parent)
     expected = said(runs)
@@ -166,7 +242,15 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, said, monkeypatch: p
         ([".", "--compare", "objective=iwae"], "expected 2 arguments"),
         ([".", "--compare", "iwae", "objective=elbo"], "--compare iwae is neither a folder nor KEY=VALUE"),
         ([".", "--compare", "objective=iwea", "objective=elbo"], "--compare objective=iwea: no finished run is that"),
-        ([".", "--compare", "objective=iwae", "objective=elbo"], "model is one_layer, two_layer; add model=..."),
+        (
+            [".", "--compare", "objective=iwae", "objective=elbo"],
+            'choose "objective=iwae model=one_layer" or "objective=iwae model=two_layer"',
+        ),
+        ([".", "--compare", "schedule=Burda", "objective=elbo"], "no finished run is that; schedule is burda"),
+        ([".", "--compare", "objective=iwae schedul=burda", "x"], "no run has the key schedul; did you mean schedule?"),
+        ([".", "--against", "objective=vr"], "no cell of a table is that; objective is elbo, iwae"),
+        ([".", "--against", "seed=1"], "--against seed=1: no cell of a table is that"),
+        ([".", "--against", "elbo"], "--against elbo is neither a folder nor KEY=VALUE"),
         ([".", "--html", "."], "is a folder; name a file"),
         ([".", "--html", "/proc/nowhere/page.html"], "cannot be written"),
         ([".", "--split", "tests"], "invalid choice: 'tests'"),

@@ -107,6 +107,53 @@ def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -
     assert [len(cell.runs) for cell in table(tmp_path / "second").cells] == [1, 1]
 
 
+def test_groups_are_called_as_they_were_typed(tmp_path: Path) -> None:
+    smoke: dict[str, Any] = {"schedule": {"_target_": "iwae_cli.training.schedule.Constant", "passes": 3}}
+    write(tmp_path, config(), values(85.0))
+    write(tmp_path, config(seed=1, **smoke), values(90.0), choices=("burda_code", "smoke"))
+    assert table(tmp_path, ["schedule"], ["optimizer"]).row_labels == [("burda",), ("smoke",)]
+    made = table(tmp_path, ["model"], ["objective"])
+    assert made.rows == ("model", "schedule") and {cell.row[1] for cell in made.cells} == {"burda", "smoke"}
+    with pytest.raises(UserError, match="no run has the key evaluation; did you mean"):
+        table(tmp_path, ["evaluation"])
+
+
+def test_two_names_of_the_same_settings_are_one_cell(tmp_path: Path) -> None:
+    """schedule=smoke is schedule=constant schedule.passes=3; and results of old do not say what was chosen."""
+    write(tmp_path, config(seed=0), values(85.0), choices=("burda", "burda"))
+    write(tmp_path, config(seed=1), values(85.0), choices=("mine", "long"))
+    old = write(tmp_path, config(seed=2), values(85.0))
+    result = json.loads((old / "result.json").read_text())
+    kept = {key: value for key, value in result.items() if key not in ("optimizer", "schedule")}
+    (old / "result.json").write_text(json.dumps(kept))
+    (cell,) = table(tmp_path).cells
+    assert [s.run.keys["schedule"] for s in cell.runs] == ["burda", "long", "Burda"] and cell.deviations == ()
+
+
+def test_one_name_of_two_classes_is_two_cells(tmp_path: Path) -> None:
+    """A choice of the user's own may have any name, and the arguments of another."""
+    write(tmp_path, config(seed=0), values(85.0))
+    for group in ("objective", "schedule"):
+        mine = config(seed=1)
+        mine[group]["_target_"] = "mine.Mine"
+        write(tmp_path / group, mine, values(85.0))
+    made = table(tmp_path)
+    assert {"objective._target_", "schedule._target_"} <= set(made.rows) and len(made.cells) == 3
+
+
+def test_gradients_are_told_apart_however_they_were_chosen(tmp_path: Path) -> None:
+    """objective=dreg is IWAE's class with gradient=dreg; neither is ever shown as, or averaged with, plain IWAE."""
+    for seed, (name, gradient) in enumerate((("iwae", "total"), ("iwae", "dreg"), ("dreg", "dreg"), ("stl", "stl"))):
+        write(tmp_path, config(seed=seed, objective__gradient=gradient), values(85.0), names=("one_layer", name))
+    made = table(tmp_path, ["objective"])
+    assert made.rows == ("objective", "objective.gradient")
+    labels = [("dreg", "dreg"), ("iwae", "dreg"), ("iwae", "total"), ("stl", "stl")]
+    assert [(cell.row, len(cell.runs)) for cell in made.cells] == [(label, 1) for label in labels]
+    assert [cell.published is not None for cell in made.cells] == [False, False, True, False]
+    made = table(tmp_path, ["objective.gradient"])
+    assert all(len(cell.runs) == 1 for cell in made.cells) and len(made.cells) == 4
+
+
 def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
     for data in ("mnist", "omniglot"):
         write(tmp_path, config(), values(85.0), data=data, images=data)
