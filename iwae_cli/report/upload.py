@@ -66,16 +66,27 @@ def upload(report: Report, place: Path, mode: Literal["offline", "online"]) -> s
 def _figures(table: Table, folder: Path) -> dict[str, Path]:
     cells = sorted(table.cells, key=lambda cell: cell.nll)[:DRAWN]
     prefix = table.title.replace(", ", "+")
-    made = {name: folder / f"{prefix}-{name}.png" for name in ("bound_vs_k", "training", "active_units")}
+    made = {name: folder / f"{prefix}-{name}.png" for name in ("bound_vs_k", "active_units")}
     bounds = {cell.name: {str(m): nats for m, nats in cell.bounds.items()} for cell in cells}
     plot_bounds(made["bound_vs_k"], bounds)
-    plot_training(made["training"], {cell.name: _validation(cell) for cell in cells}, label="bound on validation")
+    # Bounds of different k are not compared.
+    for data, k in sorted({_validated(cell) for cell in cells}):
+        name = f"validation_{data}_L{k}"
+        made[name] = folder / f"{prefix}-{name}.png"
+        curves = {cell.name: _validation(cell) for cell in cells if _validated(cell) == (data, k)}
+        plot_training(made[name], curves, label=f"$L_{{{k}}}$ on validation")
     units = {cell.name: cell.units for cell in cells if cell.units is not None}
     if units:
         plot_units(made["active_units"], units)
     else:
         del made["active_units"]
     return made
+
+
+def _validated(cell: Cell) -> tuple[str, int]:
+    """On what, and by which L_k, the first seed was validated."""
+    run = cell.runs[0].run
+    return run.dataset, int(run.keys["evaluation.validation_k"])
 
 
 def _validation(cell: Cell) -> list[tuple[float, float]]:

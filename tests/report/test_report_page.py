@@ -47,6 +47,23 @@ def test_a_page_is_one_file_and_the_same_every_time(runs: Path) -> None:
     assert written(runs, "--compare", "objective.k=50", "objective.k=1").read_text(encoding="utf-8") == text
 
 
+def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
+    """Nor validation on different data, where a table has both."""
+    place = tmp_path / "outputs"
+    for seed, k in enumerate((5, 50, 50)):
+        write(place, config(seed=seed, evaluation__validation_k=k), values(85.0))
+    write(place, config(), values(100.0), data="omniglot", images="omniglot")
+    charts = re.findall(r"<figcaption><b>(Validation[^<]*)</b>.*?</figure>", written(place).read_text())
+    assert charts == ["Validation, L_5", "Validation, L_50", "Validation, L_50"], "two of mnist, one of omniglot"
+    page = written(place, "--columns", "data").read_text()
+    drawn = dict(re.findall(r"<figcaption><b>(Validation[^<]*)</b>.*?<svg(.*?)</svg>", page))
+    assert {title: chart.count("<polyline") for title, chart in drawn.items()} == {
+        "Validation on mnist, L_5": 1,
+        "Validation on mnist, L_50": 2,
+        "Validation on omniglot, L_50": 1,
+    }
+
+
 def test_a_page_of_nothing_finished(runs: Path) -> None:
     (bad,) = (path for path in runs.iterdir() if not (path / "result.json").exists())
     page = runs.parent / "empty.html"

@@ -61,7 +61,7 @@ def test_one_summary_run_in_the_group_of_the_sweep(tmp_path: Path, capsys: pytes
     table = json.loads((files / logged["table.path"]).read_text())
     assert len(table["data"]) == 2
     assert table["data"][0][table["columns"].index("nll")] == pytest.approx(85.49)
-    for name in ("bound_vs_k", "training", "active_units"):
+    for name in ("bound_vs_k", "validation_mnist_L50", "active_units"):
         assert (files / logged[f"mnist/{name}.path"]).read_bytes().startswith(b"\x89PNG")
     assert "<!DOCTYPE html>" in (files / logged["page.path"]).read_text()[:200]
     summary: dict[str, Any] = {}
