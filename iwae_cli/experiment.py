@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from iwae_cli import console, signals
 from iwae_cli.construct import build, construct
 from iwae_cli.data.base import Dataset
-from iwae_cli.device import Device, compiler, memory_told
+from iwae_cli.device import Device
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
@@ -33,9 +32,6 @@ from iwae_cli.training.schedule import Schedule
 
 logger = logging.getLogger("iwae_cli")
 
-
-MAX_DRAWS = 10_000_000
-"""Draws of q in one step; each takes some kilobytes of memory."""
 
 class Experiment:
     """One training and its evaluation.
@@ -89,14 +85,6 @@ class Experiment:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if with_optimizer and (init_from is None or train == "inference"):
-        if batch_size * objective.num_samples > MAX_DRAWS:
-            raise ValueError(
-                f"batch_size={batch_size:,} with {objective.num_samples:,} draws for each image (objective.k) is more "
-                f"than the {MAX_DRAWS:,} draws that a step may have"
-            )
-        for name, folder in (("output_dir", output_dir), ("init_from", init_from)):
-            if folder == "":
-                raise ValueError(f"{name} must name a folder, got ''")
             raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
         if train == "inference" and init_from is None:
             raise ValueError("train=inference needs init_from=RUN_FOLDER: the run whose generative network is kept")
@@ -144,16 +132,13 @@ class Experiment:
             raise UserError(refusal)
         self.device.resolve()
         if self.source is not None:
-            try:
-                source, initial = self.source.config(), self.initial
-            except UserError as error:
-                raise UserError(f"init_from: {error}") from error
+            source = self.source.config()
             groups = ("model", "optimizer") if self.with_optimizer else ("model",)
             for group in groups:
                 mine, theirs = self.config[group], source[group]
-                if mine != theirs if group == "model" else mine["_target_"] != theirs.get("_target_"):
-                    differences = _differences(group, theirs, mine)
-                    raise UserError(f"init_from={self.source.path} was run with another {group}: {differences}")
+                if mine != theirs if group == "model" else mine["_target_"] != theirs["_target_"]:
+                    raise UserError(f"init_from={self.source.path} was run with another {group}: {theirs}")
+            initial = self.initial
             if initial is not None and initial.step < initial.total_steps:
                 raise UserError(
                     f"init_from={self.source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
@@ -178,7 +163,6 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         """Train (or go on, or skip what is done), evaluate, write the result, print it.
 
-    @memory_told()
         Returns:
             The content of ``result.json``.
 
@@ -234,7 +218,6 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if device.resolve().type == "mps" and asked is not None:
         raise UserError("estimator=... sums in float64, which mps has not: write device=cpu")
     device.setup()
-@memory_told()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
     data = objects["data"].load()
@@ -320,16 +303,6 @@ def _logging(folder: RunFolder) -> Iterator[None]:
     terminal.setLevel(logging.WARNING)
     level = logger.level
     logger.setLevel(logging.INFO)
-def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Which keys of a group are not the same in two runs."""
-
-    def shown(node: dict[str, Any], key: str) -> str:
-        return json.dumps(node[key], separators=(",", ":")).replace('"', "") if key in node else "nothing"
-
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return "; ".join(f"{group}.{key}={shown(there, key)} there, {shown(here, key)} here" for key in keys)
-
-
     for handler in (file, terminal):
         logger.addHandler(handler)
     try:
