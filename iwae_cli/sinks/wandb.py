@@ -86,6 +86,9 @@ class WandbSink(Sink):
         """Begin a run of W&B's and replay ``history`` into it."""
         if self.mode == "disabled":
             return
+        # A shell's way to unset one, which wandb would refuse as a value.
+        for variable in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+            del os.environ[variable]
         # Read by wandb when it is first imported; what the user has set wins. Without the first it would look up
         # the address of its error reporting even offline; a silent wandb does not ask for a key at a terminal.
         for variable, value in {

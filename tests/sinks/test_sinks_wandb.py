@@ -216,6 +216,21 @@ def test_a_run_that_cannot_begin_is_one_warning(tmp_path: Path, caplog: pytest.L
     assert run.sync_command() is None
 
 
+def test_an_empty_variable_is_one_that_is_not_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("WANDB_MODE", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_API_KEY", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(variable, "")
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run"), [])
+        run.log(1, {"a": 1})
+        run.close("finished")
+    assert not ours(caplog)
+    [folder] = offline_folders(tmp_path / "run")
+    assert history(folder) == [{"step": 1, "a": 1}]
+
+
 ONLINE = """
 import logging, sys
 from pathlib import Path
