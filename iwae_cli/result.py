@@ -52,7 +52,7 @@ def evaluate(
         evaluation, device: the protocol, and what computes it.
         config: the resolved configuration, its ``evaluation`` and ``device`` as they are asked for now.
         state: the checkpoint.
-        check: called between batches; may raise to stop.
+        check: called often, by every worker; may raise to stop.
 
     Raises:
         UserError: ``evaluation.weights=best`` and there are none, or weights of another model.
@@ -71,11 +71,6 @@ def evaluate(
     for split_name in evaluation.splits:
         split = data.evaluation_split(split_name, evaluation.binarization_seed)
         with Progress(f"evaluating {split_name}", total=len(split.x), unit="image") as progress:
-
-            def on_progress(done: int, progress: Progress = progress) -> None:
-                check()
-                progress.update(done)
-
             likelihoods[split_name] = log_likelihood(
                 model,
                 split,
@@ -84,7 +79,8 @@ def evaluate(
                 rows=evaluation.rows,
                 workers=evaluation.workers,
                 with_jackknife=evaluation.jackknife,
-                on_progress=on_progress,
+                check=check,
+                on_progress=progress.update,
             )
         hashes[split_name] = split.sha256
         splits[split_name], missing = summarize(likelihoods[split_name], split.x.shape[1])

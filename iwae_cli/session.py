@@ -183,7 +183,7 @@ class Session:
 
     def _train(self) -> None:
         per_pass = self.trainer.steps_per_pass
-        if self.state.step < self.trainer.total_steps:
+        if not self.trainer.is_done(self.state):
             with console.Progress(
                 "training",
                 total=self.experiment.schedule.passes,
@@ -207,6 +207,7 @@ class Session:
             rows=VALIDATION_ROWS,
             workers=evaluation.workers,
             stream="validation during training",
+            check=self.signals.check,
             plain=True,  # few samples gain little, and the bits of a run stay what they are
         )
         return float(likelihood.log_px.mean())

@@ -15,6 +15,8 @@ from iwae_cli.errors import Interrupted
 REPEATED_SECONDS = 2.0
 """Signals this close are one: a terminal tells all its processes, and so may whoever has started them."""
 
+SHOW_CURSOR = b"\x1b[?25h"
+
 
 class Signals:
     """The signal that has come, if any.
@@ -33,9 +35,13 @@ class Signals:
 
 @contextmanager
 def caught() -> Iterator[Signals]:
-    """Catch the first SIGINT or SIGTERM; a later one acts as ever. Does nothing outside the main thread.
+    """Catch the first SIGINT or SIGTERM; a later one ends the process at once. Does nothing outside the main thread.
 
-    In a job of submitit, the signal of preemption instead of SIGTERM, which it ignores: SLURM sends both.
+    At once is as by kill -9, which every file of a run survives; Python's own KeyboardInterrupt would wait for the
+    threads at work and for the uploads of W&B.
+
+    In a job of submitit, the signal of preemption instead of SIGTERM, which it ignores: SLURM sends both. A later one
+    acts as ever.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -55,6 +61,11 @@ def caught() -> Iterator[Signals]:
             signals.number, first = number, time.monotonic()
         elif time.monotonic() - first > REPEATED_SECONDS:
             restore()
+            if number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+                if os.isatty(2):
+                    # A progress bar hides it.
+                    os.write(2, SHOW_CURSOR)
             signal.raise_signal(number)
 
     for number in numbers:

@@ -306,7 +306,7 @@ class AIS(Estimator):
             seed, stream: key of the noise, with the index of each image.
             rows: bound on chains x images computed at once by one worker.
             workers: threads that share the images; None is one per core on a CPU, one on another device.
-            check: called between transitions; may raise to stop.
+            check: called by every worker whenever p is evaluated; may raise to stop.
             on_progress: called with the number of images done, from the first again at every doubling.
 
         Raises:
@@ -551,7 +551,6 @@ class _Work:
         chains = self._begin(scores, x, noise)
         betas = sigmoid_schedule(settings.temperatures)[1:]
         for t, beta in enumerate([betas[0]] * WARM_UP + betas):
-            self._check()
             step = self._steps(np.exp(log_step))
             chains, probability = hamiltonian_move(scores, chains, beta, step, settings.leapfrog_steps, noise)
             log_step += ADAPTATION * (probability.mean(0).double().cpu().numpy() - TARGET_ACCEPTANCE)
@@ -598,7 +597,6 @@ class _Work:
         log_w = torch.zeros_like(chains.base, dtype=torch.float64)
         accepted = torch.zeros_like(log_w[0])
         for t in range(temperatures, 0, -1) if backwards else range(1, temperatures + 1):
-            self._check()
             width = betas[t] - betas[t - 1]
             if not backwards:
                 log_w += width * chains.gap.double()
@@ -624,9 +622,11 @@ class _Work:
         generative, inference = self._model.generative, self._model.inference
 
         def from_prior(latents: Latents) -> tuple[Tensor, Tensor]:
+            self._check()
             return generative.log_prior(latents), generative.log_likelihood(x, latents)
 
         def from_inference(latents: Latents) -> tuple[Tensor, Tensor]:
+            self._check()
             log_q = inference(x, latents)
             return log_q, generative(x, latents) - log_q
 

@@ -127,7 +127,7 @@ def gradient_snr(
         x: one batch, the same for every draw, so that the noise is that of the latents alone.
         draws: M, at least 8.
         seed: of the noise.
-        check: called between draws; may raise to stop.
+        check: called before every gradient; may raise to stop.
 
     Returns:
         ``inference`` and ``generative``.
@@ -140,10 +140,10 @@ def gradient_snr(
     networks: dict[str, nn.Module] = {name: getattr(model, name) for name in NETWORKS}
     moments = {name: _Moments(draws) for name in NETWORKS}
     for draw in range(draws):
-        check()
         noise = GeneratorNoise(generator(x.device, seed, "gradient snr", draw), x.dtype)
         losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
         for name in NETWORKS:
+            check()
             # Each loss is right for its own parameters only.
             moments[name].add(_gradient(getattr(losses, name), networks[name].parameters()))
     return {name: moments[name].result() for name in NETWORKS}

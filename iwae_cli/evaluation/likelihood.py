@@ -70,6 +70,7 @@ def log_likelihood(
     stream: str | None = None,
     with_jackknife: bool = False,
     plain: bool = False,
+    check: Callable[[], None] = lambda: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
     """L_k and its diagnostics for every image of ``split``.
@@ -89,6 +90,7 @@ def log_likelihood(
         with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
         plain: compute the log-weights by the model itself, even where ``FastScorer`` computes them faster (they differ
             by the rounding of sums of another order).
+        check: called by every worker before every piece of its work; may raise to stop.
         on_progress: called with the number of images done; may raise to stop.
     """
     parameter = next(model.parameters())
@@ -103,6 +105,7 @@ def log_likelihood(
         batch = max(1, min(IMAGES, IMAGES * PIECE // k))
 
     def noise(images: Sequence[int], start: int) -> KeyedNoise:
+        check()
         return KeyedNoise(seed, stream or split.name, images, start, dtype, device)
 
     def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:

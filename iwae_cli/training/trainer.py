@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iwae_cli.data.base import Data
-from iwae_cli.errors import RunFailed
+from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, derive, generator
 from iwae_cli.numerics import accumulator_device
@@ -55,7 +55,7 @@ class Trainer:
         model, objective, optimizer, schedule, data: what is trained, how, and on what.
         seed: seed of the run: order of the images, binarization and noise are derived from (seed, stream, step).
         batch_size: images a step; the last batch of a pass takes what is left.
-        validate: the validation bound in nats of the model as it is.
+        validate: the validation bound in nats of the model as it is; may raise Interrupted.
         validation_every: passes between validations; the last pass is always validated.
     """
 
@@ -78,6 +78,14 @@ class Trainer:
     def total_steps(self) -> int:
         """Steps of the whole schedule."""
         return self.steps_per_pass * self.schedule.passes
+
+    def is_done(self, state: State) -> bool:
+        """Whether nothing of the schedule is left, the last validation included."""
+        return state.step == self.total_steps and not self._is_open(state)
+
+    def _is_open(self, state: State) -> bool:
+        """Whether the last step of a pass is done and its end is not: it was stopped while it was validated."""
+        return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
 
     def run(self, state: State, hooks: Hooks) -> bool:
         """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
@@ -105,6 +113,21 @@ class Trainer:
             state.optimizer = self.optimizer.state_dict()
             hooks.on_save(state)
 
+        def end_pass(pass_index: int) -> bool:
+            try:
+                rate = base_rates[0] * self.schedule.factor(pass_index)
+                self._end_pass(state, hooks, pass_index, float(bound_sum) / len(images), rate)
+            except Interrupted:
+                # As the steps have left it: the sum of the bounds says, when the run goes on, that this is still to do.
+                save()
+                return False
+            bound_sum.zero_()
+            return True
+
+        if self._is_open(state):
+            if not end_pass(state.step // self.steps_per_pass - 1):
+                return False
+            save()
         self.model.train()
         for step in range(state.step, self.total_steps):
             pass_index, batch_index = divmod(step, self.steps_per_pass)
@@ -119,9 +142,8 @@ class Trainer:
             bound_sum += train_step(self.model, self.objective, self.optimizer, x, noise).to(bound_sum).sum()
             state.step = step + 1
             hooks.on_step(state.step)
-            if batch_index == self.steps_per_pass - 1:
-                self._end_pass(state, hooks, pass_index, float(bound_sum) / len(images), base_rates[0] * factor)
-                bound_sum.zero_()
+            if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
+                return False
             interrupted = hooks.interrupted()
             done = state.step == self.total_steps
             if interrupted or done or time.monotonic() - last_save > SAVE_EVERY_SECONDS:

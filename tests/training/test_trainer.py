@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from iwae_cli.data.base import Data
-from iwae_cli.errors import RunFailed
+from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.linear_gaussian import LinearGaussianModel
 from iwae_cli.noise import Noise
@@ -217,3 +217,34 @@ def test_it_saves_at_the_end_and_as_often_as_said(monkeypatch: pytest.MonkeyPatc
     assert [state.step for state in hooks.saved] == [1, 2, 3, 4, 5, 6]
     assert [state.bound_sum > 0 for state in hooks.saved] == [True, True, False] * 2, "of the running pass only"
     assert all(a.seconds <= b.seconds for a, b in pairwise(hooks.saved))
+
+
+@pytest.mark.parametrize("stopped_in", [1, 2, 3])
+def test_a_validation_that_is_interrupted_is_done_when_it_goes_on(stopped_in: int) -> None:
+    """Three passes are validated; nothing is recorded of the one that was not, and no step is lost or done twice."""
+    whole, whole_state, whole_hooks = make(IWAE(2), Constant(3), lambda: -5.0), new_state(), Recorder()
+    assert whole.run(whole_state, whole_hooks)
+    calls = 0
+
+    def validate() -> float:
+        nonlocal calls
+        calls += 1
+        if calls == stopped_in:
+            raise Interrupted(15)
+        return -5.0
+
+    first, state, hooks = make(IWAE(2), Constant(3), validate), new_state(), Recorder()
+    assert not first.run(state, hooks)
+    saved = hooks.saved[-1]
+    assert saved.step == 3 * stopped_in and len(hooks.passes) == stopped_in - 1
+    assert not first.is_done(saved)
+
+    second = make(IWAE(2), Constant(3), lambda: -5.0)
+    second.model.load_state_dict(saved.model)
+    assert second.run(saved, hooks)
+    assert second.is_done(saved)
+    assert hooks.steps == whole_hooks.steps
+    assert hooks.passes == whole_hooks.passes
+    assert saved.best == whole_state.best and hooks.best == whole_hooks.best
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
