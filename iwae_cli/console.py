@@ -137,7 +137,9 @@ def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None) -> None:
+def result_table(
+    result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None, since: str | None = None
+) -> None:
     """Print what ``result.json`` holds, in short, to standard output.
 
     Args:
@@ -145,6 +147,7 @@ def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | N
             ``"<split>.<name>"`` or ``"<name>"``.
         folder: the run folder.
         sync: the command line that uploads to W&B.
+        since: when the training ended, if that was before this command.
     """
     out = Console(highlight=False, markup=False)
     splits = {name: result[name] for name in SPLITS if result.get(name)}
@@ -180,11 +183,13 @@ def result_table(result: Mapping[str, Any], *, folder: str | Path, sync: str | N
 
     out.print()
     out.print(str(result["identity"]), style="bold", soft_wrap=True)
+    if since is not None:
+        out.print(f"trained already, finished at {since}: nothing was trained now, this is its result", soft_wrap=True)
     out.print(sheet)
     for warning in (text for name, split in splits.items() for text in reliability_warnings(name, split)):
-        out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+        _say(out, f"warning: {warning}", "yellow")
     for path, reason in _missing(result):
-        out.print(f"{path} not available: {reason}", soft_wrap=True)
+        _say(out, f"{path} not available: {reason}")
     _facts(out, result, folder, sync)
 
 
@@ -209,10 +214,15 @@ def estimates_table(
     out.print(str(result["identity"]), style="bold", soft_wrap=True)
     out.print(sheet)
     for note in notes:
-        out.print(note, soft_wrap=True)
+        _say(out, note)
     for path, reason in (result.get("reasons") or {}).items():
-        out.print(f"{path} not available: {reason}", soft_wrap=True)
+        _say(out, f"{path} not available: {reason}")
     _facts(out, result, folder)
+
+
+def _say(out: Console, sentence: str, style: str = "") -> None:
+    """A whole sentence: at a terminal broken between words, in a file one line."""
+    out.print(Text(sentence, style=style), soft_wrap=not out.is_terminal)
 
 
 def _facts(out: Console, result: Mapping[str, Any], folder: str | Path, sync: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,7 +27,7 @@ from iwae_cli.objectives.base import Objective
 from iwae_cli.result import estimate, evaluate
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
-from iwae_cli.sinks.wandb import WandbSink
+from iwae_cli.sinks.wandb import WandbSink, left_to_upload
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
 
@@ -186,13 +187,15 @@ class Experiment:
             with RunLock(folder.path):
                 aside = folder.set_aside()
             logger.warning("restart: the old run is kept as %s", aside.name)
+        since, sync = _trained_at(folder), left_to_upload(folder.path)
         folder.path.mkdir(parents=True, exist_ok=True)
         with RunLock(folder.path), _logging(folder), signals.caught() as caught:
             result = folder.result()
             asked = evaluation_name(self.config)
             if result is None or result["evaluation"]["name"] != asked or folder.status() != "finished":
                 result = Session(self, data, folder, caught).run()
-        console.result_table(result, folder=_shown(folder), sync=self.logger.sync_command())
+                sync = self.logger.sync_command()
+        console.result_table(result, folder=_shown(folder), sync=sync, since=since)
         return result
 
 
@@ -292,6 +295,13 @@ def _shown(folder: RunFolder) -> Path:
     """The path as it would be typed here."""
     here = Path.cwd()
     return folder.path.relative_to(here) if folder.path.is_relative_to(here) else folder.path
+
+
+def _trained_at(folder: RunFolder) -> str | None:
+    """The time of day at which the training of a finished run ended; None if there is anything to train."""
+    if folder.status() != "finished" or not folder.checkpoint.exists():
+        return None
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shutil
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_runs import TINY, arrays, finished, read_json, run_folders, snapshot
+from small_runs import TINY, arrays, finished, last_of_each, read_json, run, run_folders, snapshot
 
 import iwae_cli
 from iwae_cli import cli
 from iwae_cli.evaluation.likelihood import log_likelihood
 
-COMMAND = (*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
+COMMAND = last_of_each(*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
 REAL = (
     *("data=linear_gaussian", "data.n_train=200", "data.n_validation=50", "data.n_test=60", "model=linear_gaussian"),
     *("schedule=smoke", "batch_size=50", "evaluation=smoke", "logger=disabled", "optimizer.lr=0.01"),
@@ -70,6 +72,22 @@ def test_the_files_are_there(folder: Path) -> None:
     assert not list(folder.rglob(".tmp-*"))
 
 
+def test_a_finished_run_says_that_nothing_was_trained(copy: Path) -> None:
+    """And how to upload it, as long as that was not done."""
+    os.utime(copy / "checkpoint.pt", (1.0e9, 1.0e9))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1.0e9))
+    said = f"trained already, finished at {when}: nothing was trained now, this is its result"
+    (record,) = (copy / "wandb").glob("offline-run-*")
+    command = f"wandb sync {copy.name}/wandb/{record.name}"
+    code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
+    assert code == 0 and said in out.splitlines() and command in out
+    next(record.glob("*.wandb")).with_suffix(".wandb.synced").touch()
+    code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
+    assert code == 0 and said in out.splitlines() and "wandb sync" not in out
+    code, out, _ = run(*last_of_each(*COMMAND, "evaluation.k=5"), f"output_dir={copy.parent}")
+    assert code == 0 and said in out.splitlines() and "NLL_5," in out
+
+
 NUMBER = (int, float)
 SPLIT = {
     "nll": float,
@@ -92,6 +110,8 @@ RESULT = {
     "dataset": dict,
     "model": dict,
     "objective": dict,
+    "optimizer": dict,
+    "schedule": dict,
     "seed": int,
     "epochs": int,
     "steps": int,
@@ -138,6 +158,7 @@ def test_every_field_is_there_with_its_type(result: Any, folder: Path) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes.values())
     assert result["model"] | {"name": "one_layer", "latent_sizes": [3], "hidden_sizes": [[8]]} == result["model"]
     assert result["objective"] | {"name": "iwae", "k": 5, "gradient": "total"} == result["objective"]
+    assert result["optimizer"]["name"] == "adam" and result["schedule"] == {"name": "constant", "passes": 2}
     # q: 64-8-(3, 3); p: 3-8-64.
     assert result["parameters"] == (64 * 8 + 8) + 2 * (8 * 3 + 3) + (3 * 8 + 8) + (8 * 64 + 64)
     for key in ("active_units", "active_units_authors_rule"):

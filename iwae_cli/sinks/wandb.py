@@ -174,9 +174,7 @@ class WandbSink(Sink):
         """``wandb sync`` with the newest folder, if that holds anything not uploaded."""
         if not self._to_upload or self._folder is None:
             return None
-        here = Path.cwd()
-        folder = self._folder.relative_to(here) if self._folder.is_relative_to(here) else self._folder
-        return f"wandb sync {shlex.quote(str(folder))}"
+        return _sync(self._folder)
 
     def _begin(self, run: RunInfo) -> tuple[wandb.Run, bool]:
         """A run of W&B's, and whether it is to be uploaded by hand."""
@@ -259,6 +257,20 @@ class WandbSink(Sink):
                 trouble,
                 _first_line(error),
             )
+
+
+def left_to_upload(run_folder: Path) -> str | None:
+    """``wandb sync`` with the newest record in a run folder, if that was made offline and is not uploaded."""
+    # By their time of day, which follows "run-".
+    records = sorted((run_folder / "wandb").glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    if not records or not records[-1].name.startswith("offline-") or any(records[-1].glob("*.wandb.synced")):
+        return None
+    return _sync(records[-1].resolve())
+
+
+def _sync(folder: Path) -> str:
+    here = Path.cwd()
+    return f"wandb sync {shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))}"
 
 
 def _first_line(error: Exception) -> str:
