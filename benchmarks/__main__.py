@@ -1,0 +1,359 @@
+"""Measure ours and the others, in turn, and write a table: ``python -m benchmarks [--quick] [--whole]``.
+
+Every program works in a process of its own, pinned to the cores of the case. All processes of a case are alive
+together and take turns in short rounds, so that what the machine does meanwhile falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import CASES, TINY, Case, Job
+from benchmarks.table import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS, QUICK_ROUNDS = 7, 5
+STEPS = 2000
+"""Of training before anything is timed: importance weights are then as uneven as they are in earnest."""
+WARM_UP_SECONDS, ROUND_SECONDS, QUICK_SECONDS = 0.5, 2.0, 1.0
+TARGET = -97.0
+"""Validation bound L_50 of a whole run, nats."""
+UPDATE_LIMIT, NLL_LIMIT = 0.01, 0.5
+"""How far a program may be from ours and still do the same work, as ``benchmarks.table`` tells it; the NLL of a few
+images has a Monte Carlo error of about 0.1 nats."""
+WHOLE, SEEDS = Case("train", "one_layer", 5, 20), (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table.
+
+    Attributes:
+        label: as shown.
+        module: of ``benchmarks.peers``.
+        requires: packages to be installed.
+        options: for the worker; overrides of the command line for ours.
+        kinds, models: what it can do.
+        whole: whether it takes part in whole runs.
+    """
+
+    label: str
+    module: str
+    requires: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("train", "evaluate")
+    models: tuple[str, ...] = ("one_layer", "two_layer", "tiny")
+    whole: bool = False
+
+    def can(self, case: Case) -> bool:
+        """Whether it can do such work."""
+        return case.kind in self.kinds and case.model in self.models
+
+
+CONTENDERS = (
+    Contender("ours", "ours", whole=True),
+    Contender("JAX", "with_jax", ("jax", "optax"), whole=True),
+    Contender("JAX, bf16 products", "with_jax", ("jax", "optax"), ("bf16",), kinds=("evaluate",)),
+    Contender("Pythae", "with_pythae", ("pythae",), models=("one_layer", "tiny")),
+    Contender("Pyro", "with_pyro", ("pyro",)),
+    Contender("floor: matrix products", "floor"),
+    Contender("floor: and tanh, exp", "floor", options=("tanh+exp",)),
+    Contender("floor: bf16 products", "floor", options=("bf16",), kinds=("evaluate",)),
+    Contender("floor: bf16, and tanh, exp", "floor", options=("bf16", "tanh+exp"), kinds=("evaluate",)),
+)
+
+
+class WorkerFailed(Exception):
+    """A worker has ended before its work; the message is the last line of its log."""
+
+
+class Worker:
+    """The other end of ``benchmarks.worker``."""
+
+    def __init__(self, contender: Contender, job: Job, logs: Path) -> None:
+        self._log = logs / f"{job.case.name} {contender.label} {job.seed}.txt".replace(" ", "_").replace(",", "")
+        cores = sorted(os.sched_getaffinity(0))[-job.case.cores :]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.case.cores), "IWAE_ALLOW_TARGETS": "benchmarks"}
+        if job.case.cores == 1:
+            environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        self._started = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"benchmarks.peers.{contender.module}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            )
+        self._write(job.to_json())
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer, and ``after``: seconds since the process was started."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            lines = self._log.read_text().splitlines()
+            raise WorkerFailed(lines[-1] if lines else f"exit code {self._process.returncode}")
+        return {**json.loads(line), "after": time.perf_counter() - self._started}
+
+    def round(self, seconds: float) -> dict[str, Any]:
+        """Work for so long."""
+        self._write({"seconds": seconds})
+        return self.answer()
+
+    def end(self) -> dict[str, Any]:
+        """No more rounds; the last answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        answer = self.answer()
+        self._process.wait()
+        return answer
+
+    def kill(self) -> None:
+        """Whatever it is doing."""
+        self._process.kill()
+        with self._process:  # closes the pipes, and waits
+            pass
+
+    def _write(self, value: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(value), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return  # ``answer`` tells why
+
+
+def measure(job: Job, contenders: Sequence[Contender], rounds: int, seconds: float, logs: Path) -> dict[str, Any]:
+    """One case: for every contender by label its numbers, or ``{"failed": why}``."""
+    results: dict[str, Any] = {}
+    workers: dict[str, Worker] = {}
+    checks: dict[str, Any] = {}
+
+    def attempt(label: str, work: Any) -> Any:
+        try:
+            return work()
+        except WorkerFailed as error:
+            print(f"    {label} failed: {error}", file=sys.stderr)
+            results[label] = {"failed": str(error)}
+            workers.pop(label).kill()
+            return None
+
+    try:
+        for contender in contenders:
+            label = contender.label
+            workers[label] = Worker(contender, Job(job.case, job.files, (*contender.options, *job.overrides)), logs)
+            # One after the other: whoever prepares has the core to itself.
+            ready = attempt(label, workers[label].answer)
+            if ready is not None:
+                checks[label] = ready["check"]
+                results[label] = {"settings": ready["settings"], "set_up": ready["after"], "ms": [], "cpu_ms": []}
+                attempt(label, lambda worker=workers[label]: worker.round(WARM_UP_SECONDS))
+        for number in range(rounds):
+            order = list(workers)
+            turn = number % max(1, len(order))
+            for label in order[turn:] + order[:turn]:
+                done = attempt(label, lambda worker=workers[label]: worker.round(seconds))
+                if done is not None:
+                    results[label]["ms"].append(1000 * done["wall"] / done["units"])
+                    results[label]["cpu_ms"].append(1000 * done["cpu"] / done["units"])
+        for label in list(workers):
+            done = attempt(label, workers[label].end)
+            if done is not None:
+                results[label].update(peak_mb=done["peak_mb"], beyond_mb=done["peak_mb"] - done["base_mb"])
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    _compare(job, checks, results)
+    return results
+
+
+def _compare(job: Job, checks: dict[str, Any], results: dict[str, Any]) -> None:
+    """Keep as ``check`` what every contender computed from the same weights beside what ours did."""
+    mine = checks.get("ours")
+    if mine is None:
+        return
+    for label, check in checks.items():
+        if label == "ours" or "failed" in results[label] or label.startswith("floor"):
+            continue
+        if "nll" in check:
+            apart = check["nll"] - mine["nll"]
+            results[label]["check"] = {"nll": apart, "same": bool(abs(apart) < NLL_LIMIT)}
+            continue
+        begun, ours, theirs = job.weights(), np.load(mine["weights"]), np.load(check["weights"])
+        moved = np.sqrt(sum(np.square(ours[name] - begun[name]).sum() for name in begun))
+        apart = np.sqrt(sum(np.square(ours[name] - theirs[name]).sum() for name in begun))
+        update = float(apart / moved)
+        found: dict[str, Any] = {"update": update, "same": update < UPDATE_LIMIT}
+        if check["bounds"] is not None:
+            found["bound"] = max(abs(a - b) for a, b in zip(check["bounds"], mine["bounds"], strict=True))
+        results[label]["check"] = found
+
+
+def whole_runs(files: Path, overrides: tuple[str, ...], logs: Path) -> dict[str, Any]:
+    """Seconds to ``TARGET``, one program at a time, for every seed in turn."""
+    results: dict[str, Any] = {}
+    for seed in SEEDS:
+        for contender in CONTENDERS:
+            if not contender.whole or _missing(contender):
+                continue
+            options = (*contender.options, *overrides)
+            worker = Worker(contender, Job(WHOLE, files, options, whole=TARGET, seed=seed), logs)
+            try:
+                done = worker.answer()
+            except WorkerFailed as error:
+                results[contender.label] = {"failed": str(error)}
+                continue
+            finally:
+                worker.kill()
+            print(
+                f"    {contender.label}, seed {seed}: {done['seconds']:.0f} s, {done['steps']:,} steps", file=sys.stderr
+            )
+            found = results.setdefault(contender.label, {"seconds": [], "from_start": [], "steps": [], "curves": []})
+            if "failed" not in found:
+                found["seconds"].append(done["seconds"])
+                found["from_start"].append(done["after"] - done["validating"])
+                found["steps"].append(done["steps"])
+                found["curves"].append(done["curve"])
+    return results
+
+
+def _missing(contender: Contender) -> list[str]:
+    return [name for name in contender.requires if find_spec(name) is None]
+
+
+def _data(data_dir: Path) -> tuple[str, tuple[str, ...]]:
+    """The data set in words, and the overrides that choose it."""
+    raw = data_dir / "MNIST" / "raw"
+    if any((raw / f"train-images-idx3-ubyte{end}").exists() for end in ("", ".gz")):
+        return "MNIST, binarized dynamically", ("data=mnist", f"data_dir={data_dir}")
+    words = "no MNIST in data_dir, so digits of scikit-learn enlarged to 28x28, binarized dynamically"
+    return words, ("data=digits", "data._target_=benchmarks.digits.EnlargedDigits")
+
+
+def _machine() -> dict[str, Any]:
+    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = {"python": platform.python_version()}
+    for name in ("iwae-cli", "torch", "jax", "optax", "pythae", "pyro-ppl", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": git.stdout.strip() or None,
+        "versions": versions,
+    }
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, write, print; 1 if a contender that is installed failed, or did other work than ours."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the small cases, in minutes; all take under an hour")
+    parser.add_argument("--whole", action="store_true", help="whole runs to a validation bound on MNIST, instead")
+    parser.add_argument("--cases", help="only these, comma separated: " + ", ".join(c.name for c in (*CASES, *TINY)))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    arguments = parser.parse_args(argv)
+    wanted = (
+        arguments.cases.split(",") if arguments.cases else [c.name for c in CASES if c.quick or not arguments.quick]
+    )
+    cases = [case for case in (*CASES, *TINY) if case.name in wanted]
+    if len(cases) < len(wanted):
+        parser.error(f"--cases {arguments.cases} names an unknown case; there are: " + ", ".join(c.name for c in CASES))
+    cores = len(os.sched_getaffinity(0))
+    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if arguments.quick else (ROUNDS, ROUND_SECONDS)
+    tiny = set(cases) <= set(TINY)
+    if tiny:
+        rounds, seconds = QUICK_ROUNDS, 0.01
+
+    words, overrides = _data(Path(os.environ.get("IWAE_DATA_DIR", "data")).absolute())
+    if arguments.whole:
+        if "data=mnist" not in overrides:
+            parser.error(f"--whole is about MNIST; there is only: {words}")
+        cases = []
+    folder = arguments.out.absolute() / time.strftime("%Y%m%d-%H%M%S")
+    files, logs = folder / "files", folder / "logs"
+    files.mkdir(parents=True)
+    logs.mkdir()
+    started = time.perf_counter()
+    print(f"data and weights: {words}", file=sys.stderr)
+    models = sorted({case.model for case in cases} or {WHOLE.model})
+    steps = 20 if tiny or arguments.whole else STEPS
+    environment = {**os.environ, "IWAE_ALLOW_TARGETS": "benchmarks"}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.prepare",
+        str(files),
+        ",".join(models),
+        str(steps),
+        *overrides,
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+    missing = {c.label: _missing(c) for c in CONTENDERS if _missing(c)}
+    record: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks", *argv]),
+        "machine": _machine(),
+        "data": words,
+        "rounds": rounds,
+        "round_seconds": seconds,
+        "load_before": os.getloadavg(),
+        "missing": missing,
+        "cases": {},
+        "whole": None,
+    }
+    for case in cases:
+        if case.cores > cores:
+            print(f"{case.name}: this machine lends {cores} cores only", file=sys.stderr)
+            continue
+        print(f"{case.name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
+        able = [c for c in CONTENDERS if c.can(case) and c.label not in missing]
+        record["cases"][case.name] = measure(Job(case, files, overrides), able, rounds, seconds, logs)
+        _write(folder, record)
+    if arguments.whole:
+        record["whole"] = {"target": TARGET, "case": WHOLE.name, "results": whole_runs(files, overrides, logs)}
+    record["load_after"] = os.getloadavg()
+    record["minutes"] = (time.perf_counter() - started) / 60
+    _write(folder, record)
+    for file in files.glob("*.npz"):
+        file.unlink()
+    files.rmdir()
+    print(markdown(record))
+    print(f"written: {folder}", file=sys.stderr)
+    measured = [*record["cases"].values(), *([record["whole"]["results"]] if record["whole"] else [])]
+    found = [result for results in measured for result in results.values()]
+    return int(any("failed" in result or not result.get("check", {}).get("same", True) for result in found))
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "table.md").write_text(markdown(record) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""What is measured, and the numbers that every program has to share for the comparison to mean something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+LEARNING_RATE, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
+"""Adam (Kingma and Ba 2015), as ``optimizer=adam``."""
+
+SIZES: dict[str, tuple[list[int], list[list[int]]]] = {
+    "one_layer": ([50], [[200, 200]]),
+    "two_layer": ([100, 50], [[200, 200], [100, 100]]),
+    "tiny": ([3], [[8]]),
+}
+"""Latent and hidden sizes, as ``model.latent_sizes`` and ``model.hidden_sizes``; all tanh, Bernoulli pixels."""
+
+CHECK_STEPS = 3
+"""Steps of training that every program takes from the same weights with the same noise."""
+
+CHECK_K = 5000
+"""Samples of the estimate that programs must agree on within their Monte Carlo error."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of work.
+
+    Attributes:
+        kind: ``train``: the unit is one step, drawing and binarizing a batch to updating the weights; ``evaluate``: the
+            unit is -L_k of one test image.
+        model: key of ``SIZES``.
+        k: samples per image.
+        batch: images a step of training; images at once in evaluation are each program's own choice.
+        cores: cores that a program may use; it is pinned to them.
+        quick: whether it belongs to the small selection.
+    """
+
+    kind: Literal["train", "evaluate"]
+    model: str
+    k: int
+    batch: int = 0
+    cores: int = 1
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as ``20x50`` (batch x k), ``20x50 two_layer``, ``NLL_5000``, ``NLL_5000 2 cores``."""
+        work = f"{self.batch}x{self.k}" if self.kind == "train" else f"NLL_{self.k}"
+        model = "" if self.model == "one_layer" else f" {self.model}"
+        return work + model + (f" {self.cores} cores" if self.cores > 1 else "")
+
+
+CASES = (
+    Case("train", "one_layer", 1, 20, quick=True),
+    Case("train", "one_layer", 5, 20, quick=True),
+    Case("train", "one_layer", 50, 20),
+    Case("train", "one_layer", 1, 100),
+    Case("train", "one_layer", 50, 100),
+    Case("train", "two_layer", 5, 20),
+    Case("train", "two_layer", 50, 20),
+    Case("evaluate", "one_layer", 5000, quick=True),
+    Case("evaluate", "two_layer", 5000),
+    Case("evaluate", "one_layer", 100_000),
+    Case("evaluate", "one_layer", 5000, cores=2),
+)
+TINY = (Case("train", "tiny", 2, 4), Case("evaluate", "tiny", 64))
+"""Nothing to learn from, but that everything runs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker has to do.
+
+    Attributes:
+        case: the work.
+        files: folder of ``data.npz`` and ``weights_<model>.npz``.
+        overrides: for ours, in the language of its command line.
+        whole: train until the validation bound reaches this, nats, instead of being timed in rounds.
+        seed: of a whole run.
+    """
+
+    case: Case
+    files: Path
+    overrides: tuple[str, ...] = ()
+    whole: float | None = None
+    seed: int = 0
+
+    def data(self, name: str) -> np.ndarray:
+        """``train``: (n, pixels) grey levels 0 to ``white``; ``validation``, ``test``: in {0, 1}; all uint8."""
+        with np.load(self.files / "data.npz") as file:
+            return np.asarray(file[name])
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Weights that every program begins from, by their names in ours; a matrix is (outputs, inputs)."""
+        name = "initial" if self.whole is not None else "weights"
+        with np.load(self.files / f"{name}_{self.case.model}.npz") as file:
+            return {name: file[name] for name in file.files}
+
+    def check_batch(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The images (batch, pixels) and standard normal draws (k, batch, d_l) of one step of the check, float32."""
+        case, random = self.case, np.random.default_rng(step)
+        test = self.data("test")
+        x = test[random.integers(0, len(test), case.batch)].astype(np.float32)
+        sizes = SIZES[case.model][0]
+        return x, [random.standard_normal((case.k, case.batch, size), dtype=np.float32) for size in sizes]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``from_json``."""
+        return {**vars(self), "case": vars(self.case), "files": str(self.files)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Job:
+        """The inverse of ``to_json``."""
+        fields = {"case": Case(**value["case"]), "files": Path(value["files"]), "overrides": tuple(value["overrides"])}
+        return cls(**{**value, **fields})

@@ -1,0 +1,138 @@
+"""The record of one run of the benchmark as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+BASE = "ours"
+"""Row that the others are divided by."""
+
+BUSY = 0.05
+"""Share of a round, away from the processor, above which times are not to be trusted."""
+
+Cell = Callable[[dict[str, Any]], str]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Times with ratios, memory, set-up, checks, and whole runs where there were some."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = [
+        f"`{record['command']}`, {machine['date']}, {machine['processor']}, {machine['cores']} cores, "
+        f"commit {machine['commit']}; {versions}. {record['data']}. Load {record['load_before'][0]:.1f} before"
+        + (f", {record['load_after'][0]:.1f} after." if "load_after" in record else ", unfinished."),
+    ]
+    cases = record["cases"]
+    if cases:
+        parts += _cases(record, cases)
+    if record["whole"]:
+        parts.append(_whole(record["whole"]))
+    parts += [
+        f"{label} is missing: not installed ({', '.join(names)}); pip install '.[bench]'"
+        for label, names in record["missing"].items()
+    ]
+    return "\n\n".join(parts)
+
+
+def _cases(record: dict[str, Any], cases: dict[str, Any]) -> list[str]:
+    """Every table has a row for every contender and a column for every case."""
+
+    def timed(key: str) -> Callable[[str], Cell]:
+        def of_case(case: str) -> Cell:
+            base = _median(cases[case].get(BASE, {}), key)
+
+            def cell(result: dict[str, Any]) -> str:
+                value = _median(result, key)
+                if value is None:
+                    return "failed" if "failed" in result else ""
+                return _number(value) + (f" ({value / base:.2f})" if base else "")
+
+            return cell
+
+        return of_case
+
+    parts = [
+        f"Milliseconds a step of training (batch x k) or, for NLL_k, an image: medians of {record['rounds']} rounds of "
+        f"{record['round_seconds']} s in turn; in brackets the time divided by that of {BASE}.",
+        _table(cases, timed("ms")),
+    ]
+    away = max((_away(result) for results in cases.values() for result in results.values()), default=0.0)
+    if away > BUSY:
+        parts += [
+            f"**Up to {away:.0%} of a round the processor was elsewhere: the machine was busy, and the times above are "
+            "not to be trusted.** Milliseconds of processor time:",
+            _table(cases, timed("cpu_ms")),
+        ]
+    parts += [
+        "Most memory of the process, MB; in brackets what of it lies beyond imports, data and weights.",
+        _table(cases, lambda _: lambda r: f"{r['peak_mb']:.0f} ({r['beyond_mb']:.0f})" if "peak_mb" in r else ""),
+        "Seconds from the start of the process to the end of the first unit of work: imports, data, check, choice of "
+        "shapes, compilation.",
+        _table(cases, lambda _: lambda r: f"{r['set_up']:.0f}" if "set_up" in r else ""),
+        "Checks. Training: after three steps from the same weights on the same images with the same noise, how far the "
+        f"weights are from those of {BASE}, divided by the length of the way gone (and the largest difference of the "
+        "bound, nats). Evaluation: NLL of the same images with noise of its own, less that of ours, nats.",
+        _table(cases, lambda _: _check),
+    ]
+    return parts
+
+
+def _table(cases: dict[str, Any], cell_of: Callable[[str], Cell]) -> str:
+    labels = list(dict.fromkeys(label for results in cases.values() for label in results))
+    cells = {case: cell_of(case) for case in cases}
+    rows = [[label, *(cells[case](results.get(label, {})) for case, results in cases.items())] for label in labels]
+    return _rows(["", *cases], [row for row in rows if any(row[1:])])
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _check(result: dict[str, Any]) -> str:
+    check = result.get("check")
+    if not check:
+        return ""
+    if "nll" in check:
+        told = f"{check['nll']:+.2f}"
+    else:
+        told = f"{check['update']:.0e}" + (f" ({check['bound']:.0e})" if "bound" in check else "")
+    return told if check["same"] else f"**other work**: {told}"
+
+
+def _whole(whole: dict[str, Any]) -> str:
+    header = ["", "seconds training", "seconds from the start of the process", "steps", "runs"]
+    rows = []
+    for label, result in whole["results"].items():
+        if "failed" in result:
+            rows.append([label, "failed", "", "", ""])
+            continue
+        ours = whole["results"].get(BASE, {})
+        values = [_number(median(result[key])) for key in ("seconds", "from_start")]
+        if "seconds" in ours:
+            values = [
+                f"{value} ({median(result[key]) / median(ours[key]):.2f})"
+                for value, key in zip(values, ("seconds", "from_start"), strict=True)
+            ]
+        rows.append([label, *values, f"{median(result['steps']):,.0f}", str(len(result["seconds"]))])
+    return (
+        f"Whole runs of {whole['case']} from the same weights to a validation bound L_50 of {whole['target']} nats, "
+        f"without its evaluation; medians over seeds, in brackets divided by {BASE}.\n\n" + _rows(header, rows)
+    )
+
+
+def _median(result: dict[str, Any], key: str) -> float | None:
+    values = result.get(key)
+    return median(values) if values else None
+
+
+def _away(result: dict[str, Any]) -> float:
+    """Share of the rounds' wall time that was not processor time; none where several cores worked."""
+    wall, cpu = _median(result, "ms"), _median(result, "cpu_ms")
+    return max(0.0, 1 - cpu / wall) if wall and cpu else 0.0
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

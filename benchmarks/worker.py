@@ -1,0 +1,152 @@
+"""One program at work in a process of its own, told by lines of JSON when to begin and when to pause.
+
+The runner writes the job; the worker answers ``ready`` after the first unit of work (so imports, data and compilation
+lie behind it), then one ``round`` for every ``{"seconds": s}``, and ``done`` at the end of the input. A program runs
+its own loop, data loading included, and calls ``tick`` between two units; the clock stands still while it waits there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+
+from benchmarks.cases import CHECK_K, Job
+
+IMAGES, IMAGES_AT_100_000 = 24, 3
+"""Images of one unit of evaluation."""
+
+VALIDATION_K, VALIDATE_EVERY = 50, 500
+"""Samples of the validation bound of a whole run; steps between two of them."""
+
+Tick = Callable[[int], bool]
+"""Called with the number of units done since the last call; False: stop."""
+
+
+class Peer(Protocol):
+    """A program that can do the work.
+
+    Attributes:
+        settings: what it chose for itself, for the record.
+    """
+
+    settings: str
+
+    def train(self, tick: Tick) -> None:
+        """Train on the training split from ``job.weights()``, until ``tick`` says to stop."""
+
+    def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
+        """Bounds before each of the steps on ``job.check_batch``, and the weights after them; None: cannot tell."""
+        ...
+
+    def nll(self, images: np.ndarray, k: int) -> float:
+        """-L_k, nats, mean over binary images (n, pixels)."""
+        ...
+
+
+def serve(make: Callable[[Job], Peer]) -> None:
+    """Do what standard input says; see the module."""
+    # Whatever a program prints must not stand between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = Job.from_json(json.loads(sys.stdin.readline()))
+    peer = make(job)
+    base = _resident_mb()
+    if job.whole is not None:
+        _whole(job, peer, answers)
+        return
+    checked = _check(job, peer)
+    rounds = _Rounds(answers, {"settings": peer.settings, "check": checked})
+    if job.case.kind == "train":
+        peer.train(rounds.tick)
+    else:
+        test, k = job.data("test"), job.case.k
+        n = IMAGES_AT_100_000 if k == 100_000 else IMAGES
+        start = 0
+        peer.nll(test[:n], k)
+        while rounds.tick(n):
+            start = (start + n) % (len(test) - n)
+            peer.nll(test[start : start + n], k)
+    _say(answers, "done", base_mb=base, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+class _Rounds:
+    """A clock that runs for as long as it is told, and then waits to be told again."""
+
+    def __init__(self, answers: TextIO, facts: dict[str, Any]) -> None:
+        self._answers, self._facts = answers, facts
+        self._until = -1.0
+        self._units = 0
+        self._begun = (0.0, 0.0)
+
+    def tick(self, units: int) -> bool:
+        """See ``Tick``."""
+        now = time.perf_counter()
+        self._units += units
+        if now < self._until:
+            return True
+        if self._until < 0:
+            _say(self._answers, "ready", **self._facts)
+        else:
+            cpu = time.process_time() - self._begun[1]
+            _say(self._answers, "round", units=self._units, wall=now - self._begun[0], cpu=cpu)
+        line = sys.stdin.readline()
+        if not line:
+            return False
+        self._units = 0
+        self._begun = (time.perf_counter(), time.process_time())
+        self._until = self._begun[0] + json.loads(line)["seconds"]
+        return True
+
+
+def _check(job: Job, peer: Peer) -> dict[str, Any]:
+    if job.case.kind == "evaluate":
+        images = job.data("test")[:IMAGES]
+        return {"nll": peer.nll(images, min(job.case.k, CHECK_K))}
+    bounds, weights = peer.check()
+    file = job.files / f"checked_{os.getpid()}.npz"
+    if weights is not None:
+        np.savez(file, **weights)  # type: ignore[arg-type]
+    return {"bounds": bounds, "weights": None if weights is None else str(file)}
+
+
+def _whole(job: Job, peer: Peer, answers: TextIO) -> None:
+    """Train until the validation bound is reached; its evaluations do not count."""
+    target = job.whole
+    assert target is not None
+    validation = job.data("validation")
+    steps, validating, next_validation, curve = 0, 0.0, VALIDATE_EVERY, []
+    begun = time.perf_counter()
+
+    def tick(units: int) -> bool:
+        nonlocal steps, validating, next_validation
+        steps += units
+        if steps < next_validation:
+            return True
+        next_validation += VALIDATE_EVERY
+        before = time.perf_counter()
+        bound = -peer.nll(validation, VALIDATION_K)
+        after = time.perf_counter()
+        validating += after - before
+        curve.append((steps, after - begun - validating, bound))
+        return bound < target
+
+    peer.train(tick)
+    seconds = curve[-1][1]
+    _say(answers, "done", steps=steps, seconds=seconds, validating=validating, curve=curve, settings=peer.settings)
+
+
+def _say(answers: TextIO, kind: str, **facts: Any) -> None:
+    print(json.dumps({"kind": kind, **facts}), file=answers, flush=True)
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
