@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from iwae_cli import __version__
-from iwae_cli.cli_help import conf_folder, evaluate_help, train_help
+from iwae_cli.cli_help import conf_folder, evaluate_help, own_folder, train_help
 from iwae_cli.construct import BASES, call, check_arguments, construct, convert, nearest, one_line
 from iwae_cli.errors import Interrupted, RunLocked, UserError
 from iwae_cli.signals import preemption
@@ -86,10 +86,13 @@ def _train_with_others(argv: list[str]) -> bool:
 
 def _train(argv: list[str]) -> bool:
     if {"-h", "--help"} & set(argv):
-        print(train_help(), end="")
+        asked, _ = _train_parser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
+        print(train_help([own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []), end="")
         return False
     arguments = _train_parser().parse_intermixed_args(argv)
     if arguments.shell_completion:
+        if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", " ".join(arguments.overrides)):
+            raise UserError("-sc wants install=SHELL or uninstall=SHELL, SHELL one of bash, zsh, fish")
         _hand_over(_never, ["--shell-completion", *arguments.overrides])
         return False
     from iwae_cli import cli_compose
@@ -347,7 +350,8 @@ def _train_parser() -> _Parser:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("-cd", "--config-dir")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
+    what = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    parser.add_argument("-i", "--info", nargs="?", const="all", choices=what)
     parser.add_argument("-sc", "--shell-completion", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
     return parser

@@ -6,11 +6,11 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from iwae_cli.cli_help import choices, conf_folder, summary
+from iwae_cli.cli_help import choices, conf_folder, config_files, own_folder, summary
 from iwae_cli.construct import BASES, nearest, one_line, resolve, unknown_key
 from iwae_cli.errors import UserError
 from iwae_cli.files import write_text
@@ -39,8 +39,8 @@ _HYDRA_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samp
 _EXTRAS = {"ray": "ray", "ray_aws": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm", "optuna": "optuna"}
 """Launchers and sweepers that not everybody has installed, and the extra that brings each."""
 _OPEN_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
-_OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.", "hydra.verbose")
-_OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "verbose", "mode"}
+_OPEN_HYDRA_OVERRIDES = ("hydra.launcher.", "hydra.sweeper.")
+_OPEN_HYDRA_KEYS = {"launcher", "sweeper", "searchpath", "mode"}
 _HYDRA_OWN_KEYS = {"overrides", "runtime"}
 _ON_ERROR = "on_error"
 _NOT_OF_A_SEARCH = (
@@ -48,10 +48,15 @@ _NOT_OF_A_SEARCH = (
     "hydra.launcher.",
     "hydra.sweeper.n_trials=",
     "hydra.sweeper.n_jobs=",
-    "hydra.verbose=",
     f"{_ON_ERROR}=",
     "restart=",
 )
+MAX_JOBS = 10_000
+"""Of one sweep; each is composed and checked before the first begins, which takes some hundredths of a second."""
+
+_TO_BE_GIVEN = "??? "
+"""Begins a value of a preset that must be given; what kind of value follows."""
+
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 
 
@@ -98,6 +103,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
     with _hydra(config_dir, overrides) as composer:
         overrides = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
         parsed = composer.parse(overrides)
+        overrides = [str(o.input_line) for o in parsed]
         base = composer.compose([o for o in parsed if not o.is_sweep_override()])
         multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
         varied: list[str] = []
@@ -166,8 +172,9 @@ def check_display(overrides: Sequence[str], config_dir: str | None) -> list[str]
     """
     with _hydra(config_dir, overrides) as composer:
         overrides = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
-        composer.compose([o for o in composer.parse(overrides) if not o.is_sweep_override()])
-        return [*composer.search_override, *overrides]
+        parsed = composer.parse(overrides)
+        composer.compose([o for o in parsed if not o.is_sweep_override()])
+        return [*composer.search_override, *(str(o.input_line) for o in parsed)]
 
 
 def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) -> Job:
@@ -177,6 +184,9 @@ def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) ->
         UserError: a value is missing or cannot be resolved.
     """
     config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", _ON_ERROR)]))
+    for key, value in config.items():
+        if isinstance(value, str) and value.startswith(_TO_BE_GIVEN):
+            raise UserError(f"{key} has no value: write {key}=..., {value.removeprefix(_TO_BE_GIVEN)}")
     # What becomes of a sweep is no part of a run.
     overrides = [o for o in overrides if not o.lstrip("+").startswith(f"{_ON_ERROR}=")]
     mode = os.environ.get("WANDB_MODE")
@@ -190,7 +200,7 @@ def job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[str]) ->
 
 
 def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """A run's ``config.yaml`` with overrides of ``evaluation``, ``device`` and ``data_dir``.
+    """A run's ``config.yaml`` with overrides of ``evaluation``, ``device``, ``data_dir`` and ``data.path``.
 
     With ``estimator=...`` it holds that node too; one that asks about an objective holds that of the run inside,
     with overrides of ``objective``.
@@ -208,17 +218,19 @@ def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     with _hydra(None, ()) as composer:
         parsed = composer.parse(overrides)
         about_objective = any(o.key_or_group == ESTIMATOR and o.value() in ABOUT_OBJECTIVE for o in parsed)
-        allowed = (*own, ESTIMATOR, *(["objective"] if about_objective else []))
+        # Where data lie may change, what they hold may not: that is compared with what the run was trained on.
+        moved = ["data.path"] if "path" in saved["data"] else []
+        allowed = (*own, *moved, ESTIMATOR, *(["objective"] if about_objective else []))
         for override in parsed:
             key = override.key_or_group
-            if key.partition(".")[0] not in allowed:
+            if not {key, key.partition(".")[0]} & {*allowed}:
                 hint = nearest(key.partition(".")[0], allowed)
                 raise UserError(f"{key} cannot be changed after training{hint} (allowed are {', '.join(allowed)})")
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
         chosen = [override for override in parsed if override.key_or_group in composer.groups]
         fresh = composer.compose([override for override in chosen if override.key_or_group != ESTIMATOR])
-        config = OmegaConf.create({key: saved[key] for key in allowed if key != ESTIMATOR})
+        config = OmegaConf.create({key: saved[key] for key in ("data", *allowed) if key in saved})
         for override in chosen:
             key = override.key_or_group
             config[key] = composer.estimator(override) if key == ESTIMATOR else fresh[key]
@@ -233,7 +245,7 @@ def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if about_objective:
         changed[ESTIMATOR]["objective"] = changed.pop("objective")
     if "data_dir" in saved["data"]:
-        changed["data"] = {**saved["data"], "data_dir": changed["data_dir"]}
+        changed["data"]["data_dir"] = changed["data_dir"]
     return {**saved, **changed}
 
 
@@ -241,6 +253,7 @@ class _Composer:
     """Hydra's compose with our checks in front; to be had from ``_hydra``."""
 
     def __init__(self, folders: list[Path]) -> None:
+        self._folders = folders
         uris = ",".join(quoted(f"file://{folder}") for folder in folders)
         self.search_override = [f"hydra.searchpath=[{uris}]"] if folders else []
         self._loader = GlobalHydra.instance().config_loader()
@@ -251,14 +264,22 @@ class _Composer:
         self._cache: dict[tuple[str, ...], DictConfig] = {}
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
-        parsed = []
+        parsed: dict[str, Override] = {}
         for text in overrides:
+            # Hydra knows no null where it chooses, but an empty list.
+            text = re.sub(r"\bnull\b", "[]", text) if text.startswith("experiment=") else text
             try:
-                parsed += self._parser.parse_overrides([text])
-            except HydraException:
+                (override,) = self._parser.parse_overrides([text])
+            except (HydraException, ValueError):
+                # ValueError: an integer of thousands of digits.
                 hint = "" if "=" in text else f"; did you mean {text.lstrip('+~-')}=...?"
-                raise UserError(f"cannot read {text!r}: write key=value, quote special characters{hint}") from None
-        return parsed
+                shown = repr(text if len(text) < 200 else f"{text[:100]}...")
+                raise UserError(f"cannot read {shown}: write key=value, quote special characters{hint}") from None
+            before = parsed.setdefault(override.key_or_group, override)
+            if before.input_line != override.input_line:
+                both = f"{before.input_line} and {override.input_line}"
+                raise UserError(f"{both} contradict each other: write one of them")
+        return list(parsed.values())
 
     def estimator(self, override: Override) -> Any:
         """The node that ``estimator=...`` chooses; it is no part of a run's config, so that Hydra would not find it."""
@@ -268,6 +289,7 @@ class _Composer:
     def grid(self, parsed: Sequence[Override], base: DictConfig) -> tuple[list[list[Override]], list[str]]:
         """The overrides of every job, and the keys that are varied."""
         swept = [*self._sweeper_params(base), *parsed]
+        _check_number({o.key_or_group: o for o in swept}.values())
         try:
             (combinations,) = BasicSweeper.split_arguments(swept, None)
         except HydraException as error:
@@ -279,6 +301,7 @@ class _Composer:
         if base.hydra.sweeper.get("custom_search_space"):
             raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
         swept = [*self._sweeper_params(base), *parsed]
+        _check_number([o for o in swept if o.is_discrete_sweep()], most=None)
         chosen: dict[str, Override] = {}
         for override in swept:
             if not override.is_sweep_override():
@@ -348,6 +371,8 @@ class _Composer:
         names, name = self.groups[group], override.value()
         if override.type.name != "CHANGE" and "/" not in group:
             raise UserError(f"+{group} is there already: write {group}={_text(name)} without +")
+        if group == "experiment" and name == []:
+            return True
         if name not in names:
             if group in _OPEN_HYDRA_GROUPS and name in _EXTRAS:
                 raise UserError(_not_installed(group, str(name)))
@@ -362,8 +387,16 @@ class _Composer:
                 self._cache[key] = compose(
                     "config", overrides=[*self.search_override, *overrides], return_hydra_config=True
                 )
-            except yaml.YAMLError as error:
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self._not_text()} cannot be read: {one_line(error)}") from error
+            except (yaml.YAMLError, OSError) as error:
                 raise UserError(one_line(error)) from error
+            except (AttributeError, TypeError, ValueError, AssertionError) as error:
+                # Of Hydra, which looks into its own node without asking what a preset has made of it.
+                what = f"{type(error).__name__}: {one_line(error)}"
+                raise UserError(
+                    f"a preset breaks Hydra's own node (open are hydra.launcher and hydra.sweeper): {what}"
+                ) from error
             except (HydraException, OmegaConfBaseException) as error:
                 missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
                 if missing and missing[2] in _EXTRAS:
@@ -371,6 +404,15 @@ class _Composer:
                 told = [_without_details(str(e)) for e in (error, error.__cause__) if e is not None]
                 raise UserError(" ".join(dict.fromkeys(told))) from error
         return self._cache[key]
+
+    def _not_text(self) -> str:
+        """Which file it is: the error of the codec does not say."""
+        for file in (file for folder in self._folders for file in config_files(folder)):
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(file)
+        return "a configuration"
 
     def _check_hydra_node(self, cfg: DictConfig) -> None:
         """Hydra builds callbacks, loggers, launchers and sweepers from its node: nothing of ours may run there."""
@@ -386,7 +428,7 @@ class _Composer:
 @contextmanager
 def _hydra(config_dir: str | None, overrides: Sequence[str]) -> Iterator[_Composer]:
     """Hydra looking into ``conf``, then ``--config-dir``, then ``hydra.searchpath``."""
-    folders = [] if config_dir is None else [_existing(config_dir, "--config-dir")]
+    folders = [] if config_dir is None else [own_folder(config_dir, "--config-dir")]
     with initialize_config_dir(str(conf_folder()), version_base=VERSION_BASE, job_name="iwae-train"):
         composer = _Composer(folders)
         search = [o for o in overrides if o.lstrip("+").startswith("hydra.searchpath=")]
@@ -396,8 +438,31 @@ def _hydra(config_dir: str | None, overrides: Sequence[str]) -> Iterator[_Compos
                 # A pkg:// entry would import a package.
                 if not isinstance(entry, str) or ("://" in entry and not entry.startswith("file://")):
                     raise UserError(f"hydra.searchpath must be a list of folders, got {entry}: write [file:///folder]")
-                folders.append(_existing(entry.removeprefix("file://"), "hydra.searchpath"))
+                folders.append(own_folder(entry.removeprefix("file://"), "hydra.searchpath"))
         yield _Composer(folders) if search else composer
+
+
+def _check_number(swept: Iterable[Override], most: int | None = MAX_JOBS) -> None:
+    """Refuse a sweep of no job or of more than ``most``, without expanding it."""
+    jobs = 1
+    for override in swept:
+        if override.is_discrete_sweep():
+            n = _number_of_values(override, (most or 0) + 1)
+            if n == 0:
+                raise UserError(f"{override.input_line} gives no job")
+            jobs *= n
+    if most is not None and jobs > most:
+        raise UserError(f"a sweep may have {most:,} jobs, and this one has more: ask for it in parts")
+
+
+def _number_of_values(override: Override, most: int) -> int:
+    """How many values a discrete sweep has, counted up to ``most``."""
+    value = override.value()
+    try:
+        values = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        return sum(1 for _ in islice(values, most))
+    except (HydraException, ValueError, ArithmeticError) as error:
+        raise UserError(f"{override.input_line}: {one_line(error)}") from None
 
 
 def quoted(text: str) -> str:
@@ -414,13 +479,6 @@ def _on_error(cfg: DictConfig) -> str:
     if value not in allowed:
         raise UserError(f"{_ON_ERROR} must be one of {', '.join(allowed)}, got {_text(value)}{nearest(value, allowed)}")
     return str(value)
-
-
-def _existing(folder: str, option: str) -> Path:
-    path = Path(folder).absolute()
-    if not path.is_dir():
-        raise UserError(f"{option} must be a folder that exists, got {folder}")
-    return path
 
 
 def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:

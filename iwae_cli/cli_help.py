@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from iwae_cli.errors import UserError
+
 
 def conf_folder() -> Path:
     """``conf`` inside the installed package, else beside the package (a checkout)."""
@@ -16,15 +18,35 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def own_folder(folder: str, option: str) -> Path:
+    """A folder of the user's with groups and choices.
+
+    Raises:
+        UserError: it is not there, or a choice in it has the name of one of ours, which Hydra would take instead.
+    """
+    path = Path(folder).absolute()
+    if not folder or not path.is_dir():
+        raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
+    for file in config_files(path):
+        ours = conf_folder() / file.relative_to(path)
+        if ours.is_file() and ours.read_bytes() != file.read_bytes():
+            raise UserError(f"{file} has the name of a choice that comes with iwae-cli: give it another")
+    return path
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The yaml files of our groups in a config folder; whatever else lies in it is not looked at."""
+    groups = [path.name for path in conf_folder().iterdir() if path.is_dir()]
+    return [path for group in groups for path in sorted((folder / group).rglob("*.yaml")) if path.is_file()]
+
+
 def choices(folders: list[Path]) -> dict[str, list[str]]:
     """Group -> its choices, from the yaml files of config folders; one may lie deeper (``burda/swap_vae_to_iwae``)."""
     found: dict[str, set[str]] = {}
     for folder in folders:
-        for path in folder.rglob("*.yaml"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            depth = 2 if parts[0] == "hydra" else 1
-            if len(parts) > depth:
-                found.setdefault("/".join(parts[:depth]), set()).add("/".join(parts[depth:]))
+        for path in config_files(folder):
+            group, *name = path.relative_to(folder).with_suffix("").parts
+            found.setdefault(group, set()).add("/".join(name))
     return {group: sorted(names) for group, names in sorted(found.items())}
 
 
@@ -34,11 +56,11 @@ def summary(names: list[str]) -> list[str]:
     return [name for name in names if "/" not in name] + [f"{folder}/... ({n})" for folder, n in inside.items()]
 
 
-def train_help() -> str:
-    """``iwae-train --help``."""
+def train_help(own: list[Path]) -> str:
+    """``iwae-train --help``, with the choices in folders of the user's own."""
     conf = conf_folder()
     config = yaml.safe_load((conf / "config.yaml").read_text())
-    found = choices([conf])
+    found = choices([conf, *own])
     lines = []
     for default in config["defaults"]:
         group, chosen = next(iter(default.items())) if isinstance(default, dict) else (default, None)
@@ -46,6 +68,7 @@ def train_help() -> str:
             names = [f"[{name}]" if name == chosen else name for name in summary(found[group])]
             lines.append(textwrap.fill(f"{group}=", 12).ljust(14) + " ".join(names))
     groups = textwrap.indent("\n".join(lines), "  ")
+    estimators = " or ".join(found["estimator"])
     return f"""\
 iwae-train: train an importance weighted autoencoder, estimate its log-likelihood, keep the record.
 
@@ -61,6 +84,7 @@ groups (the default in brackets):
 keys:
   seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
   init_from=RUN_FOLDER (begin from its weights)  with_optimizer=false  train=all or inference
+  on_error=continue or stop (of a sweep)
   and those of every choice, such as objective.k=50: --cfg job prints them all
 
 examples:
@@ -71,13 +95,19 @@ examples:
   iwae-train data=linear_gaussian model=linear_gaussian evaluation.k=500 logger=disabled
 
 options:
-  -m, --multirun         one run for every combination of comma-separated values
+  -m, --multirun         one run for every combination of comma-separated values, and of range(3), glob(*iwae);
+                         outputs/sweeps/NAME ties them together; hydra/launcher=joblib, submitit_local or ray runs
+                         them side by side; the same command goes on with a sweep that was stopped
   -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
   --config-dir DIR       a folder of your own with groups and choices, such as DIR/objective/mine.yaml
   --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
   --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
   --hydra-help           Hydra's own options
   --version, --help, -h
+
+torchrun --nproc-per-node=2 -m iwae_cli ...   shares the evaluation of one run over processes
+iwae-eval RUN_FOLDER      evaluates again, or otherwise: estimator={estimators}
+iwae-report outputs       finished runs in a table, as a page, or compared image by image
 
 exit codes: 0 done, 1 the run failed, 2 wrong input, 3 another process has the run, 128+n ended by signal n
 """

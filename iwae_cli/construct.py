@@ -40,6 +40,9 @@ ALLOW_VARIABLE = "IWAE_ALLOW_TARGETS"
 OWN_PACKAGES = ("iwae_cli", "torch.optim")
 """Packages whose classes may be named."""
 
+LARGEST_INTEGER = 2**63 - 1
+"""What torch and numpy can hold."""
+
 _PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 _PLAIN_MANY = {int: "integers", float: "numbers", bool: "true or false", str: "texts"}
 
@@ -166,6 +169,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     """
     if hint is Any:
         return value
+    if type(value) is int and abs(value) > LARGEST_INTEGER:
+        raise UserError(f"{path} must be at most {LARGEST_INTEGER} in size, got a number of {len(str(value))} digits")
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         if value is None and NoneType in options:
@@ -202,7 +207,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             return value
     elif isinstance(hint, type):
         return build(value, hint, path)
-    raise UserError(f"{path} must be {_describe(hint)}, got {_show(value)}")
+    raise UserError(f"{path} must be {_describe(hint)}, got {_show(value)}{_as_text(value, hint, path)}")
 
 
 def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
@@ -240,8 +245,13 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
     def refusal(kept: Mapping[str, Any]) -> str | None:
         try:
             # A matrix and a vector, since some optimizers take only one of them.
-            cls([torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))], **kept)
-        except (ValueError, TypeError, RuntimeError) as error:
+            tried = [torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
+            optimizer = cls(tried, **kept)
+            # Some are made and cannot take a step with dense gradients, or on this device.
+            for parameter in tried:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             return one_line(error)
         return None
 
@@ -318,6 +328,17 @@ def _show(value: Any) -> str:
         return json.dumps(value).replace('"', "")
     except (TypeError, ValueError):
         return repr(value)
+
+
+def _as_text(value: Any, hint: Any, path: str) -> str:
+    """What to type instead of a number (or list, or truth value) in quotes, which is a text; else nothing."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        convert(json.loads(value), hint, path)
+    except (ValueError, UserError):
+        return ""
+    return f" as a text: write {path}={value} without quotes (of a variable: ${{oc.decode:${{oc.env:NAME}}}})"
 
 
 def _join(path: str, key: str) -> str:

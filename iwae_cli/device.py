@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, final, get_args
 
 import torch
 
-from iwae_cli.errors import UserError
+from iwae_cli.errors import RunFailed, UserError
 
 Kind = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "float64"]
+MAX_THREADS = 1024
+"""More than any machine has cores for; a process may not have many more."""
 
 
 @final
@@ -23,7 +28,7 @@ class Device:
             between numbers of threads.
 
     Raises:
-        ValueError: unknown kind or precision, threads < 1, float64 on mps (which has none).
+        ValueError: unknown kind or precision, threads outside 1 to ``MAX_THREADS``, float64 on mps (which has none).
     """
 
     def __init__(self, kind: Kind, precision: Precision = "float32", threads: int = 1) -> None:
@@ -33,6 +38,8 @@ class Device:
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
         if threads < 1:
             raise ValueError(f"threads must be >= 1, got {threads}")
+        if threads > MAX_THREADS:
+            raise ValueError(f"threads must be <= {MAX_THREADS}, got {threads}")
         if kind == "mps" and precision == "float64":
             raise ValueError("precision must be float32 with device=mps, which has no float64")
         self.kind: Kind = kind
@@ -76,6 +83,26 @@ class Device:
         # "highest" is about products of matrices alone: convolutions on a GPU would keep ten bits of each factor.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Meanwhile, memory that runs out is told in one line.
+
+    Raises:
+        RunFailed: it ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has an error of its own for GPUs alone.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise RunFailed(
+            f"memory ran out{f' ({size[1]} were asked for at once)' if size else ''}: smaller sizes of model or data, "
+            "batch_size, objective.k or evaluation.rows take less"
+        ) from error
 
 
 def available() -> list[str]:

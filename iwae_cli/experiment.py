@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from iwae_cli import console, signals
 from iwae_cli.construct import build, construct
 from iwae_cli.data.base import Dataset
-from iwae_cli.device import Device
+from iwae_cli.device import Device, memory_told
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
@@ -32,6 +33,9 @@ from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
 
 logger = logging.getLogger("iwae_cli")
+
+MAX_DRAWS = 10_000_000
+"""Draws of q in one step; each takes some kilobytes of memory."""
 
 
 class Experiment:
@@ -85,6 +89,14 @@ class Experiment:
             raise ValueError(f"seed must be >= 0, got {seed}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if batch_size * objective.num_samples > MAX_DRAWS:
+            raise ValueError(
+                f"batch_size={batch_size:,} with {objective.num_samples:,} draws for each image (objective.k) is more "
+                f"than the {MAX_DRAWS:,} draws that a step may have"
+            )
+        for name, folder in (("output_dir", output_dir), ("init_from", init_from)):
+            if folder == "":
+                raise ValueError(f"{name} must name a folder, got ''")
         if with_optimizer and (init_from is None or train == "inference"):
             raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
         if train == "inference" and init_from is None:
@@ -133,13 +145,16 @@ class Experiment:
             raise UserError(refusal)
         self.device.resolve()
         if self.source is not None:
-            source = self.source.config()
+            try:
+                source, initial = self.source.config(), self.initial
+            except UserError as error:
+                raise UserError(f"init_from: {error}") from error
             groups = ("model", "optimizer") if self.with_optimizer else ("model",)
             for group in groups:
                 mine, theirs = self.config[group], source[group]
-                if mine != theirs if group == "model" else mine["_target_"] != theirs["_target_"]:
-                    raise UserError(f"init_from={self.source.path} was run with another {group}: {theirs}")
-            initial = self.initial
+                if mine != theirs if group == "model" else mine["_target_"] != theirs.get("_target_"):
+                    differences = _differences(group, theirs, mine)
+                    raise UserError(f"init_from={self.source.path} was run with another {group}: {differences}")
             if initial is not None and initial.step < initial.total_steps:
                 raise UserError(
                     f"init_from={self.source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
@@ -161,6 +176,7 @@ class Experiment:
         known = {key: value for key, value in prints.items() if value is not None}
         return training_name(self.config, self.names, self.objective.num_samples, known)
 
+    @memory_told()
     def run(self) -> dict[str, Any]:
         """Train (or go on, or skip what is done), evaluate, write the result, print it.
 
@@ -199,6 +215,7 @@ class Experiment:
         return result
 
 
+@memory_told()
 def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Evaluate the checkpoint of a run once more, and keep the result in its ``evaluations/``; print it.
 
@@ -281,6 +298,16 @@ def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariabl
     model = architecture.build(state.image_shape, mean, generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.
     return model.to(next(iter(state.model.values())).dtype)
+
+
+def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Which keys of a group are not the same in two runs."""
+
+    def shown(node: dict[str, Any], key: str) -> str:
+        return json.dumps(node[key], separators=(",", ":")).replace('"', "") if key in node else "nothing"
+
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return "; ".join(f"{group}.{key}={shown(there, key)} there, {shown(here, key)} here" for key in keys)
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:

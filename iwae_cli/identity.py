@@ -19,7 +19,9 @@ def training_name(
         samples: draws of q per observation and step.
         fingerprints: hashes of what a path names: ``data`` and ``init_from``, where there is one.
     """
-    parts = [names["data"], names["model"], names["objective"], f"k{samples}", f"seed{config['seed']}"]
+    # A choice of one's own may lie deeper, as in model=mine/small; a run folder may not.
+    chosen = [names[group].replace("/", "_") for group in ("data", "model", "objective")]
+    parts = [*chosen, f"k{samples}", f"seed{config['seed']}"]
     return "-".join([*parts, _digest(training_config(config, fingerprints))])
 
 

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -336,41 +337,47 @@ class Sweep:
     # The end.
 
     def _show(self, jobs: Sequence[Mapping[str, Any]]) -> None:
-        out = Console(highlight=False, markup=False)
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+        scores = [self._nll(job) for job in jobs]
+        names = {name for name, _ in scores if name}
         sheet = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for heading, justify in (("job", "right"), ("overrides", "left"), ("status", "left"), ("NLL", "right")):
-            sheet.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        sheet.add_column("run", overflow="fold")
-        for number, job in enumerate(jobs):
-            told = str(job.get("identity", ""))
-            if job["error"]:
-                told += f"\n{job['error']}"
+        headings = {"job": "right", "overrides": "left", "status": "left", "NLL": "right", "run": "left"}
+        for heading, justify in headings.items():
+            named = ", ".join(sorted(names)) if heading == "NLL" and names else heading
+            sheet.add_column(named, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for number, (job, (name, nll)) in enumerate(zip(jobs, scores, strict=True)):
             sheet.add_row(
                 str(number),
                 Text(" ".join(o for o in job["overrides"] if o not in common)),
                 Text(job["status"], style=_STYLES.get(job["status"], "")),
-                self._nll(job),
-                Text(told),
+                nll if len(names) < 2 or not name else f"{nll} ({name})",
+                Text(str(job.get("identity", ""))),
             )
+        # As wide as it is: half a name is of no use to whoever copies it.
+        out = Console(highlight=False, markup=False)
+        width = Measurement.get(out, out.options.update(max_width=sys.maxsize), sheet).maximum
+        out = Console(highlight=False, markup=False, width=max(out.width, width))
         counts = Counter(job["status"] for job in jobs)
         out.print()
         out.print(self.folder.path.name, style="bold", soft_wrap=True)
         out.print(sheet)
+        for number, job in enumerate(jobs):
+            if job["error"]:
+                out.print(f"job {number}: {job['error']}", soft_wrap=True)
         out.print(_counted(counts) or "no jobs")
         if counts.keys() - {"finished"}:
             out.print("the same command goes on from here and repeats nothing that is finished")
         out.print(f"{'folder':<14}{_shown(self.folder.path)}", soft_wrap=True)
 
-    def _nll(self, job: Mapping[str, Any]) -> str:
-        """Of the test split, else of the first that was evaluated."""
+    def _nll(self, job: Mapping[str, Any]) -> tuple[str, str]:
+        """What is shown, and its value, nats: of the test split, else of the first that was evaluated."""
         if job["status"] != "finished":
-            return ""
+            return "", ""
         result = _read(self.folder.path / job["folder"] / job["result"]) or {}
         for split in ("test", "validation", "train"):
             if split in result and result[split]["nll"] is not None:
-                return f"{result[split]['nll']:.2f}"
-        return ""
+                return f"NLL_{result[split]['k']} {split}", f"{result[split]['nll']:.2f}"
+        return "", ""
 
 
 def _counted(statuses: Mapping[str, int]) -> str:

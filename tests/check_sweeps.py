@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from small_runs import TINY, bits, run_folders  # noqa: E402
+from small_runs import TINY, bits, last_of_each, run_folders  # noqa: E402
 
 LAUNCHERS = {
     "basic": [],
@@ -42,7 +42,7 @@ def command(launcher: str, runs: int, passes: int, output_dir: Path) -> list[str
     if launcher == "optuna":
         varied = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", f"hydra.sweeper.n_trials={runs}"]
         splits = "[validation]"
-    tiny = [*TINY, f"schedule.passes={passes}", f"evaluation.splits={splits}", "evaluation.k=5"]
+    tiny = last_of_each(*TINY, f"schedule.passes={passes}", f"evaluation.splits={splits}", "evaluation.k=5")
     return [sys.executable, "-m", "iwae_cli", "-m", *varied, *tiny, *LAUNCHERS[launcher], f"output_dir={output_dir}"]
 
 

@@ -31,11 +31,16 @@ VARYING = ("seconds", "versions", "device", "git")
 """Fields of result.json that two equal runs need not share."""
 
 
+def last_of_each(*overrides: str) -> tuple[str, ...]:
+    """Of several overrides of one key the last one: the command line refuses to choose."""
+    return tuple({override.lstrip("+").partition("=")[0]: override for override in overrides}.values())
+
+
 def run(*overrides: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``iwae-train`` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.train(list(overrides))
+        code = cli.train(list(last_of_each(*overrides)))
     return code, out.getvalue(), err.getvalue()
 
 

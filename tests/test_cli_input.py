@@ -9,6 +9,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from iwae_cli.cli import train
+from iwae_cli.cli_compose import plan
+from iwae_cli.cli_help import conf_folder, config_files
 
 WRONG = {
     # Groups and choices.
@@ -16,7 +18,10 @@ WRONG = {
     "+objektive=elbo": "objektive is unknown; did you mean objective?",
     "objective=iwea": ", got iwea; did you mean ",
     "experiment=smok": ", got smok; did you mean smoke?",
-    "experiment=null": "experiment must be one of ",
+    "experiment=": "experiment must be one of ",
+    "+experiment=null": "write experiment=null without +",
+    "experiment=burda/swap_vae_to_iwae": "the finished run folder of experiment=burda/mnist_1l_vae_k1",
+    "experiment=burda/swap_iwae_to_vae": "the finished run folder of experiment=burda/mnist_1l_iwae_k50",
     "experiment=burda/mnist_1l_iwae_k6": "did you mean burda/mnist_1l_iwae_k",
     "objective=null": "objective must be one of ",
     "objective={k: 3}": "objective must be one of ",
@@ -36,6 +41,10 @@ WRONG = {
     "~objective.k": "~objective.k: nothing can be taken away",
     # Types.
     "seed=x": "seed must be an integer, got x",
+    "seed='3'": "seed must be an integer, got 3 as a text: write seed=3 without quotes",
+    "model.latent_sizes='[3]'": "write model.latent_sizes=[3] without quotes",
+    "restart='true'": "write restart=true without quotes",
+    "seed=${oc.env:HOME}": "seed must be an integer, got /",
     "seed=true": "seed must be an integer, got true",
     "seed=": "seed must be an integer, got ''",
     "restart=1": "restart must be true or false, got 1",
@@ -62,6 +71,19 @@ WRONG = {
     "optimizer.lr=inf": "optimizer.lr must be finite, got Infinity",
     "optimizer.lr=-1": "optimizer.lr=-1.0 is refused by Adam: Invalid learning rate",
     "optimizer.eps=-1": "optimizer.eps=-1.0 is refused by Adam: Invalid epsilon",
+    f"seed={'9' * 5000}": "cannot read 'seed=9999",
+    f"seed={2**63}": f"seed must be at most {2**63 - 1} in size, got a number of 19 digits",
+    f"optimizer.lr={'9' * 400}": "got a number of 400 digits",
+    f"model.latent_sizes=[{'9' * 30}]": "model.latent_sizes[0] must be at most",
+    "optimizer.lr=1e400": "optimizer.lr must be finite, got Infinity",
+    "device.threads=1000000000": "device.threads must be <= 1024, got 1000000000",
+    "model.latent_sizes=[1000000000]": "model.latent_sizes must hold sizes <= 32,768, got 1,000,000,000",
+    "objective.k=1000000000": "batch_size=20 with 1,000,000,000 draws for each image (objective.k) is more than",
+    "batch_size=10000000": "batch_size=10,000,000 with 5 draws",
+    "evaluation.k=1000000000000": "evaluation.k must be <= 100,000,000, got 1,000,000,000,000",
+    "evaluation.validation_k=1000000000000": "evaluation.validation_k must be <= 100,000,000",
+    "evaluation.rows=1000000000000": "evaluation.rows must be <= 10,000,000",
+    "evaluation.workers=100000": "evaluation.workers must be <= 1,024",
     "optimizer.betas=[0.9,1.5]": "optimizer.betas=[0.9, 1.5] is refused by Adam",
     # Combinations.
     "model=linear_gaussian": "with this data use model=one_layer",
@@ -92,6 +114,7 @@ WRONG = {
     "hydra.run.dir=elsewhere": "hydra.run.dir cannot be changed; runs go to output_dir=...",
     "hydra={run: {dir: elsewhere}}": "hydra cannot be changed",
     "hydra.mode=MULTIRUN": "hydra.mode cannot be changed; runs go to output_dir=..., several runs are asked for by -m",
+    "hydra.verbose={_target_: x}": "hydra.verbose cannot be changed",
     "hydra.launcher.n_jobs=2": "Key 'n_jobs' not in 'BasicLauncherConf'",
     "hydra.output_subdir=x": "hydra.output_subdir cannot be changed",
     "hydra/job_logging=default": "hydra/job_logging",
@@ -101,11 +124,39 @@ WRONG = {
     "hydra.searchpath=[file:///nowhere/at/all]": "hydra.searchpath must be a folder that exists",
     # Options.
     "--config-dir=nowhere": "--config-dir must be a folder that exists, got nowhere",
+    "--config-dir=": "--config-dir must be a folder that exists, got nothing",
+    "-sc": "-sc wants install=SHELL or uninstall=SHELL, SHELL one of bash, zsh, fish",
     "--objective=elbo": "did you mean objective=elbo?",
     "--multirnu": "unknown option --multirnu; did you mean --multirun?",
     "--config-name=other": "unknown option --config-name=other",
     "--experimental-rerun=x.pickle": "unknown option --experimental-rerun=x.pickle",
     "--resolve": "--package and --resolve go with --cfg",
+}
+
+WRONG_LINES = {
+    "seed=1 seed=2": "seed=1 and seed=2 contradict each other: write one of them",
+    "output_dir=a output_dir=b": "output_dir=a and output_dir=b contradict each other",
+    "objective=elbo objective=iwae": "objective=elbo and objective=iwae contradict each other",
+    "data=linear_gaussian model=linear_gaussian data.noise_std=1e-300": "data.noise_std must be between 0.0001 and 1",
+    "data=linear_gaussian model=linear_gaussian data.noise_std=1e300": "data.noise_std must be between",
+    "data=linear_gaussian model=linear_gaussian data.pixels=1000000": "data.pixels must be <= 10,000, got 1,000,000",
+    "data=linear_gaussian model=linear_gaussian data.n_train=100000000": "data.n_train must be <= 10,000,000",
+    "model=conv model.hidden_size=1000000000": "model.hidden_size must be <= 32,768",
+    "model=categorical objective=vimco model.categories=1000000000": "model.categories must be <= 32,768",
+    "optimizer.fused=false +optimizer.capturable=true": "optimizer.capturable=true is refused by Adam: If",
+    "-sc install=foo": "-sc wants install=SHELL",
+    "-sc install=bash install=zsh": "-sc wants install=SHELL",
+    "--info foo": "invalid choice: 'foo' (choose from 'all', 'config'",
+    "--cfg foo": "invalid choice: 'foo' (choose from 'job'",
+    "-m seed=range(0)": "seed=range(0) gives no job",
+    "-m seed=range(9,3)": "seed=range(9,3) gives no job",
+    "-m objective=glob(x*)": "objective=glob(x*) gives no job",
+    "-m seed=range(0,9,0)": "seed=range(0,9,0): range() arg 3 must not be zero",
+    "-m seed=range(0,nan)": "seed=range(0,nan): ",
+    "-m seed=range(1000000000)": "a sweep may have 10,000 jobs, and this one has more",
+    "-m seed=range(0,1e9,0.001)": "a sweep may have 10,000 jobs, and this one has more",
+    "-m seed=range(0,101) batch_size=range(1,101)": "a sweep may have 10,000 jobs, and this one has more",
+    "-m seed=1,2 seed=3": "seed=1,2 and seed=3 contradict each other",
 }
 
 
@@ -124,6 +175,11 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize("override", WRONG)
 def test_wrong_input_is_one_line(override: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert WRONG[override] in refused(capsys, override)
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_wrong_lines_are_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert WRONG_LINES[line] in refused(capsys, *line.split())
 
 
 @pytest.mark.parametrize("override", ["objective.kk=3", "objective=iwea", "seed=${nowhere", "~objective", "+foo=1"])
@@ -168,9 +224,13 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "experiment/environment.yaml": "# @package _global_\nhydra: {job: {env_set: {IWAE_ALLOW_TARGETS: trap}}}\n",
         "experiment/folder.yaml": "# @package _global_\nhydra: {run: {dir: elsewhere}}\n",
         "data/broken.yaml": "defaults: [nowhere]\n",
+        "experiment/nothing.yaml": "# @package _global_\nhydra: null\n",
+        "experiment/number.yaml": "# @package _global_\nhydra: 5\n",
+        "optimizer/sparse.yaml": "{_target_: torch.optim.SparseAdam, lr: 0.01}\n",
     }.items():
         (config / name).parent.mkdir(parents=True, exist_ok=True)
         (config / name).write_text(text)
+    (config / "objective" / "latin.yaml").write_bytes("_target_: é".encode("latin-1"))
     monkeypatch.setenv("TRAP", "trap.Trap")
     return config
 
@@ -188,6 +248,10 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("experiment=sweeper", "hydra.sweeper.params.x._target_ must name a class"),
         ("experiment=environment", "hydra.job cannot be changed"),
         ("experiment=folder", "hydra.run cannot be changed"),
+        ("experiment=nothing", "a preset breaks Hydra's own node (open are hydra.launcher and hydra.sweeper)"),
+        ("experiment=number", "experiment/number"),
+        ("objective=latin", "conf/objective/latin.yaml cannot be read: 'utf-8' codec"),
+        ("optimizer=sparse", "optimizer is refused by SparseAdam: SparseAdam does not support dense gradients"),
     ],
 )
 @pytest.mark.parametrize(("by", "multirun"), [("option", False), ("searchpath", True)])
@@ -204,3 +268,34 @@ def test_the_trap_works(trap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert train(["--config-dir", str(trap), "objective=trap"]) == 2
     assert "derived from Objective, got trap.Trap" in capsys.readouterr().err
     assert sorted(os.listdir()) == sorted([*before, "sprung"])
+
+
+def test_a_choice_that_would_never_be_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = conf_folder() / "model" / "one_layer.yaml"
+    own = tmp_path / "own" / "model" / "one_layer.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(ours.read_text().replace("[50]", "[7]"))
+    for where in (["--config-dir", "own"], [f"hydra.searchpath=[{tmp_path / 'own'}]"]):
+        assert "own/model/one_layer.yaml has the name of a choice that comes with" in refused(capsys, *where)
+    own.write_text(ours.read_text())
+    assert plan([], False, "own").jobs[0].config == plan([], False, None).jobs[0].config
+
+
+def test_only_the_groups_of_a_config_folder_are_looked_at(tmp_path: Path) -> None:
+    for folder in ("model", "elsewhere/model"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "mine.yaml").write_text("")
+    assert config_files(tmp_path) == [tmp_path / "model" / "mine.yaml"]
+
+
+def test_no_preset_at_all() -> None:
+    assert plan(["experiment=null"], False, None).jobs[0].config == plan([], False, None).jobs[0].config
+    swept = plan(["experiment=null,smoke", "seed=3"], True, None)
+    assert [job.config["evaluation"]["k"] for job in swept.jobs] == [5000, 500]
+    assert swept.arguments == ["experiment=[],smoke", "seed=3"], "what Hydra is given, which knows no null there"
+
+
+def test_what_is_near_the_bounds_is_allowed() -> None:
+    assert plan([f"seed={2**63 - 1}", "device.threads=1024"], False, None).jobs[0].config["seed"] == 2**63 - 1
+    assert len(plan(["seed=range(100)", "batch_size=range(1,4)"], True, None).jobs) == 300
+    assert len(plan(["seed=1", "seed=1"], False, None).jobs) == 1, "twice the same is no contradiction"

@@ -263,6 +263,24 @@ def test_help_names_every_choice(capsys) -> None:
     assert out.count("\n  iwae-train") >= 5
 
 
+def test_help_lists_choices_of_ones_own_and_the_rest_of_the_program(tmp_path: Path, capsys) -> None:
+    (tmp_path / "own" / "objective").mkdir(parents=True)
+    (tmp_path / "own" / "objective" / "mine.yaml").write_text("")
+    assert train(["--help", "--config-dir", "own"]) == 0
+    out = capsys.readouterr().out
+    assert " [iwae] jvi mine " in out
+    for told in (
+        "on_error=",
+        "outputs/sweeps/",
+        "torchrun ",
+        "iwae-report ",
+        "estimator=ais or gradient_snr",
+        "range(",
+    ):
+        assert told in out
+    assert len(out.splitlines()) < 60 and train(["--config-dir", "nowhere", "--help"]) == 2
+
+
 def test_the_examples_of_the_help_are_right(capsys) -> None:
     train(["--help"])
     examples = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  iwae-train")]

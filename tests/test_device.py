@@ -3,12 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from iwae_cli import device
 from iwae_cli.device import Device
-from iwae_cli.errors import UserError
+from iwae_cli.errors import RunFailed, UserError
 
 
 @pytest.fixture
@@ -54,6 +55,31 @@ def test_what_cannot_be_is_refused(arguments, message) -> None:
     with pytest.raises(ValueError) as refusal:
         Device(**arguments)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."), "8000 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "20.00 GiB"),
+        (MemoryError("Unable to allocate 7.45 GiB for an array with shape (1,)"), "7.45 GiB"),
+        (MemoryError(), None),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception, size: str | None) -> None:
+    with pytest.raises(RunFailed) as told, device.memory_told():
+        raise error
+    asked = "" if size is None else f" ({size} were asked for at once)"
+    assert str(told.value).startswith(f"memory ran out{asked}: smaller sizes")
+    with pytest.raises(RuntimeError, match=r"^another$"), device.memory_told():
+        raise RuntimeError("another")
+
+
+def test_real_memory_that_runs_out() -> None:
+    with pytest.raises(RunFailed, match=r"^memory ran out"), device.memory_told():
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RunFailed, match=r"^memory ran out"), device.memory_told():
+        np.empty(2**60, dtype=np.uint8)
 
 
 def test_setup_flushes_denormals_and_sets_threads_and_may_be_called_again() -> None:

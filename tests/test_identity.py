@@ -11,6 +11,7 @@ from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json,
 
 from iwae_cli import cli
 from iwae_cli.cli_compose import plan
+from iwae_cli.cli_help import conf_folder
 from iwae_cli.identity import evaluation_name
 from iwae_cli.training.trainer import Trainer
 
@@ -21,6 +22,14 @@ def identity(*overrides: str) -> str:
 
 def evaluation(*overrides: str) -> str:
     return evaluation_name(plan(list(overrides), False, None).jobs[0].config)
+
+
+def test_a_choice_that_lies_deeper_makes_no_deeper_folder(tmp_path: Path) -> None:
+    own = tmp_path / "own" / "model" / "mine"
+    own.mkdir(parents=True)
+    shutil.copyfile(conf_folder() / "model" / "one_layer.yaml", own / "small.yaml")
+    job = plan(["model=mine/small"], False, str(tmp_path / "own")).jobs[0]
+    assert cli._experiment(job, None).identity() == identity().replace("-one_layer-", "-mine_small-")
 
 
 OF_THE_WEIGHTS = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TINY, arrays, bits, finished, read_json, run, run_folders
+from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders
 
 from iwae_cli import cli
 from iwae_cli.errors import Interrupted
@@ -138,6 +138,14 @@ def test_the_order_of_the_images_is_drawn_once_a_pass(tmp_path: Path, monkeypatc
 
 def test_a_number_has_one_spelling(folder: Path) -> None:
     assert again(folder, "optimizer.weight_decay=0", "optimizer.lr=0.001")[0] == 0
+    assert run_folders(folder.parent) == [folder]
+
+
+def test_what_a_run_begins_from_must_be_the_same_model(folder: Path) -> None:
+    code, _, err = again(folder, f"init_from={folder}", "model.latent_sizes=[4]", "seed=1")
+    assert code == 2 and err.endswith(" was run with another model: model.latent_sizes=[3] there, [4] here\n")
+    code, _, err = again(folder, f"init_from={folder}", "model=two_layer", *TINY_TWO_LAYERS[1:3], "seed=1")
+    assert code == 2 and "model.latent_sizes=[3] there, [4,3] here; model.hidden_sizes=[[8]] there, [[12],[8]]" in err
     assert run_folders(folder.parent) == [folder]
 
 

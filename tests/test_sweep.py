@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TINY, bits, finished, read_json, run, run_folders
+from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders
 
 from iwae_cli.cli import train
 from iwae_cli.device import Device
 from iwae_cli.errors import RunFailed
 from iwae_cli.experiment import Experiment
 from iwae_cli.files import RunLock
+from iwae_cli.sweep import Planned, Sweep
 
 QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
 
@@ -41,7 +42,7 @@ ENGINES = [
 
 def start(*overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "iwae_cli", "-m", *overrides],
+        [sys.executable, "-m", "iwae_cli", "-m", *last_of_each(*overrides)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -136,6 +137,36 @@ def test_stop_at_the_first_error(runs: Any, capsys: Any) -> None:
     assert statuses(Path("outputs")) == ["finished"] * 3
     assert train(["-m", "seed=0,1,2", "on_error=stopp"]) == 2
     assert "on_error must be one of continue, stop, got stopp; did you mean stop?" in capsys.readouterr().err
+
+
+def test_the_table_says_what_is_scored_and_breaks_no_name(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+
+    def table(*scores: dict[str, Any]) -> list[str]:
+        place = tmp_path / str(len(scores))
+        names = [f"a_data_set-a_model-an_objective-k50-seed{seed}-0123abcd" for seed in range(len(scores))]
+        for name, score in zip(names, scores, strict=True):
+            (place / name / "evaluations" / "e").mkdir(parents=True)
+            (place / name / "evaluations" / "e" / "result.json").write_text(json.dumps(score))
+        planned = [Planned([f"seed={i}", "batch_size=20"], place / name, "e") for i, name in enumerate(names)]
+        Sweep(place / "sweeps" / "s", planned, {}, False).run(lambda: None)
+        out = capsys.readouterr().out
+        assert all(name in out for name in names)
+        lines: list[str] = out.splitlines()
+        return lines[lines.index("s") + 1 :]
+
+    def score(nll: float, split: str = "test", k: int = 5000) -> dict[str, Any]:
+        return {split: {"nll": nll, "k": k}}
+
+    head, first, second, *_ = table(score(86.0), score(85.5))
+    assert head.split() == ["job", "overrides", "status", "NLL_5000", "test", "run"]
+    assert first.split()[:4] == ["0", "seed=0", "finished", "86.00"] and second.split()[3] == "85.50"
+    head, first, second, third, *_ = table(score(86.0), score(85.5, "validation"), score(84.0, k=50))
+    assert "NLL_50 test, NLL_5000 test, NLL_5000 validation" in head
+    assert "86.00 (NLL_5000 test)" in first and "85.50 (NLL_5000 validation)" in second
+    assert "84.00 (NLL_50 test)" in third
 
 
 def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any) -> None:

@@ -13,6 +13,12 @@ from iwae_cli.data.base import SPLITS, Data, Dataset
 from iwae_cli.noise import numpy_generator
 from iwae_cli.particles import Observation
 
+MAX_PIXELS = 10_000
+"""Also of latents: the covariance of x is a dense matrix."""
+MAX_OBSERVATIONS = 10_000_000
+NOISE_STDS = (1e-4, 1e6)
+"""Below, the covariance is singular beside W W' and float32 cannot hold the noise; above, nothing else is left."""
+
 
 @final
 class LinearGaussian(Dataset):
@@ -29,7 +35,8 @@ class LinearGaussian(Dataset):
         seed: of the generator; not the seed of any run.
 
     Raises:
-        ValueError: a size below 1, a negative seed, or a ``noise_std`` that is not finite and positive.
+        ValueError: a size outside 1 to ``MAX_PIXELS`` or ``MAX_OBSERVATIONS``, a negative seed, or a ``noise_std``
+            outside ``NOISE_STDS``.
     """
 
     name = "linear_gaussian"
@@ -55,8 +62,12 @@ class LinearGaussian(Dataset):
         for argument, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{argument} must be >= 1, got {value}")
-        if not (math.isfinite(noise_std) and noise_std > 0):
-            raise ValueError(f"noise_std must be finite and > 0, got {noise_std}")
+            most = MAX_OBSERVATIONS if argument.startswith("n_") else MAX_PIXELS
+            if value > most:
+                raise ValueError(f"{argument} must be <= {most:,}, got {value:,}")
+        least, largest = NOISE_STDS
+        if not least <= noise_std <= largest:
+            raise ValueError(f"noise_std must be between {least:g} and {largest:g}, got {noise_std:g}")
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         self._pixels = pixels

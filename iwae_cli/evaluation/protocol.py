@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+MAX_K = 100_000_000
+"""Samples of one image; they take hours."""
+MAX_ROWS = 10_000_000
+"""Values of one layer of 200 units for so many rows are 8 GB."""
+MAX_WORKERS = 1024
+"""Threads; more than any machine has cores for."""
+
 
 class Evaluation:
     """The protocol of a final evaluation and of the validation during training.
@@ -41,6 +48,10 @@ class Evaluation:
         for name, value in at_least_one.items():
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        at_most = {"k": (k, MAX_K), "validation_k": (validation_k, MAX_K), "rows": (rows, MAX_ROWS)}
+        for name, (value, most) in {**at_most, "workers": (workers or 1, MAX_WORKERS)}.items():
+            if value > most:
+                raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
         for name, value in {"seed": seed, "binarization_seed": binarization_seed}.items():
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")

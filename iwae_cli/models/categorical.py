@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from iwae_cli.models.base import Architecture, GenerativeNetwork, InferenceNetwork, Networks
 from iwae_cli.models.discrete import enumerated_log_px
 from iwae_cli.models.likelihoods import Bernoulli
-from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob
+from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, check_size
 from iwae_cli.noise import Noise
 from iwae_cli.particles import Latents, Observation
 
@@ -100,7 +100,7 @@ class Categorical(Architecture):
         categories: states of the latent.
 
     Raises:
-        ValueError: fewer than two categories.
+        ValueError: fewer than two categories, or too many.
     """
 
     observation: Observation = "binary"
@@ -110,6 +110,7 @@ class Categorical(Architecture):
     def __init__(self, categories: int) -> None:
         if categories < 2:
             raise ValueError(f"categories must be >= 2, got {categories}")
+        check_size("categories", categories)
         self.categories = categories
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:

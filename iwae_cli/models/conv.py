@@ -13,7 +13,7 @@ from iwae_cli.errors import UserError
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.likelihoods import LikelihoodName, likelihood_observation, make_likelihood
 from iwae_cli.models.mlp import GaussianChain, GaussianRecognition
-from iwae_cli.models.networks import check_sizes
+from iwae_cli.models.networks import check_size, check_sizes
 
 HALVE = (4, 2, 1)
 """Kernel size, stride, padding: make a side exactly half as long; transposed, twice as long."""
@@ -97,7 +97,7 @@ class GaussianConvolutional(Architecture):
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
 
     Raises:
-        ValueError: a size below 1, other than two channels, unknown likelihood.
+        ValueError: a size out of range, other than two channels, unknown likelihood.
     """
 
     layers = 1
@@ -105,13 +105,11 @@ class GaussianConvolutional(Architecture):
     def __init__(
         self, latent_size: int, channels: list[int], hidden_size: int, likelihood: LikelihoodName = "bernoulli"
     ) -> None:
-        if latent_size < 1:
-            raise ValueError(f"latent_size must be >= 1, got {latent_size}")
+        check_size("latent_size", latent_size)
         check_sizes("channels", channels)
         if len(channels) != 2:
             raise ValueError(f"channels must hold two sizes, got {len(channels)}")
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size must be >= 1, got {hidden_size}")
+        check_size("hidden_size", hidden_size)
         self.observation = likelihood_observation(likelihood)
         self.latent_size = latent_size
         self.channels = channels

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from iwae_cli.noise import Noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+MAX_SIZE = 32_768
+"""Of a layer; the weights between two such layers are 4 GB, and Adam wants four times that."""
 
 
 def normal_log_prob(
@@ -97,10 +99,20 @@ def initialize(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def check_size(name: str, size: int) -> None:
+    """Raise ValueError unless ``size`` is from 1 to ``MAX_SIZE``."""
+    if size < 1:
+        raise ValueError(f"{name} must be >= 1, got {size}")
+    if size > MAX_SIZE:
+        raise ValueError(f"{name} must be <= {MAX_SIZE:,}, got {size:,}")
+
+
 def check_sizes(name: str, sizes: Sequence[int]) -> None:
-    """Raise ValueError unless ``sizes`` holds at least one positive integer."""
+    """Raise ValueError unless ``sizes`` holds at least one integer and all are from 1 to ``MAX_SIZE``."""
     if not sizes:
         raise ValueError(f"{name} must name at least one layer, got []")
     for size in sizes:
         if size < 1:
             raise ValueError(f"{name} must hold sizes >= 1, got {size}")
+        if size > MAX_SIZE:
+            raise ValueError(f"{name} must hold sizes <= {MAX_SIZE:,}, got {size:,}")

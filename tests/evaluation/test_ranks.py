@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_runs import TINY, bits, finished, run_folders
+from small_runs import TINY, bits, finished, last_of_each, run_folders
 
-LINE = (*TINY, "schedule.passes=1", "evaluation.rows=64", "evaluation.splits=[validation,test]")
+LINE = last_of_each(*TINY, "schedule.passes=1", "evaluation.rows=64", "evaluation.splits=[validation,test]")
 COUNTING = """
 import os, sys
 from iwae_cli.evaluation import pool
