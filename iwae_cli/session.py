@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ class Session:
         finished_before = self.state.step == self.trainer.total_steps and folder.result() is not None
         if not finished_before:
             self._begin()
-        logger.info("begin at step %d of %d: %s", self.state.step, self.trainer.total_steps, experiment.overrides)
+        asked = shlex.join(experiment.overrides) or "nothing beyond the defaults"
+        logger.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
         status: Status = "failed"
         try:
             history = read_history(folder.path, self.state.step)
@@ -152,8 +154,12 @@ class Session:
         self.sink.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
         try:
             self._pictures(result)
-        except (ValueError, OSError) as error:
-            logger.warning("figures are missing: %s", error)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # Whatever a drawing library may come to: the numbers are written, and a run is not failed by its pictures.
+            logger.warning("figures are missing: %s: %s", type(error).__name__, error)
+            logger.info("how they failed", exc_info=True)
 
     def on_step(self, step: int) -> None:
         """Show that something happens."""
@@ -241,9 +247,10 @@ class Session:
 
         figures, step = self.folder.figures, self.state.step
         made: dict[str, Path] = {}
+        names = self.experiment.names
         history = [row for _, row in read_history(self.folder.path)]
         shown = {
-            f"train, k = {self.experiment.objective.num_samples}": "train/bound",
+            f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
             f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
         }
         curves = {
@@ -253,7 +260,7 @@ class Session:
         made["training"] = figures / "training.png"
         plot_training(made["training"], curves, label="bound")
         made["bound_vs_k"] = figures / "bound_vs_k.png"
-        plot_bounds(made["bound_vs_k"], {split: result[split]["bounds"] for split in self.experiment.evaluation.splits})
+        plot_bounds(made["bound_vs_k"], {s: result[s]["bounds"] for s in console.SPLITS if s in result})
         test = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
         x = test.to(device=self.device, dtype=self.experiment.device.dtype)
         with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from iwae_cli.files import atomic_path
 
@@ -79,9 +79,9 @@ def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, f
         if not points:
             continue
         x, y = np.asarray(points, dtype=np.float64).T
-        axes.plot(
-            x, y, color=colour, lw=1.6, marker="o" if len(x) <= 40 else "", ms=3.5, label=f"{name} {_nats(y[-1])}"
-        )
+        end = f"{name}: {_nats(y[-1])} at the end"
+        axes.plot(x, y, color=colour, lw=1.6, marker="o" if len(x) <= 40 else "", ms=3.5, label=end)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # The schedules of the field grow by powers of three: a straight axis would show the last stage alone.
     passes = [x for points in curves.values() for x, _ in points if x > 0]
     if passes and max(passes) / min(passes) > 100:
@@ -96,25 +96,36 @@ def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> 
 
     Args:
         path: the PNG file.
-        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; of up to three lines the first has
-            its values written in.
+        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; of up to two lines the values are written
+            in, of three those of the first.
     """
     figure, axes = _figure("mean bound $L_k$ (nats)", "samples k")
     ticks: set[int] = set()
-    for row, (colour, (name, levels)) in enumerate(_coloured(bounds.items())):
-        points = sorted((int(k), value) for k, value in levels.items() if value is not None)
+    lines = {
+        name: sorted((int(k), value) for k, value in levels.items() if value is not None)
+        for name, levels in bounds.items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    for row, (colour, (name, points)) in enumerate(_coloured(lines.items())):
         ticks.update(k for k, _ in points)
-        axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, marker="o", ms=5, label=name)
-        for k, value in points if row == 0 and len(bounds) <= 3 else ():
-            # Bounds rise with k and flatten: above and to the left of a point there is no line.
+        # Where lines coincide the first is seen, which is the one that is spoken of.
+        axes.plot(
+            *zip(*points, strict=True), color=colour, lw=1.6, marker="o", ms=5, label=name, zorder=3 - row / len(lines)
+        )
+        for k, value in points if len(lines) <= 2 or (row == 0 and len(lines) == 3) else ():
+            # Bounds rise with k and flatten: no line is above and to the left of a point, nor below and to the right.
+            beside = [(dict(other).get(k, value), -i) for i, other in enumerate(lines.values())]
+            above = (value, -row) == max(beside)
+            offset, side = ((-3, 6), "right") if above or len(lines) == 3 else ((3, -13), "left")
             axes.annotate(
-                _nats(value), (k, value), (-3, 6), textcoords="offset points", ha="right", color=colour, fontsize=9
+                _nats(value), (k, value), offset, textcoords="offset points", ha=side, color=colour, fontsize=9
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.margins(x=0.12, y=0.12)
+    # Room for the values beside the first and the last point.
+    axes.margins(x=0.2, y=0.15)
     _legend(axes)
     _save(figure, path)
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from small_runs import TINY, read_json, run, run_folders
 
 from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
 
@@ -94,3 +98,77 @@ def test_a_dozen_lines_are_all_drawn(tmp_path: Path) -> None:
     plot_bounds(tmp_path / "some.png", some)
     plot_bounds(tmp_path / "more.png", lines)
     assert darkness(tmp_path / "more.png") > darkness(tmp_path / "some.png")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(self: Figure, *arguments: Any, **named: Any) -> None:
+        figures.append(self)
+        save(self, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.mark.parametrize(
+    "validation",
+    [[-28.14, -25.98, -25.01, -24.72], [-28.16, -25.97, -24.99, -24.70], [-40.0, -33.0, -31.0, -30.0]],
+    ids=["crossing", "the same", "far below"],
+)
+def test_every_value_of_both_splits_is_written_where_it_can_be_read(
+    tmp_path: Path, drawn: list[Figure], validation: list[float]
+) -> None:
+    test, levels = [-28.16, -25.96, -24.98, -24.71], ("1", "5", "50", "500")
+    bounds = {"test": dict(zip(levels, test, strict=True)), "validation": dict(zip(levels, validation, strict=True))}
+    plot_bounds(tmp_path / "b.png", bounds)
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["test", "validation"]
+    assert "nats" in axes.get_ylabel()
+    values = [f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in (*test, *validation)]
+    assert [text.get_text() for text in axes.texts] == values
+    boxes = [text.get_window_extent() for text in axes.texts]
+    inside = axes.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not box.overlaps(axes.get_legend().get_window_extent())
+
+
+def test_the_legend_says_where_training_ended(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_training(tmp_path / "t.png", {"training, iwae k = 5": [(1.0, -30.0), (2.0, -25.96)]}, label="bound")
+    (axes,) = drawn[0].axes
+    (text,) = axes.get_legend().get_texts()
+    assert text.get_text() == "training, iwae k = 5: \N{MINUS SIGN}25.96 at the end"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no font"), KeyError("tick")], ids=["no matplotlib", "a", "b"])
+def test_pictures_that_fail_do_not_fail_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        assert error is not None
+        raise error
+
+    if error is None:
+        # As if it could not be imported.
+        monkeypatch.setitem(sys.modules, "iwae_cli.report.plots", None)
+    else:
+        monkeypatch.setattr(Figure, "savefig", fail)
+    code, _, err = run(*TINY, f"output_dir={tmp_path}")
+    name = "ModuleNotFoundError" if error is None else type(error).__name__
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "figures" in line]
+    assert line.startswith(f"figures are missing: {name}: ")
+    assert "Traceback" not in err
+    (folder,) = run_folders(tmp_path)
+    assert read_json(folder / "status.json")["status"] == "finished"
+    assert read_json(folder / "result.json")["test"]["nll"] > 0
+    log = (folder / "train.log").read_text()
+    assert "how they failed\nTraceback" in log
+    assert "begin at step 0 of 26; asked for: 'model.latent_sizes=[3]' 'model.hidden_sizes=[[8]]' schedule=" in log
+    assert f"output_dir={tmp_path}\n" in log
