@@ -208,6 +208,9 @@ def tail_size(k: int) -> int:
     return int(min(k / 5, 3 * math.sqrt(k)))
 
 
+SMALLEST_TAIL = 5
+"""Weights that k-hat is fitted to, at least."""
+
 EQUAL = 1e-4
 """Weights that differ by less, relative to the largest, are equal: float32 rounds log-weights of 100 nats to 1e-5."""
 
@@ -226,7 +229,7 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
         (within ``EQUAL``: a tail fitted to rounding errors says nothing).
     """
     m = largest.shape[0] - 1
-    if m < 5:
+    if m < SMALLEST_TAIL:
         return torch.full(largest.shape[1:], math.nan, dtype=torch.float64, device=largest.device)
     shifted = (largest.to(torch.float64) - largest[0]).exp()
     x = (shifted[:-1] - shifted[-1]).flip(0)  # exceedances, ascending

@@ -21,7 +21,7 @@ from iwae_cli.evaluation.fast import FastScorer
 from iwae_cli.evaluation.pool import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import BLOCK, KeyedNoise
-from iwae_cli.numerics import StreamingLogWeights, accumulator_device
+from iwae_cli.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.objectives.jvi import jackknife
 
 CHUNK = 8 * BLOCK
@@ -184,7 +184,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         "khat_share_above_0.7": number(
             "khat_share_above_0.7",
             (khat > 0.7).sum() / n if len(khat) else math.nan,
-            not_finite or "k-hat is not defined for any image: all weights are equal, or k is below 25",
+            not_finite or _no_khat(likelihood.k),
         ),
         "top_weight_share_above_0.5": number(
             "top_weight_share_above_0.5",
@@ -204,6 +204,16 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             not_finite or "for some image one weight outweighs all others, and leaving it out leaves nothing",
         )
     return summary, reasons
+
+
+def _no_khat(k: int) -> str:
+    """Why it is not defined for any image, in words."""
+    if tail_size(k) < SMALLEST_TAIL:
+        return (
+            f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
+            f"use evaluation.k={5 * SMALLEST_TAIL} or more"
+        )
+    return "k-hat is fitted to the largest weights, and in every image all weights are equal"
 
 
 def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:

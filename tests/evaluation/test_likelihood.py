@@ -383,3 +383,4 @@ def test_a_single_weight_of_zero_spoils_only_the_low_levels() -> None:
 def test_few_samples_have_no_k_hat(two_layers: LatentVariableModel, k: int) -> None:
     summary, reasons = summarize(log_likelihood(two_layers, split_of(binary(5)), k=k, seed=0, rows=2000), 9)
     assert check_nulls(summary, reasons) == {"khat_share_above_0.7"}
+    assert f"k = {k} has too few; use evaluation.k=25 or more" in reasons["khat_share_above_0.7"]
