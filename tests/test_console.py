@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from typing import Any
 
@@ -165,3 +166,28 @@ def test_what_is_not_available_says_why() -> None:
     assert "test.khat_share_above_0.7 not available: all weights are equal" in text.splitlines()
     assert "active_units not available: discrete layers" in text.splitlines()
     assert "images with k-hat above 0.7 \N{EN DASH}" in squeezed(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_warning_is_a_whole_sentence_broken_between_words_at_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    split_of = split(bias_mc=-0.2, ess_share_below_10=0.5, **{"top_weight_share_above_0.5": 0.5})
+    sentences = [f"warning: {text}" for text in console.reliability_warnings("test", split_of)]
+    reason = "k-hat is fitted to the largest fifth of the weights, 5 at least, and k = 5 has too few"
+    sentences.append(f"test.nll not available: {reason}")
+    assert len(sentences) == 4 and min(map(len, sentences)) > 70
+    file = Terminal() if terminal else io.StringIO()
+    with contextlib.redirect_stdout(file):
+        result = {"identity": "x", "test": {**split_of, "nll": None}, "reasons": {"test.nll": reason}}
+        console.result_table(result, folder="outputs/x")
+    text = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())
+    lines = [line.rstrip() for line in text.splitlines()]
+    if terminal:
+        assert all(len(line) <= 70 for line in lines)
+        assert all(sentence in " ".join(lines) for sentence in sentences)
+    else:
+        assert set(sentences) <= set(lines)
