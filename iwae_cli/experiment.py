@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from iwae_cli.device import Device, memory_told
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
-from iwae_cli.files import RunLock
+from iwae_cli.files import RunLock, told
 from iwae_cli.identity import evaluation_name, training_name
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.noise import generator
@@ -184,9 +184,9 @@ class Experiment:
             The content of ``result.json``.
 
         Raises:
-            UserError: bad input, found before anything is written.
+            UserError: bad input, found before anything is written, or an ``output_dir`` that cannot be written to.
             RunLocked: another process has this run.
-            RunFailed: training diverged.
+            RunFailed: training diverged, or ``output_dir`` could no longer be written to.
             Interrupted: by a signal; the state has been saved and the same command goes on from there.
         """
         self.check()
@@ -199,20 +199,37 @@ class Experiment:
                 f"{data.image_shape}"
             )
         folder = RunFolder(self.output_dir / self.identity())
-        if self.restart and folder.path.exists():
-            with RunLock(folder.path):
-                aside = folder.set_aside()
-            logger.warning("restart: the old run is kept as %s", aside.name)
-        since, sync = _trained_at(folder), left_to_upload(folder.path)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with RunLock(folder.path), _logging(folder), signals.caught() as caught:
-            result = folder.result()
-            asked = evaluation_name(self.config)
-            if result is None or result["evaluation"]["name"] != asked or folder.status() != "finished":
-                result = Session(self, data, folder, caught).run()
-                sync = self.logger.sync_command()
+        with told(folder.path, "mend that, or choose another folder with output_dir=..."):
+            if self.restart and folder.path.exists():
+                with RunLock(folder.path):
+                    aside = folder.set_aside()
+                logger.warning("restart: the old run is kept as %s", aside.name)
+            since, sync = _trained_at(folder), left_to_upload(folder.path)
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                with RunLock(folder.path), _logging(folder), signals.caught() as caught:
+                    result = self._finished(folder)
+                    lacking = folder.lacks(pictures=len(data.image_shape) == 2)
+                    if result is not None and lacking:
+                        logger.warning("made again, since it was gone: %s", ", ".join(lacking))
+                    if result is None or lacking:
+                        result = Session(self, data, folder, caught).run()
+                        sync = self.logger.sync_command()
+            except OSError as error:
+                # What cannot be written to may still be read.
+                result = self._finished(folder)
+                if result is None:
+                    raise
+                logger.warning("%s cannot be written to (%s); this is what it holds", folder.path, error.strerror)
         console.result_table(result, folder=_shown(folder), sync=sync, since=since)
         return result
+
+    def _finished(self, folder: RunFolder) -> dict[str, Any] | None:
+        """The result, if the run is finished and was evaluated as it is asked for."""
+        result = folder.result()
+        asked = evaluation_name(self.config)
+        as_asked = result is not None and result["evaluation"]["name"] == asked and folder.status() == "finished"
+        return result if as_asked else None
 
 
 @memory_told()
@@ -228,7 +245,8 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         As ``result.json``.
 
     Raises:
-        UserError: no run folder, no checkpoint, a checkpoint of another model, data that is not there.
+        UserError: no run folder, no checkpoint, a checkpoint of another model, data that is not there, or a folder
+            that cannot be written to.
         Interrupted: by a signal.
     """
     run = RunFolder(folder)
@@ -243,7 +261,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     data = objects["data"].load()
     checkpoint.require_data(state, data)
     evaluation: Evaluation = objects["evaluation"]
-    with signals.caught() as caught:
+    with told(run.path, "an evaluation is kept there, so mend that first"), signals.caught() as caught:
         if asked is None:
             result = evaluate(run, model, data, evaluation, device, config, state, caught.check)
         else:
@@ -334,7 +352,7 @@ def _trained_at(folder: RunFolder) -> str | None:
 @contextmanager
 def _logging(folder: RunFolder) -> Iterator[None]:
     """Meanwhile everything that is logged goes to ``train.log`` with the time of day, and warnings to the terminal."""
-    file = logging.FileHandler(folder.log)
+    file = _LogFile(folder.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
@@ -348,4 +366,10 @@ def _logging(folder: RunFolder) -> Iterator[None]:
         logger.setLevel(level)
         for handler in (file, terminal):
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: where there is no room for a line of the log, the run itself fails and says so."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,23 +22,53 @@ TEMPORARY = ".tmp-"
 """How the name of an unfinished file begins; such a file may be removed by whoever holds the lock of its folder."""
 
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE)
+
+
+def trouble(error: OSError, folder: Path) -> str | None:
+    """What ``error`` says of ``folder``, which should be read and written; None if it is about something else."""
+    if not isinstance(error.filename, str):  # a write or a sync has no name to tell
+        return error.strerror if error.errno in _OF_A_DISK else None
+    place = Path(re.sub(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-(?=[^/]*$)", "", error.filename))
+    if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+        return None
+    return f"{error.strerror}: {place}"
+
+
+@contextmanager
+def told(folder: Path, advice: str) -> Iterator[None]:
+    """Errors of the operating system that are about ``folder`` become one line that ends with what to type instead.
+
+    Raises:
+        UserError: in place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        words = trouble(error, folder)
+        if words is None:
+            raise
+        raise UserError(f"{folder} cannot be used ({words}); {advice}") from error
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path to write to instead of ``path``; what lies there at the end takes the place of ``path`` in one step.
 
-    It is in the same folder (made if need be) and ends with the same name, so that writers that look at or add a
-    suffix (``torch.save``, ``np.savez``) do the same as ever. After a crash, at any moment, ``path`` is the old file
-    or the new one. If the block raises, the old file stays and the temporary one is removed.
+    It is in the same folder, which must be there: one that somebody has renamed meanwhile is not made again. It ends
+    with the same name, so that writers that look at or add a suffix (``np.savez``) do the same as ever. After a crash,
+    at any moment, ``path`` is the old file or the new one. If the block raises, the old file stays and the temporary
+    one is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what was raised says more
+            temporary.unlink(missing_ok=True)
         raise
     # Without this a power cut may bring the old name back although the new bytes are on the disk.
     _sync(path.parent, os.O_RDONLY)
@@ -87,7 +119,7 @@ class RunLock:
 
     Raises:
         RunLocked: on entering, another process (or another lock in this one) has it; the message says who.
-        UserError: on entering, the file system has no locks.
+        OSError: on entering, the folder cannot be written to, or its file system has no locks.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -102,8 +134,9 @@ class RunLock:
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
             os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # the name is a courtesy, and a full disk has no room for it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
         _held.add(descriptor)
         for leftover in self._folder.rglob(f"{TEMPORARY}*"):
@@ -122,9 +155,7 @@ class RunLock:
             ) from None
         except OSError as error:
             os.close(descriptor)
-            raise UserError(
-                f"{self._folder} cannot be locked ({error.strerror}); choose a folder on a local disk with output_dir="
-            ) from None
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from None
         return descriptor
 
     def __exit__(

@@ -6,7 +6,8 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from iwae_cli.files import atomic_path, write_json
 from iwae_cli.identity import estimator_name, evaluation_name
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.run_folder import RunFolder
-from iwae_cli.training.checkpoint import State, first_fault
+from iwae_cli.training.checkpoint import State, first_fault, load_best
 
 ACTIVE_UNITS_DRAWS = 500
 AUTHORS_IMAGES = 500
@@ -56,13 +57,15 @@ def evaluate(
 
     Raises:
         UserError: ``evaluation.weights=best`` and there are none, or weights of another model.
+        OSError: the folder cannot be written to.
     """
     place = folder.evaluation(evaluation_name(config))
     step, weights = _weights(folder, evaluation, state)
     kept = _kept(place, step, state)
-    if kept is not None:
+    if kept is not None and _holds(place / "log_likelihood.npz", _names(evaluation.splits)):
         return kept
     _put(weights, model, folder)
+    _make(place)
     started = time.monotonic()
     splits: dict[str, Any] = {}
     likelihoods: dict[str, Likelihood] = {}
@@ -118,13 +121,15 @@ def estimate(
 
     Raises:
         UserError: as ``evaluate``, or the estimator cannot look at such a model.
+        OSError: as ``evaluate``.
     """
     place = folder.evaluation(evaluation_name(config))
     step, weights = _weights(folder, subject.evaluation, state)
     kept = _kept(place, step, state)
-    if kept is not None:
+    if kept is not None and _holds(place / "estimates.npz", kept.get("arrays", ())):
         return kept
     _put(weights, subject.model, folder)
+    _make(place)
     started = time.monotonic()
     found = estimator.estimate(subject, check)
     facts = _facts(folder, subject.model, subject.data, subject.evaluation, device, config, state, step, found.hashes)
@@ -133,6 +138,7 @@ def estimate(
         **facts,
         "estimator": _described(config["estimator"], estimator_name(config)),
         **found.numbers,
+        "arrays": sorted(found.arrays),
         "reasons": found.reasons,
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
     }
@@ -147,11 +153,30 @@ def _kept(place: Path, step: int, state: State) -> dict[str, Any] | None:
     """The result that is there already, if it is of the same weights of the same state of the run."""
     try:
         kept: dict[str, Any] = json.loads((place / "result.json").read_text())
-    except (FileNotFoundError, ValueError):
+        # A run that has gone on since may have the same best weights; all else that is told of it has changed.
+        same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    # A run that has gone on since may have the same best weights; all else that is told of it has changed.
-    same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
     return kept if same else None
+
+
+def _holds(path: Path, names: Iterable[str]) -> bool:
+    """Whether a file of per-image values is there and whole; one that is to hold none need not be."""
+    wanted = set(names)
+    try:
+        # Opened here: numpy leaves a file open that is no archive. Reading compares checksums.
+        with path.open("rb") as opened, np.load(opened) as file:
+            return wanted <= {name for name in file.files if len(file[name])}
+    except FileNotFoundError:
+        return not wanted
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return False
+
+
+def _make(place: Path) -> None:
+    """The folder of an evaluation: before the work, so that a disk that takes nothing is told before it."""
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir(exist_ok=True)
 
 
 def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, folder: RunFolder) -> None:
@@ -215,10 +240,7 @@ def _facts(
 def _weights(folder: RunFolder, evaluation: Evaluation, state: State) -> tuple[int, Mapping[str, torch.Tensor]]:
     if evaluation.weights == "last":
         return state.step, state.model
-    if not folder.best.exists():
-        raise UserError(f"{folder.path} has no best.pt: no validation bound was finite; use evaluation.weights=last")
-    best = torch.load(folder.best, map_location="cpu", weights_only=True)
-    return best["step"], best["model"]
+    return load_best(folder.best, state)
 
 
 def _active_units(
@@ -250,13 +272,15 @@ def _described(node: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _save_arrays(path: Path, likelihoods: Mapping[str, Likelihood]) -> None:
     """Per-image values, float64, in the order of the data set; the test split's names have no prefix."""
-    arrays: dict[str, np.ndarray] = {}
-    for split, likelihood in likelihoods.items():
-        prefix = "" if split == "test" else f"{split}_"
-        for key in ("log_px", "ess", "khat", "top_weight"):
-            arrays[f"{prefix}{key}"] = getattr(likelihood, key)
+    arrays = {name: getattr(likelihoods[split], key) for name, (split, key) in _names(likelihoods).items()}
     with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        np.savez(temporary, **arrays)
+
+
+def _names(splits: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Names of the arrays of ``log_likelihood.npz``, each with its split and what it is."""
+    keys = ("log_px", "ess", "khat", "top_weight")
+    return {f"{'' if split == 'test' else f'{split}_'}{key}": (split, key) for split in splits for key in keys}
 
 
 def _git() -> dict[str, Any] | None:

@@ -17,6 +17,9 @@ from iwae_cli.files import write_json, write_text
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is: a report reads a thousand of these files."""
 
+DERIVED = ("metrics.csv", "log_likelihood.npz", "figures/training.png", "figures/bound_vs_k.png")
+OF_IMAGES = ("figures/samples.png", "figures/reconstructions.png")
+
 
 class RunFolder:
     """Paths and small files of one run.
@@ -77,7 +80,7 @@ class RunFolder:
         """running, interrupted, failed or finished; None where it cannot be read."""
         try:
             return str(json.loads((self.path / "status.json").read_text())["status"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def config(self) -> dict[str, Any]:
@@ -89,12 +92,17 @@ class RunFolder:
         path = self.path / "config.yaml"
         try:
             config = yaml.load(path.read_text(), LOADER)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         if not isinstance(config, dict):
             raise UserError(f"{path} is damaged: it holds no configuration")
+        for group in ("data", "model", "objective", "optimizer"):
+            if not isinstance(config.get(group), dict):
+                raise UserError(f"{path} is damaged: it names no {group}")
         return config
 
     def result(self) -> dict[str, Any] | None:
@@ -102,11 +110,23 @@ class RunFolder:
         path = self.path / "result.json"
         try:
             result: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
+            if not {"identity", "steps", "evaluation"} <= result.keys():
+                raise ValueError("it holds no result")
+            str(result["evaluation"]["name"])
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it, the same command evaluates again") from None
         return result
+
+    def lacks(self, pictures: bool) -> list[str]:
+        """Which files are not there that a finished run has, and that can be made of the others.
+
+        Args:
+            pictures: whether its observations are images.
+        """
+        files = [*DERIVED, *(OF_IMAGES if pictures else ())]
+        return [name for name in files if not (self.path / name).is_file()]
 
     def set_aside(self) -> Path:
         """Rename the folder to the first free ``<identity>.old-N``; nothing is deleted."""

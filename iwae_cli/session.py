@@ -7,6 +7,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,9 @@ import torch
 import iwae_cli
 from iwae_cli import console
 from iwae_cli.data.base import Data, Split
-from iwae_cli.errors import Interrupted
+from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.evaluation.likelihood import log_likelihood
-from iwae_cli.files import atomic_path, write_json
+from iwae_cli.files import atomic_path, trouble, write_json
 from iwae_cli.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.result import evaluate
 from iwae_cli.run_folder import RunFolder
@@ -86,7 +87,12 @@ class Session:
         self._validation: Split | None = None
 
     def run(self) -> dict[str, Any]:
-        """Train what is left, evaluate, record; the status says at every moment how it stands."""
+        """Train what is left, evaluate, record; the status says at every moment how it stands.
+
+        Raises:
+            RunFailed: training diverged, or the folder can no longer be written to.
+            Interrupted: by a signal; the state has been saved.
+        """
         experiment, folder = self.experiment, self.folder
         if folder.checkpoint.exists():
             self._resume()
@@ -98,12 +104,10 @@ class Session:
             self._begin()
         asked = shlex.join(experiment.overrides) or "nothing beyond the defaults"
         logger.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
-        status: Status = "failed"
         try:
-            history = read_history(folder.path, self.state.step)
             self.sink.open(
                 RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
-                history,
+                self._history(),
             )
             self._train()
             result = evaluate(
@@ -120,23 +124,56 @@ class Session:
                 self._begin()
                 finished_before = False
             self._publish(result)
-            status = "finished"
+            self.sink.close("finished")
+            # Last of all: until it says so, the same command does again what may be missing.
+            folder.set_status("finished", self.state.step)
             return result
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-            if isinstance(error, Interrupted):
-                status, told = "interrupted", str(error)
+            status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            if status == "interrupted":
                 logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
             else:
                 logger.info("failed at step %d", self.state.step, exc_info=True)
+            failure = self._failure(error)
+            # What hinders these is what has just been raised.
             if not finished_before:
-                folder.set_status(status, self.state.step, told)
+                with suppress(OSError):
+                    named = "" if status == "interrupted" else f"{type(failure).__name__}: "
+                    folder.set_status(status, self.state.step, f"{named}{failure}")
+            with suppress(OSError):
+                self.sink.close(status)
+            if failure is not error:
+                raise failure from error
             raise
-        finally:
-            self.sink.close(status)
-            if status == "finished":
-                # Last of all: until it says so, the same command does again what may be missing.
-                folder.set_status(status, self.state.step)
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """``error``, or in one line what has become of the folder."""
+        words = trouble(error, self.folder.path) if isinstance(error, OSError) else None
+        if words is None:
+            return error
+        if not self.folder.path.is_dir():
+            return RunFailed(
+                f"{self.folder.path} is gone: it was renamed or removed while this run wrote to it; "
+                "under its old name the same command goes on from the last saved step"
+            )
+        return RunFailed(
+            f"{self.folder.path} cannot be written to ({words}); when it can, the same command goes on from the last "
+            "saved step; or choose another folder with output_dir=..."
+        )
+
+    def _history(self) -> list[tuple[int, dict[str, float | int | None]]]:
+        """The record up to where the run stands; what has been lost of it is said."""
+        history = read_history(self.folder.path, self.state.step)
+        kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
+        done = self.state.step // per_pass
+        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
+        if lost:
+            logger.warning(
+                "%s has no row of %d of the %d passes that are done, the first of them pass %d: lost in a crash, or "
+                "deleted; the curve of this run has a gap, its weights have not",
+                *("metrics.jsonl", len(lost), done, lost[0]),
+            )
+        return history
 
     def _begin(self) -> None:
         self.folder.begin(self.experiment.config, self.experiment.overrides)
@@ -168,8 +205,7 @@ class Session:
 
     def on_best(self, state: checkpoint.State) -> None:
         """Keep the best weights."""
-        with atomic_path(self.folder.best) as temporary:
-            torch.save({"identity": state.identity, **state.best, "model": self.model.state_dict()}, temporary)
+        checkpoint.save_best(state, self.model.state_dict(), self.folder.best)
 
     def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
         """Record one pass."""
@@ -248,13 +284,13 @@ class Session:
         figures, step = self.folder.figures, self.state.step
         made: dict[str, Path] = {}
         names = self.experiment.names
-        history = [row for _, row in read_history(self.folder.path)]
+        history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
         shown = {
             f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
             f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
         }
         curves = {
-            name: [(row["pass"] or 0, bound) for row in history if (bound := row.get(key)) is not None]
+            name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
             for name, key in shown.items()
         }
         made["training"] = figures / "training.png"

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iwae_cli.errors import RunFailed, UserError
-from iwae_cli.files import RunLock, write_json
+from iwae_cli.files import RunLock, told, write_json
 from iwae_cli.signals import REPEATED_SECONDS
 
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
@@ -161,9 +161,14 @@ class Sweep:
 
         Raises:
             RunLocked: another process has this sweep.
+            UserError: its folder cannot be written to.
             Stopped: by a signal or an error; the jobs have been asked to save their state.
             SweepFailed: not all runs are finished.
         """
+        with told(self.folder.path, "mend that, or choose another folder with output_dir=..."):
+            self._run(work)
+
+    def _run(self, work: Callable[[], None]) -> None:
         self.folder.jobs.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder.path):
             self._forget()
@@ -271,7 +276,8 @@ class Sweep:
     def _watched(self) -> Iterator[None]:
         def watch() -> None:
             while not self._quit.wait(POLL_SECONDS):
-                self._update()
+                with suppress(OSError):  # a disk that is full now; the last look tells if it still is
+                    self._update()
 
         thread = threading.Thread(target=watch, name="sweep", daemon=True)
         thread.start()

@@ -47,6 +47,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_files_are_written_and_replaced_and_leave_nothing_beside(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
     for _ in range(2):
         write_text(tmp_path / "deep" / "a.txt", "nächste\n")
         write_bytes(tmp_path / "deep" / "b", b"\0\1")
@@ -55,6 +56,12 @@ def test_files_are_written_and_replaced_and_leave_nothing_beside(tmp_path: Path)
     assert (tmp_path / "deep" / "a.txt").read_text(encoding="utf-8") == "nächste\n"
     assert (tmp_path / "deep" / "b").read_bytes() == b"\0\1"
     assert json.loads((tmp_path / "deep" / "c.json").read_text()) == {"a": [1, 2.5, None, True, "x"]}
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "gone" / "a", "text")
+    assert names(tmp_path) == []
 
 
 def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:

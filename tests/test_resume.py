@@ -5,6 +5,7 @@ The first part of a run is another process, which is really killed; the same com
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -49,15 +50,16 @@ if point == "after pass 2 was recorded":
             die()
     session.Session.on_pass = on_pass
 elif point == "while a checkpoint is written":
-    import torch
-    from iwae_cli.training import checkpoint
-    original_save = torch.save
-    def save(value, path):
-        if value.get("step") == 20:
-            path.write_bytes(b"half of it")
-            die()
-        original_save(value, path)
-    checkpoint.torch.save = save
+    from pathlib import Path
+    original_write, written = Path.write_bytes, []
+    def write_bytes(path, data):
+        if path.name.endswith("-checkpoint.pt"):
+            written.append(path)
+            if len(written) == 20:
+                original_write(path, data[:1000])
+                die()
+        original_write(path, data)
+    Path.write_bytes = write_bytes
 elif point == "while it is evaluated":
     from iwae_cli import result
     result.summarize = die
@@ -291,3 +293,16 @@ def test_going_on_with_another_version_says_that_it_is_not_exact(
     code, _, err = run(*COMMAND, f"output_dir={tmp_path / 'interrupted'}")
     assert code == 0, err
     assert f"resuming is not exact: torch was 2.0.0 and is {torch.__version__}" in caplog.text
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"step": 13, "pa'])
+def test_rows_that_are_lost_are_told(interrupted: Path, left: bytes | None, tmp_path: Path) -> None:
+    """Deleted by hand, or the tail that a crash took; the weights do not come from them."""
+    rows = interrupted / "metrics.jsonl"
+    rows.unlink() if left is None else rows.write_bytes(left)
+    code, _, err = run(*COMMAND, f"output_dir={tmp_path / 'interrupted'}")
+    assert code == 0, err
+    said = "metrics.jsonl has no row of 1 of the 1 passes that are done, the first of them pass 1"
+    assert said in err and said in (interrupted / "train.log").read_text()
+    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == [26, 39]
+    assert read_json(interrupted / "result.json")["status"] == "finished"

@@ -152,6 +152,7 @@ def obtain(
                     fetched = fetch(temporary)
                 for path in fetched:
                     if not (folder / path.name).exists():
+                        folder.mkdir(parents=True, exist_ok=True)
                         with atomic_path(folder / path.name) as place:
                             os.replace(path, place)
             finally:

@@ -144,6 +144,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
       ESS < 30 or k-hat > 0.5.
     - ``khat_share_above_0.7`` is a share of all images; one whose k-hat is not defined counts as not above.
     - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
+    - ``stderr_mc`` and ``bias_mc`` are not known where k = 1.
 
     ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), where it was asked for (Nowozin 2018): less biased, and no bound.
 
@@ -161,6 +162,8 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
 
     not_finite = _not_finite(likelihood.k, likelihood.log_px)
     v = np.maximum(0.0, 1 / likelihood.ess - 1 / likelihood.k)
+    # One weight is always all of the weight: it would say that there is no error.
+    alone = "one sample says nothing of its own error; use evaluation.k=2 or more" if likelihood.k == 1 else ""
     with np.errstate(invalid="ignore"):
         nll = -likelihood.log_px.mean()
         spread = likelihood.log_px.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
@@ -170,8 +173,8 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
         "k": likelihood.k,
         "n": n,
         "stderr_images": number("stderr_images", spread, not_finite or "one image has no standard error"),
-        "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n, not_finite),
-        "bias_mc": number("bias_mc", -v.mean() / 2, not_finite),
+        "stderr_mc": number("stderr_mc", math.nan if alone else math.sqrt(v.sum()) / n, not_finite or alone),
+        "bias_mc": number("bias_mc", math.nan if alone else -v.mean() / 2, not_finite or alone),
         "bounds": {
             str(m): number(f"bounds.{m}", bound.mean(), not_finite or _not_finite(m, bound))
             for m, bound in likelihood.bounds.items()

@@ -216,6 +216,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         # No version of matplotlib inside: the same run makes the same file.
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

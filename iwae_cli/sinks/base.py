@@ -85,6 +85,7 @@ class FanOut(Sink):
         # The local record before everything that may be slow.
         self._sinks = sorted(sinks, key=lambda sink: not sink.essential)
         self._failed: set[int] = set()
+        self._closed = False
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
         """Open every sink."""
@@ -107,7 +108,10 @@ class FanOut(Sink):
         self._each(lambda sink: sink.summary(values))
 
     def close(self, status: Status) -> None:
-        """Close every sink, whatever became of it."""
+        """Close every sink, whatever became of it; once."""
+        if self._closed:
+            return
+        self._closed = True
         errors: list[Exception] = []
         for sink in self._sinks:
             try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, final
@@ -41,11 +43,12 @@ class JsonlSink(Sink):
         self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one row; it survives the death of this process from here on."""
+        """Append one row; it survives a power cut from here on, as a checkpoint does that is written later."""
         if self._file is None:
             raise RuntimeError("log needs an open sink")
         self._file.write(_line(step, metrics))
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Nothing: the picture is in its file already."""
@@ -60,8 +63,8 @@ class JsonlSink(Sink):
         """Derive ``metrics.csv``: one column a metric, in the order of first appearance; empty where there is none."""
         if self._file is None or self._path is None:
             return
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        file.close()
         rows = [{"step": step, **metrics} for step, metrics in read_history(self._path.parent)]
         columns = dict.fromkeys(["step", *(name for row in rows for name in row)])
         table = io.StringIO()
@@ -88,8 +91,14 @@ def read_history(folder: str | Path, up_to_step: int | None = None) -> list[tupl
         try:
             row = json.loads(line)
             step = row.pop("step")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{path}, line {number}: not a row of metrics; start anew with restart=true") from None
+            values = [step, *(value for value in row.values() if value is not None)]
+            if type(step) is not int or not all(math.isfinite(value) for value in values):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
+            raise UserError(
+                f"{path}, line {number}: not a row of metrics; remove the line and the run goes on without it, "
+                "or start anew with restart=true"
+            ) from None
         if up_to_step is None or step <= up_to_step:
             history.append((step, row))
     return history

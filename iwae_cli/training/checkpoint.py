@@ -7,16 +7,21 @@ accumulated; there is no generator state.
 from __future__ import annotations
 
 import hashlib
+import io
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from iwae_cli.data.base import Data
 from iwae_cli.errors import UserError
-from iwae_cli.files import atomic_path
+from iwae_cli.files import write_bytes
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,8 +59,7 @@ class State:
 
 def save(state: State, path: Path) -> None:
     """Write ``state`` to ``path``, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(dict(vars(state)), temporary)
+    _write(dict(vars(state)), path)
 
 
 def load(path: Path, identity: str | None = None) -> State:
@@ -66,16 +70,64 @@ def load(path: Path, identity: str | None = None) -> State:
     """
     if not path.is_file():
         raise UserError(f"{path} is not there: the run has no checkpoint yet")
+    state: State = _read(path, lambda held: State(**held))
+    _require(path, state.identity, identity)
+    return state
+
+
+def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
+    """Write the best weights so far to ``path``, atomically.
+
+    Args:
+        state: its ``best`` is about these weights.
+        model: their state dict.
+        path: of the file.
+    """
+    _write({"identity": state.identity, **state.best, "model": dict(model)}, path)
+
+
+def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
+    """The step and the weights that ``save_best`` wrote, onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or belongs to another training than ``state``.
+    """
+    if not path.is_file():
+        if not state.best:
+            raise UserError(f"{path} is not there: no validation bound was finite yet; use evaluation.weights=last")
+        raise UserError(
+            f"{path} is gone; evaluation.weights=last needs it not, and the command of the run with restart=true "
+            "trains anew"
+        )
+    best: tuple[str, int, dict[str, Tensor]] = _read(path, lambda h: (h["identity"], int(h["step"]), dict(h["model"])))
+    _require(path, best[0], state.identity)
+    return best[1:]
+
+
+def _write(value: dict[str, Any], path: Path) -> None:
+    # Through memory: torch's own writer of files tells of a full disk in C++, without saying that it is full.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _read(path: Path, made: Callable[[dict[str, Any]], T]) -> T:
     try:
-        state = State(**torch.load(path, map_location="cpu", weights_only=True))
+        with zipfile.ZipFile(path) as archive:
+            # torch itself compares no checksum: a flipped bit would be another weight.
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        return made(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); restart=true trains anew and keeps the "
-            "old folder under another name"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged; the command of the run "
+            "with restart=true trains anew and keeps the old folder under another name"
         ) from error
-    if identity is not None and state.identity != identity:
-        raise UserError(f"{path} is a checkpoint of {state.identity}, not of {identity}")
-    return state
+
+
+def _require(path: Path, identity: str, wanted: str | None) -> None:
+    if wanted is not None and identity != wanted:
+        raise UserError(f"{path} is a checkpoint of {identity}, not of {wanted}")
 
 
 def require_data(state: State, data: Data) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,33 @@ def test_no_record_is_an_empty_one_and_a_line_that_was_altered_is_named(tmp_path
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nx\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*restart=true"):
         read_history(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row", ["{}", "[]", "3", '{"step": "2"}', '{"step": 2.5}', '{"step": 2, "a": "x"}', '{"step": 2, "a": NaN}']
+)
+def test_a_row_that_is_none_is_named_with_what_to_do(tmp_path: Path, row: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a row of metrics; remove the line"):
+        read_history(tmp_path, up_to_step=5)
+
+
+def test_a_row_is_on_the_disk_before_a_checkpoint_can_speak_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((tmp_path / "metrics.jsonl").read_bytes())
+
+    sink = JsonlSink()
+    sink.open(info(tmp_path), [])
+    monkeypatch.setattr("os.fsync", noted)
+    sink.log(1, {"a": 1})
+    assert synced == [b'{"step": 1, "a": 1}\n']
+    sink.close("failed")
 
 
 @pytest.mark.parametrize("metrics", [{"a": float("nan")}, {"a": float("inf")}, {"step": 3}])

@@ -66,6 +66,46 @@ def test_a_cut_file(tmp_path: Path, size: int) -> None:
     assert "restart=true" in refused(path)
 
 
+def test_one_flipped_bit(tmp_path: Path) -> None:
+    """torch itself reads it as another weight."""
+    path = tmp_path / "checkpoint.pt"
+    written = state()
+    checkpoint.save(written, path)
+    weight = written.model["weight"]
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 4
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["model"]["weight"], weight)
+    assert "it is damaged" in refused(path) and "restart=true" in refused(path)
+
+
+def refused_best(path: Path, of: State) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_best(path, of)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
+    return str(caught.value)
+
+
+def test_the_best_weights(tmp_path: Path) -> None:
+    path, run = tmp_path / "best.pt", state()
+    checkpoint.save_best(run, run.model, path)
+    step, weights = checkpoint.load_best(path, run)
+    assert step == 5
+    torch.testing.assert_close(weights, dict(run.model), rtol=0, atol=0)
+    other = state()
+    other.identity = "digits-4567"
+    assert refused_best(path, other).endswith("is a checkpoint of digits-0123, not of digits-4567")
+    for content in (b"", path.read_bytes()[:1000], b"rubbish"):
+        path.write_bytes(content)
+        assert "it is damaged" in refused_best(path, run)
+    torch.save([1, 2], path)
+    assert "it is damaged" in refused_best(path, run)
+    path.unlink()
+    assert "best.pt is gone; evaluation.weights=last" in refused_best(path, run)
+    run.best = {}
+    assert "no validation bound was finite yet" in refused_best(path, run)
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 no archive"])
 def test_rubbish(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint.pt"
