@@ -99,7 +99,7 @@ def _train(argv: list[str]) -> bool:
 
     shown = _display_options(arguments)
     if shown:
-        overrides = cli_compose.check_display(arguments.overrides, arguments.config_dir)
+        overrides = cli_compose.check_display(arguments.overrides, arguments.config_dir, arguments.resolve)
         if arguments.multirun:
             raise UserError("-m runs, --cfg and --info only show: write one of them")
         try:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ _NOT_OF_A_SEARCH = (
 )
 MAX_JOBS = 10_000
 """Of one sweep; each is composed and checked before the first begins, which takes some hundredths of a second."""
+
+MAX_SIDE_BY_SIDE = 1024
+"""Processes of a sweep at once."""
 
 _TO_BE_GIVEN = "??? "
 """Begins a value of a preset that must be given; what kind of value follows."""
@@ -121,6 +125,8 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
             task = [str(o.input_line) for o in job_overrides if not o.is_hydra_override()]
             jobs.append(job(cfg, cfg.hydra.runtime.choices, task))
         searched = [] if is_grid else [o for o in overrides if not o.lstrip("+").startswith(_NOT_OF_A_SEARCH)]
+        if _ON_ERROR in varied:
+            raise UserError(f"{_ON_ERROR} is of the whole sweep: write one of continue, stop")
         stop = _on_error(base) == "stop"
         arguments = [*composer.search_override, *overrides]
         return Plan(jobs, multirun, arguments, varied, is_grid, searched, stop, base)
@@ -154,7 +160,10 @@ def workers_each(hydra: Mapping[str, Any], jobs: int | None, cores: int) -> int 
     if name == "JoblibLauncher":
         from joblib import effective_n_jobs
 
-        side_by_side = effective_n_jobs(launcher["n_jobs"])
+        asked = launcher["n_jobs"]
+        if asked == 0 or asked > MAX_SIDE_BY_SIDE:
+            raise UserError(f"hydra.launcher.n_jobs must be 1 to {MAX_SIDE_BY_SIDE}, or -1 for all cores, got {asked}")
+        side_by_side = effective_n_jobs(asked)
         return max(1, cores // min(side_by_side, at_once or side_by_side))
     if name == "LocalLauncher":
         return max(1, cores // (at_once or 1))
@@ -164,8 +173,12 @@ def workers_each(hydra: Mapping[str, Any], jobs: int | None, cores: int) -> int 
     return None
 
 
-def check_display(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+def check_display(overrides: Sequence[str], config_dir: str | None, resolve: bool) -> list[str]:
     """The overrides for ``--cfg`` and ``--info``, checked as far as they can be without importing torch.
+
+    Args:
+        overrides, config_dir: as given.
+        resolve: whether interpolations will be resolved.
 
     Raises:
         UserError: anything wrong with them.
@@ -173,7 +186,9 @@ def check_display(overrides: Sequence[str], config_dir: str | None) -> list[str]
     with _hydra(config_dir, overrides) as composer:
         overrides = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
         parsed = composer.parse(overrides)
-        composer.compose([o for o in parsed if not o.is_sweep_override()])
+        cfg = composer.compose([o for o in parsed if not o.is_sweep_override()])
+        if resolve:
+            job(cfg, {}, [])
         return [*composer.search_override, *(str(o.input_line) for o in parsed)]
 
 
@@ -272,7 +287,10 @@ class _Composer:
                 (override,) = self._parser.parse_overrides([text])
             except (HydraException, ValueError):
                 # ValueError: an integer of thousands of digits.
-                hint = "" if "=" in text else f"; did you mean {text.lstrip('+~-')}=...?"
+                key, sign, value = text.partition("=")
+                hint = "" if sign else f"; did you mean {text.lstrip('+~-')}=...?"
+                if sign and not value.isascii():
+                    hint = f"; did you mean {shlex.quote(f'{key}={quoted(value)}')}?"
                 shown = repr(text if len(text) < 200 else f"{text[:100]}...")
                 raise UserError(f"cannot read {shown}: write key=value, quote special characters{hint}") from None
             before = parsed.setdefault(override.key_or_group, override)
@@ -288,6 +306,9 @@ class _Composer:
 
     def grid(self, parsed: Sequence[Override], base: DictConfig) -> tuple[list[list[Override]], list[str]]:
         """The overrides of every job, and the keys that are varied."""
+        at_once = base.hydra.sweeper.max_batch_size
+        if at_once is not None and at_once < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size must be >= 1 or null, got {at_once}")
         swept = [*self._sweeper_params(base), *parsed]
         _check_number({o.key_or_group: o for o in swept}.values())
         try:
@@ -373,9 +394,9 @@ class _Composer:
             raise UserError(f"+{group} is there already: write {group}={_text(name)} without +")
         if group == "experiment" and name == []:
             return True
-        if name not in names:
-            if group in _OPEN_HYDRA_GROUPS and name in _EXTRAS:
-                raise UserError(_not_installed(group, str(name)))
+        if not isinstance(name, str) or name not in names:
+            if group in _OPEN_HYDRA_GROUPS and isinstance(name, str) and name in _EXTRAS:
+                raise UserError(_not_installed(group, name))
             listed = ", ".join(summary(names))
             raise UserError(f"{group} must be one of {listed}, got {_text(name)}{nearest(name, names)}")
         return True
@@ -392,10 +413,10 @@ class _Composer:
             except (yaml.YAMLError, OSError) as error:
                 raise UserError(one_line(error)) from error
             except (AttributeError, TypeError, ValueError, AssertionError) as error:
-                # Of Hydra, which looks into its own node without asking what a preset has made of it.
+                # Of Hydra, which looks into its own node without asking what has been made of it.
                 what = f"{type(error).__name__}: {one_line(error)}"
                 raise UserError(
-                    f"a preset breaks Hydra's own node (open are hydra.launcher and hydra.sweeper): {what}"
+                    f"Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper): {what}"
                 ) from error
             except (HydraException, OmegaConfBaseException) as error:
                 missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
@@ -459,10 +480,10 @@ def _number_of_values(override: Override, most: int) -> int:
     """How many values a discrete sweep has, counted up to ``most``."""
     value = override.value()
     try:
-        values = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        values = value.range() if isinstance(value, RangeSweep) else override.sweep_string_iterator()
         return sum(1 for _ in islice(values, most))
     except (HydraException, ValueError, ArithmeticError) as error:
-        raise UserError(f"{override.input_line}: {one_line(error)}") from None
+        raise UserError(f"{override.input_line}: {_without_details(str(error))}") from None
 
 
 def quoted(text: str) -> str:

@@ -338,7 +338,7 @@ def _as_text(value: Any, hint: Any, path: str) -> str:
         convert(json.loads(value), hint, path)
     except (ValueError, UserError):
         return ""
-    return f" as a text: write {path}={value} without quotes (of a variable: ${{oc.decode:${{oc.env:NAME}}}})"
+    return f" as a text: write {path}={value} without quotes (of a variable: {path}=$NAME)"
 
 
 def _join(path: str, key: str) -> str:
