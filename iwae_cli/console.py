@@ -32,6 +32,8 @@ class Progress:
         unit: what is counted: ``"pass"`` or ``"image"``.
         images_per_unit: for images per second.
         start: where it begins, after a resume.
+        things: what the speed is told in, if not images.
+        may_grow: whether ``change`` may say that there is more to do, so that the time left is the least it can be.
     """
 
     def __init__(
@@ -42,7 +44,11 @@ class Progress:
         unit: str = "pass",
         images_per_unit: float = 1,
         start: float = 0,
+        things: str = "images",
+        may_grow: bool = False,
     ) -> None:
+        self._things = things
+        self._least = "at least " if may_grow else ""
         self._title = title
         self._total = total
         self._unit = unit
@@ -78,6 +84,12 @@ class Progress:
         elif monotonic() - self._spoke >= QUIET_SECONDS:
             self._speak()
 
+    def change(self, title: str, total: float) -> None:
+        """Go on under another ``title``, and to another end."""
+        self._title, self._total = title, total
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=title, total=total)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -104,10 +116,15 @@ class Progress:
         elapsed = monotonic() - self._began
         moved = self._done - self._first
         if moved > 0 and elapsed > 0:
-            parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} images/s")
+            parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} {self._things}/s")
             if self._done < self._total:
-                parts.append(f"{_clock((self._total - self._done) * elapsed / moved)} left")
+                parts.append(f"{self._least}{_clock((self._total - self._done) * elapsed / moved)} left")
         return "  ".join(parts)
+
+
+def announce(plan: str) -> None:
+    """Say on standard error what is about to be done."""
+    print(plan, file=sys.stderr, flush=True)
 
 
 def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:

@@ -92,7 +92,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         (["estimator=gradient_snr", "estimator.ks=[]"], "estimator.ks must hold at least one k, got []"),
         (["estimator=gradient_snr", "objective=wiae"], "objective must be one of"),
         (["estimator=gradient_snr", "objective.gradient=drge"], "objective.gradient must be one of total, stl, dreg"),
-        ([*SNR, "objective=vimco", "estimator.ks=[1,2]"], "objective.k must be >= 2"),
+        (["estimator=gradient_snr", "objective=vimco", "estimator.ks=[1,2]"], "objective.k must be >= 2"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -123,3 +123,31 @@ def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixtur
         node = yaml.safe_load((conf_folder() / "estimator" / f"{name}.yaml").read_text())
         assert isinstance(build(node, Estimator, "estimator"), Estimator)
         assert name in out
+
+
+def test_the_work_is_told_before_it_and_while_it_is_done(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again."""
+    assert evaluate([str(run_folder), *AIS, *FEW, "estimator.chains=5"]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == (
+        "annealing: 6 images of test, 6 images of validation, 4 simulated; 5 chains each, 4 temperatures: "
+        f"{12 * 38 + 4 * 42} transitions of all chains of an image, 2 leapfrog steps each; cheaper: estimator.chains=4"
+    )
+    assert last.startswith("annealing simulated, 4 temperatures  transition 624/624")
+
+
+def test_doublings_are_more_work(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("estimator.images=3", "estimator.simulated=2", "evaluation.splits=[test]", "estimator.tolerance=1e-12")
+    path = ("estimator=ais", "estimator.temperatures=2", "estimator.max_temperatures=8", "estimator.leapfrog_steps=1")
+    assert evaluate([str(run_folder), *path, *few]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    least, most = 3 * (32 + 2 + 4) + 2 * (32 + 2 * 4), 3 * (32 + 2 + 4 + 8) + 2 * (32 + 2 * 8)
+    assert f"2 temperatures (doubled up to 8): {least} to {most} transitions" in first
+    assert last.startswith(f"annealing simulated, 8 temperatures  transition {most}/{most}")
+
+
+def test_the_gradients_are_counted_by_their_samples(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(run_folder), *SNR[:2], "estimator.draws=9", SNR[3]]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "gradients: 9 draws at each k of 2, 4, on 5 images: 270 samples, each with its gradient"
+    assert last.startswith("gradients, k = 4  sample 54/54") and last.endswith("samples/s")

@@ -8,6 +8,7 @@ Monte Carlo.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -17,11 +18,11 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from iwae_cli.console import Progress
-from iwae_cli.data.base import SPLITS
+from iwae_cli.console import Progress, announce
+from iwae_cli.data.base import SPLITS, Split
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
-from iwae_cli.evaluation.pool import available_cores, map_batches
+from iwae_cli.evaluation.pool import available_cores, map_batches, processes
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.categorical import BernoulliMixture
 from iwae_cli.noise import Noise, numpy_generator
@@ -226,6 +227,40 @@ class Sandwich:
     exact: Float64[np.ndarray, " n"] | None
 
 
+class Tally:
+    """How many transitions have been made, each of all chains of one image, by all threads.
+
+    Args:
+        progress: what shows it; None: nothing does.
+        planned: how many there are to be, as far as is known.
+    """
+
+    def __init__(self, progress: Progress | None = None, planned: int = 0) -> None:
+        self._progress = progress
+        self._planned = planned
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Tally], tuple[()]]:
+        # A process that helps shows nothing.
+        return Tally, ()
+
+    def begins(self, title: str, more: int = 0) -> None:
+        """The next part of the work, with so many ``more`` transitions than were planned."""
+        with self._lock:
+            self._planned += more
+            if self._progress is not None:
+                self._progress.change(title, self._planned)
+
+    def moved(self, images: int) -> None:
+        """One transition of some images has been made."""
+        with self._lock:
+            # Other processes are as far as this one.
+            self._done = min(self._planned, self._done + images * processes())
+            if self._progress is not None:
+                self._progress.update(self._done)
+
+
 @final
 class AIS(Estimator):
     """Annealed importance sampling with parallel chains, along f_beta = start^(1-beta) p(x, h)^beta.
@@ -296,7 +331,7 @@ class AIS(Estimator):
         rows: int = 2000,
         workers: int | None = None,
         check: Callable[[], None] = lambda: None,
-        on_progress: Callable[[int], None] | None = None,
+        tally: Tally | None = None,
     ) -> list[Annealed]:
         """log p(x) of every observation, for each number of temperatures that was tried; the last one counts.
 
@@ -307,13 +342,15 @@ class AIS(Estimator):
             rows: bound on chains x images computed at once by one worker.
             workers: threads that share the images; None is one per core on a CPU, one on another device.
             check: called by every worker whenever p is evaluated; may raise to stop.
-            on_progress: called with the number of images done, from the first again at every doubling.
+            tally: told of every transition, and of every doubling but the first, which is always needed.
 
         Raises:
             UserError: latents that are neither real nor bits.
         """
-        work = _Work(self, model, seed, stream, check)
+        tally = tally or Tally()
+        work = _Work(self, model, seed, stream, check, tally)
         share = _Sharing(model, self.chains, rows, workers)
+        tally.begins(f"annealing {stream}, step sizes")
         steps = np.concatenate(share(lambda i: work.tune(i, work.observed(x, i)), len(x)), axis=1)
         levels: list[Annealed] = []
         temperatures = self.temperatures
@@ -322,7 +359,9 @@ class AIS(Estimator):
             def forward(images: Sequence[int], temperatures: int = temperatures) -> np.ndarray:
                 return work.forward(images, work.observed(x, images), temperatures, steps[:, images])
 
-            parts = share(forward, len(x), on_progress)
+            more = temperatures * len(x) if len(levels) > 1 else 0
+            tally.begins(f"annealing {stream}, {temperatures:,} temperatures", more)
+            parts = share(forward, len(x))
             log_px, ess, acceptance = np.concatenate(parts, axis=1)
             variance = np.maximum(0.0, 1 / ess - 1 / self.chains)
             levels.append(Annealed(temperatures, log_px, ess, np.sqrt(variance), acceptance))
@@ -345,6 +384,7 @@ class AIS(Estimator):
         rows: int = 2000,
         workers: int | None = None,
         check: Callable[[], None] = lambda: None,
+        tally: Tally | None = None,
     ) -> Sandwich:
         """Bidirectional Monte Carlo on ``simulated`` observations x of the model, each with the h it was made from.
 
@@ -352,14 +392,14 @@ class AIS(Estimator):
         data, so the sandwich speaks of real data as far as they resemble the model's.
 
         Args:
-            model, seed, rows, workers, check: as in ``anneal``.
+            model, seed, rows, workers, check, tally: as in ``anneal``.
             temperatures: ``temperatures`` times a power of two; None: as they are.
 
         Raises:
             UserError: latents that are neither real nor bits.
         """
         count = self.temperatures if temperatures is None else temperatures
-        work = _Work(self, model, seed, "simulated", check)
+        work = _Work(self, model, seed, "simulated", check, tally or Tally())
 
         def both(images: Sequence[int]) -> np.ndarray:
             h, x = model.generative.sample(len(images), work.noise("draw", images))
@@ -376,23 +416,67 @@ class AIS(Estimator):
     def estimate(self, subject: Subject, check: Callable[[], None]) -> Estimates:
         """See the class; for every split of the evaluation, then for simulated observations."""
         evaluation, model = subject.evaluation, subject.model
-        common: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "check": check}
+        _require_movable(model)
+        splits: dict[str, Split] = {
+            name: subject.data.evaluation_split(name, evaluation.binarization_seed) for name in evaluation.splits
+        }
+        images = {name: min(len(split.x), self.images or len(split.x)) for name, split in splits.items()}
+        least, most = self._transitions(sum(images.values()), model)
+        announce(self._plan(images, least, most, model.inference.reparameterized))
+        with Progress(
+            "annealing", total=least, unit="transition", things="transitions", may_grow=most > least
+        ) as progress:
+            return self._estimate(subject, check, splits, Tally(progress, least))
+
+    def _transitions(self, images: int, model: LatentVariableModel) -> tuple[int, int]:
+        """How many of all images there will be: at least, and if every doubling is needed."""
+        paths = [self.temperatures]
+        while 2 * paths[-1] <= self.max_temperatures:
+            paths.append(2 * paths[-1])
+        tuning = WARM_UP + self.temperatures if model.inference.reparameterized else 0
+        least, most = (
+            images * (tuning + sum(some)) + self.simulated * (tuning + 2 * some[-1]) for some in (paths[:2], paths)
+        )
+        return least, most
+
+    def _plan(self, images: Mapping[str, int], least: int, most: int, real: bool) -> str:
+        """What is about to be done, and how to make it less."""
+        subjects = [f"{n:,} images of {name}" for name, n in images.items()]
+        subjects += [f"{self.simulated:,} simulated"] if self.simulated else []
+        doubled = f" (doubled up to {self.max_temperatures:,})" if self.max_temperatures > self.temperatures else ""
+        path = f"{self.chains} chains each, {self.temperatures:,} temperatures{doubled}"
+        each = f"{self.leapfrog_steps} leapfrog steps" if real else "one Gibbs sweep"
+        plan = (
+            f"annealing: {', '.join(subjects)}; {path}: {least:,} {f'to {most:,} ' if most > least else ''}"
+            f"transitions of all chains of an image, {each} each"
+        )
+        fewer = {
+            "images": (max(images.values()), 20),
+            "simulated": (self.simulated, 20),
+            "chains": (self.chains, 4),
+            "temperatures": (self.temperatures, 100),
+            "max_temperatures": (self.max_temperatures, 400),
+        }
+        cheaper = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few]
+        return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
+
+    def _estimate(
+        self, subject: Subject, check: Callable[[], None], splits: Mapping[str, Split], tally: Tally
+    ) -> Estimates:
+        evaluation, model = subject.evaluation, subject.model
+        common: dict[str, Any] = {
+            "rows": evaluation.rows,
+            "workers": evaluation.workers,
+            "check": check,
+            "tally": tally,
+        }
         numbers: dict[str, Any] = {}
         hashes: dict[str, str] = {}
         reasons: dict[str, str] = {}
         arrays: dict[str, np.ndarray] = {}
-        for name in evaluation.splits:
-            split = subject.data.evaluation_split(name, evaluation.binarization_seed)
+        for name, split in splits.items():
             x = split.x[: self.images]
-            with Progress(f"annealing {name}", total=len(x), unit="image") as progress:
-                levels = self.anneal(
-                    model,
-                    x,
-                    seed=evaluation.seed,
-                    stream=name,
-                    on_progress=progress.update,
-                    **common,
-                )
+            levels = self.anneal(model, x, seed=evaluation.seed, stream=name, **common)
             exact = _exact(model, x)
             numbers[name], missing = self._summary(levels, exact, x.shape[1])
             hashes[name] = split.sha256
@@ -401,7 +485,9 @@ class AIS(Estimator):
             for key in ("log_px", "stderr", "ess", "acceptance"):
                 arrays[f"{prefix}{key}"] = getattr(levels[-1], key)
         if self.simulated:
-            longest = max(numbers[name]["temperatures"] for name in evaluation.splits)
+            longest = max(numbers[name]["temperatures"] for name in splits)
+            planned = min(longest, 2 * self.temperatures)
+            tally.begins(f"annealing simulated, {longest:,} temperatures", 2 * (longest - planned) * self.simulated)
             found = self.sandwich(model, seed=evaluation.seed, temperatures=longest, **common)
             numbers["simulated"], missing = _summary_of(found)
             reasons |= {f"simulated.{key}": reason for key, reason in missing.items()}
@@ -502,7 +588,6 @@ class _Sharing:
         self,
         work: Callable[[Sequence[int]], np.ndarray],
         n: int,
-        on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
         def with_gradients(images: Sequence[int]) -> np.ndarray:
             # Tensors made in inference mode can take no part in a derivative.
@@ -511,24 +596,35 @@ class _Sharing:
 
         # No image knows of the others, so that a few can be spread over all workers.
         batch = min(self._most, -(-n // self._workers))
-        return map_batches(with_gradients, n, batch=batch, workers=self._workers, on_progress=on_progress)
+        return map_batches(with_gradients, n, batch=batch, workers=self._workers)
+
+
+def _require_movable(model: LatentVariableModel) -> None:
+    if isinstance(model.generative, BernoulliMixture):
+        raise UserError(
+            "estimator=ais moves real latents and bits, not a categorical one, whose log p(x) is exact: "
+            "without estimator=ais, iwae-eval reports it as exact_nll"
+        )
 
 
 class _Work:
     """What is done to one batch of images."""
 
     def __init__(
-        self, settings: AIS, model: LatentVariableModel, seed: int, stream: str, check: Callable[[], None]
+        self,
+        settings: AIS,
+        model: LatentVariableModel,
+        seed: int,
+        stream: str,
+        check: Callable[[], None],
+        tally: Tally,
     ) -> None:
-        if isinstance(model.generative, BernoulliMixture):
-            raise UserError(
-                "estimator=ais moves real latents and bits, not a categorical one, whose log p(x) is exact: "
-                "without estimator=ais, iwae-eval reports it as exact_nll"
-            )
+        _require_movable(model)
         self._settings = settings
         self._model = model
         self._key = (seed, "ais", stream)
         self._check = check
+        self._tally = tally
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._discrete = not model.inference.reparameterized
@@ -553,6 +649,7 @@ class _Work:
         for t, beta in enumerate([betas[0]] * WARM_UP + betas):
             step = self._steps(np.exp(log_step))
             chains, probability = hamiltonian_move(scores, chains, beta, step, settings.leapfrog_steps, noise)
+            self._tally.moved(len(images))
             log_step += ADAPTATION * (probability.mean(0).double().cpu().numpy() - TARGET_ACCEPTANCE)
             if t >= WARM_UP:
                 steps[t - WARM_UP] = np.exp(log_step)
@@ -603,6 +700,7 @@ class _Work:
             # The finer paths take each step size of the coarsest one several times.
             step = steps[(t - 1) * len(steps) // temperatures]
             chains, probability = self._move(scores, chains, betas[t], step, noise, backwards)
+            self._tally.moved(chains.base.shape[1])
             accepted += probability.double().mean(0)
             if backwards:
                 log_w += width * chains.gap.double()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from iwae_cli.console import Progress
+from iwae_cli.console import Progress, announce
 from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, generator
@@ -118,6 +118,7 @@ def gradient_snr(
     draws: int,
     seed: int,
     check: Callable[[], None] = lambda: None,
+    on_draw: Callable[[int], None] = lambda _: None,
 ) -> dict[str, SignalToNoise]:
     """Signal-to-noise ratios of the gradients that a training step on ``x`` would use.
 
@@ -128,6 +129,7 @@ def gradient_snr(
         draws: M, at least 8.
         seed: of the noise.
         check: called before every gradient; may raise to stop.
+        on_draw: called with the number of draws done.
 
     Returns:
         ``inference`` and ``generative``.
@@ -146,6 +148,7 @@ def gradient_snr(
             check()
             # Each loss is right for its own parameters only.
             moments[name].add(_gradient(getattr(losses, name), networks[name].parameters()))
+        on_draw(draw + 1)
     return {name: moments[name].result() for name in NETWORKS}
 
 
@@ -190,10 +193,20 @@ class GradientSNR(Estimator):
         split = subject.data.evaluation_split("train", evaluation.binarization_seed)
         x = split.x[: self.images].to(device=parameter.device, dtype=parameter.dtype)
         found: dict[int, dict[str, SignalToNoise]] = {}
-        with Progress("gradients", total=len(self.ks), unit="k") as progress:
+        # What a gradient costs follows its samples.
+        total, done = self.draws * sum(self.ks), 0
+        announce(self._plan(len(x)))
+        with Progress("gradients", total=total, unit="sample", images_per_unit=len(x), things="samples") as progress:
             for k, objective in objectives.items():
-                found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=evaluation.seed, check=check)
-                progress.update(len(found))
+                progress.change(f"gradients, k = {k}", total)
+
+                def on_draw(draw: int, k: int = k, done: int = done) -> None:
+                    progress.update(done + draw * k)
+
+                found[k] = gradient_snr(
+                    model, objective, x, draws=self.draws, seed=evaluation.seed, check=check, on_draw=on_draw
+                )
+                done += self.draws * k
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         reasons: dict[str, str] = {}
         numbers: dict[str, Any] = {"images": len(x), "draws": self.draws, "floor": floor}
@@ -230,6 +243,17 @@ class GradientSNR(Estimator):
                 "fewer than two values of k give a ratio above the floor",
             )
         return Estimates({"gradient_snr": numbers}, {"train": split.sha256}, reasons, {})
+
+    def _plan(self, images: int) -> str:
+        """What is about to be done, and how to make it less."""
+        plan = (
+            f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
+            f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
+        )
+        fewer = {"draws": (self.draws, 50), "images": (self.images, 5)}
+        cheaper = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few]
+        cheaper += [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
+        return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
 
     def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
         """One row for each k, and the slopes."""

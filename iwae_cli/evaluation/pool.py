@@ -22,6 +22,11 @@ def share_with(ranks: Ranks | None) -> None:
     _ranks = ranks
 
 
+def processes() -> int:
+    """How many share the work."""
+    return 1 if _ranks is None else _ranks.size
+
+
 def available_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from iwae_cli.console import Progress
 from iwae_cli.data.linear_gaussian import LinearGaussian
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation import ais
-from iwae_cli.evaluation.ais import AIS, Chains, ImageNoise, gibbs_sweep, hamiltonian_move, sigmoid_schedule
+from iwae_cli.evaluation.ais import AIS, Chains, ImageNoise, Tally, gibbs_sweep, hamiltonian_move, sigmoid_schedule
 from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.models.base import LatentVariableModel
@@ -388,3 +390,11 @@ def test_what_is_not_finite_is_null_with_its_reason() -> None:
     found = settings(images=1, simulated=0, temperatures=2, max_temperatures=2).estimate(subject(), lambda: None)
     assert found.numbers["test"]["stderr_images"] is None
     assert found.reasons == {"test.stderr_images": "one image has no standard error"}
+
+
+def test_what_helps_in_another_process_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("annealing", total=9, unit="transition") as progress:
+        there = cloudpickle.loads(cloudpickle.dumps(Tally(progress, 9)))
+        there.begins("annealing test", 5)
+        there.moved(3)
+    assert capsys.readouterr().err == ""
