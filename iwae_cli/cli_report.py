@@ -55,7 +55,7 @@ examples:
   iwae-report outputs/RUN_A outputs/RUN_B --compare outputs/RUN_A outputs/RUN_B
   iwae-report outputs/sweeps/SWEEP --html report.html
 
-exit codes: 0 done, 2 wrong input
+exit codes: 0 done, 1 the output cannot be written, 2 wrong input
 """
 
 
