@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -85,7 +86,8 @@ class Worker:
     """The other end of ``benchmarks.worker``."""
 
     def __init__(self, contender: Contender, job: Job, logs: Path) -> None:
-        self._log = logs / f"{job.case.name} {contender.label} {job.seed}.txt".replace(" ", "_").replace(",", "")
+        name = re.sub(r"\W+", "_", f"{job.case.name} {contender.label} {job.seed}")
+        self._log = logs / f"{name}.txt"
         cores = sorted(os.sched_getaffinity(0))[-job.case.cores :]
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.case.cores), "IWAE_ALLOW_TARGETS": "benchmarks"}
         if job.case.cores == 1:

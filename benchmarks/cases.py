@@ -34,7 +34,7 @@ class Case:
             unit is -L_k of one test image.
         model: key of ``SIZES``.
         k: samples per image.
-        batch: images a step of training; images at once in evaluation are each program's own choice.
+        batch: images a step of training; zero for evaluation, where each program cuts up ``images`` as it likes.
         cores: cores that a program may use; it is pinned to them.
         quick: whether it belongs to the small selection.
     """
@@ -52,6 +52,11 @@ class Case:
         work = f"{self.batch}x{self.k}" if self.kind == "train" else f"NLL_{self.k}"
         model = "" if self.model == "one_layer" else f" {self.model}"
         return work + model + (f" {self.cores} cores" if self.cores > 1 else "")
+
+    @property
+    def images(self) -> int:
+        """Test images that a program is given at once in evaluation: about a second of work."""
+        return 3 if self.k == 100_000 else 24 * self.cores
 
 
 CASES = (

@@ -20,9 +20,6 @@ import numpy as np
 
 from benchmarks.cases import CHECK_K, Job
 
-IMAGES, IMAGES_AT_100_000 = 24, 3
-"""Images of one unit of evaluation."""
-
 VALIDATION_K, VALIDATE_EVERY = 50, 500
 """Samples of the validation bound of a whole run; steps between two of them."""
 
@@ -67,8 +64,7 @@ def serve(make: Callable[[Job], Peer]) -> None:
     if job.case.kind == "train":
         peer.train(rounds.tick)
     else:
-        test, k = job.data("test"), job.case.k
-        n = IMAGES_AT_100_000 if k == 100_000 else IMAGES
+        test, k, n = job.data("test"), job.case.k, job.case.images
         start = 0
         peer.nll(test[:n], k)
         while rounds.tick(n):
@@ -108,7 +104,7 @@ class _Rounds:
 
 def _check(job: Job, peer: Peer) -> dict[str, Any]:
     if job.case.kind == "evaluate":
-        images = job.data("test")[:IMAGES]
+        images = job.data("test")[: job.case.images]
         return {"nll": peer.nll(images, min(job.case.k, CHECK_K))}
     bounds, weights = peer.check()
     file = job.files / f"checked_{os.getpid()}.npz"

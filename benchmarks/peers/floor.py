@@ -6,18 +6,20 @@ every pixel and sample; ``bf16`` makes the products those of bfloat16. Nothing i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.cases import SIZES, Job
 from benchmarks.peers.torch_networks import PIXELS
 from benchmarks.worker import Tick, serve
 
-ROWS = (500, 1000, 2000, 5000)
+ROWS = (250, 500, 1000, 2000)
 """Samples at once in evaluation, to choose from."""
 
 
@@ -70,32 +72,26 @@ class Floor:
         self.settings += f", {self._rows} rows at once"
 
     def _work(self, batch: int, rows: int, *, backward: bool) -> Callable[[], None]:
-        products, tanhs, exps = [], [], []
-        for number, inputs, outputs, kind in _layers(self.case.model, batch, rows):
+        products: list[tuple[Tensor, Tensor, Tensor, str]] = []
+        for number, inputs, outputs, function in _layers(self.case.model, batch, rows):
             if not number:
                 continue
-            x, w, y = (
-                torch.randn(shape).to(self.dtype) for shape in ((number, inputs), (inputs, outputs), (number, outputs))
-            )
-            products.append((x, w, y))
+            x = torch.randn(number, inputs).to(self.dtype)
+            w = (torch.randn(inputs, outputs) / math.sqrt(inputs)).to(self.dtype)
+            y = torch.empty(number, outputs, dtype=self.dtype)
+            products.append((x, w, y, function if self.elementwise else ""))
             if backward:
-                products.append((x.T, y, torch.empty_like(w)))
+                products.append((x.T, y, torch.empty_like(w), ""))
                 if (number, inputs) != (batch, PIXELS):
-                    products.append((y, w.T, torch.empty_like(x)))
-            hidden_or_logits = torch.randn(number, outputs)
-            if kind == "tanh":
-                tanhs.append((hidden_or_logits, torch.empty_like(hidden_or_logits)))
-            elif kind == "exp":
-                exps.append((hidden_or_logits, torch.empty_like(hidden_or_logits)))
+                    products.append((y, w.T, torch.empty_like(x), ""))
 
         def work() -> None:
-            for a, b, out in products:
+            for a, b, out, function in products:
                 torch.mm(a, b, out=out)
-            if self.elementwise:
-                for value, out in tanhs:
-                    torch.tanh(value, out=out)
-                for value, out in exps:
-                    torch.exp(value, out=out)
+                if function == "tanh":
+                    out.tanh_()
+                elif function == "exp":
+                    out.exp_()
 
         return work
 
