@@ -14,6 +14,7 @@ from iwae_cli.models.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.mlp import GaussianMLP
 from iwae_cli.noise import KeyedNoise
+from iwae_cli.numerics import log_mean_exp
 
 SIZES = {
     "one layer": ([3], [[8, 7]]),
@@ -36,12 +37,14 @@ def binary(n: int, pixels: int) -> torch.Tensor:
     return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
 
 
-def both(model: LatentVariableModel, x: torch.Tensor, k: int, rows: int = 10_000) -> tuple[torch.Tensor, torch.Tensor]:
+def both(
+    model: LatentVariableModel, x: torch.Tensor, k: int, rows: int = 10_000, bf16: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log w by the model, and in the fast way."""
     dtype = next(model.parameters()).dtype
     with torch.inference_mode():
         plain = model(x.to(dtype), k, KeyedNoise(0, "test", range(len(x)), 0, dtype))
-        fast = FastScorer(model, rows).log_weights(
+        fast = FastScorer(model, rows, bf16).log_weights(
             x.to(dtype), k, lambda images, start: KeyedNoise(0, "test", images, start, dtype), range(len(x))
         )
     return plain, fast
@@ -67,6 +70,30 @@ def test_in_float32_they_differ_by_rounding(name: str) -> None:
     error = (fast - exact).abs()
     assert error.max() < 4 * (plain - exact).abs().max() < 1e-6 * exact.abs().max() * 4
     assert (fast - exact).mean().abs() < 1e-7 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bf16_errs_by_the_rounding_of_the_factors(name: str) -> None:
+    """Eight bits of every weight and every tanh: something else than float32, and next to nothing in L_k."""
+    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    exact, fast = both(model, x, 2000, bf16=True)
+    assert fast.dtype == torch.float32
+    assert (fast - exact).std() > 1e-3
+    shift = log_mean_exp(fast.double()) - log_mean_exp(exact.double())
+    assert shift.abs().max() < 2e-3 * exact.abs().mean()
+
+
+def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
+    """Weights and sigmoids of few bits: half of them 0 or 1, by steep slopes; products and sums then round nowhere."""
+    model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
+    head, slope = model.generative.observation.head, model.generative.observation.body[0]
+    with torch.no_grad():
+        slope.weight.mul_(1000)
+        head.weight.copy_((head.weight * 16).round() / 16)
+        head.bias.copy_((head.bias * 16).round() / 16)
+    plain, fast = both(model, x, 200, bf16=True)
+    saturated = (fast - plain).abs() < 1e-3
+    assert saturated.double().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
