@@ -120,6 +120,7 @@ def evaluate_help() -> str:
 iwae-eval: evaluate the model of a run folder again; the result is kept under its evaluations/.
 
 usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [device=CHOICE] [data_dir=DIR]
+                 [data.path=FILE]
 
 What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
   estimator={" ".join(found.get("estimator", []))}

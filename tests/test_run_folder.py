@@ -19,6 +19,8 @@ from scipy.io import savemat
 from small_runs import TINY, arrays, bits, finished, read_json, run, run_folders
 
 from iwae_cli import cli
+from iwae_cli.errors import UserError
+from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 
 
@@ -82,8 +84,10 @@ def too_long(place: Path) -> Path:
     return place / ("x" * 300)
 
 
-@pytest.mark.parametrize("make", [a_file, below_a_file, dangling, too_long])
-@pytest.mark.parametrize("sweep", [(), ("-m", "seed=7,8")], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    ("make", "sweep"),
+    [(a_file, ()), (below_a_file, ()), (dangling, ()), (too_long, ()), (a_file, ("-m", "seed=7,8"))],
+)
 def test_a_place_that_cannot_be_one(tmp_path: Path, make: Callable[[Path], Path], sweep: tuple[str, ...]) -> None:
     output_dir = make(tmp_path / "there")
     before = sorted(tmp_path.rglob("*"))
@@ -192,12 +196,13 @@ def test_a_folder_that_is_gone_is_not_made_again(
 # Damaged files.
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"evaluation": 3}', "{"])
-def test_a_damaged_result(folder: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = bits(folder)
-    (folder / "result.json").write_text(content)
-    line = refused(folder.parent)
-    assert f"{folder / 'result.json'} is damaged" in line and "remove it" in line
+    for content in ("{}", "[]", "null", '{"evaluation": 3}', "{"):
+        (folder / "result.json").write_text(content)
+        with pytest.raises(UserError, match=r"result\.json is damaged .*; remove it, the same command evaluates again"):
+            RunFolder(folder).result()
+    assert f"{folder / 'result.json'} is damaged" in refused(folder.parent)
     (folder / "result.json").unlink()
     monkeypatch.setattr("iwae_cli.result.log_likelihood", forbidden)
     assert again(folder.parent)[0] == 0

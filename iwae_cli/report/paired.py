@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
@@ -194,15 +195,21 @@ def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
         with path.open("rb") as opened, np.load(opened) as file:
             values = np.asarray(file[name], dtype=np.float64)
     except FileNotFoundError:
-        raise UserError(f"{path} is not there, and a paired comparison needs it; iwae-eval writes it") from None
+        raise UserError(f"{path} is not there, and a paired comparison needs it; {_again(path)}") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} is damaged: it holds no {name}; remove it, iwae-eval writes it again") from None
+        raise UserError(f"{path} is damaged: it holds no {name}; remove it, {_again(path)}") from None
     if values.shape != (numbers["n"],) or not np.isfinite(values).all():
         raise UserError(f"{path} is damaged: {name} should hold {numbers['n']} finite values, one an image")
     # The sum may have been taken in another order, no more.
     if abs(values.mean() + numbers["nll"]) > 1e-6 * max(1.0, abs(numbers["nll"])):
         raise UserError(f"{path} is of another evaluation than result.json: its mean is not -{numbers['nll']:.4f}")
     return values
+
+
+def _again(path: Path) -> str:
+    """Who makes a file of per-image values again."""
+    who = "iwae-eval" if path.parent.parent.name == "evaluations" else "the command of the run"
+    return f"{who} writes it again"
 
 
 def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> dict[str, Score]:
