@@ -408,6 +408,12 @@ class _Composer:
                 self._cache[key] = compose(
                     "config", overrides=[*self.search_override, *overrides], return_hydra_config=True
                 )
+            except (HydraException, OmegaConfBaseException) as error:
+                missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
+                if missing and missing[2] in _EXTRAS:
+                    raise UserError(_not_installed(missing[1], missing[2])) from None
+                told = [_without_details(str(e)) for e in (error, error.__cause__) if e is not None]
+                raise UserError(" ".join(dict.fromkeys(told))) from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{self._not_text()} cannot be read: {one_line(error)}") from error
             except (yaml.YAMLError, OSError) as error:
@@ -418,12 +424,6 @@ class _Composer:
                 raise UserError(
                     f"Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper): {what}"
                 ) from error
-            except (HydraException, OmegaConfBaseException) as error:
-                missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
-                if missing and missing[2] in _EXTRAS:
-                    raise UserError(_not_installed(missing[1], missing[2])) from None
-                told = [_without_details(str(e)) for e in (error, error.__cause__) if e is not None]
-                raise UserError(" ".join(dict.fromkeys(told))) from error
         return self._cache[key]
 
     def _not_text(self) -> str:
