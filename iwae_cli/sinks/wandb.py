@@ -9,12 +9,11 @@ import os
 import shlex
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
-from iwae_cli.errors import Interrupted
 from iwae_cli.sinks.base import Metrics, RunInfo, Sink, Status
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ class WandbSink(Sink):
     Offline, everything is in ``<run folder>/wandb/offline-run-*``, to be uploaded with ``sync_command()``. The id
     follows the identity of the run, so uploading twice, or uploading a run that was resumed, makes one run there.
     A resumed run begins a new offline folder with its whole history, so the newest folder alone is complete.
+
+    A thread does what wandb does, in the order of the calls: importing and starting it takes as long as torch, and
+    training need not wait for that.
 
     Args:
         mode: ``online`` falls back to ``offline``, with a warning, where there is no key or no network;
@@ -81,6 +83,8 @@ class WandbSink(Sink):
         self._folder: Path | None = None
         self._works = False
         self._to_upload = False
+        self._thread: threading.Thread | None = None
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
         """Begin a run of W&B's and replay ``history`` into it."""
@@ -99,17 +103,18 @@ class WandbSink(Sink):
         }.items():
             os.environ.setdefault(variable, value)
         self._works = True
-        with self._guard("could not begin"):
-            self._run, self._to_upload = self._begin(run)
-            self._folder = Path(self._run.settings.sync_dir).resolve()
-            self._run.define_metric(AXIS)
-            self._run.define_metric("*", step_metric=AXIS)
+        self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
+        self._thread.start()
+        # Who asks for an online run is told before the training whether it is to be had.
+        begin = self._try if self.mode == "online" else self._later
+        begin("could not begin", lambda: self._begin(run))
         for step, metrics in history:
             self.log(step, metrics)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One row; a metric that is None has no point there."""
-        self._log(step, lambda: {name: value for name, value in metrics.items() if value is not None})
+        values = {name: value for name, value in metrics.items() if value is not None}
+        self._log(step, lambda: values)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """A picture, copied into W&B's folder."""
@@ -154,19 +159,18 @@ class WandbSink(Sink):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers; nested names are joined with ``/``."""
-        if self._run is not None and self._works:
-            with self._guard("could not keep the summary"):
-                self._run.summary.update(dict(_flat(values)))
+        flat = dict(_flat(values))
+        self._later("could not keep the summary", lambda: self._begun.summary.update(flat))
 
     def close(self, status: Status) -> None:
         """Finish, waiting for uploads for a bounded time; never raises."""
-        if self._run is None:
+        if self._thread is None:
             return
-        # wandb bounds its uploads itself; the thread bounds the rest, such as a service of its own that hangs.
-        finish = threading.Thread(target=self._finish, args=(status,), daemon=True)
-        finish.start()
-        finish.join(CLOSE_SECONDS)
-        if finish.is_alive():
+        self._tasks.put(lambda: self._finish(status))
+        self._tasks.put(None)
+        # wandb bounds its uploads itself; this bounds the rest, such as a service of its own that hangs.
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
             self._to_upload = True
             logger.warning("W&B: did not finish within %s s and was left behind", CLOSE_SECONDS)
 
@@ -176,7 +180,13 @@ class WandbSink(Sink):
             return None
         return _sync(self._folder)
 
-    def _begin(self, run: RunInfo) -> tuple[wandb.Run, bool]:
+    def _begin(self, run: RunInfo) -> None:
+        self._run, self._to_upload = self._started(run)
+        self._folder = Path(self._run.settings.sync_dir).resolve()
+        self._run.define_metric(AXIS)
+        self._run.define_metric("*", step_metric=AXIS)
+
+    def _started(self, run: RunInfo) -> tuple[wandb.Run, bool]:
         """A run of W&B's, and whether it is to be uploaded by hand."""
         if self.mode == "offline":
             return self._init(run, "offline"), True
@@ -185,8 +195,6 @@ class WandbSink(Sink):
             online = self._init(run, "online")
             logger.info("W&B: recording at %s", online.url)
             return online, False
-        except Interrupted:
-            raise
         except Exception as error:
             logger.warning("W&B: cannot go online (%s); recording offline instead", _first_line(error))
         if leftovers := _online_folders(run.folder) - before:
@@ -230,26 +238,37 @@ class WandbSink(Sink):
             ),
         )
 
-    def _log(self, step: int, row: Any) -> None:
-        if self._run is not None and self._works:
-            with self._guard(f"could not log at step {step}"):
-                self._run.log({AXIS: step, **row()})
+    def _log(self, step: int, row: Callable[[], dict[str, Any]]) -> None:
+        self._later(f"could not log at step {step}", lambda: self._begun.log({AXIS: step, **row()}))
+
+    @property
+    def _begun(self) -> wandb.Run:
+        assert self._run is not None
+        return self._run
 
     def _finish(self, status: Status) -> None:
+        if self._run is None:
+            return
         try:
-            assert self._run is not None
             self._run.finish(exit_code=0 if status == "finished" else 1)
         except Exception as error:
             self._to_upload = True
             logger.warning("W&B: could not finish (%s); the local record is whole", _first_line(error))
 
-    @contextmanager
-    def _guard(self, trouble: str) -> Iterator[None]:
-        """Turn this sink off, with one warning, instead of raising."""
+    def _work(self) -> None:
+        for task in iter(self._tasks.get, None):
+            task()
+
+    def _later(self, trouble: str, task: Callable[[], object]) -> None:
+        if self._thread is not None:
+            self._tasks.put(lambda: self._try(trouble, task))
+
+    def _try(self, trouble: str, task: Callable[[], object]) -> None:
+        """Do ``task``; if that raises, turn this sink off with one warning."""
+        if not self._works:
+            return
         try:
-            yield
-        except Interrupted:
-            raise
+            task()
         except Exception as error:
             self._works = False
             logger.warning(

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,41 @@ def test_a_run_that_cannot_begin_is_one_warning(tmp_path: Path, caplog: pytest.L
     [warning] = ours(caplog)
     assert warning.startswith("W&B: could not begin (")
     assert run.sync_command() is None
+
+
+def test_only_the_end_waits_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_begin, init = threading.Event(), WandbSink._init
+
+    def slow(*arguments: Any) -> Any:
+        assert may_begin.wait(10)
+        return init(*arguments)
+
+    monkeypatch.setattr(WandbSink, "_init", slow)
+    run = sink()
+    row: dict[str, float | None] = {"a": 2}
+    run.open(info(tmp_path / "run"), [(1, {"a": 1})])
+    run.log(2, row)
+    row["a"] = 3
+    assert not offline_folders(tmp_path / "run")
+    may_begin.set()
+    run.close("finished")
+    [folder] = offline_folders(tmp_path / "run")
+    assert history(folder) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}]
+
+
+def test_the_end_does_not_wait_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr("iwae_cli.sinks.wandb.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(WandbSink, "_begin", lambda *_: may_end.wait(60))
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run"), [])
+        run.close("finished")
+    assert ours(caplog) == ["W&B: did not finish within 0.1 s and was left behind"]
+    assert run.sync_command() is None
+    may_end.set()
 
 
 def test_an_empty_variable_is_one_that_is_not_set(
