@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, final, get_args
 
 import torch
@@ -13,6 +18,7 @@ from iwae_cli.errors import RunFailed, UserError
 
 Kind = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "float64"]
+Compile = Literal["auto", "on", "off"]
 MAX_THREADS = 1024
 """More than any machine has cores for; a process may not have many more."""
 
@@ -26,12 +32,16 @@ class Device:
         precision: of the weights and the training; evaluation sums in float64 whatever this is.
         threads: intra-op threads. One is best for networks of this size, and sums differ in their last bits
             between numbers of threads.
+        compile: whether forward and backward of a training step become one compiled graph. ``auto``: on the processor,
+            where there is a C++ compiler and the whole planned training is long enough to gain by it.
 
     Raises:
-        ValueError: unknown kind or precision, threads outside 1 to ``MAX_THREADS``, float64 on mps (which has none).
+        ValueError: unknown choice, threads outside 1 to ``MAX_THREADS``, float64 on mps (which has none).
     """
 
-    def __init__(self, kind: Kind, precision: Precision = "float32", threads: int = 1) -> None:
+    def __init__(
+        self, kind: Kind, precision: Precision = "float32", threads: int = 1, compile: Compile = "auto"
+    ) -> None:
         if kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
         if precision not in get_args(Precision):
@@ -40,11 +50,14 @@ class Device:
             raise ValueError(f"threads must be >= 1, got {threads}")
         if threads > MAX_THREADS:
             raise ValueError(f"threads must be <= {MAX_THREADS}, got {threads}")
+        if compile not in get_args(Compile):
+            raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
         if kind == "mps" and precision == "float64":
             raise ValueError("precision must be float32 with device=mps, which has no float64")
         self.kind: Kind = kind
         self.precision: Precision = precision
         self.threads = threads
+        self.compile: Compile = compile
         self._index: int | None = None
 
     def deal(self, number: int) -> None:
@@ -103,6 +116,18 @@ def memory_told() -> Iterator[None]:
             f"memory ran out{f' ({size[1]} were asked for at once)' if size else ''}: smaller sizes of model or data, "
             "batch_size, objective.k or evaluation.rows take less"
         ) from error
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that torch uses, with its version, such as ``g++ 12.2.0``; None where there is none."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    try:
+        asked = [name, "-dumpfullversion", "-dumpversion"]
+        version = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{Path(name).name} {version.strip()}"
 
 
 def available() -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from iwae_cli import console, signals
 from iwae_cli.construct import build, construct
 from iwae_cli.data.base import Dataset
-from iwae_cli.device import Device, memory_told
+from iwae_cli.device import Device, compiler, memory_told
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.protocol import Evaluation
@@ -144,6 +144,8 @@ class Experiment:
         if refusal is not None:
             raise UserError(refusal)
         self.device.resolve()
+        if self.device.compile == "on" and compiler() is None:
+            raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
         if self.source is not None:
             try:
                 source, initial = self.source.config(), self.initial

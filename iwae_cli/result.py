@@ -232,6 +232,7 @@ def _facts(
             "machine": platform.machine(),
             "precision": device.precision,
             "threads": torch.get_num_threads(),
+            "train_compiler": state.plan.get("compiler"),  # None: the plain step
         },
         "git": _git(),
     }

@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import iwae_cli
 from iwae_cli import console
 from iwae_cli.data.base import Data, Split
+from iwae_cli.device import compiler
 from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.files import atomic_path, trouble, write_json
@@ -27,6 +29,7 @@ from iwae_cli.signals import Signals
 from iwae_cli.sinks.base import FanOut, RunInfo, Sink, Status
 from iwae_cli.sinks.jsonl import JsonlSink, read_history
 from iwae_cli.training import checkpoint
+from iwae_cli.training.compiled import CannotCompileError, pays
 from iwae_cli.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ class Session:
             validation_every=experiment.evaluation.validation_every,
         )
         self.state.total_steps = self.trainer.total_steps
+        self.state.plan["compiler"] = self._compiler()
         if initial is not None and experiment.with_optimizer:
             # Its memory alone: learning rate and the like are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -232,10 +236,39 @@ class Session:
                 images_per_unit=len(self.data.train),
                 start=self.state.step / per_pass,
             ) as self.progress:
+                if self.state.plan["compiler"] is not None:
+                    self._compile()
                 self.trainer.run(self.state, self)
             self.progress = None
         self.signals.check()
         self.model.eval()
+
+    def _compiler(self) -> str | None:
+        """What is to compile the step; None for the plain one. The same answer in every session of a run."""
+        choice, trainer = self.experiment.device.compile, self.trainer
+        if choice == "auto" and self.device.type == "cpu":
+            draws = trainer.whole_batch * self.experiment.objective.num_samples
+            gain = pays(trainer.total_steps, draws, sum(p.numel() for p in self.model.parameters()))
+            return compiler() if gain else None
+        return compiler() if choice == "on" else None
+
+    def _compile(self) -> None:
+        started = time.monotonic()
+        try:
+            self.trainer.compile()
+        except CannotCompileError as error:
+            # Ctrl-C also ends the compiler.
+            self.signals.check()
+            if self.experiment.device.compile == "on":
+                raise RunFailed(f"device.compile=on: {error}; write device.compile=auto or off") from error
+            if self.state.step:
+                logger.warning("resuming is not exact: the step was compiled and cannot be now: %s", error)
+            else:
+                self.state.plan["compiler"] = None
+                logger.warning("the step is not compiled, which changes nothing but the time it takes: %s", error)
+        else:
+            logger.info("the step is compiled, by %s in %.1f s", compiler(), time.monotonic() - started)
+        self.state.seconds += time.monotonic() - started
 
     def _validate(self) -> float:
         evaluation = self.experiment.evaluation
@@ -258,6 +291,8 @@ class Session:
         self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
         checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
+        # Decided when the run began; one from before there was a choice has the plain step.
+        now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
         for key, value in plan.items():
             if key == "threads":
                 torch.set_num_threads(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +18,7 @@ from iwae_cli.noise import GeneratorNoise, derive, generator
 from iwae_cli.numerics import accumulator_device
 from iwae_cli.objectives.base import Objective
 from iwae_cli.training.checkpoint import State
+from iwae_cli.training.compiled import CompiledStep
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.step import train_step
 
@@ -68,11 +69,17 @@ class Trainer:
     batch_size: int
     validate: Callable[[], float]
     validation_every: int
+    _compiled: CompiledStep | None = field(default=None, init=False, repr=False)
 
     @property
     def steps_per_pass(self) -> int:
         """Batches in one pass over the training split."""
         return math.ceil(len(self.data.train) / self.batch_size)
+
+    @property
+    def whole_batch(self) -> int:
+        """Images of every step but perhaps the last of a pass."""
+        return min(self.batch_size, len(self.data.train))
 
     @property
     def total_steps(self) -> int:
@@ -86,6 +93,16 @@ class Trainer:
     def _is_open(self, state: State) -> bool:
         """Whether the last step of a pass is done and its end is not: it was stopped while it was validated."""
         return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
+
+    def compile(self) -> None:
+        """Compile the step for whole batches; a smaller one at the end of a pass keeps the plain step.
+
+        Raises:
+            CannotCompileError: it cannot be; the trainer is as before.
+        """
+        parameter = next(self.model.parameters())
+        x = parameter.new_zeros(self.whole_batch, self.data.train.shape[1])
+        self._compiled = CompiledStep(self.model.train(), self.objective, self.optimizer, x)
 
     def run(self, state: State, hooks: Hooks) -> bool:
         """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
@@ -139,7 +156,11 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            bound_sum += train_step(self.model, self.objective, self.optimizer, x, noise).to(bound_sum).sum()
+            if self._compiled is not None and len(x) == self._compiled.batch:
+                bound = self._compiled(x, noise)
+            else:
+                bound = train_step(self.model, self.objective, self.optimizer, x, noise)
+            bound_sum += bound.to(bound_sum).sum()
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):

@@ -1,0 +1,146 @@
+"""The compiled step against the plain one: the same noise, the same gradients; and when it is chosen at all."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.conv import GaussianConvolutional
+from iwae_cli.models.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.noise import GeneratorNoise, Noise
+from iwae_cli.objectives.base import Losses, Objective
+from iwae_cli.objectives.ciwae import CIWAE
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.jvi import JVI
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.objectives.vr import VR
+from iwae_cli.particles import Model, Particles
+from iwae_cli.training.compiled import CannotCompileError, CompiledStep, pays
+from iwae_cli.training.step import train_step
+
+ONE, TWO, BITS = GaussianMLP([3], [[5, 4]]), GaussianMLP([3, 2], [[5], [4]]), SigmoidBeliefNetwork([4, 3])
+CASES: dict[str, tuple[Architecture, Objective]] = {
+    "ELBO": (ONE, ELBO(2)),
+    "ELBO, analytic KL": (ONE, ELBO(2, analytic_kl=True)),
+    "IWAE": (TWO, IWAE(3)),
+    "IWAE STL": (TWO, IWAE(3, "stl")),
+    "IWAE DReG": (TWO, IWAE(3, "dreg")),
+    "CIWAE": (ONE, CIWAE(3, 0.3)),
+    "MIWAE": (ONE, MIWAE(2, 3)),
+    "PIWAE DReG": (ONE, PIWAE(2, 3, "dreg")),
+    "VR": (ONE, VR(3, 2.0)),
+    "VR-max": (ONE, VR(3, "max")),
+    "TVO": (ONE, TVO(3)),
+    "JVI": (ONE, JVI(3)),
+    "RWS, wake and sleep": (BITS, RWS(3, "both")),
+    "VIMCO": (BITS, VIMCO(3)),
+    "TVO, covariance": (BITS, TVO(3, gradient="covariance")),
+    "linear-Gaussian": (LinearGaussianModel([3, 2]), IWAE(3, "dreg")),
+    "convolutional": (GaussianConvolutional(2, [3, 2], 4), IWAE(3)),
+}
+BATCH, SIDE = 4, 4
+
+
+def built(architecture: Architecture, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
+    generator = torch.Generator().manual_seed(3)
+    return architecture.build((SIDE, SIDE), np.full(SIDE**2, 0.3), generator).to(dtype)
+
+
+def sgd(model: LatentVariableModel) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def batch(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return (torch.rand(BATCH, SIDE**2, generator=torch.Generator().manual_seed(seed)) < 0.5).to(dtype)
+
+
+def noise(seed: int, dtype: torch.dtype = torch.float64) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), dtype)
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traced graph as it is: making machine code of it takes seconds."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+
+
+def compare(model: LatentVariableModel, objective: Objective, rtol: float, dtype: torch.dtype = torch.float64) -> None:
+    """Two steps each, so that the second sees the weights that the first has changed."""
+    plain, compiled = model, copy.deepcopy(model)
+    optimizer = sgd(plain)
+    step = CompiledStep(compiled, objective, sgd(compiled), torch.zeros_like(batch(0, dtype)))
+    for seed in (1, 2):
+        expected = train_step(plain, objective, optimizer, batch(seed, dtype), noise(seed, dtype))
+        bound = step(batch(seed, dtype), noise(seed, dtype))
+        assert not bound.requires_grad and bound.shape == (BATCH,)
+        torch.testing.assert_close(bound, expected, rtol=rtol, atol=0)
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, rtol=rtol, atol=rtol * float(p.grad.abs().max()), msg=name)
+            torch.testing.assert_close(q, p, rtol=rtol, atol=rtol, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_has_the_gradients_of_the_plain_step(case: str, traced_only: None) -> None:
+    architecture, objective = CASES[case]
+    compare(built(architecture), objective, rtol=1e-12)
+
+
+def test_a_frozen_generative_network_stays_so(traced_only: None) -> None:
+    model = built(TWO)
+    model.generative.requires_grad_(False)
+    before = copy.deepcopy(model.generative.state_dict())
+    compare(model, IWAE(3, "dreg"), rtol=1e-12)
+    torch.testing.assert_close(model.generative.state_dict(), before, rtol=0, atol=0)
+
+
+def test_machine_code_differs_by_rounding_alone() -> None:
+    """A rounding of float32 is 6e-8; a hundred of them add up in a gradient."""
+    architecture, objective = CASES["IWAE DReG"]
+    compare(built(architecture, torch.float32), objective, 1e-5, torch.float32)
+
+
+class Branches(IWAE):
+    """Does what a graph cannot: looks at a value."""
+
+    def losses(self, model: Model, x: torch.Tensor, particles: Particles, noise: Noise) -> Losses:
+        if float(particles.log_w.detach().max()) > 0:
+            raise AssertionError("log-weights of binary pixels are below zero")
+        return super().losses(model, x, particles, noise)
+
+
+def test_what_depends_on_values_is_refused_in_one_line() -> None:
+    model = built(ONE)
+    with pytest.raises(CannotCompileError) as caught:
+        CompiledStep(model, Branches(3), sgd(model), batch(1))
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+MNIST, ONE_LAYER, TWO_LAYERS = 2980, 423_484, 566_234  # steps a pass in batches of 20; parameters
+
+
+@pytest.mark.parametrize(
+    ("steps", "k", "parameters", "expected"),
+    [
+        (65 * 3, 5, 136_764, False),  # schedule=smoke on the digits
+        (65 * 100, 5, 136_764, False),  # schedule=quick on the digits
+        (MNIST, 1, ONE_LAYER, False),
+        (MNIST * 13, 5, ONE_LAYER, True),
+        (MNIST * 13, 50, TWO_LAYERS, True),
+        (MNIST * 3280, 1, ONE_LAYER, True),
+    ],
+)
+def test_it_is_chosen_where_it_pays(steps: int, k: int, parameters: int, expected: bool) -> None:
+    assert pays(steps, 20 * k, parameters) is expected
