@@ -623,11 +623,13 @@ def test_every_yaml_names_an_objective_with_all_its_arguments(file):
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     objective = build(dict(node), Objective, "objective")
     assert ["_target_", *inspect.signature(type(objective)).parameters] == list(node)
-    assert type(objective).__module__.rpartition(".")[2] == file.stem
+    # A gradient that goes by a name of its own is the IWAE with that gradient.
+    module, gradient = ("iwae", file.stem) if file.stem in ("dreg", "stl") else (file.stem, node.get("gradient"))
+    assert (type(objective).__module__.rpartition(".")[2], node.get("gradient")) == (module, gradient)
     assert (objective.caveats == ()) == objective.lower_bound
     assert "arXiv" in (type(objective).__doc__ or "") or file.stem in ("jvi", "piwae", "vimco")
 
 
 def test_every_objective_has_a_yaml():
     modules = {file.stem for file in (CONF.parents[1] / "iwae_cli" / "objectives").glob("*.py")} - {"__init__", "base"}
-    assert modules == {file.stem for file in CONF.glob("*.yaml")}
+    assert modules | {"dreg", "stl"} == {file.stem for file in CONF.glob("*.yaml")}
