@@ -185,6 +185,8 @@ def result_table(
     row("  another test set: stderr_images", "stderr_images", "± {:.2f}")
     row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}")
     row("  Jensen's bias of L_k: bias_mc", "bias_mc", "{:+.4f}")
+    row("  products of bfloat16: bf16_shift", "bf16_shift", "{:+.4f}")
+    row("    measured on some images", "bf16_shift_stderr", "± {:.4f}")
     row("exact NLL, nats", "exact_nll")
     row(f"jackknife of NLL_{k}, nats", "nll_jackknife")
     levels = dict.fromkeys(level for split in splits.values() for level in split["bounds"])

@@ -19,6 +19,7 @@ from iwae_cli.data.base import Dataset
 from iwae_cli.device import Device, compiler, memory_told
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
+from iwae_cli.evaluation.fast import check_bf16
 from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.files import RunLock, told
 from iwae_cli.identity import evaluation_name, training_name
@@ -30,6 +31,7 @@ from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.sinks.wandb import WandbSink, left_to_upload
 from iwae_cli.training import checkpoint
+from iwae_cli.training.protocol import Training
 from iwae_cli.training.schedule import Schedule
 
 logger = logging.getLogger("iwae_cli")
@@ -52,6 +54,7 @@ class Experiment:
         with_optimizer: begin from its optimizer's memory too (Adam's moments), as the authors did for Table 2.
         train: ``all``, or ``inference`` to train the inference network with the generative network frozen, so that two
             generative networks can be compared under equally good posteriors.
+        training: how a step goes back through its draws.
         restart: set an existing folder of this run aside and begin again.
         config: the resolved configuration, plain dicts, lists and scalars.
         names: chosen name of every group, for the name of the folder.
@@ -79,6 +82,7 @@ class Experiment:
         init_from: str | None,
         with_optimizer: bool,
         train: Literal["all", "inference"],
+        training: Training,
         restart: bool,
         config: dict[str, Any],
         names: dict[str, str],
@@ -114,6 +118,7 @@ class Experiment:
         self.output_dir = Path(output_dir).absolute()
         self.with_optimizer = with_optimizer
         self.train = train
+        self.training = training
         self.restart = restart
         self.source = None if init_from is None else RunFolder(Path(init_from))
         self.config = _with_absolute_paths(config)
@@ -140,10 +145,11 @@ class Experiment:
                 f"{self.names['model']} is for {self.model.observation} ones; "
                 f"with this data use {right[self.data.observation]}"
             )
-        refusal = self.objective.check(self.model)
+        refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
             raise UserError(refusal)
         self.device.resolve()
+        check_bf16(self.evaluation, self.model, self.device)
         if self.device.compile == "on" and compiler() is None:
             raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
         if self.source is not None:
@@ -257,6 +263,10 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     device: Device = objects["device"]
     if device.resolve().type == "mps" and asked is not None:
         raise UserError("estimator=... sums in float64, which mps has not: write device=cpu")
+    if asked is None:
+        check_bf16(objects["evaluation"], objects["model"], device)
+    elif objects["evaluation"].precision != "float32":
+        raise UserError("estimator=... has no evaluation.precision=bf16: write evaluation.precision=float32")
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)

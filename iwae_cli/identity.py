@@ -40,6 +40,8 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
         "validation": {key: evaluation[key] for key in ("validation_k", "validation_every")},
         "fingerprints": dict(fingerprints),
         **{key: config[key] for key in ("with_optimizer", "train")},
+        # Only where it is not what all runs had before there was a choice.
+        **{key: config[key] for key in ("training",) if config.get(key, {}).get("backward", "all") != "all"},
     }
 
 
@@ -51,8 +53,14 @@ def evaluation_name(config: Mapping[str, Any]) -> str:
         parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
         return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
-    parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
+    parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config)}
     return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
+
+
+def evaluation_precision(config: Mapping[str, Any]) -> str:
+    """Of the products of L_k: that of the device, or bf16 by name."""
+    asked = config["evaluation"].get("precision", "float32")  # older records do not say
+    return str(config["device"]["precision"] if asked == "float32" else asked)
 
 
 def estimator_name(config: Mapping[str, Any]) -> str:

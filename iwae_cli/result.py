@@ -25,7 +25,7 @@ from iwae_cli.evaluation.estimator import Estimator, Subject
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
 from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.files import atomic_path, write_json
-from iwae_cli.identity import estimator_name, evaluation_name
+from iwae_cli.identity import estimator_name, evaluation_name, evaluation_precision
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.training.checkpoint import State, first_fault, load_best
@@ -82,6 +82,7 @@ def evaluate(
                 rows=evaluation.rows,
                 workers=evaluation.workers,
                 with_jackknife=evaluation.jackknife,
+                bf16=evaluation.precision == "bf16",
                 check=check,
                 on_progress=progress.update,
             )
@@ -223,7 +224,7 @@ def _facts(
             "k": evaluation.k,
             "seed": evaluation.seed,
             "binarization_seed": evaluation.binarization_seed,
-            "precision": device.precision,
+            "precision": device.precision if "estimator" in config else evaluation_precision(config),
         },
         "versions": {"iwae-cli": iwae_cli.__version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "hydra-core", "wandb")},

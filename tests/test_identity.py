@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders, snapshot
 
 from iwae_cli import cli
@@ -56,6 +57,7 @@ OF_THE_EVALUATION = [
     "evaluation.weights=best",
     "evaluation.seed=1",
     "evaluation.binarization_seed=1",
+    "evaluation.precision=bf16",
 ]
 OF_NEITHER = [
     "output_dir=elsewhere",
@@ -169,6 +171,25 @@ def test_going_back_to_an_earlier_evaluation_computes_nothing(
     monkeypatch.setattr("iwae_cli.result.log_likelihood", lambda *_, **__: pytest.fail("it evaluates"))
     assert run(*TINY, f"output_dir={outputs}")[0] == 0
     assert read_json(folder / "result.json") == first
+
+
+def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, no_training: None) -> None:
+    folder = only(outputs)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    exact = read_json(folder / "result.json")
+    del config["evaluation"]["precision"]
+    assert evaluation_name(config) == exact["evaluation"]["name"], "as of runs from before there was a choice"
+    code, out, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16")
+    assert code == 0, err
+    result = read_json(folder / "result.json")
+    assert (exact["evaluation"]["precision"], result["evaluation"]["precision"]) == ("float32", "bf16")
+    test = result["test"]
+    assert test["bf16_shift_images"] == test["n"] == 250
+    assert test["bf16_shift"] == pytest.approx(test["nll"] - exact["test"]["nll"], abs=1e-5) != 0
+    assert f"{test['bf16_shift']:+.4f}" in out
+    code, _, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16", "device.precision=float64")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "evaluation.precision=bf16 is for device.precision=float32; write evaluation.precision=float32" in err
 
 
 def test_the_best_weights_are_another_evaluation(outputs: Path, no_training: None) -> None:

@@ -22,9 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.device import Device
+from iwae_cli.errors import UserError
+from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.likelihoods import Bernoulli
-from iwae_cli.models.mlp import GaussianChain, GaussianRecognition
+from iwae_cli.models.mlp import GaussianChain, GaussianMLP, GaussianRecognition
 from iwae_cli.models.networks import GaussianConditional, TanhNetwork
 from iwae_cli.noise import BLOCK, Noise
 
@@ -36,6 +39,25 @@ FIRST_GROUPS, SECOND_GROUPS = 8, 2
 
 CERTAIN = 100.0
 """Logit of a pixel that is not there: sigmoid(100) = 1 in every precision."""
+
+
+def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> None:
+    """Refuse ``evaluation.precision=bf16`` where it cannot be had.
+
+    Raises:
+        UserError: another model, device or precision.
+    """
+    if evaluation.precision == "float32":
+        return
+    wrong = None
+    if type(model) is not GaussianMLP or model.likelihood != "bernoulli":
+        wrong = "Gaussian models of binary pixels, as model=one_layer or two_layer"
+    elif device.resolve().type != "cpu":
+        wrong = "device=cpu"
+    elif device.precision != "float32":
+        wrong = "device.precision=float32"
+    if wrong is not None:
+        raise UserError(f"evaluation.precision=bf16 is for {wrong}; write evaluation.precision=float32")
 
 
 @final

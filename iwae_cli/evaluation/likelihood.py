@@ -33,6 +33,9 @@ PIECE = 128 * BLOCK
 IMAGES = 8
 """Images that the fast way sums up together, one computed after the other."""
 
+COMPARED = 200
+"""Images, or all if there are fewer than twice as many, that are computed without bfloat16 too."""
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -47,6 +50,8 @@ class Likelihood:
         top_weight: largest normalized weight.
         exact: log p(x) in closed form where the model has one, else None.
         jackknife: the jackknife estimate of log p(x) if it was asked for, else None; NaN where it has no value.
+        float32: L_k without bfloat16, on the same noise, of the images it was computed for; NaN for the others; None
+            where all of it is without.
     """
 
     k: int
@@ -57,6 +62,7 @@ class Likelihood:
     top_weight: Float64[np.ndarray, " n"]
     exact: Float64[np.ndarray, " n"] | None
     jackknife: Float64[np.ndarray, " n"] | None = None
+    float32: Float64[np.ndarray, " n"] | None = None
 
 
 def log_likelihood(
@@ -70,6 +76,7 @@ def log_likelihood(
     stream: str | None = None,
     with_jackknife: bool = False,
     plain: bool = False,
+    bf16: bool = False,
     check: Callable[[], None] = lambda: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
@@ -90,8 +97,12 @@ def log_likelihood(
         with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
         plain: compute the log-weights by the model itself, even where ``FastScorer`` computes them faster (they differ
             by the rounding of sums of another order).
+        bf16: multiply numbers of bfloat16 (see ``FastScorer``), and compute some of the images in float32 too.
         check: called by every worker before every piece of its work; may raise to stop.
         on_progress: called with the number of images done; may raise to stop.
+
+    Raises:
+        ValueError: ``bf16`` of a model that ``FastScorer`` does not fit, or not in float32 on a CPU.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -99,10 +110,14 @@ def log_likelihood(
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
     scorer = FastScorer(model, rows) if not plain and device.type == "cpu" and FastScorer.fits(model) else None
+    if bf16 and (scorer is None or dtype != torch.float32):
+        raise ValueError("bf16 is for Gaussian models of binary pixels in float32 on a CPU")
+    rounded = FastScorer(model, rows, bf16=True) if bf16 else scorer
     batch, piece = max(1, rows // chunk), chunk
     if scorer is not None:
         piece = PIECE
         batch = max(1, min(IMAGES, IMAGES * PIECE // k))
+    apart = max(1, len(split.x) // COMPARED)
 
     def noise(images: Sequence[int], start: int) -> KeyedNoise:
         check()
@@ -112,16 +127,22 @@ def log_likelihood(
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         kept = []
+        compare = bf16 and images[0] // batch % apart == 0
+        compared = StreamingLogWeights(k, len(images), block=BLOCK) if compare else None
         for start in range(0, k, piece):
             n = min(piece, k - start)
-            if scorer is None:
+            if scorer is None or rounded is None:
                 log_w = model(x, n, noise(images, start)).to(accumulator_device(device))
             else:
-                log_w = scorer.log_weights(x, n, noise, images, start)
+                log_w = rounded.log_weights(x, n, noise, images, start)
+                if compared is not None:
+                    compared.add(scorer.log_weights(x, n, noise, images, start))
             streaming.add(log_w)
             if with_jackknife:
                 kept.append(log_w.to(torch.float64))
         extra = {"exact": model.generative.exact_log_px(x), "jackknife": jackknife(torch.cat(kept)) if kept else None}
+        if bf16:
+            extra["float32"] = torch.full((len(images),), math.nan) if compared is None else compared.log_px()
         return (
             {m: bound.cpu().numpy() for m, bound in streaming.bounds().items()},
             [v.cpu().numpy() for v in (streaming.ess(), streaming.khat(), streaming.top_weight())],
@@ -132,7 +153,8 @@ def log_likelihood(
     bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
     ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
     extra = {name: np.concatenate([e[name] for _, _, e in results]) for name in results[0][2]}
-    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, extra.get("exact"), extra.get("jackknife"))
+    names = ("exact", "jackknife", "float32")
+    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, *(extra.get(name) for name in names))
 
 
 def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -147,6 +169,9 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     - ``stderr_mc`` and ``bias_mc`` are not known where k = 1.
 
     ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), where it was asked for (Nowozin 2018): less biased, and no bound.
+
+    ``bf16_shift`` = NLL_k in bfloat16 - NLL_k in float32, nats, of the ``bf16_shift_images`` that both were computed
+    for, with its standard error over them.
 
     Returns:
         (numbers, reasons): plain floats, ints and None; ``reasons`` has an entry for every None.
@@ -206,6 +231,19 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             -likelihood.jackknife.mean(),
             not_finite or "for some image one weight outweighs all others, and leaving it out leaves nothing",
         )
+    if likelihood.float32 is not None:
+        both = ~np.isnan(likelihood.float32)
+        why = not_finite or "L_k is not finite in float32 for some image"
+        with np.errstate(invalid="ignore"):
+            shift = likelihood.float32[both] - likelihood.log_px[both]
+            error = shift.std(ddof=1) / math.sqrt(len(shift)) if len(shift) > 1 else math.nan
+        summary |= {
+            "bf16_shift": number("bf16_shift", shift.mean() if len(shift) else math.nan, why),
+            "bf16_shift_stderr": number(
+                "bf16_shift_stderr", error, why if n > 1 else "one image has no standard error"
+            ),
+            "bf16_shift_images": len(shift),
+        }
     return summary, reasons
 
 

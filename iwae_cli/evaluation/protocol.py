@@ -26,6 +26,9 @@ class Evaluation:
         validation_k: samples of the validation bound during training, the same for all objectives.
         validation_every: passes between two validations.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
+        precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with
+            float32 sums, for Gaussian models of binary pixels on a processor, faster where it has instructions for
+            them; the shift of NLL_k is measured on some images and reported.
 
     Raises:
         ValueError: a number out of range, an unknown or repeated split.
@@ -43,6 +46,7 @@ class Evaluation:
         validation_k: int,
         validation_every: int,
         jackknife: bool = False,
+        precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
         at_least_one = {"k": k, "validation_k": validation_k, "validation_every": validation_every}
         for name, value in at_least_one.items():
@@ -70,6 +74,8 @@ class Evaluation:
             raise ValueError(f"weights must be last or best, got {weights!r}")
         if jackknife and k < 2:
             raise ValueError(f"jackknife needs k >= 2, got k={k}")
+        if precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
         self.k = k
         self.splits = splits
         self.weights = weights
@@ -80,3 +86,4 @@ class Evaluation:
         self.validation_k = validation_k
         self.validation_every = validation_every
         self.jackknife = jackknife
+        self.precision = precision

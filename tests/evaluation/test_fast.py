@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.fast import FastScorer
-from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.device import Device
+from iwae_cli.errors import UserError
+from iwae_cli.evaluation.fast import FastScorer, check_bf16
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.evaluation.protocol import Evaluation
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.linear_gaussian import LinearGaussianModel
@@ -136,3 +139,59 @@ def test_what_is_not_known_is_left_to_the_model(other: Architecture) -> None:
     split = Split("test", binary(3, 9), "")
     plain = log_likelihood(model, split, k=70, seed=0, rows=640, plain=True)
     assert np.array_equal(plain.log_px, log_likelihood(model, split, k=70, seed=0, rows=640).log_px)
+
+
+def test_the_shift_of_bf16_is_measured_on_some_images() -> None:
+    """Every second batch of eight: of 401 images the first eight, not the next, and so on."""
+    model, x = built(GaussianMLP([2], [[4]]), 9), binary(401, 9)
+    split = Split("test", x, "")
+    rounded = log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
+    exact = log_likelihood(model, split, k=64, seed=0, rows=640)
+    assert rounded.float32 is not None and exact.float32 is None
+    both = np.arange(401) // 8 % 2 == 0
+    assert np.array_equal(np.isnan(rounded.float32), ~both)
+    np.testing.assert_allclose(rounded.float32[both], exact.log_px[both], rtol=1e-6)
+    differences = exact.log_px - rounded.log_px
+    assert (np.abs(differences) > 1e-5).mean() > 0.5
+    summary, reasons = summarize(rounded, 9)
+    assert not reasons
+    assert summary["bf16_shift_images"] == both.sum() == 201
+    assert summary["bf16_shift"] == pytest.approx(differences[both].mean(), abs=1e-6)
+    assert summary["bf16_shift_stderr"] == pytest.approx(differences[both].std(ddof=1) / 201**0.5, rel=1e-2)
+    assert not {key for key in summarize(exact, 9)[0] if "bf16" in key}
+
+
+def test_bf16_is_refused_where_it_cannot_be() -> None:
+    split = Split("test", binary(3, 9), "")
+    linear = LinearGaussianModel([2]).build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1))
+    for model in (linear, built(GaussianMLP([2], [[4]]), 9).double()):
+        with pytest.raises(ValueError, match=r"^bf16 is for Gaussian models of binary pixels in float32 on a CPU$"):
+            log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
+
+
+EVALUATION = {"k": 5, "splits": ["test"], "weights": "last", "seed": 0, "binarization_seed": 0, "rows": 64} | {
+    "workers": None,
+    "validation_k": 1,
+    "validation_every": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "told"),
+    [
+        (GaussianMLP([2], [[4]]), Device("cpu"), None),
+        (GaussianMLP([2], [[4]]), Device("cpu", "float64"), "device.precision=float32"),
+        (GaussianMLP([2], [[4]], likelihood="discretized_logistic"), Device("cpu"), "Gaussian models of binary pixels"),
+        (LinearGaussianModel([2]), Device("cpu"), "Gaussian models of binary pixels"),
+    ],
+)
+def test_the_command_line_is_told_before_any_work(model: Architecture, device: Device, told: str | None) -> None:
+    check_bf16(Evaluation(**EVALUATION), model, device)  # type: ignore[arg-type]
+    asked = Evaluation(**EVALUATION, precision="bf16")  # type: ignore[arg-type]
+    if told is None:
+        check_bf16(asked, model, device)
+    else:
+        with pytest.raises(
+            UserError, match=f"^evaluation.precision=bf16 is for {told}.*; write evaluation.precision=f"
+        ):
+            check_bf16(asked, model, device)
