@@ -246,6 +246,10 @@ def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
         chosen = [override for override in parsed if override.key_or_group in composer.groups]
         fresh = composer.compose([override for override in chosen if override.key_or_group != ESTIMATOR])
         config = OmegaConf.create({key: saved[key] for key in ("data", *allowed) if key in saved})
+        for group in ("evaluation", "device"):
+            # An older run does not say what could not be chosen yet.
+            if config[group].get("_target_") == fresh[group]["_target_"]:
+                config[group] = {**fresh[group], **config[group]}
         for override in chosen:
             key = override.key_or_group
             config[key] = composer.estimator(override) if key == ESTIMATOR else fresh[key]

@@ -179,6 +179,8 @@ def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, 
     exact = read_json(folder / "result.json")
     del config["evaluation"]["precision"]
     assert evaluation_name(config) == exact["evaluation"]["name"], "as of runs from before there was a choice"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.evaluate([str(folder), "evaluation.precision=bf16"]) == 0
     code, out, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16")
     assert code == 0, err
     result = read_json(folder / "result.json")
