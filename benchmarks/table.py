@@ -73,7 +73,8 @@ def _cases(record: dict[str, Any], cases: dict[str, Any]) -> list[str]:
         _table(cases, lambda _: lambda r: f"{r['set_up']:.0f}" if "set_up" in r else ""),
         "Checks. Training: after three steps from the same weights on the same images with the same noise, how far the "
         f"weights are from those of {BASE}, divided by the length of the way gone (and the largest difference of the "
-        "bound, nats). Evaluation: NLL of the same images with noise of its own, less that of ours, nats.",
+        "bound, nats). Evaluation: NLL of the same images with noise of its own, less that of ours, nats, with its "
+        "Monte Carlo error.",
         _table(cases, lambda _: _check),
     ]
     return parts
@@ -96,7 +97,7 @@ def _check(result: dict[str, Any]) -> str:
     if not check:
         return ""
     if "nll" in check:
-        told = f"{check['nll']:+.2f}"
+        told = f"{check['nll']:+.2f} ± {check['error']:.2f}"
     else:
         told = f"{check['update']:.0e}" + (f" ({check['bound']:.0e})" if "bound" in check else "")
     return told if check["same"] else f"**other work**: {told}"

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from benchmarks.cases import CHECK_K, Job
+from benchmarks.cases import CHECK_K, Case, Job
 
 VALIDATION_K, VALIDATE_EVERY = 50, 500
 """Samples of the validation bound of a whole run; steps between two of them."""
@@ -43,9 +43,22 @@ class Peer(Protocol):
         """Bounds before each of the steps on ``job.check_batch``, and the weights after them; None: cannot tell."""
         ...
 
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        """-L_k of binary images (n, pixels), again and again until ``tick`` says to stop."""
+
     def nll(self, images: np.ndarray, k: int) -> float:
         """-L_k, nats, mean over binary images (n, pixels)."""
         ...
+
+
+def by_parts(peer: Peer, images: np.ndarray, case: Case, tick: Tick) -> None:
+    """``Peer.evaluate`` by ``nll`` of ``case.images`` at a time."""
+    start = 0
+    while True:
+        peer.nll(images[start : start + case.images], case.k)
+        if not tick(case.images):
+            return
+        start = (start + case.images) % (len(images) - case.images)
 
 
 def serve(make: Callable[[Job], Peer]) -> None:
@@ -64,12 +77,7 @@ def serve(make: Callable[[Job], Peer]) -> None:
     if job.case.kind == "train":
         peer.train(rounds.tick)
     else:
-        test, k, n = job.data("test"), job.case.k, job.case.images
-        start = 0
-        peer.nll(test[:n], k)
-        while rounds.tick(n):
-            start = (start + n) % (len(test) - n)
-            peer.nll(test[start : start + n], k)
+        peer.evaluate(job.data("test"), rounds.tick)
     _say(answers, "done", base_mb=base, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -105,7 +113,8 @@ class _Rounds:
 def _check(job: Job, peer: Peer) -> dict[str, Any]:
     if job.case.kind == "evaluate":
         images = job.data("test")[: job.case.images]
-        return {"nll": peer.nll(images, min(job.case.k, CHECK_K))}
+        nll = peer.nll(images, min(job.case.k, CHECK_K))
+        return {"nll": nll, "stderr_mc": getattr(peer, "stderr_mc", None)}
     bounds, weights = peer.check()
     file = job.files / f"checked_{os.getpid()}.npz"
     if weights is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.cases import SIZES, Job
 from benchmarks.peers.torch_networks import PIXELS
-from benchmarks.worker import Tick, serve
+from benchmarks.worker import Tick, by_parts, serve
 
 ROWS = (250, 500, 1000, 2000)
 """Samples at once in evaluation, to choose from."""
@@ -48,6 +48,9 @@ class Floor:
     def check(self) -> tuple[None, None]:
         """Nothing to check."""
         return None, None
+
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        by_parts(self, images, self.case, tick)
 
     def nll(self, images: np.ndarray, k: int) -> float:
         """Products forward for k samples of every image."""

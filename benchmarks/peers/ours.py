@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 import iwae_cli
 from benchmarks.cases import CHECK_STEPS, SIZES, Job
 from benchmarks.worker import Tick, serve
+from iwae_cli.cli import _experiment
 from iwae_cli.cli_compose import plan
-from iwae_cli.construct import construct
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.likelihood import log_likelihood
-from iwae_cli.experiment import Experiment
+from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.signals import Signals
@@ -46,51 +46,115 @@ class Ours:
             *job.overrides,
         ]
         composed = plan(overrides, False, None).jobs[0]
-        config = composed.config
-        plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-        record = {"config": config, "names": composed.names, "overrides": composed.overrides}
-        arguments: dict[str, Any] = {**construct(config), **plain, **record}
-        experiment = Experiment(**arguments)
+        experiment = _experiment(composed, None)
         experiment.check()
         experiment.device.setup()
         self.job = job
         self.evaluation = experiment.evaluation
+        self.stderr_mc = 0.0
         self.session = Session(experiment, experiment.data.load(), RunFolder(Path("nowhere")), Signals())
         self.settings = f"iwae-cli {iwae_cli.__version__}, torch {torch.__version__}"
 
     def train(self, tick: Tick) -> None:
         """The whole of the trainer's loop, a pause between two steps where the clock wants one."""
         self._load_weights()
+        self._compile()
         self.session.trainer.run(self.session.state, _Hooks(tick))
 
-    def check(self) -> tuple[list[float], dict[str, np.ndarray]]:
-        """The trainer's step with noise that is given."""
+    def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
+        """The trainer's step with noise that is given; one that leaves out draws by chance cannot be checked so."""
+        if "training.backward=roulette" in self.job.overrides:
+            return None, None
         self._load_weights()
+        self._compile()
         trainer, bounds = self.session.trainer, []
         memory = trainer.optimizer.state_dict()
         for step in range(CHECK_STEPS):
             x, draws = self.job.check_batch(step)
             noise = _Given([torch.from_numpy(draw) for draw in draws])
-            bound = train_step(trainer.model, trainer.objective, trainer.optimizer, torch.from_numpy(x), noise)
+            if trainer._compiled is None:
+                bound = train_step(trainer.model, trainer.objective, trainer.optimizer, torch.from_numpy(x), noise)
+            else:
+                bound = trainer._compiled(torch.from_numpy(x), noise)
             bounds.append(float(bound.mean()))
         weights = {name: value.numpy().copy() for name, value in trainer.model.state_dict().items()}
         trainer.optimizer.load_state_dict(memory)
         return bounds, weights
 
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        """All images in one go, as the final evaluation; its workers are held where the clock wants a pause.
+
+        What they have begun when a round ends they bring to an end: of every round, an image at most a worker.
+        """
+        gate, done = threading.Event(), 0
+        gate.set()
+
+        def held() -> None:
+            gate.wait()
+
+        def on_progress(now: int) -> None:
+            nonlocal done
+            gate.clear()
+            go_on = tick(now - done)
+            gate.set()
+            done = now
+            if not go_on:
+                raise _Stop
+
+        try:
+            while True:
+                self._likelihood(images, self.job.case.k, held, on_progress)
+                done = 0
+        except _Stop:
+            return
+
     def nll(self, images: np.ndarray, k: int) -> float:
-        """As the final evaluation, one worker for every core."""
+        """Of all images at once; its standard error is kept."""
+        found = self._likelihood(images, k)
+        v = np.maximum(0, 1 / found.ess - 1 / k)
+        self.stderr_mc = float(np.sqrt(v.sum()) / len(images))
+        return float(-found.log_px.mean())
+
+    def _likelihood(
+        self,
+        images: np.ndarray,
+        k: int,
+        check: Callable[[], None] = lambda: None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Likelihood:
+        """One worker for every core."""
         if not self.session.state.step:
             self._load_weights()
         model, evaluation = self.session.model, self.evaluation
         model.eval()
-        split = Split("test", torch.from_numpy(images), "")
-        found = log_likelihood(model, split, k=k, seed=evaluation.seed, rows=evaluation.rows, workers=None)
-        model.train()
-        return float(-found.log_px.mean())
+        try:
+            return log_likelihood(
+                model,
+                Split("test", torch.from_numpy(images), ""),
+                k=k,
+                seed=evaluation.seed,
+                rows=evaluation.rows,
+                workers=None,
+                bf16=evaluation.precision == "bf16",
+                check=check,
+                on_progress=on_progress,
+            )
+        finally:
+            model.train()
+
+    def _compile(self) -> None:
+        """Where the session would before it trains."""
+        trainer = self.session.trainer
+        if self.session.state.plan["compiler"] is not None and trainer._compiled is None:
+            trainer.compile()
 
     def _load_weights(self) -> None:
         weights = {name: torch.from_numpy(value) for name, value in self.job.weights().items()}
         self.session.model.load_state_dict(weights)
+
+
+class _Stop(Exception):
+    pass
 
 
 class _Hooks:

@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from benchmarks.cases import BETAS, CHECK_STEPS, EPS, LEARNING_RATE, Job
-from benchmarks.worker import Tick, serve
+from benchmarks.worker import Tick, by_parts, serve
 
 Weights = dict[str, Array]
 
@@ -66,6 +66,9 @@ class Jax:
             weights, memory, bound = update(weights, memory, x, draws)
             bounds.append(float(bound))
         return bounds, {name: _ours(name, value) for name, value in weights.items()}
+
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        by_parts(self, images, self.job.case, tick)
 
     def nll(self, images: np.ndarray, k: int) -> float:
         """Sums of weights over chunks of samples in one compiled program for every batch of images."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.cases import BETAS, CHECK_STEPS, EPS, LEARNING_RATE, SIZES, Job
 from benchmarks.peers.torch_networks import Generative, Inference, binarized
-from benchmarks.worker import Tick, serve
+from benchmarks.worker import Tick, by_parts, serve
 
 IMAGES = (1, 4)
 """Images at once in evaluation, to choose from."""
@@ -88,6 +88,9 @@ class Pyro:
             for name, network in networks.items()
             for key, value in network.state_dict().items()
         }
+
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        by_parts(self, images, self.job.case, tick)
 
     def nll(self, images: np.ndarray, k: int) -> float:
         """``RenyiELBO.loss`` with k particles."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.cases import BETAS, CHECK_STEPS, EPS, LEARNING_RATE, SIZES, Job
 from benchmarks.peers.torch_networks import PIXELS, Conditional, Logits
-from benchmarks.worker import Tick, serve
+from benchmarks.worker import Tick, by_parts, serve
 
 BATCH_SIZES = (100, 500, 1000)
 """Samples at once in get_nll, to choose from; they divide k."""
@@ -122,6 +122,9 @@ class Pythae:
         self.model.given = None
         named = zip(self._names(), self.model.state_dict().values(), strict=True)
         return None, {name: value.numpy().copy() for name, value in named}
+
+    def evaluate(self, images: np.ndarray, tick: Tick) -> None:
+        by_parts(self, images, self.job.case, tick)
 
     def nll(self, images: np.ndarray, k: int) -> float:
         """``get_nll``, which returns the mean of L_k."""
