@@ -21,8 +21,8 @@ SIZES: dict[str, tuple[list[int], list[list[int]]]] = {
 CHECK_STEPS = 3
 """Steps of training that every program takes from the same weights with the same noise."""
 
-CHECK_K = 5000
-"""Samples of the estimate that programs must agree on within their Monte Carlo error."""
+CHECK_IMAGES, CHECK_K = 24, 5000
+"""Images, and samples of each, of the estimate that programs must agree on within their Monte Carlo error."""
 
 
 @dataclass(frozen=True)

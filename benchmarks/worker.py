@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from benchmarks.cases import CHECK_K, Case, Job
+from benchmarks.cases import CHECK_IMAGES, CHECK_K, Case, Job
 
 VALIDATION_K, VALIDATE_EVERY = 50, 500
 """Samples of the validation bound of a whole run; steps between two of them."""
@@ -112,7 +112,7 @@ class _Rounds:
 
 def _check(job: Job, peer: Peer) -> dict[str, Any]:
     if job.case.kind == "evaluate":
-        images = job.data("test")[: job.case.images]
+        images = job.data("test")[:CHECK_IMAGES]
         nll = peer.nll(images, min(job.case.k, CHECK_K))
         return {"nll": nll, "stderr_mc": getattr(peer, "stderr_mc", None)}
     bounds, weights = peer.check()
