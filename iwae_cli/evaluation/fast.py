@@ -150,35 +150,34 @@ class FastScorer:
 
 def _log_likelihood(features: Tensor, head: _Linear, buffer: Tensor) -> Tensor:
     """log p(x|h) of every row of ``features``, by a ``head`` that carries the signs of x."""
-    probabilities = head.into(buffer, features).sigmoid_()
+    probabilities = head(features, out=buffer).sigmoid_()
     products = probabilities.view(len(buffer), FIRST_GROUPS, -1).prod(1)
     log_p = products.view(len(buffer), SECOND_GROUPS, -1).prod(1).log_().sum(-1)
     if not math.isfinite(log_p.amin()):
         # A product has left the range of the numbers: those samples again, term by term.
         lost = ~log_p.isfinite()
-        log_p[lost] = F.logsigmoid(head(features[lost]).to(log_p.dtype)).sum(-1)
+        log_p[lost] = F.logsigmoid(head(features[lost])).sum(-1)
     return log_p
 
 
 class _Linear:
-    """given @ weight + bias, in the precision of the weight."""
+    """given @ weight + bias; where the weight is of bfloat16, (given - 1/2) @ weight + bias.
+
+    A sigmoid of bfloat16 is as coarse near 1 as near 1/2; without the half, tanh keeps its eight bits at any size.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._weight, self._bias = weight, bias
 
-    def __call__(self, given: Tensor) -> Tensor:
-        return torch.addmm(self._bias, given.to(self._weight.dtype), self._weight)
-
-    def into(self, buffer: Tensor, given: Tensor) -> Tensor:
-        """The same, in a buffer."""
-        if buffer.dtype == self._weight.dtype:
-            return torch.addmm(self._bias, given, self._weight, out=buffer)
-        return buffer.copy_(self(given))
+    def __call__(self, given: Tensor, out: Tensor | None = None) -> Tensor:
+        if given.dtype == self._weight.dtype:
+            return torch.addmm(self._bias, given, self._weight, out=out)
+        product = torch.mm((given - 0.5).to(self._weight.dtype), self._weight)
+        return (product.to(given.dtype) if out is None else out.copy_(product)).add_(self._bias)
 
     def times(self, sign: Tensor) -> _Linear:
         """The same with every output times its sign."""
-        sign = sign.to(self._weight.dtype)
-        return _Linear(self._weight * sign, self._bias * sign)
+        return _Linear(self._weight * sign.to(self._weight.dtype), self._bias * sign)
 
 
 class _Body:
@@ -202,9 +201,12 @@ class _Body:
         weight = torch.cat([head.weight.detach() for head in heads]).t().contiguous() * factor
         bias = torch.cat([head.bias.detach() for head in heads]) * factor
         if self._layers:
+            weight = 2 * weight
             # The latents stay in float32: they have no bounds, and their errors would go through all that follows.
-            weight = (2 * weight).to(torch.bfloat16 if self._bf16 else weight.dtype)
-            bias = (bias - weight.double().sum(0) / 2).to(weight.dtype)
+            if self._bf16:
+                weight = weight.bfloat16()
+            else:
+                bias = bias - (weight.double().sum(0) / 2).to(bias.dtype)
         return _Linear(F.pad(weight, (0, missing)), F.pad(bias, (0, missing), value=CERTAIN))
 
     def __call__(self, given: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class _Conditional:
         self._heads = self._body.then([conditional.loc, conditional.log_scale])
 
     def __call__(self, given: Tensor) -> tuple[Tensor, ...]:
-        return self._heads(self._body(given)).to(given.dtype).chunk(2, dim=-1)
+        return self._heads(self._body(given)).chunk(2, dim=-1)
 
 
 def _conditionals(layers: Iterable[nn.Module], bf16: bool) -> list[_Conditional]:
