@@ -113,20 +113,16 @@ class KeyedNoise:
             raise ValueError(f"batch must be the {len(self._images)} images of this noise, got {batch}")
         blocks = -(-k // BLOCK)
         out = np.empty((batch, blocks * BLOCK, size), dtype=np.float32)
-        for row, image in enumerate(self._images):
+        for image, of_image in zip(self._images, out.reshape(batch, blocks, BLOCK, size), strict=True):
             philox = np.random.Philox(key=derive(*self._key, kind, layer, int(image)))
             random = np.random.Generator(philox)
-            state = philox.state
-            for block in range(blocks):
+            fill = random.standard_normal if kind == "normal" else random.random
+            begun = philox.state  # as it is before the first number
+            counter = begun["state"]["counter"]
+            for block, whole in enumerate(of_image, start=self._block):
                 # The third word of the 256-bit counter numbers the block: 2^128 numbers lie between two blocks.
-                state["state"]["counter"][:] = (0, 0, self._block + block, 0)
-                state["buffer_pos"] = 4
-                state["has_uint32"] = 0
-                philox.state = state
-                whole = out[row, block * BLOCK : (block + 1) * BLOCK]
-                if kind == "normal":
-                    random.standard_normal(out=whole, dtype=np.float32)
-                else:
-                    random.random(out=whole, dtype=np.float32)
+                counter[2] = block
+                philox.state = begun
+                fill(out=whole, dtype=np.float32)
         drawn = torch.from_numpy(out).transpose(0, 1)[:k]
         return drawn.to(device=self._device, dtype=self._dtype)
