@@ -53,35 +53,37 @@ def _cases(record: dict[str, Any], cases: dict[str, Any]) -> list[str]:
 
         return of_case
 
+    labels = record["rows"]
     parts = [
         f"Milliseconds a step of training (batch x k) or, for NLL_k, an image: medians of {record['rounds']} rounds of "
         f"{record['round_seconds']} s in turn; in brackets the time divided by that of {BASE}.",
-        _table(cases, timed("ms")),
+        _table(labels, cases, timed("ms")),
     ]
     away = max((_away(result) for results in cases.values() for result in results.values()), default=0.0)
     if away > BUSY:
         parts += [
             f"**Up to {away:.0%} of a round the processor was elsewhere: the machine was busy, and the times above are "
             "not to be trusted.** Milliseconds of processor time:",
-            _table(cases, timed("cpu_ms")),
+            _table(labels, cases, timed("cpu_ms")),
         ]
     parts += [
         "Most memory of the process, MB; in brackets what of it lies beyond imports, data and weights.",
-        _table(cases, lambda _: lambda r: f"{r['peak_mb']:.0f} ({r['beyond_mb']:.0f})" if "peak_mb" in r else ""),
+        _table(
+            labels, cases, lambda _: lambda r: f"{r['peak_mb']:.0f} ({r['beyond_mb']:.0f})" if "peak_mb" in r else ""
+        ),
         "Seconds from the start of the process to the end of the first unit of work: imports, data, check, choice of "
         "shapes, compilation.",
-        _table(cases, lambda _: lambda r: f"{r['set_up']:.0f}" if "set_up" in r else ""),
+        _table(labels, cases, lambda _: lambda r: f"{r['set_up']:.0f}" if "set_up" in r else ""),
         "Checks. Training: after three steps from the same weights on the same images with the same noise, how far the "
         f"weights are from those of {BASE}, divided by the length of the way gone (and the largest difference of the "
         "bound, nats). Evaluation: NLL of the same images with noise of its own, less that of ours, nats, with its "
         "Monte Carlo error.",
-        _table(cases, lambda _: _check),
+        _table(labels, cases, lambda _: _check),
     ]
     return parts
 
 
-def _table(cases: dict[str, Any], cell_of: Callable[[str], Cell]) -> str:
-    labels = list(dict.fromkeys(label for results in cases.values() for label in results))
+def _table(labels: Sequence[str], cases: dict[str, Any], cell_of: Callable[[str], Cell]) -> str:
     cells = {case: cell_of(case) for case in cases}
     rows = [[label, *(cells[case](results.get(label, {})) for case, results in cases.items())] for label in labels]
     return _rows(["", *cases], [row for row in rows if any(row[1:])])
@@ -96,6 +98,8 @@ def _check(result: dict[str, Any]) -> str:
     check = result.get("check")
     if not check:
         return ""
+    if "none" in check:
+        return str(check["none"])
     if "nll" in check:
         told = f"{check['nll']:+.2f} ± {check['error']:.2f}"
     else:

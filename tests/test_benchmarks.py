@@ -45,7 +45,7 @@ def result(ms: float, **more: Any) -> dict[str, Any]:
 def record(**results: Any) -> dict[str, Any]:
     machine = {"date": "", "processor": "", "cores": 2, "commit": None, "versions": {}}
     facts = {"command": "", "machine": machine, "data": "", "rounds": 3, "round_seconds": 1, "load_before": [0.0]}
-    return {**facts, "missing": {}, "cases": {"20x5": results}, "whole": None}
+    return {**facts, "rows": [*results], "missing": {}, "cases": {"20x5": results}, "whole": None}
 
 
 def test_medians_are_divided_by_ours() -> None:
