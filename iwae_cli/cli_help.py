@@ -84,6 +84,7 @@ groups (the default in brackets):
 keys:
   seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
   init_from=RUN_FOLDER (begin from its weights)  with_optimizer=false  train=all or inference
+  training.backward=all or roulette (of little weight few draws are sent back)  training.tau=0.01
   on_error=continue or stop (of a sweep)
   and those of every choice, such as objective.k=50: --cfg job prints them all
 

@@ -81,6 +81,7 @@ class Session:
             batch_size=experiment.batch_size,
             validate=self._validate,
             validation_every=experiment.evaluation.validation_every,
+            tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
         self.state.plan["compiler"] = self._compiler()

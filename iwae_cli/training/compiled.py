@@ -7,17 +7,19 @@ their gradients differ by rounding alone. The optimizer is outside too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, Noise
-from iwae_cli.objectives.base import Losses, Objective
+from iwae_cli.objectives.base import BoundObjective, Losses, Objective
+from iwae_cli.training.roulette import chances, surrogate, survivors
 
 LATENCY = 20.0
 """Seconds that compiling takes on one quiet core, about; less where a graph like it was compiled before."""
@@ -26,8 +28,14 @@ SAVED_A_STEP = 5e-4
 SAVED_A_PRODUCT = 2e-11
 """Seconds saved on one core, about: in every step; and in every step for each draw and parameter."""
 
+ROULETTE_SHARE = 5
+"""A graph sends a fifth of all draws back, and is called until none is left that the roulette has kept: mostly once."""
+
 Draw = Callable[[Noise], Tensor]
 """One of the draws of a step."""
+
+Traced = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""What is wanted of a function; and the losses of the generative and of the inference network, or none."""
 
 
 class CannotCompileError(Exception):
@@ -53,9 +61,6 @@ class CompiledStep:
         model, objective, optimizer: what is trained, and how.
         x: a batch of that size; its values do not matter.
 
-    Attributes:
-        batch: the size, in images.
-
     Raises:
         CannotCompileError: the losses depend on values in a way that no graph has, or the compiler fails.
     """
@@ -67,56 +72,145 @@ class CompiledStep:
         optimizer: torch.optim.Optimizer,
         x: Float[Tensor, "batch pixels"],
     ) -> None:
+        def losses(model: LatentVariableModel, x: Tensor, noise: Noise) -> Losses:
+            return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+
+        def bound(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
+            found = losses(model, x, _Replay(drawn))
+            return (found.bound,), (found.generative, found.inference)
+
+        self._optimizer = optimizer
+        recorder = _Recorder(x)
+        losses(model, x, recorder)
+        self._draws = recorder.draws
+        self._graph = _Graph(model, bound, x, *recorder.drawn)
+
+    def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
+        """As ``train_step``."""
+        bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
+        _update(self._optimizer, self._graph.trained, gradients)
+        return bound
+
+
+@final
+class CompiledRouletteStep:
+    """``roulette_step`` for batches of one size: one graph weighs the draws, another sends some of them back.
+
+    Args:
+        model, objective, optimizer, tau: what is trained, and how.
+        x: a batch of that size; its values do not matter.
+
+    Raises:
+        CannotCompileError: as ``CompiledStep``.
+    """
+
+    def __init__(
+        self,
+        model: LatentVariableModel,
+        objective: BoundObjective,
+        optimizer: torch.optim.Optimizer,
+        x: Float[Tensor, "batch pixels"],
+        tau: float,
+    ) -> None:
+        def weigh(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
+            noise = _Replay(drawn)
+            with torch.no_grad():
+                latents, log_q = model.inference.sample(x, objective.num_samples, noise)
+                log_w = model.generative(x, latents) - log_q
+                weights = survivors(objective.weights(log_w), chances(log_w, noise), tau)
+                return (objective.bound(log_w), weights.flatten()), ()
+
+        def send_back(model: LatentVariableModel, x: Tensor, rows: Tensor, weights: Tensor, *drawn: Tensor) -> Traced:
+            latents, log_q = model.inference.sample(x, objective.num_samples, _Replay(drawn))
+            loss = surrogate(model, x, latents, log_q, rows, weights)
+            return (), (loss, loss)
+
+        self._optimizer = optimizer
+        recorder = _Recorder(x)
+        _, log_q = model.inference.sample(x, objective.num_samples, recorder)
+        chances(log_q, recorder)
+        self._draws = recorder.draws
+        self._rows = -(-log_q.numel() // ROULETTE_SHARE)
+        self._weigh = _Graph(model, weigh, x, *recorder.drawn)
+        rows = torch.zeros(self._rows, dtype=torch.long, device=x.device)
+        self._send_back = _Graph(model, send_back, x, rows, x.new_zeros(self._rows), *recorder.drawn)
+
+    def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
+        """As ``roulette_step``."""
+        drawn = [draw(noise) for draw in self._draws]
+        bound, weights = self._weigh(x, *drawn)
+        rows = weights.nonzero()[:, 0]
+        # A graph has one shape: the last one is filled up with draws of weight zero.
+        size = max(1, -(-len(rows) // self._rows)) * self._rows
+        chosen = F.pad(weights[rows], (0, size - len(rows)))
+        rows = F.pad(rows, (0, size - len(rows)))
+        gradients: Sequence[Tensor] = ()
+        for part, of_part in zip(rows.split(self._rows), chosen.split(self._rows), strict=True):
+            found = self._send_back(x, part, of_part, *drawn)
+            gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+        _update(self._optimizer, self._send_back.trained, gradients)
+        return bound
+
+
+def _update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@final
+class _Graph:
+    """What a function of a model and of tensors gives, and the gradients of its losses, compiled for these shapes.
+
+    Args:
+        model: its parameters are read whenever the graph is called.
+        function: of the model and the tensors.
+        inputs: the tensors; their values do not matter.
+
+    Attributes:
+        trained: parameters that have a gradient, in the order in which those come last of what a call gives.
+    """
+
+    def __init__(self, model: LatentVariableModel, function: Callable[..., Traced], *inputs: Tensor) -> None:
         # Half a second to import, for those who compile alone.
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        self.batch = len(x)
-        self._optimizer = optimizer
-        scored = _Scored(model, objective)
-        recorder = _Recorder(GeneratorNoise(torch.Generator(x.device), x.dtype))
-        scored(x, recorder)
-        self._draws = recorder.draws
-        parameters = dict(scored.named_parameters())
-        tensors = {**parameters, **dict(scored.named_buffers())}
+        part = _Part(model, function)
+        parameters = dict(part.named_parameters())
+        tensors = {**parameters, **dict(part.named_buffers())}
         trained: list[str] = []
 
-        def bound_and_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def traced(*given: Tensor) -> tuple[Tensor, ...]:
             values = {
                 name: value.detach().requires_grad_(tensor.requires_grad)
-                for (name, tensor), value in zip(tensors.items(), inputs, strict=False)
+                for (name, tensor), value in zip(tensors.items(), given, strict=False)
             }
-            x, *drawn = inputs[len(tensors) :]
-            losses: Losses = functional_call(scored, values, (x, _Replay(drawn)))
+            outputs, losses = functional_call(part, values, given[len(tensors) :])
             found = _gradients(losses, {name: values[name] for name in parameters if values[name].requires_grad})
             trained[:] = found
-            return losses.bound, *found.values()
+            return *outputs, *found.values()
 
         self._values = [tensor.detach() for tensor in tensors.values()]
-        inputs = [*self._values, x, *recorder.drawn]
         try:
-            graph = make_fx(bound_and_gradients, tracing_mode="fake")(*inputs)
+            graph = make_fx(traced, tracing_mode="fake")(*self._values, *inputs)
             with torch.no_grad():
-                self._graph = torch._inductor.compile(graph, [*inputs])
+                self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
         except (RuntimeError, OSError) as error:
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
-        self._trained = [parameters[name] for name in trained]
+        self.trained = [parameters[name] for name in trained]
 
-    def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
-        """As ``train_step``."""
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            bound, *gradients = self._graph(*self._values, x, *(draw(noise) for draw in self._draws))
-        for parameter, gradient in zip(self._trained, gradients, strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
-        return bound
+            given: Sequence[Tensor] = self._compiled(*self._values, *inputs)
+        return given
 
 
-def _gradients(losses: Losses, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every parameter that has one; each loss for its own parameters, as in the plain step."""
-    parts = [(losses.generative, "model.")]
-    if losses.generative is not losses.inference:
-        parts = [(losses.generative, "model.generative."), (losses.inference, "model.inference.")]
+def _gradients(losses: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every parameter that has one; each of two losses for its own parameters, as in the plain step."""
+    parts = list(zip(losses, ("model.generative.", "model.inference."), strict=False))
+    if parts and losses[0] is losses[1]:
+        parts = [(losses[0], "model.")]
     found: dict[str, Tensor] = {}
     for loss, prefix in parts:
         own = {name: value for name, value in parameters.items() if name.startswith(prefix)}
@@ -126,24 +220,23 @@ def _gradients(losses: Losses, parameters: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-class _Scored(nn.Module):
-    """Losses as a module, for its parameters to be given from outside."""
+class _Part(nn.Module):
+    """A function of a model, as a module: for the model's tensors to be given from outside."""
 
-    def __init__(self, model: LatentVariableModel, objective: Objective) -> None:
+    def __init__(self, model: LatentVariableModel, function: Callable[..., Traced]) -> None:
         super().__init__()
         self.model = model
-        self._objective = objective
+        self._function = function
 
-    def forward(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Losses:
-        particles = self.model.draw(x, self._objective.num_samples, noise)
-        return self._objective.losses(self.model, x, particles, noise)
+    def forward(self, *inputs: Tensor) -> Traced:
+        return self._function(self.model, *inputs)
 
 
 class _Recorder:
-    """Noise that keeps what it was asked for, and what it gave."""
+    """Noise for ``x`` that keeps what it was asked for, and what it gave."""
 
-    def __init__(self, noise: Noise) -> None:
-        self._noise = noise
+    def __init__(self, x: Float[Tensor, "batch pixels"]) -> None:
+        self._noise = GeneratorNoise(torch.Generator(x.device), x.dtype)
         self.draws: list[Draw] = []
         self.drawn: list[Tensor] = []
 
@@ -162,7 +255,7 @@ class _Recorder:
 class _Replay:
     """Noise that was drawn before."""
 
-    def __init__(self, drawn: list[Tensor]) -> None:
+    def __init__(self, drawn: Sequence[Tensor]) -> None:
         self._drawn = iter(drawn)
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:

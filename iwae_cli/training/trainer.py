@@ -14,11 +14,12 @@ from torch import Tensor
 from iwae_cli.data.base import Data
 from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.noise import GeneratorNoise, derive, generator
+from iwae_cli.noise import GeneratorNoise, Noise, derive, generator
 from iwae_cli.numerics import accumulator_device
-from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
-from iwae_cli.training.compiled import CompiledStep
+from iwae_cli.training.compiled import CompiledRouletteStep, CompiledStep
+from iwae_cli.training.roulette import roulette_step
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.step import train_step
 
@@ -58,6 +59,7 @@ class Trainer:
         batch_size: images a step; the last batch of a pass takes what is left.
         validate: the validation bound in nats of the model as it is; may raise Interrupted.
         validation_every: passes between validations; the last pass is always validated.
+        tau: where ``Training.check`` had nothing against it, of ``roulette_step``; None for ``train_step``.
     """
 
     model: LatentVariableModel
@@ -69,7 +71,8 @@ class Trainer:
     batch_size: int
     validate: Callable[[], float]
     validation_every: int
-    _compiled: CompiledStep | None = field(default=None, init=False, repr=False)
+    tau: float | None = None
+    _compiled: CompiledStep | CompiledRouletteStep | None = field(default=None, init=False, repr=False)
 
     @property
     def steps_per_pass(self) -> int:
@@ -102,7 +105,21 @@ class Trainer:
         """
         parameter = next(self.model.parameters())
         x = parameter.new_zeros(self.whole_batch, self.data.train.shape[1])
-        self._compiled = CompiledStep(self.model.train(), self.objective, self.optimizer, x)
+        model = self.model.train()
+        if self.tau is None:
+            self._compiled = CompiledStep(model, self.objective, self.optimizer, x)
+        else:
+            self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
+
+    def _plain(self, x: Tensor, noise: Noise) -> Tensor:
+        if self.tau is None:
+            return train_step(self.model, self.objective, self.optimizer, x, noise)
+        return roulette_step(self.model, self._thinned, self.optimizer, x, noise, self.tau)
+
+    @property
+    def _thinned(self) -> BoundObjective:
+        assert isinstance(self.objective, BoundObjective)
+        return self.objective
 
     def run(self, state: State, hooks: Hooks) -> bool:
         """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
@@ -156,11 +173,8 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            if self._compiled is not None and len(x) == self._compiled.batch:
-                bound = self._compiled(x, noise)
-            else:
-                bound = train_step(self.model, self.objective, self.optimizer, x, noise)
-            bound_sum += bound.to(bound_sum).sum()
+            step_of = self._compiled if self._compiled is not None and len(x) == self.whole_batch else self._plain
+            bound_sum += step_of(x, noise).to(bound_sum).sum()
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
