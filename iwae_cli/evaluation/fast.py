@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,7 +65,7 @@ class FastScorer:
     """Computes the log-weights of one model, whose weights must not change meanwhile.
 
     Args:
-        model: one that ``fits``.
+        model: one that ``fits`` what it is to score.
         rows: bound on the samples computed at once.
         bf16: products of bfloat16 numbers, for a model in float32.
     """
@@ -88,15 +88,16 @@ class FastScorer:
         self._head = self._body.then([observation.head], self._missing)
 
     @staticmethod
-    def fits(model: LatentVariableModel) -> bool:
-        """Whether these are the parts that are known here, and nothing derived from them."""
+    def fits(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"]) -> bool:
+        """Whether the parts are those that are known here, nothing derived from them, and every pixel is 0 or 1."""
         generative, inference = model.generative, model.inference
-        return (
+        return bool(
             type(generative) is GaussianChain
             and type(inference) is GaussianRecognition
             and type(generative.likelihood) is Bernoulli
             and type(generative.observation) is TanhNetwork
             and all(type(layer) is GaussianConditional for layer in (*generative.layers, *inference.layers))
+            and ((x == 0) | (x == 1)).all()
         )
 
     def log_weights(

@@ -109,7 +109,8 @@ def log_likelihood(
     chunk = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
-    scorer = FastScorer(model, rows) if not plain and device.type == "cpu" and FastScorer.fits(model) else None
+    fast = not plain and device.type == "cpu" and FastScorer.fits(model, split.x)
+    scorer = FastScorer(model, rows) if fast else None
     if bf16 and (scorer is None or dtype != torch.float32):
         raise ValueError("bf16 is for Gaussian models of binary pixels in float32 on a CPU")
     rounded = FastScorer(model, rows, bf16=True) if bf16 else scorer

@@ -87,16 +87,17 @@ def test_bf16_errs_by_the_rounding_of_the_factors(name: str) -> None:
 
 
 def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
-    """Weights and sigmoids of few bits: half of them 0 or 1, by steep slopes; products and sums then round nowhere."""
+    """Weights of few bits, and every tanh -1 or 1, by steep slopes; products and sums then round nowhere."""
     model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
     head, slope = model.generative.observation.head, model.generative.observation.body[0]
     with torch.no_grad():
-        slope.weight.mul_(1000)
+        slope.weight.mul_(1e6)
         head.weight.copy_((head.weight * 16).round() / 16)
         head.bias.copy_((head.bias * 16).round() / 16)
     plain, fast = both(model, x, 200, bf16=True)
-    saturated = (fast - plain).abs() < 1e-3
-    assert saturated.double().mean() > 0.9
+    assert plain.std() > 1
+    # What is left is the rounding of log w itself, of some tens of nats, in float32.
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -133,10 +134,19 @@ def test_whatever_is_computed_at_once(k: int, rows: int) -> None:
 )
 def test_what_is_not_known_is_left_to_the_model(other: Architecture) -> None:
     """Each of these scores in its own way: the fast one would be another number."""
-    assert FastScorer.fits(built(GaussianMLP([3], [[8]]), 9))
+    assert FastScorer.fits(built(GaussianMLP([3], [[8]]), 9), binary(3, 9))
     model = other.build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1), levels=17).eval()
-    assert not FastScorer.fits(model)
-    split = Split("test", binary(3, 9), "")
+    assert not FastScorer.fits(model, binary(3, 9))
+    is_plain(model, binary(3, 9))
+
+
+def test_grey_pixels_are_left_to_the_model() -> None:
+    """They have no sign."""
+    is_plain(built(GaussianMLP([3], [[8]]), 9), torch.rand(3, 9, generator=torch.Generator().manual_seed(3)))
+
+
+def is_plain(model: LatentVariableModel, x: torch.Tensor) -> None:
+    split = Split("test", x, "")
     plain = log_likelihood(model, split, k=70, seed=0, rows=640, plain=True)
     assert np.array_equal(plain.log_px, log_likelihood(model, split, k=70, seed=0, rows=640).log_px)
 
