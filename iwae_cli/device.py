@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, final, get_args
 
 import torch
@@ -120,14 +120,13 @@ def memory_told() -> Iterator[None]:
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler that torch uses, with its version, such as ``g++ 12.2.0``; None where there is none."""
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    """The C++ compiler that torch uses, such as ``g++ (Debian 12.2.0-14) 12.2.0``; None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
     try:
-        asked = [name, "-dumpfullversion", "-dumpversion"]
-        version = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
+        told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, IndexError, subprocess.SubprocessError):
         return None
-    return f"{Path(name).name} {version.strip()}"
+    return told.partition("\n")[0].strip()
 
 
 def available() -> list[str]:

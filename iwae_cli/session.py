@@ -247,7 +247,10 @@ class Session:
     def _compiler(self) -> str | None:
         """What is to compile the step; None for the plain one. The same answer in every session of a run."""
         choice, trainer = self.experiment.device.compile, self.trainer
-        if choice == "auto" and self.device.type == "cpu":
+        # Only what is known to be a function of tensors alone: a graph freezes what code of one's own counts up.
+        parts = (self.model.generative, self.model.inference, self.experiment.objective)
+        ours = all(type(part).__module__.startswith("iwae_cli.") for part in parts)
+        if choice == "auto" and ours and self.device.type == "cpu":
             draws = trainer.whole_batch * self.experiment.objective.num_samples
             gain = pays(trainer.total_steps, draws, sum(p.numel() for p in self.model.parameters()))
             return compiler() if gain else None

@@ -154,7 +154,9 @@ class CompiledRouletteStep:
 
 def _update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        # Fused optimizers read memory in order: a gradient must lie as its parameter does, as autograd sees to it.
+        alike = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
     optimizer.step()
 
 
@@ -196,7 +198,7 @@ class _Graph:
             graph = make_fx(traced, tracing_mode="fake")(*self._values, *inputs)
             with torch.no_grad():
                 self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # whatever code of one's own does with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
         self.trained = [parameters[name] for name in trained]
 

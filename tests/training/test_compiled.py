@@ -112,6 +112,35 @@ def test_machine_code_differs_by_rounding_alone() -> None:
     compare(built(architecture, torch.float32), objective, 1e-5, torch.float32)
 
 
+class Transposed(torch.nn.Linear):
+    """The same layer, written so that its gradient lies in memory the other way round."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...i,oi->...o", input, self.weight) + self.bias
+
+
+def test_fused_adam_sees_every_gradient_where_its_parameter_lies(traced_only: None) -> None:
+    def build() -> LatentVariableModel:
+        model = built(ONE)
+        for layer in list(model.generative.modules()):
+            if type(layer) is torch.nn.Linear:
+                layer.__class__ = Transposed
+        return model
+
+    def adam(model: LatentVariableModel) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+
+    plain, compiled = build(), build()
+    step = CompiledStep(compiled, IWAE(3), optimizer := adam(compiled), batch(0))
+    reference = adam(plain)
+    for seed in (1, 2, 3):
+        train_step(plain, IWAE(3), reference, batch(seed), noise(seed))
+        step(batch(seed), noise(seed))
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[q]["exp_avg"], reference.state[p]["exp_avg"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-9)
+
+
 class Branches(IWAE):
     """Does what a graph cannot: looks at a value."""
 
