@@ -92,7 +92,7 @@ def evaluate(
     units = _active_units(model, data, evaluation, check)
     reasons |= {key: "active units are not defined for discrete layers" for key in units if units[key] is None}
     result = {
-        **_facts(folder, model, data, evaluation, device, config, state, step, hashes),
+        **_facts(model, data, evaluation, device, config, state, step, hashes),
         **splits,
         **units,
         "reasons": reasons,
@@ -133,7 +133,7 @@ def estimate(
     _make(place)
     started = time.monotonic()
     found = estimator.estimate(subject, check)
-    facts = _facts(folder, subject.model, subject.data, subject.evaluation, device, config, state, step, found.hashes)
+    facts = _facts(subject.model, subject.data, subject.evaluation, device, config, state, step, found.hashes)
     del facts["evaluation"]["k"]
     result = {
         **facts,
@@ -189,7 +189,6 @@ def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, folder
 
 
 def _facts(
-    folder: RunFolder,
     model: LatentVariableModel,
     data: Data,
     evaluation: Evaluation,
@@ -202,7 +201,7 @@ def _facts(
     """What was looked at, how, and with what; ``step`` is that of the weights."""
     return {
         "status": "finished" if state.step == state.total_steps else "unfinished",
-        "identity": folder.identity,
+        "identity": state.identity,  # a folder may have been renamed
         "dataset": {
             "name": data.name,
             "protocol": data.protocol,

@@ -266,6 +266,7 @@ class Session:
             if self.experiment.device.compile == "on":
                 raise RunFailed(f"device.compile=on: {error}; write device.compile=auto or off") from error
             if self.state.step:
+                self.state.plan["compiler"] += f" until step {self.state.step}"
                 logger.warning("resuming is not exact: the step was compiled and cannot be now: %s", error)
             else:
                 self.state.plan["compiler"] = None

@@ -349,12 +349,16 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_evaluating_again_keeps_both(run_folder: Path, capsys) -> None:
+def test_evaluating_again_keeps_both_and_knows_a_run_by_another_path(run_folder: Path, tmp_path: Path, capsys) -> None:
     result = (run_folder / "result.json").read_bytes()
-    assert evaluate([str(run_folder), "evaluation.k=7", "evaluation.splits=[test]", "device=cpu"]) == 0
+    latest = tmp_path / "latest"
+    latest.symlink_to(run_folder)
+    assert evaluate([str(latest), "evaluation.k=7", "evaluation.splits=[test]", "device=cpu"]) == 0
     assert "NLL_7" in capsys.readouterr().out
     assert (run_folder / "result.json").read_bytes() == result
-    assert len(list((run_folder / "evaluations").glob("*/result.json"))) == 2
+    (first, again) = sorted((run_folder / "evaluations").glob("*/result.json"), key=lambda path: "k7-" in str(path))
+    assert json.loads(again.read_bytes())["identity"] == json.loads(result)["identity"] == run_folder.name
+    assert json.loads(first.read_bytes())["identity"] == run_folder.name
 
 
 @pytest.mark.parametrize(

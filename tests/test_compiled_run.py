@@ -122,6 +122,22 @@ def test_where_compiling_fails_auto_goes_on_and_on_does_not(
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_a_run_that_lost_its_compiler_says_until_when_it_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*COMMAND, "device.compile=on", f"output_dir={tmp_path}")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "compile", lambda self: None)
+        patch.setattr(session.Session, "on_step", lambda self, step: step == 18 and signal.raise_signal(signal.SIGINT))
+        assert run(*arguments)[0] == 130
+    monkeypatch.setattr(trainer, "CompiledStep", Fails)
+    code, _, err = run(*COMMAND, f"output_dir={tmp_path}")
+    (folder,) = run_folders(tmp_path)
+    assert code == 0 and "resuming is not exact" in err
+    assert read_json(folder / "result.json")["device"]["train_compiler"] == f"{compiler()} until step 18"
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_a_run_from_before_there_was_a_choice_stays_plain(
     tmp_path: Path, plain: dict[str, Any], worthwhile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
