@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -50,7 +50,7 @@ _PLAIN_MANY = {int: "integers", float: "numbers", bool: "true or false", str: "t
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
     """The object of every group of a resolved, plain ``config``.
 
-    ``optimizer`` is a ``functools.partial`` that wants the parameters; it has been tried on two small ones.
+    ``optimizer`` is a ``functools.partial`` that wants the parameters; it has been tried as by ``try_optimizer``.
 
     Raises:
         UserError: anything that cannot be as written.
@@ -232,8 +232,6 @@ def one_line(error: BaseException | str) -> str:
 
 
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
-    import torch
-
     closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(f"{path}._target_ must take a step without a closure, which {cls.__name__} does not")
@@ -242,17 +240,34 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
 
+    try_optimizer(cls, arguments, path, on_cpu=False)
+    return functools.partial(cls, **arguments)
+
+
+def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: str, on_cpu: bool) -> None:
+    """Make an optimizer of two small parameters on the processor, and let it take a step with dense gradients.
+
+    Args:
+        cls, arguments: the class, and its keyword arguments.
+        path: where they were written.
+        on_cpu: whether that is where it will be used. If not, what ``capturable`` asks of the device says nothing.
+
+    Raises:
+        UserError: it refuses.
+    """
+    import torch
+
     def refusal(kept: Mapping[str, Any]) -> str | None:
         try:
             # A matrix and a vector, since some optimizers take only one of them.
             tried = [torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
             optimizer = cls(tried, **kept)
-            # Some are made and cannot take a step with dense gradients, or on this device.
             for parameter in tried:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            return one_line(error)
+            of_the_device = isinstance(error, AssertionError) and "capturable" in str(error)
+            return None if of_the_device and not on_cpu else one_line(error)
         return None
 
     message = refusal(arguments)
@@ -261,7 +276,6 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
         guilty = [key for key in arguments if refusal({k: v for k, v in arguments.items() if k != key}) is None]
         where = f"{path}.{guilty[0]}={_show(arguments[guilty[0]])}" if guilty else path
         raise UserError(f"{where} is refused by {cls.__name__}: {message}")
-    return functools.partial(cls, **arguments)
 
 
 def _is_optimizer(base: type) -> bool:

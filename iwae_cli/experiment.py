@@ -7,14 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from iwae_cli import console, signals
-from iwae_cli.construct import build, construct
+from iwae_cli.construct import build, construct, try_optimizer
 from iwae_cli.data.base import Dataset
 from iwae_cli.device import Device, compiler, memory_told
 from iwae_cli.errors import UserError
@@ -70,7 +70,7 @@ class Experiment:
         data: Dataset,
         model: Architecture,
         objective: Objective,
-        optimizer: Callable[..., torch.optim.Optimizer],
+        optimizer: partial[torch.optim.Optimizer],
         schedule: Schedule,
         evaluation: Evaluation,
         device: Device,
@@ -148,7 +148,8 @@ class Experiment:
         refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
             raise UserError(refusal)
-        self.device.resolve()
+        on_cpu = self.device.resolve().type == "cpu"
+        try_optimizer(self.optimizer.func, self.optimizer.keywords, "optimizer", on_cpu)
         check_bf16(self.evaluation, self.model, self.device)
         if self.device.compile == "on" and compiler() is None:
             raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
@@ -217,9 +218,7 @@ class Experiment:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 with RunLock(folder.path), _logging(folder), signals.caught() as caught:
                     result = self._finished(folder)
-                    lacking = folder.lacks(pictures=len(data.image_shape) == 2)
-                    if result is not None and lacking:
-                        logger.warning("made again, since it was gone: %s", ", ".join(lacking))
+                    lacking = self._lacking(folder, result, pictures=len(data.image_shape) == 2)
                     if result is None or lacking:
                         result = Session(self, data, folder, caught).run()
                         sync = self.logger.sync_command()
@@ -238,6 +237,31 @@ class Experiment:
         asked = evaluation_name(self.config)
         as_asked = result is not None and result["evaluation"]["name"] == asked and folder.status() == "finished"
         return result if as_asked else None
+
+    def _lacking(self, folder: RunFolder, result: dict[str, Any] | None, pictures: bool) -> list[str]:
+        """What is to be made again of a finished run, ``result`` being what was asked for; it trains nothing anew.
+
+        Raises:
+            UserError: it was trained to its end and is to be evaluated in another way, without a checkpoint.
+        """
+        there = folder.checkpoint.exists()
+        if result is None:
+            if not there and (folder.status() == "finished" or folder.result() is not None):
+                raise UserError(
+                    f"{folder.path} is finished, and for another evaluation it needs its checkpoint.pt, which is gone; "
+                    "restart=true trains anew and keeps the old folder under another name"
+                )
+            return []
+        lacking = folder.lacks(pictures)
+        if lacking and not there:
+            logger.warning(
+                "gone: %s; to be made again they need checkpoint.pt, which is gone too (restart=true trains anew)",
+                ", ".join(lacking),
+            )
+            return []
+        if lacking:
+            logger.warning("made again, since it was gone: %s", ", ".join(lacking))
+        return lacking
 
 
 @memory_told()

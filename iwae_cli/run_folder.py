@@ -126,6 +126,9 @@ class RunFolder:
             pictures: whether its observations are images.
         """
         files = [*DERIVED, *(OF_IMAGES if pictures else ())]
+        if "figures" in ((self.result() or {}).get("reasons") or {}):
+            # They could not be drawn when they were to be: another try would come to the same.
+            files = [name for name in files if not name.startswith("figures/")]
         return [name for name in files if not (self.path / name).is_file()]
 
     def set_aside(self) -> Path:

@@ -200,8 +200,15 @@ class Session:
             raise
         except Exception as error:
             # Whatever a drawing library may come to: the numbers are written, and a run is not failed by its pictures.
-            logger.warning("figures are missing: %s: %s", type(error).__name__, error)
+            why = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "figures are missing: %s; they are drawn again by the same command once result.json is removed", why
+            )
             logger.info("how they failed", exc_info=True)
+            # Otherwise the same command would try again and again.
+            result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
+            with suppress(OSError):
+                write_json(folder.path / "result.json", result)
 
     def on_step(self, step: int) -> None:
         """Show that something happens."""

@@ -256,6 +256,24 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
     assert again(folder.parent)[2] == ""
 
 
+def test_without_a_checkpoint_nothing_is_trained_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iwae_cli.training.trainer.train_step", forbidden)
+    for name in ("checkpoint.pt", "best.pt", "figures/samples.png"):
+        (folder / name).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    code, out, err = again(folder.parent)
+    assert code == 0 and "NLL_50" in out and err.count("\n") == 1
+    assert (
+        err.startswith("gone: figures/samples.png; to be made again they need checkpoint.pt") and "restart=true" in err
+    )
+    line = refused(folder.parent, "evaluation.k=51")
+    assert f"{folder} is finished, and for another evaluation it needs its checkpoint.pt" in line
+    assert "restart=true trains anew" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+    (folder / "result.json").unlink()
+    assert "needs its checkpoint.pt" in refused(folder.parent)
+
+
 def test_files_where_folders_belong(folder: Path) -> None:
     shutil.rmtree(folder / "evaluations")
     shutil.rmtree(folder / "figures")

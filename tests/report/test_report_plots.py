@@ -167,8 +167,19 @@ def test_pictures_that_fail_do_not_fail_a_run(
     assert "Traceback" not in err
     (folder,) = run_folders(tmp_path)
     assert read_json(folder / "status.json")["status"] == "finished"
-    assert read_json(folder / "result.json")["test"]["nll"] > 0
+    result = read_json(folder / "result.json")
+    assert result["test"]["nll"] > 0
+    assert result["reasons"]["figures"].startswith(f"{name}: ")
     log = (folder / "train.log").read_text()
     assert "how they failed\nTraceback" in log
     assert "begin at step 0 of 26; asked for: 'model.latent_sizes=[3]' 'model.hidden_sizes=[[8]]' schedule=" in log
     assert f"output_dir={tmp_path}\n" in log
+    # The same again does not try for ever; what it is to draw once it can is said.
+    changed = (folder / "status.json").stat().st_mtime_ns
+    assert run(*TINY, f"output_dir={tmp_path}")[::2] == (0, "")
+    assert (folder / "status.json").stat().st_mtime_ns == changed
+    monkeypatch.undo()
+    (folder / "result.json").unlink()
+    assert run(*TINY, f"output_dir={tmp_path}")[0] == 0
+    assert (folder / "figures" / "samples.png").is_file()
+    assert "figures" not in read_json(folder / "result.json")["reasons"]
