@@ -286,7 +286,8 @@ class _Composer:
         parsed: dict[str, Override] = {}
         for text in overrides:
             # Hydra knows no null where it chooses, but an empty list.
-            text = re.sub(r"\bnull\b", "[]", text) if text.startswith("experiment=") else text
+            if text.startswith("experiment="):
+                text = re.sub(r"([=,(]\s*)null(?=\s*([,)]|$))", r"\1[]", text)
             try:
                 (override,) = self._parser.parse_overrides([text])
             except (HydraException, ValueError):
@@ -298,7 +299,8 @@ class _Composer:
                 shown = repr(text if len(text) < 200 else f"{text[:100]}...")
                 raise UserError(f"cannot read {shown}: write key=value, quote special characters{hint}") from None
             before = parsed.setdefault(override.key_or_group, override)
-            if before.input_line != override.input_line:
+            # As text, since Python holds 1, 1.0 and true to be equal.
+            if before.type != override.type or repr(before.value()) != repr(override.value()):
                 both = f"{before.input_line} and {override.input_line}"
                 raise UserError(f"{both} contradict each other: write one of them")
         return list(parsed.values())
@@ -423,11 +425,11 @@ class _Composer:
             except (yaml.YAMLError, OSError) as error:
                 raise UserError(one_line(error)) from error
             except (AttributeError, TypeError, ValueError, AssertionError) as error:
-                # Of Hydra, which looks into its own node without asking what has been made of it.
-                what = f"{type(error).__name__}: {one_line(error)}"
-                raise UserError(
-                    f"Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper): {what}"
-                ) from error
+                # Of Hydra, which looks into a preset and into its own node without asking what has been made of them.
+                asked = f"{shlex.join(overrides)} cannot be composed"
+                if any(override.lstrip("+~").startswith("hydra.") for override in overrides):
+                    asked = "Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper)"
+                raise UserError(f"{asked}: {type(error).__name__}: {_without_details(str(error))}") from error
         return self._cache[key]
 
     def _not_text(self) -> str:

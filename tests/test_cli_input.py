@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from iwae_cli.cli import train
@@ -145,7 +146,7 @@ WRONG_LINES = {
     "data=linear_gaussian model=linear_gaussian data.n_train=100000000": "data.n_train must be <= 10,000,000",
     "model=conv model.hidden_size=1000000000": "model.hidden_size must be <= 32,768",
     "model=categorical objective=vimco model.categories=1000000000": "model.categories must be <= 32,768",
-    "optimizer.fused=false +optimizer.capturable=true": "optimizer.capturable=true is refused by Adam: If",
+    "optimizer.fused=false +optimizer.capturable=true device=cpu": "optimizer.capturable=true is refused by Adam: If",
     "-sc install=foo": "-sc wants install=SHELL",
     "-sc install=bash install=zsh": "-sc wants install=SHELL",
     "--info foo": "invalid choice: 'foo' (choose from 'all', 'config'",
@@ -165,6 +166,9 @@ WRONG_LINES = {
     "-m seed=range(0,1e9,0.001)": "a sweep may have 10,000 jobs, and this one has more",
     "-m seed=range(0,101) batch_size=range(1,101)": "a sweep may have 10,000 jobs, and this one has more",
     "-m seed=1,2 seed=3": "seed=1,2 and seed=3 contradict each other",
+    "seed=1 seed=true": "seed=1 and seed=true contradict each other",
+    "seed=1 ~seed": "seed=1 and ~seed contradict each other",
+    "+hydra.sweeper.params.x=1": "Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper): ",
 }
 
 
@@ -234,6 +238,8 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/broken.yaml": "defaults: [nowhere]\n",
         "experiment/nothing.yaml": "# @package _global_\nhydra: null\n",
         "experiment/number.yaml": "# @package _global_\nhydra: 5\n",
+        "experiment/mine.yaml": "# @package _global_\ndefaults: foo\n",
+        "experiment/mine/null.yaml": "# @package _global_\nseed: -7\n",
         "optimizer/sparse.yaml": "{_target_: torch.optim.SparseAdam, lr: 0.01}\n",
     }.items():
         (config / name).parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +262,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("experiment=sweeper", "hydra.sweeper.params.x._target_ must name a class"),
         ("experiment=environment", "hydra.job cannot be changed"),
         ("experiment=folder", "hydra.run cannot be changed"),
-        ("experiment=nothing", "Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper)"),
+        ("experiment=nothing", ": experiment=nothing cannot be composed: AttributeError: "),
+        ("experiment=mine", ": experiment=mine cannot be composed: ValueError: Invalid defaults list in"),
+        ("experiment=mine/null", "seed must be >= 0, got -7"),
         ("experiment=number", "experiment/number"),
         ("objective=latin", "conf/objective/latin.yaml cannot be read: 'utf-8' codec"),
         ("optimizer=sparse", "optimizer is refused by SparseAdam: SparseAdam does not support dense gradients"),
@@ -306,4 +314,22 @@ def test_no_preset_at_all() -> None:
 def test_what_is_near_the_bounds_is_allowed() -> None:
     assert plan([f"seed={2**63 - 1}", "device.threads=1024"], False, None).jobs[0].config["seed"] == 2**63 - 1
     assert len(plan(["seed=range(100)", "batch_size=range(1,4)"], True, None).jobs) == 300
-    assert len(plan(["seed=1", "seed=1"], False, None).jobs) == 1, "twice the same is no contradiction"
+
+
+@pytest.mark.parametrize(
+    "twice",
+    ["seed=1 seed=1", "optimizer.lr=1e-3 optimizer.lr=0.001", "data_dir=a data_dir='a'", "-m seed=1,2 seed=1,2"],
+)
+def test_twice_the_same_is_no_contradiction(twice: str) -> None:
+    overrides = [override for override in twice.split() if override != "-m"]
+    jobs = plan(overrides, "-m" in twice, None).jobs
+    assert [job.config for job in jobs] == [job.config for job in plan(overrides[:1], "-m" in twice, None).jobs]
+
+
+def test_what_cuda_alone_can_do_is_refused_elsewhere_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("optimizer.fused=false", "+optimizer.capturable=true", "init_from=nowhere")
+    assert "optimizer.capturable=true is refused by Adam" in refused(capsys, *asked, "device=cpu")
+    monkeypatch.setattr("iwae_cli.device.Device.resolve", lambda self: torch.device(self.kind))
+    assert "nowhere is not a run folder" in refused(capsys, *asked, "device=cuda"), "what is looked at after it"
