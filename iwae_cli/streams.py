@@ -93,12 +93,13 @@ def exit_code(program: str, out: Forgiving, *, needed: bool) -> int:
         needed: whether what it prints is all that it makes.
 
     Returns:
-        0; 141 if the reader has left, as shells say it of a broken pipe; 1 if what is ``needed`` cannot be written.
+        0; where it is ``needed``, 141 if the reader has left, as shells say it of a broken pipe, and 1 if it cannot be
+        written for another reason.
     """
     out.flush()
     if out.lost is None:
         return 0
     if isinstance(out.lost, BrokenPipeError):
-        return 141
+        return 141 if needed else 0
     print(f"{program}: standard output cannot be written: {out.lost.strerror}", file=sys.stderr)
     return 1 if needed else 0
