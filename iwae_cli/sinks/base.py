@@ -108,7 +108,7 @@ class FanOut(Sink):
         self._each(lambda sink: sink.summary(values))
 
     def close(self, status: Status) -> None:
-        """Close every sink, whatever became of it; once."""
+        """Close every sink, whatever became of it; once. After an error that is raised, the others as failed."""
         if self._closed:
             return
         self._closed = True
@@ -119,6 +119,7 @@ class FanOut(Sink):
             except Exception as error:
                 if sink.essential or isinstance(error, Interrupted):
                     errors.append(error)
+                    status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 else:
                     _warn(sink, error)
         if errors:

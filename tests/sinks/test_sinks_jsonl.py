@@ -178,6 +178,19 @@ def test_the_failure_of_the_essential_record_is_the_failure_of_the_run(tmp_path:
     assert other.calls == (CALLS if where == "close" else CALLS[: CALLS.index(where)])
 
 
+def test_a_run_that_ends_in_a_failure_is_finished_nowhere(tmp_path: Path) -> None:
+    class Remote(Broken):
+        def close(self, status: Status) -> None:
+            self.calls.append(status)
+
+    other = Remote("nowhere")
+    sink = FanOut([other, Essential("close")])
+    sink.open(info(tmp_path), [])
+    with pytest.raises(RuntimeError):
+        sink.close("finished")
+    assert other.calls == ["open", "failed"]
+
+
 def test_a_signal_is_not_taken_for_the_failure_of_a_sink(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         use(FanOut([Broken("log", Interrupted(15))]), tmp_path)
