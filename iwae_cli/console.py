@@ -141,12 +141,13 @@ def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
             f"{name}: L_{k} is at least {abs(bias):.2f} nats low (bias_mc), so NLL_{k} is too high by as much; "
             "differences of this size between models say nothing"
         )
-    if ess is not None and ess > 0.05:
+    # One sample has by definition an effective size of 1 and all of the weight.
+    if ess is not None and ess > 0.05 and k > 1:
         warnings.append(
             f"{name}: {ess:.1%} of the images have an effective sample size below 10 (more than 5%); "
             "stderr_mc and bias_mc are only floors"
         )
-    if top is not None and top > 0.01:
+    if top is not None and top > 0.01 and k > 1:
         warnings.append(
             f"{name}: for {top:.1%} of the images one sample has more than half of the weight (more than 1%); "
             "their log p(x) is probably higher than estimated"

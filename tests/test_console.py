@@ -157,6 +157,12 @@ def test_a_number_that_is_not_to_be_trusted_says_so_in_words(changed: dict[str, 
     assert warnings[0].startswith(words)
 
 
+def test_what_one_sample_is_by_definition_is_no_warning() -> None:
+    shares = {"ess_share_below_10": 1.0, "top_weight_share_above_0.5": 1.0}
+    assert len(console.reliability_warnings("test", split(**shares))) == 2
+    assert console.reliability_warnings("test", split(k=1, bias_mc=None, **shares)) == []
+
+
 def test_what_is_not_available_says_why() -> None:
     text = table(
         test=split(**{"khat_share_above_0.7": None, "bits_per_dim": None}),
