@@ -255,12 +255,13 @@ class Experiment:
         lacking = folder.lacks(pictures)
         if lacking and not there:
             logger.warning(
-                "gone: %s; to be made again they need checkpoint.pt, which is gone too (restart=true trains anew)",
+                "gone or damaged: %s; to be made again they need checkpoint.pt, which is gone too "
+                "(restart=true trains anew)",
                 ", ".join(lacking),
             )
             return []
         if lacking:
-            logger.warning("made again, since it was gone: %s", ", ".join(lacking))
+            logger.warning("made again, since it was gone or damaged: %s", ", ".join(lacking))
         return lacking
 
 

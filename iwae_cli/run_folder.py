@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ class RunFolder:
         return result
 
     def lacks(self, pictures: bool) -> list[str]:
-        """Which files are not there that a finished run has, and that can be made of the others.
+        """Which files are not there, or not whole, that a finished run has and that can be made of the others.
 
         Args:
             pictures: whether its observations are images.
@@ -129,7 +130,7 @@ class RunFolder:
         if "figures" in ((self.result() or {}).get("reasons") or {}):
             # They could not be drawn when they were to be: another try would come to the same.
             files = [name for name in files if not name.startswith("figures/")]
-        return [name for name in files if not (self.path / name).is_file()]
+        return [name for name in files if not _whole(self.path / name)]
 
     def set_aside(self) -> Path:
         """Rename the folder to the first free ``<identity>.old-N``; nothing is deleted."""
@@ -137,3 +138,9 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.identity}.old-{n}")).exists():
             n += 1
         return self.path.rename(aside)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there and was not cut off, as far as a look at its end tells."""
+    there = path.is_file() and path.stat().st_size > 0
+    return there and (path.suffix != ".npz" or zipfile.is_zipfile(path))

@@ -250,9 +250,16 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
     monkeypatch.setattr("iwae_cli.training.trainer.train_step", forbidden)
     code, out, err = again(folder.parent)
     assert code == 0 and "NLL_50" in out
-    assert "made again, since it was gone: metrics.csv, log_likelihood.npz, figures/samples.png" in err
+    assert "made again, since it was gone or damaged: metrics.csv, log_likelihood.npz, figures/samples.png" in err
     assert bits(folder) == before
     assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == pictures
+    assert again(folder.parent)[2] == ""
+
+    scores = folder / "log_likelihood.npz"
+    scores.write_bytes(scores.read_bytes()[:-30])
+    (folder / "metrics.csv").write_bytes(b"")
+    assert "gone or damaged: metrics.csv, log_likelihood.npz\n" in again(folder.parent)[2]
+    assert bits(folder) == before
     assert again(folder.parent)[2] == ""
 
 
@@ -264,7 +271,8 @@ def test_without_a_checkpoint_nothing_is_trained_anew(folder: Path, monkeypatch:
     code, out, err = again(folder.parent)
     assert code == 0 and "NLL_50" in out and err.count("\n") == 1
     assert (
-        err.startswith("gone: figures/samples.png; to be made again they need checkpoint.pt") and "restart=true" in err
+        err.startswith("gone or damaged: figures/samples.png; to be made again they need checkpoint.pt")
+        and "restart=true" in err
     )
     line = refused(folder.parent, "evaluation.k=51")
     assert f"{folder} is finished, and for another evaluation it needs its checkpoint.pt" in line
