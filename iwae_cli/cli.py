@@ -41,7 +41,13 @@ LOCKED_SECONDS = 2.0
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``iwae-train``; returns the exit code (0 done, 1 failed, 2 wrong input, 3 locked, 128 + signal)."""
-    return _answered("iwae-train", lambda: _train_with_others(list(sys.argv[1:] if argv is None else argv)))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from iwae_cli.evaluation import ranks
+
+        if ranks.are_several():
+            ranks.leave(_answered("iwae-train", lambda: _train_with_others(arguments)))
+    return _answered("iwae-train", lambda: _train(arguments))
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -65,14 +71,10 @@ def _answered(program: str, work: Callable[[], bool]) -> int:
 
 
 def _train_with_others(argv: list[str]) -> bool:
-    """Under torchrun this process is one of several: the first does everything, the others help it to evaluate."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return _train(argv)
+    """This process is one of several: the first does everything, the others help it to evaluate."""
     from iwae_cli.evaluation import pool
-    from iwae_cli.evaluation.ranks import Ranks, are_several
+    from iwae_cli.evaluation.ranks import Ranks
 
-    if not are_several():
-        return _train(argv)
     ranks = Ranks()
     if ranks.rank > 0:
         ranks.help(pool.map_here)
