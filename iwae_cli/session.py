@@ -238,6 +238,8 @@ class Session:
     def _train(self) -> None:
         per_pass = self.trainer.steps_per_pass
         if not self.trainer.is_done(self.state):
+            if self.state.step:
+                console.announce(f"goes on from step {self.state.step:,} of {self.trainer.total_steps:,}")
             with console.Progress(
                 "training",
                 total=self.experiment.schedule.passes,

@@ -135,8 +135,11 @@ def saved_step(folder: Path) -> int:
 
 
 def go_on(tmp_path: Path) -> Path:
+    checkpoints = list((tmp_path / "interrupted").glob("*/checkpoint.pt"))
+    step = saved_step(checkpoints[0].parent) if checkpoints else 0
     code, _, err = run(*COMMAND, f"output_dir={tmp_path / 'interrupted'}")
     assert code == 0, err
+    assert (f"goes on from step {step} of 39" in err) == (0 < step < 39)
     return only_folder(tmp_path)
 
 
