@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def test_it_measures_ours_and_writes_the_table(
 ) -> None:
     """Without MNIST, and with a peer that is not installed: both are said."""
     absent = bench.Contender("absent", "absent", requires=("no_such_package",))
-    monkeypatch.setattr(bench, "CONTENDERS", (bench.CONTENDERS[0], absent))
+    ours = replace(bench.CONTENDERS[0], options=("device.compile=off",))
+    monkeypatch.setattr(bench, "CONTENDERS", (ours, absent))
     train, evaluate = TINY
     assert bench.main(["--cases", f"{train.name},{evaluate.name}", "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()

@@ -313,7 +313,7 @@ def test_no_preset_at_all() -> None:
 
 def test_what_is_near_the_bounds_is_allowed() -> None:
     assert plan([f"seed={2**63 - 1}", "device.threads=1024"], False, None).jobs[0].config["seed"] == 2**63 - 1
-    assert len(plan(["seed=range(100)", "batch_size=range(1,4)"], True, None).jobs) == 300
+    assert len(plan(["seed=range(10)", "batch_size=range(1,3)"], True, None).jobs) == 20
 
 
 @pytest.mark.parametrize(

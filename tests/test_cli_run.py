@@ -232,14 +232,6 @@ def test_a_preset_can_hold_a_sweep(runs, tmp_path: Path) -> None:
     assert [(e.seed, e.objective.num_samples) for e in runs[0]] == [(4, 1), (4, 2), (5, 1), (5, 2)]
 
 
-def test_a_sweep_over_processes() -> None:
-    sweep = ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = command("iwae_cli", *sweep, *QUICK)
-    assert done.returncode == 0, done.stderr
-    results = sorted(Path("outputs").glob("*/result.json"))
-    assert [json.loads(r.read_text())["seed"] for r in results] == [0, 1]
-
-
 # What is shown.
 
 

@@ -233,7 +233,7 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
 
 @pytest.mark.parametrize("engine", [pytest.param([], id="basic"), *ENGINES])
 def test_sigterm_saves_every_job_and_the_same_command_goes_on(engine: list[str], tmp_path: Path) -> None:
-    line = ["seed=0,1", *QUICK, "schedule.passes=100", "batch_size=20", *engine, f"output_dir={tmp_path}"]
+    line = ["seed=0,1", *QUICK, "schedule.passes=40", "batch_size=20", *engine, f"output_dir={tmp_path}"]
     process = start(*line)
     jobs = wait_for(process, tmp_path, 2 if engine else 1)
     process.send_signal(signal.SIGTERM)
@@ -243,7 +243,7 @@ def test_sigterm_saves_every_job_and_the_same_command_goes_on(engine: list[str],
     for record in jobs:
         assert read_json(tmp_path / Path(record["folder"]).name / "status.json")["status"] == "interrupted"
     steps = {folder: torch.load(folder / "checkpoint.pt")["step"] for folder in run_folders(tmp_path)}
-    assert all(0 < step < 100 * 65 for step in steps.values())
+    assert all(0 < step < 40 * 65 for step in steps.values())
     again = start(*line)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
@@ -254,7 +254,7 @@ def test_sigterm_saves_every_job_and_the_same_command_goes_on(engine: list[str],
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_job_killed(engine: list[str], tmp_path: Path) -> None:
-    line = ["seed=0,1", *QUICK, "schedule.passes=40", "batch_size=20", *engine, f"output_dir={tmp_path}"]
+    line = ["seed=0,1", *QUICK, "schedule.passes=20", "batch_size=20", *engine, f"output_dir={tmp_path}"]
     process = start(*line)
     os.kill(wait_for(process, tmp_path, 1)[0]["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
