@@ -75,9 +75,9 @@ def _train_with_others(argv: list[str]) -> bool:
     from iwae_cli.evaluation import pool
     from iwae_cli.evaluation.ranks import Ranks
 
-    ranks = Ranks()
+    ranks = Ranks(pool.map_here)
     if ranks.rank > 0:
-        ranks.help(pool.map_here)
+        ranks.help()
         return True
     pool.share_with(ranks)
     made = _train(argv)

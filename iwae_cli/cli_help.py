@@ -106,7 +106,7 @@ options:
   --hydra-help           Hydra's own options
   --version, --help, -h
 
-torchrun --nproc-per-node=2 -m iwae_cli ...   shares the evaluation of one run over processes
+torchrun --nproc-per-node=2 -m iwae_cli ...   shares one run over processes
 iwae-eval RUN_FOLDER      evaluates again, or otherwise: estimator={estimators}
 iwae-report outputs       finished runs in a table, as a page, or compared image by image
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from iwae_cli import console
 from iwae_cli.data.base import Data, Split
 from iwae_cli.device import compiler
 from iwae_cli.errors import Interrupted, RunFailed
+from iwae_cli.evaluation import pool
 from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.ranks import Ranks
 from iwae_cli.files import atomic_path, trouble, write_json
 from iwae_cli.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.result import evaluate
@@ -28,7 +31,7 @@ from iwae_cli.run_folder import RunFolder
 from iwae_cli.signals import Signals
 from iwae_cli.sinks.base import FanOut, RunInfo, Sink, Status
 from iwae_cli.sinks.jsonl import JsonlSink, read_history
-from iwae_cli.training import checkpoint
+from iwae_cli.training import checkpoint, crew
 from iwae_cli.training.compiled import CannotCompileError, pays
 from iwae_cli.training.trainer import Trainer
 
@@ -84,7 +87,7 @@ class Session:
             tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
-        self.state.plan["compiler"] = self._compiler()
+        self.state.plan |= {"compiler": self._compiler(), "ranks": self._ranks()}
         if initial is not None and experiment.with_optimizer:
             # Its memory alone: learning rate and the like are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -246,6 +249,7 @@ class Session:
                 images_per_unit=len(self.data.train),
                 start=self.state.step / per_pass,
             ) as self.progress:
+                self._ask_for_help()
                 if self.state.plan["compiler"] is not None:
                     self._compile()
                 self.trainer.run(self.state, self)
@@ -264,6 +268,29 @@ class Session:
             gain = pays(trainer.total_steps, draws, sum(p.numel() for p in self.model.parameters()))
             return compiler() if gain else None
         return compiler() if choice == "on" else None
+
+    def _ranks(self) -> int:
+        """How many processes train together."""
+        draws = self.trainer.whole_batch * self.experiment.objective.num_samples
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return pool.processes() if crew.pays(pool.processes(), draws, parameters) else 1
+
+    def _ask_for_help(self) -> None:
+        """Have the other processes train too, where that pays."""
+        ranks = pool.ranks()
+        if ranks is None or self.state.plan["ranks"] == 1:
+            return
+        # They need nothing of this session, and validate only what they are asked to.
+        trainer, state, device = replace(self.trainer, validate=float), self.state, self.experiment.device
+        compiled = state.plan["compiler"] is not None
+
+        def follow(ranks: Ranks) -> None:
+            device.setup()
+            trainer.crew = ranks
+            trainer.follow(state, compiled)
+
+        ranks.ask(follow)
+        self.trainer.crew = ranks
 
     def _compile(self) -> None:
         started = time.monotonic()
@@ -306,12 +333,14 @@ class Session:
         checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
         # Decided when the run began; one from before there was a choice has the plain step.
+        plan.setdefault("ranks", 1)
         now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
         for key, value in plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
             elif now.get(key) != value:
                 logger.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
+        plan["ranks"] = now["ranks"]
         self.model.load_state_dict(self.state.model)
 
     def _plan(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -18,7 +19,8 @@ from iwae_cli.noise import GeneratorNoise, Noise, derive, generator
 from iwae_cli.numerics import accumulator_device
 from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
-from iwae_cli.training.compiled import CompiledRouletteStep, CompiledStep
+from iwae_cli.training.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
+from iwae_cli.training.crew import Crew, ShareOfNoise, SumOfGradients, share
 from iwae_cli.training.roulette import roulette_step
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.step import train_step
@@ -60,6 +62,7 @@ class Trainer:
         validate: the validation bound in nats of the model as it is; may raise Interrupted.
         validation_every: passes between validations; the last pass is always validated.
         tau: where ``Training.check`` had nothing against it, of ``roulette_step``; None for ``train_step``.
+        crew: the processes that share the training, if there are several; rank 0 alone validates and has hooks.
     """
 
     model: LatentVariableModel
@@ -72,6 +75,7 @@ class Trainer:
     validate: Callable[[], float]
     validation_every: int
     tau: float | None = None
+    crew: Crew | None = None
     _compiled: CompiledStep | CompiledRouletteStep | None = field(default=None, init=False, repr=False)
 
     @property
@@ -98,18 +102,23 @@ class Trainer:
         return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
 
     def compile(self) -> None:
-        """Compile the step for whole batches; a smaller one at the end of a pass keeps the plain step.
+        """Compile the step for this process's share of whole batches; what is smaller keeps the plain step.
 
         Raises:
             CannotCompileError: it cannot be; the trainer is as before.
         """
         parameter = next(self.model.parameters())
-        x = parameter.new_zeros(self.whole_batch, self.data.train.shape[1])
+        x = parameter.new_zeros(self._own_batch, self.data.train.shape[1])
         model = self.model.train()
         if self.tau is None:
             self._compiled = CompiledStep(model, self.objective, self.optimizer, x)
         else:
             self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
+
+    @property
+    def _own_batch(self) -> int:
+        own = share(self.whole_batch, self.crew)
+        return int(own.stop - own.start)
 
     def _plain(self, x: Tensor, noise: Noise) -> Tensor:
         if self.tau is None:
@@ -127,6 +136,26 @@ class Trainer:
         Raises:
             RunFailed: the training bound is no longer finite.
         """
+        if self.crew is None:
+            return self._run(state, hooks, None)
+        gradients = SumOfGradients(self.crew)
+        hook = self.optimizer.register_step_pre_hook(gradients)
+        try:
+            return self._run(state, hooks, gradients)
+        finally:
+            hook.remove()
+
+    def follow(self, state: State, compiled: bool) -> None:
+        """The part of a rank other than 0 in what that trains, from ``state``, until it stops or is gone."""
+        if compiled:
+            # It changes nothing but the time that it takes; rank 0 says so.
+            with suppress(CannotCompileError):
+                self.compile()
+        # Rank 0 says that too: training has diverged, or a process is gone.
+        with suppress(RunFailed):
+            self.run(state, _Silence())
+
+    def _run(self, state: State, hooks: Hooks, gradients: SumOfGradients | None) -> bool:
         parameter = next(self.model.parameters())
         device, dtype = parameter.device, parameter.dtype
         images = self.data.train.to(device)
@@ -173,8 +202,10 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            step_of = self._compiled if self._compiled is not None and len(x) == self.whole_batch else self._plain
-            bound_sum += step_of(x, noise).to(bound_sum).sum()
+            found = self._step(x, noise, gradients).to(bound_sum).sum()
+            if gradients is not None:
+                gradients.sum_of(found)
+            bound_sum += found
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
@@ -188,9 +219,29 @@ class Trainer:
                 return False
         return True
 
+    def _step(self, x: Tensor, noise: Noise, gradients: SumOfGradients | None) -> Tensor:
+        """The bounds of this process's share of a minibatch."""
+        own = share(len(x), self.crew)
+        mine = x[own]
+        if gradients is not None:
+            gradients.weight = len(mine) / len(x)
+            noise = ShareOfNoise(noise, len(x), own)
+        step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self._plain
+        return step(mine, noise)
+
     def _order(self, pass_index: int) -> Tensor:
         order = generator("cpu", self.seed, "order", pass_index)
         return torch.randperm(len(self.data.train), generator=order)
+
+    def _validated(self) -> float:
+        """The validation bound at rank 0, which the others help to find; not a number at theirs."""
+        if self.crew is not None and self.crew.rank > 0:
+            self.crew.attend()
+            return math.nan
+        value = self.validate()
+        if self.crew is not None:
+            self.crew.dismiss()
+        return value
 
     def _end_pass(self, state: State, hooks: Hooks, pass_index: int, bound: float, rate: float) -> None:
         if not math.isfinite(bound):
@@ -202,10 +253,29 @@ class Trainer:
         last = pass_index + 1 == self.schedule.passes
         if last or (pass_index + 1) % self.validation_every == 0:
             self.model.eval()
-            value = self.validate()
+            value = self._validated()
             self.model.train()
             metrics["validation/bound"] = value if math.isfinite(value) else None
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}
                 hooks.on_best(state)
         hooks.on_pass(state.step, metrics)
+
+
+class _Silence:
+    """The hooks of a process that leaves them to another."""
+
+    def on_step(self, step: int) -> None:
+        pass
+
+    def on_best(self, state: State) -> None:
+        pass
+
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        pass
+
+    def on_save(self, state: State) -> None:
+        pass
+
+    def interrupted(self) -> bool:
+        return False
