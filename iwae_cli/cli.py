@@ -116,25 +116,11 @@ def _train(argv: list[str]) -> bool:
             raise UserError("torchrun is for one run; the launchers of a sweep are hydra/launcher=joblib, ray, ...")
         _run_sweep(plan, argv)
         return True
-    for job in plan.jobs:
-        _experiment(job, None).check()
-    _run_one(plan.arguments)
+    (job,) = plan.jobs
+    experiment = _experiment(job, None)
+    experiment.check()
+    experiment.run()
     return True
-
-
-def _run_one(arguments: list[str]) -> None:
-    failure: list[Exception] = []
-
-    def run(cfg: DictConfig) -> None:
-        try:
-            _experiment(_job(cfg), None).run()
-        except Exception as error:
-            # Raised again below: Hydra would print a line of its own before it.
-            failure.append(error)
-
-    _hand_over(run, arguments)
-    if failure:
-        raise failure[0]
 
 
 _sweep: Sweep | None = None
