@@ -1,7 +1,7 @@
 """The commands ``iwae-train`` and ``iwae-eval``; with its neighbours ``cli_*`` all that knows Hydra.
 
-Everything is composed and constructed first, so that wrong input ends in one line and leaves nothing behind;
-then Hydra takes over, which by itself would make its folder first and exit 1 with a traceback.
+Everything is composed and constructed first, so that wrong input ends in one line and leaves nothing behind. A sweep is
+then Hydra's, which by itself would make its folder first and exit 1 with a traceback.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _answered(program: str, work: Callable[[], bool]) -> int:
 
 
 def _train_with_others(argv: list[str]) -> bool:
-    """This process is one of several: the first does everything, the others help it to evaluate."""
+    """This process is one of several: the first does everything, the others help it."""
     from iwae_cli.evaluation import pool
     from iwae_cli.evaluation.ranks import Ranks
 

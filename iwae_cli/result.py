@@ -233,7 +233,7 @@ def _facts(
             "precision": device.precision,
             "threads": torch.get_num_threads(),
             "train_compiler": state.plan.get("compiler"),  # None: the plain step
-            "train_processes": state.plan.get("ranks", 1),
+            "train_processes": state.plan.get("processes", 1),
         },
         "git": _git(),
     }

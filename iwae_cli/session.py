@@ -87,7 +87,7 @@ class Session:
             tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
-        self.state.plan |= {"compiler": self._compiler(), "ranks": self._ranks()}
+        self.state.plan |= {"compiler": self._compiler(), "processes": self._processes()}
         if initial is not None and experiment.with_optimizer:
             # Its memory alone: learning rate and the like are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -98,7 +98,7 @@ class Session:
         """Train what is left, evaluate, record; the status says at every moment how it stands.
 
         Raises:
-            RunFailed: training diverged, or the folder can no longer be written to.
+            RunFailed: training diverged, the folder can no longer be written to, or a process that helped is gone.
             Interrupted: by a signal; the state has been saved.
         """
         experiment, folder = self.experiment, self.folder
@@ -260,32 +260,45 @@ class Session:
     def _compiler(self) -> str | None:
         """What is to compile the step; None for the plain one. The same answer in every session of a run."""
         choice, trainer = self.experiment.device.compile, self.trainer
-        # Only what is known to be a function of tensors alone: a graph freezes what code of one's own counts up.
-        parts = (self.model.generative, self.model.inference, self.experiment.objective)
-        ours = all(type(part).__module__.startswith("iwae_cli.") for part in parts)
-        if choice == "auto" and ours and self.device.type == "cpu":
-            draws = trainer.whole_batch * self.experiment.objective.num_samples
-            gain = pays(trainer.total_steps, draws, sum(p.numel() for p in self.model.parameters()))
+        # A graph freezes what code of one's own counts up.
+        if choice == "auto" and self._ours and self.device.type == "cpu":
+            gain = pays(trainer.total_steps, self._draws, self._parameters)
             return compiler() if gain else None
         return compiler() if choice == "on" else None
 
-    def _ranks(self) -> int:
-        """How many processes train together."""
-        draws = self.trainer.whole_batch * self.experiment.objective.num_samples
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return pool.processes() if crew.pays(pool.processes(), draws, parameters) else 1
+    @property
+    def _ours(self) -> bool:
+        """Whether the loss is known to be a mean over images, and a function of tensors alone."""
+        parts = (self.model.generative, self.model.inference, self.experiment.objective)
+        return all(type(part).__module__.startswith("iwae_cli.") for part in parts)
+
+    @property
+    def _draws(self) -> int:
+        return self.trainer.whole_batch * self.experiment.objective.num_samples
+
+    @property
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _processes(self) -> int:
+        """How many train together from here on."""
+        n = pool.processes()
+        # The rule has been measured on processors; a loss of one's own may couple the images of a minibatch.
+        there = self._ours and self.device.type == "cpu"
+        return n if there and crew.pays(n, self._draws, self._parameters) else 1
 
     def _ask_for_help(self) -> None:
         """Have the other processes train too, where that pays."""
         ranks = pool.ranks()
-        if ranks is None or self.state.plan["ranks"] == 1:
+        if ranks is None or self._processes() == 1:
             return
         # They need nothing of this session, and validate only what they are asked to.
         trainer, state, device = replace(self.trainer, validate=float), self.state, self.experiment.device
-        compiled = state.plan["compiler"] is not None
+        compiled, threads = state.plan["compiler"] is not None, torch.get_num_threads()
 
         def follow(ranks: Ranks) -> None:
             device.setup()
+            torch.set_num_threads(threads)
             trainer.crew = ranks
             trainer.follow(state, compiled)
 
@@ -333,14 +346,17 @@ class Session:
         checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
         # Decided when the run began; one from before there was a choice has the plain step.
-        plan.setdefault("ranks", 1)
+        before, after = plan.setdefault("processes", 1), now["processes"]
+        # What is trained already stays what it is, whoever looks at it.
+        if not self.trainer.is_done(self.state) and str(before).rpartition(" ")[2] != str(after):
+            logger.warning("resuming is not exact: processes were %s and are %s", before, after)
+            plan["processes"] = f"{before} until step {self.state.step}, then {after}"
         now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
         for key, value in plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif now.get(key) != value:
+            elif key != "processes" and now.get(key) != value:
                 logger.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
-        plan["ranks"] = now["ranks"]
         self.model.load_state_dict(self.state.model)
 
     def _plan(self) -> dict[str, Any]:

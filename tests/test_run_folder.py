@@ -256,10 +256,15 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
     assert again(folder.parent)[2] == ""
 
     scores = folder / "log_likelihood.npz"
-    scores.write_bytes(scores.read_bytes()[:-30])
-    (folder / "metrics.csv").write_bytes(b"")
-    assert "gone or damaged: metrics.csv, log_likelihood.npz\n" in again(folder.parent)[2]
-    assert bits(folder) == before
+    sound = scores.read_bytes()
+    for damaged in (sound[:-30], sound[:200] + bytes(50) + sound[250:]):
+        scores.write_bytes(damaged)
+        assert "gone or damaged: log_likelihood.npz\n" in again(folder.parent)[2]
+        assert scores.read_bytes() == sound
+    for name in ("metrics.csv", "figures/samples.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    assert "gone or damaged: metrics.csv, figures/samples.png\n" in again(folder.parent)[2]
+    assert bits(folder) == before and {p.name: p.read_bytes() for p in (folder / "figures").iterdir()} == pictures
     assert again(folder.parent)[2] == ""
 
 

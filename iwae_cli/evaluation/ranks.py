@@ -59,6 +59,9 @@ class Ranks:
             batches: all of them.
             workers: threads on this machine; its ranks share them.
             serial: does the batches of this rank.
+
+        Raises:
+            RunFailed: one of the others is gone.
         """
         self.ask(lambda ranks: ranks._together(work, batches, workers, ranks._serial))
         return self._together(work, batches, workers, serial)

@@ -23,7 +23,7 @@ EXCHANGE, EXCHANGE_A_PARAMETER = 5e-4, 6e-9
 
 @runtime_checkable
 class Crew(Protocol):
-    """The processes, this one among them."""
+    """The processes, this one among them; every method raises RunFailed where one of the others is gone."""
 
     rank: int
     size: int
@@ -65,6 +65,9 @@ class ShareOfNoise:
         noise: of the minibatch.
         n: its images.
         own: which of them.
+
+    Raises:
+        ValueError: of a draw, for another number of images than the share has.
     """
 
     def __init__(self, noise: Noise, n: int, own: slice) -> None:
@@ -72,37 +75,47 @@ class ShareOfNoise:
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Standard normal draws."""
-        return self._noise.normal(layer, k, self._n, size)[:, self._own].contiguous()
+        return self._part(self._noise.normal(layer, k, self._n, size), batch)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Uniform draws on [0, 1)."""
-        return self._noise.uniform(layer, k, self._n, size)[:, self._own].contiguous()
+        return self._part(self._noise.uniform(layer, k, self._n, size), batch)
+
+    def _part(self, drawn: Tensor, batch: int) -> Tensor:
+        part = drawn[:, self._own].contiguous()
+        if part.shape[1] != batch:
+            raise ValueError(f"batch must be the {part.shape[1]} images of this share, got {batch}")
+        return part
 
 
 @final
-class SumOfGradients:
-    """Before every update, puts into each parameter the gradient of the whole minibatch.
+class MeanOfShares:
+    """Means over a minibatch from those over its shares; before every update, that of the gradients.
 
     Args:
         crew: who has the other shares.
 
     Attributes:
-        weight: part of the minibatch that this process has; 1 where every process has all of it.
+        weight: of this process; those of all add up to 1.
     """
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self.weight = 1.0
+        self.weight = 1 / crew.size
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """As a hook of the optimizer."""
+        """As a hook of the optimizer: every process leaves with the same bits in its parameters' gradients."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients]) * self.weight
-        self.sum_of(together)
+        together = self.of(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, found in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(found.view_as(gradient))
 
-    def sum_of(self, tensor: Tensor) -> None:
-        """Over the shares, in place; what is of the whole minibatch already stays as it is."""
-        if self.weight < 1:
-            self._crew.sum(tensor)
+    def of(self, mean: Tensor) -> Tensor:
+        """Over the minibatch, from the mean over this process's share.
+
+        Raises:
+            RunFailed: another process is gone.
+        """
+        total = mean * self.weight
+        self._crew.sum(total)
+        return total

@@ -20,7 +20,7 @@ from iwae_cli.numerics import accumulator_device
 from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
 from iwae_cli.training.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
-from iwae_cli.training.crew import Crew, ShareOfNoise, SumOfGradients, share
+from iwae_cli.training.crew import Crew, MeanOfShares, ShareOfNoise, share
 from iwae_cli.training.roulette import roulette_step
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.step import train_step
@@ -134,14 +134,14 @@ class Trainer:
         """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
 
         Raises:
-            RunFailed: the training bound is no longer finite.
+            RunFailed: the training bound is no longer finite, or another process of the crew is gone.
         """
         if self.crew is None:
             return self._run(state, hooks, None)
-        gradients = SumOfGradients(self.crew)
-        hook = self.optimizer.register_step_pre_hook(gradients)
+        together = MeanOfShares(self.crew)
+        hook = self.optimizer.register_step_pre_hook(together)
         try:
-            return self._run(state, hooks, gradients)
+            return self._run(state, hooks, together)
         finally:
             hook.remove()
 
@@ -155,7 +155,7 @@ class Trainer:
         with suppress(RunFailed):
             self.run(state, _Silence())
 
-    def _run(self, state: State, hooks: Hooks, gradients: SumOfGradients | None) -> bool:
+    def _run(self, state: State, hooks: Hooks, together: MeanOfShares | None) -> bool:
         parameter = next(self.model.parameters())
         device, dtype = parameter.device, parameter.dtype
         images = self.data.train.to(device)
@@ -202,10 +202,8 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            found = self._step(x, noise, gradients).to(bound_sum).sum()
-            if gradients is not None:
-                gradients.sum_of(found)
-            bound_sum += found
+            bounds = self._step(x, noise, together).to(bound_sum)
+            bound_sum += bounds.sum() if together is None else len(x) * together.of(bounds.mean())
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
@@ -219,12 +217,13 @@ class Trainer:
                 return False
         return True
 
-    def _step(self, x: Tensor, noise: Noise, gradients: SumOfGradients | None) -> Tensor:
+    def _step(self, x: Tensor, noise: Noise, together: MeanOfShares | None) -> Tensor:
         """The bounds of this process's share of a minibatch."""
         own = share(len(x), self.crew)
         mine = x[own]
-        if gradients is not None:
-            gradients.weight = len(mine) / len(x)
+        if self.crew is not None and together is not None:
+            # Where there are too few images to share, all have all of them, and still the same update.
+            together.weight = len(mine) / len(x) if len(mine) < len(x) else 1 / self.crew.size
             noise = ShareOfNoise(noise, len(x), own)
         step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self._plain
         return step(mine, noise)

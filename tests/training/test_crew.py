@@ -20,7 +20,7 @@ from iwae_cli.objectives.miwae import MIWAE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.training.crew import ShareOfNoise, SumOfGradients, pays, share
+from iwae_cli.training.crew import MeanOfShares, ShareOfNoise, pays, share
 from iwae_cli.training.roulette import roulette_step
 from iwae_cli.training.step import train_step
 
@@ -72,7 +72,7 @@ def test_the_shares_make_the_step_of_one(name: str, size: int) -> None:
     x = (torch.rand(N, PIXELS) < 0.5).double()
     alone = built(architecture)
 
-    def step(model: LatentVariableModel, hook: SumOfGradients | None, own: slice) -> torch.Tensor:
+    def step(model: LatentVariableModel, hook: MeanOfShares | None, own: slice) -> torch.Tensor:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         if hook is not None:
             optimizer.register_step_pre_hook(hook)
@@ -86,7 +86,7 @@ def test_the_shares_make_the_step_of_one(name: str, size: int) -> None:
     total, found = torch.zeros_like(whole), []
     for rank in range(size):
         crew = Alone(rank, size)
-        hook, own = SumOfGradients(crew), share(N, crew)
+        hook, own = MeanOfShares(crew), share(N, crew)
         hook.weight = (own.stop - own.start) / N
         found.append(step(copy.deepcopy(built(architecture)), hook, own))
         total += crew.given[0]
@@ -107,12 +107,11 @@ def test_every_image_is_in_one_share(n: int, size: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_what_all_have_is_not_summed() -> None:
-    crew = Alone(0, 2)
-    hook, value = SumOfGradients(crew), torch.tensor(3.0)
-    hook.weight = 1.0
-    hook.sum_of(value)
-    assert not crew.given
+def test_noise_is_for_the_images_of_the_share() -> None:
+    drawn = ShareOfNoise(noise(), N, slice(2, 5))
+    with pytest.raises(ValueError, match="batch must be the 3 images of this share, got 7"):
+        drawn.normal(0, 2, N, 1)
+    assert torch.equal(ShareOfNoise(noise(), N, slice(2, 5)).uniform(0, 2, 3, 4), noise().uniform(0, 2, N, 4)[:, 2:5])
 
 
 def test_it_is_shared_where_the_products_outweigh_the_exchange() -> None:
