@@ -214,15 +214,15 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
     """Also where one job fails: it is told here, where it was asked for, and the others are finished."""
     reference = finished(tmp_path / "one", *QUICK, "logger=offline")
     place = tmp_path / "many"
-    process = start("seed=0,1", "optimizer.lr=0.001,1e30", *QUICK, "logger=offline", *engine, f"output_dir={place}")
+    process = start("seed=0", "optimizer.lr=0.001,1e30", *QUICK, "logger=offline", *engine, f"output_dir={place}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     sweep = sweep_of(place)
-    assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed"] * 2, err
-    assert "2 finished, 2 failed" in out and err.count("diverged in pass 1") == 2
+    assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed"], err
+    assert "1 finished, 1 failed" in out and err.count("diverged in pass 1") == 1
     assert "job 1 (seed=0 optimizer.lr=1e+30 " in err
     assert bits(sweep["jobs"][0]["path"]) == bits(reference)
-    for job in sweep["jobs"][:2]:
+    for job in sweep["jobs"]:
         (record,) = (job["path"] / "wandb").glob("offline-run-*")
         line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
         told = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -234,7 +234,7 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
 @pytest.mark.parametrize("engine", [pytest.param([], id="basic"), *ENGINES])
 def test_sigterm_saves_every_job_and_the_same_command_goes_on(engine: list[str], tmp_path: Path) -> None:
     # Side by side, the first has to last until the second has begun.
-    passes = 40 if engine else 15
+    passes = 30 if engine else 15
     line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "evaluation.validation_every=40"]
     line += [*engine, f"output_dir={tmp_path}"]
     process = start(*line)
