@@ -21,8 +21,8 @@ from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.signals import Signals
-from iwae_cli.training.checkpoint import State
 from iwae_cli.training.step import train_step
+from iwae_cli.training.trainer import Silence
 
 
 class Ours:
@@ -157,8 +157,8 @@ class _Stop(Exception):
     pass
 
 
-class _Hooks:
-    """See ``iwae_cli.training.trainer.Hooks``."""
+class _Hooks(Silence):
+    """They stop the training when its time is over."""
 
     def __init__(self, tick: Tick) -> None:
         self._tick = tick
@@ -166,15 +166,6 @@ class _Hooks:
 
     def on_step(self, step: int) -> None:
         self._stop = not self._tick(1)
-
-    def on_best(self, state: State) -> None:
-        pass
-
-    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
-        pass
-
-    def on_save(self, state: State) -> None:
-        pass
 
     def interrupted(self) -> bool:
         return self._stop

@@ -153,7 +153,7 @@ class Trainer:
                 self.compile()
         # Rank 0 says that too: training has diverged, or a process is gone.
         with suppress(RunFailed):
-            self.run(state, _Silence())
+            self.run(state, Silence())
 
     def _run(self, state: State, hooks: Hooks, together: MeanOfShares | None) -> bool:
         parameter = next(self.model.parameters())
@@ -261,20 +261,21 @@ class Trainer:
         hooks.on_pass(state.step, metrics)
 
 
-class _Silence:
-    """The hooks of a process that leaves them to another."""
+class Silence:
+    """Hooks that do nothing: of a process that leaves them to another."""
 
     def on_step(self, step: int) -> None:
-        pass
+        """As in ``Hooks``."""
 
     def on_best(self, state: State) -> None:
-        pass
+        """As in ``Hooks``."""
 
     def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
-        pass
+        """As in ``Hooks``."""
 
     def on_save(self, state: State) -> None:
-        pass
+        """As in ``Hooks``."""
 
     def interrupted(self) -> bool:
+        """Never."""
         return False

@@ -166,10 +166,9 @@ def test_a_loss_of_ones_own_is_not_shared(
         asked.append("to train" if "follow" in repr(task) else "to evaluate")
         raise RunFailed("enough")
 
-    monkeypatch.setattr(Ranks, "__init__", lambda self: None)
     monkeypatch.setattr(Ranks, "size", 2, raising=False)
     monkeypatch.setattr(Ranks, "ask", ask)
-    monkeypatch.setattr(pool, "_ranks", Ranks())  # type: ignore[call-arg]
+    monkeypatch.setattr(pool, "_ranks", Ranks.__new__(Ranks))
     Path("own_loss.py").write_text("from iwae_cli.objectives.iwae import IWAE\nclass Mine(IWAE):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("IWAE_ALLOW_TARGETS", "own_loss")
