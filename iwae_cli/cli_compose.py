@@ -352,13 +352,23 @@ class _Composer:
                 asked = override.input_line
                 raise UserError(f"{asked} is asked of a finished run: write iwae-eval RUN_FOLDER {asked}")
         chosen = [o for o in overrides if self._check_choice(o)]
-        known = OmegaConf.to_container(self._compose([str(o.input_line) for o in chosen]), resolve=False)
-        for override in overrides:
-            if override not in chosen:
-                self.check_key(override, known)
-        cfg = self._compose([str(o.input_line) for o in overrides])
+        others = [o for o in overrides if o not in chosen]
+        try:
+            cfg = self._compose(overrides)
+        except UserError:
+            # Of a key that is not there Hydra does not say what is near.
+            self._check_keys(others, self._compose(chosen))
+            raise
+        # With what is added, all of it would be there already.
+        added = any(o.is_add() or o.is_force_add() for o in others)
+        self._check_keys(others, self._compose(chosen) if added else cfg)
         self._check_hydra_node(cfg)
         return cfg
+
+    def _check_keys(self, overrides: Sequence[Override], known: DictConfig) -> None:
+        plain = OmegaConf.to_container(known, resolve=False)
+        for override in overrides:
+            self.check_key(override, plain)
 
     def check_key(self, override: Override, known: Any) -> None:
         """Refuse a key that is not in ``known`` (a ``+`` may add one below a group: its class decides)."""
@@ -407,12 +417,12 @@ class _Composer:
             raise UserError(f"{group} must be one of {listed}, got {_text(name)}{nearest(name, names)}")
         return True
 
-    def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        key = tuple(overrides)
-        if key not in self._cache:
+    def _compose(self, overrides: Sequence[Override]) -> DictConfig:
+        lines = tuple(str(override.input_line) for override in overrides)
+        if lines not in self._cache:
             try:
-                self._cache[key] = compose(
-                    "config", overrides=[*self.search_override, *overrides], return_hydra_config=True
+                self._cache[lines] = compose(
+                    "config", overrides=[*self.search_override, *lines], return_hydra_config=True
                 )
             except (HydraException, OmegaConfBaseException) as error:
                 missing = re.search(r"Could not (?:find|load) '(hydra/(?:launcher|sweeper))/(\w+)'", str(error))
@@ -426,11 +436,11 @@ class _Composer:
                 raise UserError(one_line(error)) from error
             except (AttributeError, TypeError, ValueError, AssertionError) as error:
                 # Of Hydra, which looks into a preset and into its own node without asking what has been made of them.
-                asked = f"{shlex.join(overrides)} cannot be composed"
-                if any(override.lstrip("+~").startswith("hydra.") for override in overrides):
+                asked = f"{shlex.join(lines)} cannot be composed"
+                if any(line.lstrip("+~").startswith("hydra.") for line in lines):
                     asked = "Hydra's own node cannot be so (open are hydra.launcher and hydra.sweeper)"
                 raise UserError(f"{asked}: {type(error).__name__}: {_without_details(str(error))}") from error
-        return self._cache[key]
+        return self._cache[lines]
 
     def _not_text(self) -> str:
         """Which file it is: the error of the codec does not say."""

@@ -9,9 +9,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Before anything imports the package: its annotations, shapes included, are then checked at every call. An int is a
-# float, as PEP 484 has it and beartype by itself has not.
-install_import_hook("iwae_cli", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Before anything imports the package: its annotations, shapes included, are then checked at every call.
+install_import_hook("iwae_cli", "shape_checks.checked")
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("IWAE_DATA_DIR") or ROOT / "data").resolve()
