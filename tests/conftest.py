@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from matplotlib.figure import Figure
 
 # Before anything imports the package: its annotations, shapes included, are then checked at every call.
 install_import_hook("iwae_cli", "shape_checks.checked")
@@ -16,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("IWAE_DATA_DIR") or ROOT / "data").resolve()
 
 torch.set_num_threads(1)
+
+_savefig = Figure.savefig
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +42,22 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> No
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Every picture is the same small one: to draw them is a third of a small run, and few tests look at them."""
+    blank = io.BytesIO()
+    Figure(figsize=(0.1, 0.1)).savefig(blank, format="png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).write_bytes(blank.getvalue()))
+        yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures as they are, for a test that looks at them."""
+    monkeypatch.setattr(Figure, "savefig", _savefig)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from small_runs import TINY, read_json, run, run_folders
 
 from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 IMAGES = np.random.default_rng(0).random((23, 8, 8))
 CURVES = {"train": [(0.0, -300.0), (1.0, -120.0), (2.0, -100.0)], "validation": [(1.0, -121.0), (2.0, -103.0)]}
 BOUNDS = {"test": {"1": -91.0, "5": -88.0, "50": -86.0}, "validation": {"1": -92.0, "5": -89.0, "50": -87.0}}
