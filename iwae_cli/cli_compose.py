@@ -288,12 +288,15 @@ class _Composer:
             # Hydra knows no null where it chooses, but an empty list.
             if text.startswith("experiment="):
                 text = re.sub(r"([=,(]\s*)null(?=\s*([,)]|$))", r"\1[]", text)
+            key, sign, value = text.partition("=")
             try:
                 (override,) = self._parser.parse_overrides([text])
+                if not override.key_or_group:
+                    raise ValueError("no key")
             except (HydraException, ValueError):
-                # ValueError: an integer of thousands of digits.
-                key, sign, value = text.partition("=")
-                hint = "" if sign else f"; did you mean {text.lstrip('+~-')}=...?"
+                # ValueError also of an integer of thousands of digits.
+                word = text.strip("+~-'\" ")
+                hint = "" if sign or not word else f"; did you mean {word}=...?"
                 if sign and not value.isascii():
                     hint = f"; did you mean {shlex.quote(f'{key}={quoted(value)}')}?"
                 shown = repr(text if len(text) < 200 else f"{text[:100]}...")
@@ -390,7 +393,8 @@ class _Composer:
                 there = node if isinstance(node, dict) else {}
                 names = [str(name) for name in there if name not in ("_target_", "hydra")]
                 if not path:
-                    names = [*dict.fromkeys([*names, *(g for g in self.groups if "/" not in g)])]
+                    groups = (g for g in self.groups if "/" not in g and g != ESTIMATOR)
+                    names = [*dict.fromkeys([*names, *groups])]
                 raise UserError(unknown_key(key, path, names))
             node, path = node[part], f"{path}.{part}" if path else part
         if override.is_add():
@@ -525,7 +529,9 @@ def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:
         key = str(error.full_key or prefix)
         if isinstance(error, MissingMandatoryValue):
             raise UserError(f"{key} has no value: write {key}=...") from None
-        raise UserError(f"{key}: {_without_details(str(error.msg or error))}") from None
+        # Of an error inside a resolver OmegaConf names the class first, and a KeyError is quoted.
+        told = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error.msg or error)).strip('"')
+        raise UserError(f"{key}: {_without_details(told)}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

@@ -268,6 +268,12 @@ def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: s
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             of_the_device = isinstance(error, AssertionError) and "capturable" in str(error)
             return None if of_the_device and not on_cpu else one_line(error)
+        except OSError as error:
+            # The first optimizer has torch import its compiler, which makes its folder at once.
+            raise UserError(
+                f"torch cannot make the folder {error.filename} for compiled code ({error.strerror}): "
+                "set TORCHINDUCTOR_CACHE_DIR to one that can be written to"
+            ) from error
         return None
 
     message = refusal(arguments)

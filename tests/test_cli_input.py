@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,7 +35,7 @@ WRONG = {
     "+objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
     "++objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
     "sead=3": "sead is unknown; did you mean seed?",
-    "+foo=1": "foo is unknown (there are ",
+    "+foo=1": "init_from, with_optimizer, train, training, restart, on_error, experiment)",
     "+foo.bar=1": "foo.bar is unknown (there are ",
     "+seed=3": "write seed=... without +",
     "seed.x=3": "seed.x is unknown",
@@ -91,9 +92,11 @@ WRONG = {
     # Grammar, interpolations, missing values.
     "objective.k=[": "cannot read 'objective.k=['",
     "objective": "did you mean objective=...?",
+    "=3": "cannot read '=3': write key=value",
+    "''": "write key=value, quote special characters\n",
     "output_dir=zwölf": "did you mean 'output_dir='\"'\"'zwölf'\"'\"''?",
     "seed=${nowhere}": "seed: ",
-    "seed=${oc.env:NOT_SET_ANYWHERE}": "NOT_SET_ANYWHERE",
+    "seed=${oc.env:NOT_SET_ANYWHERE}": "seed: Environment variable 'NOT_SET_ANYWHERE' not found",
     "seed=???": "seed has no value: write seed=...",
     "objective.k=1,5": "add -m",
     "objective=elbo,iwae": "add -m",
@@ -309,6 +312,17 @@ def test_no_preset_at_all() -> None:
     swept = plan(["experiment=null,smoke", "seed=3"], True, None)
     assert [job.config["evaluation"]["k"] for job in swept.jobs] == [5000, 500]
     assert swept.arguments == ["experiment=[],smoke", "seed=3"], "what Hydra is given, which knows no null there"
+
+
+def test_a_folder_that_torch_cannot_make(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no room in /tmp: torch makes it when the first optimizer is made."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/x")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", refuse)
+    err = refused(capsys)
+    assert "cannot make the folder /dev/null/x " in err and "(Not a directory): set TORCHINDUCTOR_CACHE_DIR" in err
 
 
 def test_what_is_near_the_bounds_is_allowed() -> None:
