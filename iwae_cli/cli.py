@@ -72,12 +72,14 @@ def _answered(program: str, work: Callable[[], bool]) -> int:
 
 def _train_with_others(argv: list[str]) -> bool:
     """This process is one of several: the first does everything, the others help it."""
+    from iwae_cli.device import memory_told
     from iwae_cli.evaluation import pool
     from iwae_cli.evaluation.ranks import Ranks
 
     ranks = Ranks(pool.map_here)
     if ranks.rank > 0:
-        ranks.help()
+        with memory_told():
+            ranks.help()
         return True
     pool.share_with(ranks)
     made = _train(argv)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders
 
+from iwae_cli import cli
 from iwae_cli.errors import RunFailed
-from iwae_cli.evaluation import pool
+from iwae_cli.evaluation import pool, ranks
 from iwae_cli.evaluation.ranks import Ranks
 
 LINE = last_of_each(*TINY, "schedule.passes=1", "evaluation.rows=64", "evaluation.splits=[validation,test]")
@@ -153,6 +154,27 @@ def test_a_rank_that_is_killed_ends_the_run_in_words(alone: Path, tmp_path: Path
         assert "another process of torchrun has ended" in done.stderr
     code, _, err = run(*SHARED, f"output_dir={tmp_path}")
     assert code == 0 and nll(folder) == pytest.approx(nll(alone), abs=ROUNDING), err
+
+
+def test_a_helping_rank_without_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Short:
+        rank = 1
+
+        def __init__(self, serial: object) -> None: ...
+
+        def help(self) -> None:
+            raise MemoryError
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "Ranks", Short)
+    monkeypatch.setattr(ranks, "leave", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        cli.train([])
+    err = capsys.readouterr().err
+    assert err.startswith("iwae-train: memory ran out: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("loss", "shared"), [("iwae_cli.objectives.iwae.IWAE", True), ("own_loss.Mine", False)])
