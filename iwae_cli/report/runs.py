@@ -113,6 +113,7 @@ class Run:
             # Older results know the class alone of an optimizer and a schedule.
             named = group in self.result or group in ("model", "objective")
             flat[group] = str(self.result[group]["name"]) if named else class_name(flat[f"{group}._target_"])
+        flat.setdefault("training.backward", "all")  # older runs had no other way
         flat["init_from"] = _ancestor(self.config.get("init_from"))
         flat["init_from.training"] = _training_of(self.config.get("init_from"))
         return flat

@@ -284,9 +284,9 @@ def training(scored: Scored) -> dict[str, Any]:
 
 def varying(scored: Sequence[Scored]) -> dict[str, list[str]]:
     """Keys in which the trainings differ by more than the seed, with their values as printed."""
-    each = [training(s) for s in scored]
-    keys = dict.fromkeys(key for values in each for key in values)
-    found = {key: list(dict.fromkeys(shown(values.get(key)) for values in each)) for key in keys}
+    # A run for which a key decides nothing has it all the same: training.tau without a roulette.
+    keys = dict.fromkeys(key for s in scored for key in training(s))
+    found = {key: list(dict.fromkeys(shown(s.run.keys.get(key)) for s in scored)) for key in keys}
     found = {key: values for key, values in found.items() if len(values) > 1}
     # Two names of the same settings are no difference: schedule=smoke is schedule=constant with three passes.
     same = [group for group in ("optimizer", "schedule") if not any(key.startswith(f"{group}.") for key in found)]
@@ -305,7 +305,13 @@ def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
             return added
         # A name says more than the sizes behind it, and k more than a constant of the optimizer.
         first = min(
-            differing, key=lambda key: ("." in key, not key.startswith("objective"), not key.startswith("model"))
+            differing,
+            key=lambda key: (
+                "." in key,
+                not key.startswith("objective"),
+                not key.startswith("model"),
+                key.endswith("._target_"),
+            ),
         )
         added += (first,)
 

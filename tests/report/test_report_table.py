@@ -154,6 +154,19 @@ def test_gradients_are_told_apart_however_they_were_chosen(tmp_path: Path) -> No
     assert all(len(cell.runs) == 1 for cell in made.cells) and len(made.cells) == 4
 
 
+def test_a_roulette_is_told_apart_from_none(tmp_path: Path) -> None:
+    """Without one its other keys decide nothing, and older runs, which have none of them, were trained by all."""
+    target = "iwae_cli.training.protocol.Training"
+    for seed, training in enumerate((None, ("all", 0.01), ("all", 0.05), ("roulette", 0.01), ("roulette", 0.01))):
+        written = config(seed=seed)
+        if training is not None:
+            written["training"] = {"_target_": target, "backward": training[0], "tau": training[1]}
+        write(tmp_path, written, values(85.0 + seed))
+    made = table(tmp_path)
+    assert made.rows[-1] == "training.backward"
+    assert {cell.row[-1]: len(cell.runs) for cell in made.cells} == {"all": 3, "roulette": 2}
+
+
 def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
     for data in ("mnist", "omniglot"):
         write(tmp_path, config(), values(85.0), data=data, images=data)
