@@ -38,7 +38,7 @@ class Jax:
         self.white = float(job.data("white"))
         self.dtype = jnp.bfloat16 if "bf16" in job.overrides else jnp.float32
         self.optimizer = optax.adam(LEARNING_RATE, *BETAS, eps=EPS)
-        self._shape: tuple[int, int] | None = None
+        self._shapes: dict[int, tuple[int, int]] = {}
 
     def train(self, tick: Tick) -> None:
         """Scans of about a third of a second, over a fresh permutation of the images in every pass."""
@@ -73,10 +73,11 @@ class Jax:
     def nll(self, images: np.ndarray, k: int) -> float:
         """Sums of weights over chunks of samples in one compiled program for every batch of images."""
         x = jnp.asarray(images, jnp.float32)
-        if self._shape is None:
-            self._shape = self._quickest(x, k)
-            self.settings += f", {self._shape[0]} images x {self._shape[1]} samples at once"
-        return -float(self._log_px(self.weights, x, self._shape, k).mean())
+        if len(x) not in self._shapes:
+            self._shapes[len(x)] = self._quickest(x, k)
+            at_once, samples = self._shapes[len(x)]
+            self.settings += f", of {len(x)} images {at_once} x {samples} samples at once"
+        return -float(self._log_px(self.weights, x, self._shapes[len(x)], k).mean())
 
     def _initial(self) -> Weights:
         return {name: jnp.asarray(_transposed(value)) for name, value in self.job.weights().items()}
