@@ -23,6 +23,8 @@ from iwae_cli.errors import UserError
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:

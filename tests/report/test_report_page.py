@@ -11,6 +11,8 @@ from report_runs import change, config, values, write
 from iwae_cli.cli_report import report
 from iwae_cli.report.plots import plot_samples
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 
