@@ -253,7 +253,7 @@ def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: s
         on_cpu: whether that is where it will be used. If not, what ``capturable`` asks of the device says nothing.
 
     Raises:
-        UserError: it refuses.
+        UserError: it refuses, or torch cannot make the folder that it wants first.
     """
     import torch
 
