@@ -8,7 +8,7 @@ their gradients differ by rounding alone. The optimizer is outside too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -34,8 +34,11 @@ ROULETTE_SHARE = 5
 Draw = Callable[[Noise], Tensor]
 """One of the draws of a step."""
 
-Traced = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-"""What is wanted of a function; and the losses of the generative and of the inference network, or none."""
+Part = tuple[Tensor, tuple[str, ...]]
+"""A loss, and what the names of the parameters begin with that it trains."""
+
+Traced = tuple[tuple[Tensor, ...], Sequence[Part]]
+"""What is wanted of a function; and what is to be differentiated."""
 
 
 class CannotCompileError(Exception):
@@ -76,19 +79,19 @@ class CompiledStep:
             return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
 
         def bound(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
-            found = losses(model, x, _Replay(drawn))
-            return (found.bound,), (found.generative, found.inference)
+            found = losses(model, x, Replay(drawn))
+            return (found.bound,), parts(of_networks(found), ["model."])
 
         self._optimizer = optimizer
-        recorder = _Recorder(x)
+        recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        self._graph = _Graph(model, bound, x, *recorder.drawn)
+        self._graph = Graph(model, bound, x, *recorder.drawn)
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``train_step``."""
         bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
-        _update(self._optimizer, self._graph.trained, gradients)
+        update(self._optimizer.step, self._graph.trained, gradients)
         return bound
 
 
@@ -113,7 +116,7 @@ class CompiledRouletteStep:
         tau: float,
     ) -> None:
         def weigh(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
-            noise = _Replay(drawn)
+            noise = Replay(drawn)
             with torch.no_grad():
                 latents, log_q = model.inference.sample(x, objective.num_samples, noise)
                 log_w = model.generative(x, latents) - log_q
@@ -121,19 +124,19 @@ class CompiledRouletteStep:
                 return (objective.bound(log_w), weights.flatten()), ()
 
         def send_back(model: LatentVariableModel, x: Tensor, rows: Tensor, weights: Tensor, *drawn: Tensor) -> Traced:
-            latents, log_q = model.inference.sample(x, objective.num_samples, _Replay(drawn))
+            latents, log_q = model.inference.sample(x, objective.num_samples, Replay(drawn))
             loss = surrogate(model, x, latents, log_q, rows, weights)
-            return (), (loss, loss)
+            return (), parts((loss,), ["model."])
 
         self._optimizer = optimizer
-        recorder = _Recorder(x)
+        recorder = Recorder(x)
         _, log_q = model.inference.sample(x, objective.num_samples, recorder)
         chances(log_q, recorder)
         self._draws = recorder.draws
         self._rows = -(-log_q.numel() // ROULETTE_SHARE)
-        self._weigh = _Graph(model, weigh, x, *recorder.drawn)
+        self._weigh = Graph(model, weigh, x, *recorder.drawn)
         rows = torch.zeros(self._rows, dtype=torch.long, device=x.device)
-        self._send_back = _Graph(model, send_back, x, rows, x.new_zeros(self._rows), *recorder.drawn)
+        self._send_back = Graph(model, send_back, x, rows, x.new_zeros(self._rows), *recorder.drawn)
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``roulette_step``."""
@@ -148,37 +151,41 @@ class CompiledRouletteStep:
         for part, of_part in zip(rows.split(self._rows), chosen.split(self._rows), strict=True):
             found = self._send_back(x, part, of_part, *drawn)
             gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-        _update(self._optimizer, self._send_back.trained, gradients)
+        update(self._optimizer.step, self._send_back.trained, gradients)
         return bound
 
 
-def _update(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def update(step: Callable[[], object], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Give every parameter its gradient and carry out the ``step`` of an optimizer."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # Fused optimizers read memory in order: a gradient must lie as its parameter does, as autograd sees to it.
         alike = gradient.stride() == parameter.stride()
         parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
-    optimizer.step()
+    step()
 
 
 @final
-class _Graph:
+class Graph:
     """What a function of a model and of tensors gives, and the gradients of its losses, compiled for these shapes.
 
     Args:
         model: its parameters are read whenever the graph is called.
         function: of the model and the tensors.
         inputs: the tensors; their values do not matter.
+        machine_code: whether Inductor makes machine code of it; else torch carries out what was traced.
 
     Attributes:
         trained: parameters that have a gradient, in the order in which those come last of what a call gives.
     """
 
-    def __init__(self, model: LatentVariableModel, function: Callable[..., Traced], *inputs: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, function: Callable[..., Traced], *inputs: Tensor, machine_code: bool = True
+    ) -> None:
         # Half a second to import, for those who compile alone.
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        part = _Part(model, function)
+        part = OfModel(model, function)
         parameters = dict(part.named_parameters())
         tensors = {**parameters, **dict(part.named_buffers())}
         trained: list[str] = []
@@ -197,44 +204,62 @@ class _Graph:
         try:
             graph = make_fx(traced, tracing_mode="fake")(*self._values, *inputs)
             with torch.no_grad():
-                self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
+                self._compiled: Callable[..., Any] = graph
+                for node in graph.graph.nodes:
+                    # Strides of what convolutions give are not known before they are carried out.
+                    if node.target is torch.ops.aten.view.default:
+                        node.target = torch.ops.aten.reshape.default
+                graph.recompile()
+                if machine_code:
+                    self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
         except Exception as error:  # whatever code of one's own does with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
         self.trained = [parameters[name] for name in trained]
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """What is wanted of the function, then the gradients."""
         with torch.no_grad():
             given: Sequence[Tensor] = self._compiled(*self._values, *inputs)
         return given
 
 
-def _gradients(losses: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_networks(losses: Losses) -> tuple[Tensor, ...]:
+    """The loss of all parameters, or that of the generative and that of the inference network."""
+    one = losses.generative is losses.inference
+    return (losses.generative,) if one else (losses.generative, losses.inference)
+
+
+def parts(losses: Sequence[Tensor], models: Sequence[str]) -> list[Part]:
+    """What is to be differentiated for these models, known by what the names of their parameters begin with."""
+    networks = ("",) if len(losses) == 1 else ("generative.", "inference.")
+    return [(loss, tuple(model + name for model in models)) for loss, name in zip(losses, networks, strict=True)]
+
+
+def _gradients(parts: Sequence[Part], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of every parameter that has one; each of two losses for its own parameters, as in the plain step."""
-    parts = list(zip(losses, ("model.generative.", "model.inference."), strict=False))
-    if parts and losses[0] is losses[1]:
-        parts = [(losses[0], "model.")]
     found: dict[str, Tensor] = {}
-    for loss, prefix in parts:
-        own = {name: value for name, value in parameters.items() if name.startswith(prefix)}
+    for loss, prefixes in parts:
+        own = {name: value for name, value in parameters.items() if name.startswith(prefixes)}
         if own:
             gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
             found |= {name: g for name, g in zip(own, gradients, strict=True) if g is not None}
     return found
 
 
-class _Part(nn.Module):
+class OfModel(nn.Module):
     """A function of a model, as a module: for the model's tensors to be given from outside."""
 
-    def __init__(self, model: LatentVariableModel, function: Callable[..., Traced]) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self._function = function
 
-    def forward(self, *inputs: Tensor) -> Traced:
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the function gives."""
         return self._function(self.model, *inputs)
 
 
-class _Recorder:
+class Recorder:
     """Noise for ``x`` that keeps what it was asked for, and what it gave."""
 
     def __init__(self, x: Float[Tensor, "batch pixels"]) -> None:
@@ -243,9 +268,11 @@ class _Recorder:
         self.drawn: list[Tensor] = []
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        """As the noise gives it."""
         return self._kept(lambda noise: noise.normal(layer, k, batch, size))
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        """As the noise gives it."""
         return self._kept(lambda noise: noise.uniform(layer, k, batch, size))
 
     def _kept(self, draw: Draw) -> Tensor:
@@ -254,13 +281,14 @@ class _Recorder:
         return self.drawn[-1]
 
 
-class _Replay:
+class Replay:
     """Noise that was drawn before."""
 
     def __init__(self, drawn: Sequence[Tensor]) -> None:
         self._drawn = iter(drawn)
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        """The next of them, whatever was asked for."""
         return next(self._drawn)
 
     uniform = normal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -27,6 +27,10 @@ from iwae_cli.training.step import train_step
 
 SAVE_EVERY_SECONDS = 30.0
 """At most this much work is lost to a SIGKILL."""
+
+
+Steps = Generator[tuple[Tensor, Noise], tuple[Tensor, bool] | None, bool]
+"""A training that waits for its steps: see ``Trainer.steps``."""
 
 
 @runtime_checkable
@@ -95,9 +99,9 @@ class Trainer:
 
     def is_done(self, state: State) -> bool:
         """Whether nothing of the schedule is left, the last validation included."""
-        return state.step == self.total_steps and not self._is_open(state)
+        return state.step == self.total_steps and not self.is_open(state)
 
-    def _is_open(self, state: State) -> bool:
+    def is_open(self, state: State) -> bool:
         """Whether the last step of a pass is done and its end is not: it was stopped while it was validated."""
         return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
 
@@ -120,7 +124,8 @@ class Trainer:
         own = share(self.whole_batch, self.crew)
         return int(own.stop - own.start)
 
-    def _plain(self, x: Tensor, noise: Noise) -> Tensor:
+    def plain(self, x: Tensor, noise: Noise) -> Tensor:
+        """The bounds of a step, as it is for a batch of any size."""
         if self.tau is None:
             return train_step(self.model, self.objective, self.optimizer, x, noise)
         return roulette_step(self.model, self._thinned, self.optimizer, x, noise, self.tau)
@@ -137,13 +142,26 @@ class Trainer:
             RunFailed: the training bound is no longer finite, or another process of the crew is gone.
         """
         if self.crew is None:
-            return self._run(state, hooks, None)
+            return self._drive(self.steps(state, hooks), None)
         together = MeanOfShares(self.crew)
         hook = self.optimizer.register_step_pre_hook(together)
         try:
-            return self._run(state, hooks, together)
+            return self._drive(self.steps(state, hooks, together), together)
         finally:
             hook.remove()
+
+    def _drive(self, steps: Steps, together: MeanOfShares | None) -> bool:
+        last_save, reply = time.monotonic(), None
+        while True:
+            try:
+                x, noise = steps.send(reply)
+            except StopIteration as end:
+                return bool(end.value)
+            bounds = self._step(x, noise, together)
+            save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
+            if save:
+                last_save = time.monotonic()
+            reply = bounds, save
 
     def follow(self, state: State, compiled: bool) -> None:
         """The part of a rank other than 0 in what that trains, from ``state``, until it stops or is gone."""
@@ -155,7 +173,15 @@ class Trainer:
         with suppress(RunFailed):
             self.run(state, Silence())
 
-    def _run(self, state: State, hooks: Hooks, together: MeanOfShares | None) -> bool:
+    def steps(self, state: State, hooks: Hooks, together: MeanOfShares | None = None) -> Steps:
+        """Everything of ``run`` but the steps themselves, which whoever drives it carries out.
+
+        It gives a minibatch and its noise, and wants the bounds of the step that was made of them, and whether the
+        state is to be saved (it is, whatever is wanted, when it stops). ``Interrupted`` thrown in stops it there.
+
+        Returns:
+            As ``run``.
+        """
         parameter = next(self.model.parameters())
         device, dtype = parameter.device, parameter.dtype
         images = self.data.train.to(device)
@@ -166,7 +192,7 @@ class Trainer:
         if state.step:
             self.optimizer.load_state_dict(state.optimizer)
         order, first = torch.empty(0), state.step
-        started = last_save = time.monotonic()
+        started = time.monotonic()
         seconds_before = state.seconds
 
         def save() -> None:
@@ -187,7 +213,7 @@ class Trainer:
             bound_sum.zero_()
             return True
 
-        if self._is_open(state):
+        if self.is_open(state):
             if not end_pass(state.step // self.steps_per_pass - 1):
                 return False
             save()
@@ -202,7 +228,13 @@ class Trainer:
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
             x = self.data.batch(images[chosen], random).to(dtype)
-            bounds = self._step(x, noise, together).to(bound_sum)
+            try:
+                reply = yield x, noise
+            except Interrupted:
+                save()
+                return False
+            assert reply is not None
+            bounds, wanted = reply[0].to(bound_sum), reply[1]
             bound_sum += bounds.sum() if together is None else len(x) * together.of(bounds.mean())
             state.step = step + 1
             hooks.on_step(state.step)
@@ -210,9 +242,8 @@ class Trainer:
                 return False
             interrupted = hooks.interrupted()
             done = state.step == self.total_steps
-            if interrupted or done or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+            if interrupted or done or wanted:
                 save()
-                last_save = time.monotonic()
             if interrupted and not done:
                 return False
         return True
@@ -225,7 +256,7 @@ class Trainer:
             # Where there are too few images to share, all have all of them, and still the same update.
             together.weight = len(mine) / len(x) if len(mine) < len(x) else 1 / self.crew.size
             noise = ShareOfNoise(noise, len(x), own)
-        step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self._plain
+        step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self.plain
         return step(mine, noise)
 
     def _order(self, pass_index: int) -> Tensor:

@@ -1,0 +1,232 @@
+"""One step of several trainings at once: their models are stacked, and the step is that of the stack.
+
+The losses of the plain step are mapped over the models (``torch.func.vmap``) and traced with their gradients, as the
+compiled step is: what were products of matrices are batches of them, and every operation is called once for all. Each
+training keeps its own parameters, its own minibatches, its own noise and its own memory of the optimizer, so that its
+numbers are those that it has alone, but for rounding.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from iwae_cli.errors import Interrupted, RunFailed
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.noise import Noise
+from iwae_cli.objectives.base import Objective
+from iwae_cli.training.checkpoint import State
+from iwae_cli.training.compiled import (
+    CannotCompileError,
+    Draw,
+    Graph,
+    OfModel,
+    Part,
+    Recorder,
+    Replay,
+    Traced,
+    of_networks,
+    parts,
+    update,
+)
+from iwae_cli.training.trainer import SAVE_EVERY_SECONDS, Hooks, Steps, Trainer
+
+
+@final
+class BatchedStep:
+    """``train_step`` of several models, for batches of one size.
+
+    Args:
+        models: of one architecture.
+        objectives: of each, with equal ``num_samples``; neighbours whose objective is the same object share all calls.
+        optimizers: of each, all of one class.
+        x: a batch of that size; its values do not matter.
+        machine_code: whether what was traced is compiled.
+
+    Raises:
+        CannotCompileError: the losses cannot be mapped or traced, or the compiler fails.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LatentVariableModel],
+        objectives: Sequence[Objective],
+        optimizers: Sequence[torch.optim.Optimizer],
+        x: Float[Tensor, "batch pixels"],
+        machine_code: bool,
+    ) -> None:
+        crews = [list(crew) for _, crew in groupby(range(len(models)), key=lambda job: id(objectives[job]))]
+        self._draws: list[list[Draw]] = []
+        inputs: list[Tensor] = []
+        for crew in crews:
+            recorder = Recorder(x)
+            objective, model = objectives[crew[0]], models[crew[0]]
+            objective.losses(model, x, model.draw(x, objective.num_samples, recorder), recorder)
+            self._draws += [recorder.draws] * len(crew)
+            # Inputs that are one tensor would be one input of the graph.
+            inputs += [value.clone() for _ in crew for value in (x, *recorder.drawn)]
+
+        def bounds(models: nn.ModuleList, *inputs: Tensor) -> Traced:
+            given, found = iter(inputs), []
+            for crew in crews:
+                own = [[next(given) for _ in range(1 + len(self._draws[job]))] for job in crew]
+                found.append(_mapped([models[job] for job in crew], objectives[crew[0]], own, crew))
+            return (torch.cat([bound for bound, _ in found]),), [part for _, crew_parts in found for part in crew_parts]
+
+        self._graph = Graph(nn.ModuleList(models), bounds, *inputs, machine_code=machine_code)
+        self._optimizers = optimizers
+        self._joint: JointOptimizer | None = None
+
+    def __call__(self, x: Sequence[Float[Tensor, "batch pixels"]], noise: Sequence[Noise]) -> list[Tensor]:
+        """As ``train_step``, of each model with its own images and noise."""
+        inputs: list[Tensor] = []
+        for images, source, draws in zip(x, noise, self._draws, strict=True):
+            inputs += [images, *(draw(source) for draw in draws)]
+        bounds, *gradients = self._graph(*inputs)
+        # Not before the first step: until then an optimizer may be given the memory of an earlier session.
+        self._joint = self._joint or JointOptimizer(self._optimizers)
+        update(self._joint.step, self._graph.trained, gradients)
+        return list(bounds)
+
+
+def _mapped(
+    models: Sequence[nn.Module], objective: Objective, given: Sequence[Sequence[Tensor]], numbers: Sequence[int]
+) -> tuple[Float[Tensor, "models batch"], list[Part]]:
+    """The bounds of models of one objective, and the sums of their losses: each has its gradients from its own term."""
+
+    def one(values: dict[str, Tensor], x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        return functional_call(OfModel(models[0], losses), values, (x, *drawn))
+
+    def losses(model: Any, x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        noise = Replay(drawn)
+        found = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+        return found.bound, *of_networks(found)
+
+    tensors = [{f"model.{name}": value for name, value in _tensors(model).items()} for model in models]
+    values = {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
+    bound, *found = vmap(one)(values, *(torch.stack(same) for same in zip(*given, strict=True)))
+    return bound, parts([loss.sum() for loss in found], [f"model.{number}." for number in numbers])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@final
+class JointOptimizer:
+    """The optimizers of several models as one: parameters with equal settings are updated in one call.
+
+    Every parameter keeps the memory that it has in its own optimizer, which goes on knowing it, and has the learning
+    rate that is set there.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._sources: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                settings = {key: value for key, value in group.items() if key != "params"}
+                # The learning rate of today may be equal, and that of which a schedule makes it may not.
+                key = repr((settings, optimizer.defaults))
+                self._sources.setdefault(key, group)
+                groups.setdefault(key, {**settings, "params": []})["params"] += group["params"]
+        kind: Any = type(optimizers[0])
+        self._optimizer = kind(list(groups.values()))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._optimizer.state[parameter] = optimizer.state[parameter]
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group, source in zip(self._optimizer.param_groups, self._sources.values(), strict=True):
+            group["lr"] = source["lr"]
+        self._optimizer.step()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One of several trainings; see ``Trainer.run``."""
+
+    trainer: Trainer
+    state: State
+    hooks: Hooks
+
+
+def train_batched(
+    lanes: Sequence[Lane], machine_code: bool, failed: Callable[[int, RunFailed], None], stop_on_error: bool
+) -> None:
+    """Train all, step by step together, to the end of their schedule or until they are interrupted.
+
+    What fails is left out from there on; the others go on, or stop if ``stop_on_error``.
+
+    Args:
+        lanes: at one and the same step, of one schedule and with minibatches of one size, not shared with other
+            processes; neighbours whose trainers have the same objective share all calls.
+        machine_code: whether the step is compiled.
+        failed: told of every lane that fails, by its number.
+        stop_on_error: see above.
+
+    Raises:
+        CannotCompileError: they cannot be trained together, or no longer; what has been done is saved.
+    """
+    step = _step(lanes, machine_code)
+    running = {number: lane.trainer.steps(lane.state, lane.hooks) for number, lane in enumerate(lanes)}
+    replies: dict[int, tuple[Tensor, bool] | None] = dict.fromkeys(running)
+    last_save = time.monotonic()
+    try:
+        while running:
+            asked: dict[int, tuple[Tensor, Noise]] = {}
+            stopped = False
+            for number in replies:
+                try:
+                    asked[number] = running[number].send(replies[number])
+                except StopIteration as end:
+                    del running[number]
+                    stopped |= not end.value
+                except RunFailed as error:
+                    del running[number]
+                    stopped |= stop_on_error
+                    failed(number, error)
+            if stopped or not asked:
+                break
+            if len(asked) < len(replies):
+                step = _step([lanes[number] for number in asked], machine_code)
+            x, noise = zip(*asked.values(), strict=True)
+            if len(x[0]) == lanes[0].trainer.whole_batch:
+                bounds = step(x, noise)
+            else:
+                bounds = [lanes[number].trainer.plain(*wanted) for number, wanted in asked.items()]
+            save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
+            if save:
+                last_save = time.monotonic()
+            replies = {number: (bound, save) for number, bound in zip(asked, bounds, strict=True)}
+    except CannotCompileError:
+        _stop(running.values())
+        raise
+    _stop(running.values())
+
+
+def _stop(running: Iterable[Steps]) -> None:
+    """Save the states of trainings that wait for a step."""
+    for steps in running:
+        with suppress(StopIteration):
+            steps.throw(Interrupted(signal.SIGINT))
+
+
+def _step(lanes: Sequence[Lane], machine_code: bool) -> BatchedStep:
+    trainers = [lane.trainer for lane in lanes]
+    x = next(trainers[0].model.parameters()).new_zeros(trainers[0].whole_batch, trainers[0].data.train.shape[1])
+    models = [trainer.model.train() for trainer in trainers]
+    objectives = [trainer.objective for trainer in trainers]
+    return BatchedStep(models, objectives, [trainer.optimizer for trainer in trainers], x, machine_code)
