@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from iwae_cli import __version__
 from iwae_cli.cli_help import conf_folder, evaluate_help, own_folder, train_help
 from iwae_cli.construct import BASES, call, check_arguments, construct, convert, nearest, one_line
-from iwae_cli.errors import Interrupted, RunLocked, UserError
+from iwae_cli.errors import Interrupted, RunFailed, RunLocked, UserError
 from iwae_cli.signals import preemption
 from iwae_cli.streams import exit_code, forgiving
 from iwae_cli.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from iwae_cli.cli_compose import Job, Plan
     from iwae_cli.experiment import Experiment
 
+
+BATCHED = "batched"
+"""The launcher that trains jobs together and then has them one after the other, as the basic one does."""
 
 LOCKED_SECONDS = 2.0
 """How often a sweep looks whether a run that another process has is free."""
@@ -137,21 +140,25 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
     from iwae_cli.identity import evaluation_name
 
     group = _sweep_name(plan)
-    planned = []
+    planned, experiments = [], []
     for job in plan.jobs:
         experiment = _experiment(job, group)
         experiment.check()
+        experiments.append(experiment)
         folder = experiment.output_dir / experiment.identity()
         planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = experiment.output_dir / "sweeps" / group
     hydra = cli_compose.hydra_node(plan, path)
+    launcher = hydra["choices"]["hydra/launcher"]
+    if launcher == BATCHED and not plan.is_grid:
+        raise UserError(f"a search decides its jobs as it goes, hydra/launcher={BATCHED} needs to know them before")
     arguments = ["--multirun", f"hydra.sweep.dir={cli_compose.quoted(str(path))}", *plan.arguments]
     facts = {
         "command": shlex.join(["iwae-train", *argv]),
         "group": group,
-        "launcher": hydra["choices"]["hydra/launcher"],
+        "launcher": launcher,
         "sweeper": hydra["choices"]["hydra/sweeper"],
         "workers": cli_compose.workers_each(hydra, len(planned) if plan.is_grid else None, available_cores()),
     }
@@ -160,15 +167,47 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
         if not plan.is_grid:
             cli_compose.save(plan.base, path / "multirun.yaml")
             arguments.extend(_search(hydra, path))
+        if launcher == BATCHED:
+            _train_together(experiments, SweepFolder(path), plan.stop_on_error)
         _hand_over(_sweep_job, arguments)
 
-    if hydra["choices"]["hydra/launcher"] == "ray":
+    if launcher == "ray":
         _start_ray(hydra["launcher"]["ray"]["init"])
     _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
     try:
         _sweep.run(work)
     finally:
         _sweep = None
+
+
+def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop_on_error: bool) -> None:
+    """Train those jobs that can be one program; what is left to do, each does when it has its turn."""
+    from iwae_cli.identity import evaluation_name
+    from iwae_cli.together import batches, train_together
+
+    numbers = {id(experiment): number for number, experiment in enumerate(experiments)}
+    attempts: dict[int, Attempt] = {}
+
+    def begins(experiment: Experiment) -> None:
+        number = numbers[id(experiment)]
+        attempts[number] = Attempt(folder, number, experiment.overrides)
+        attempts[number].is_run(experiment.output_dir / experiment.identity(), evaluation_name(experiment.config))
+
+    def failed(experiment: Experiment, error: RunFailed) -> None:
+        attempts.pop(numbers[id(experiment)]).ends("failed", error)
+
+    for batch in batches(experiments):
+        attempts.clear()
+        try:
+            any_failed = train_together(batch, begins, failed, stop_on_error)
+        except Interrupted as error:
+            for attempt in attempts.values():
+                attempt.ends("interrupted", error)
+            raise Stopped(error.exit_code) from None
+        for attempt in attempts.values():
+            attempt.ends("interrupted" if any_failed and stop_on_error else "pending")
+        if any_failed and _sweep is not None:
+            _sweep.failed_here()
 
 
 def _start_ray(init: dict[str, Any]) -> None:
@@ -204,6 +243,8 @@ def _sweep_job(cfg: DictConfig) -> float | None:
         return None
     job = _job(cfg)
     attempt = Attempt(folder, hydra.job.num, job.overrides)
+    if attempt.before == "failed" and hydra.runtime.choices["hydra/launcher"] == BATCHED:
+        return None
     attempt.begins()
     try:
         # Perhaps in a process of its own, which has come in by no other way.
@@ -235,6 +276,8 @@ def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> di
     from iwae_cli.identity import evaluation_name
 
     experiment = _experiment(job, folder.path.name)
+    # What this very command has begun is gone on with.
+    experiment.restart &= attempt.before not in ("running", "pending")
     if _sweep is None:
         # Side by side with others.
         experiment.device.deal(number)

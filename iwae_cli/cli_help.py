@@ -36,7 +36,7 @@ def own_folder(folder: str, option: str) -> Path:
 
 def config_files(folder: Path) -> list[Path]:
     """The yaml files of our groups in a config folder; whatever else lies in it is not looked at."""
-    groups = [path.name for path in conf_folder().iterdir() if path.is_dir()]
+    groups = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
     return [path for group in groups for path in sorted((folder / group).rglob("*.yaml")) if path.is_file()]
 
 
@@ -98,7 +98,8 @@ examples:
 options:
   -m, --multirun         one run for every combination of comma-separated values, and of range(3), glob(*iwae);
                          outputs/sweeps/NAME ties them together; hydra/launcher=joblib, submitit_local or ray runs
-                         them side by side; the same command goes on with a sweep that was stopped
+                         them side by side, batched trains them as one program; the same command goes on with a
+                         sweep that was stopped
   -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
   --config-dir DIR       a folder of your own with groups and choices, such as DIR/objective/mine.yaml
   --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath

@@ -15,7 +15,7 @@ import torch
 
 from iwae_cli import console, signals
 from iwae_cli.construct import build, construct, try_optimizer
-from iwae_cli.data.base import Dataset
+from iwae_cli.data.base import Data, Dataset
 from iwae_cli.device import Device, compiler, memory_told
 from iwae_cli.errors import UserError
 from iwae_cli.evaluation.estimator import Estimator, Subject
@@ -185,6 +185,20 @@ class Experiment:
         known = {key: value for key, value in prints.items() if value is not None}
         return training_name(self.config, self.names, self.objective.num_samples, known)
 
+    def load(self) -> Data:
+        """The data.
+
+        Raises:
+            UserError: they are not there, or not of the shape of what this run begins from.
+        """
+        data, initial = self.data.load(), self.initial
+        if initial is not None and initial.image_shape != data.image_shape:
+            raise UserError(
+                f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
+                f"{data.image_shape}"
+            )
+        return data
+
     @memory_told()
     def run(self) -> dict[str, Any]:
         """Train (or go on, or skip what is done), evaluate, write the result, print it.
@@ -200,13 +214,7 @@ class Experiment:
         """
         self.check()
         self.device.setup()
-        data = self.data.load()
-        initial = self.initial
-        if initial is not None and initial.image_shape != data.image_shape:
-            raise UserError(
-                f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
-                f"{data.image_shape}"
-            )
+        data = self.load()
         folder = RunFolder(self.output_dir / self.identity())
         with told(folder.path, "mend that, or choose another folder with output_dir=..."):
             if self.restart and folder.path.exists():
@@ -216,7 +224,7 @@ class Experiment:
             since, sync = _trained_at(folder), left_to_upload(folder.path)
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                with RunLock(folder.path), _logging(folder), signals.caught() as caught:
+                with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
                     result = self._finished(folder)
                     lacking = self._lacking(folder, result, pictures=len(data.image_shape) == 2)
                     if result is None or lacking:
@@ -387,7 +395,7 @@ def _trained_at(folder: RunFolder) -> str | None:
 
 
 @contextmanager
-def _logging(folder: RunFolder) -> Iterator[None]:
+def logging_to(folder: RunFolder) -> Iterator[None]:
     """Meanwhile everything that is logged goes to ``train.log`` with the time of day, and warnings to the terminal."""
     file = _LogFile(folder.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

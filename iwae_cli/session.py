@@ -48,15 +48,22 @@ logger = logging.getLogger("iwae_cli")
 
 
 class Session:
-    """One process working on one run; the hooks of the trainer."""
+    """One process working on one run; the hooks of the trainer.
 
-    def __init__(self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals) -> None:
+    Args:
+        experiment, data, folder, signals: what is run, on what, where, and what may stop it.
+        runs_at_once: how many sessions train together, of which this is one.
+    """
+
+    def __init__(
+        self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals, runs_at_once: int = 1
+    ) -> None:
         self.experiment = experiment
         self.data = data
         self.folder = folder
         self.signals = signals
         self.device = experiment.device.resolve()
-        self.sink: Sink = FanOut([JsonlSink(), experiment.logger])
+        self.sink: Sink = FanOut([])
         self.progress: console.Progress | None = None
         self.state = checkpoint.State(
             identity=folder.identity,
@@ -87,7 +94,11 @@ class Session:
             tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
-        self.state.plan |= {"compiler": self._compiler(), "processes": self._processes()}
+        self.state.plan |= {
+            "compiler": self._compiler(),
+            "processes": self._processes(),
+            "runs_at_once": runs_at_once,
+        }
         if initial is not None and experiment.with_optimizer:
             # Its memory alone: learning rate and the like are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -113,10 +124,7 @@ class Session:
         asked = shlex.join(experiment.overrides) or "nothing beyond the defaults"
         logger.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
         try:
-            self.sink.open(
-                RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
-                self._history(),
-            )
+            self.open()
             self._train()
             result = evaluate(
                 folder,
@@ -137,22 +145,51 @@ class Session:
             folder.set_status("finished", self.state.step)
             return result
         except BaseException as error:
-            status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            if status == "interrupted":
-                logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
-            else:
-                logger.info("failed at step %d", self.state.step, exc_info=True)
-            failure = self._failure(error)
-            # What hinders these is what has just been raised.
-            if not finished_before:
-                with suppress(OSError):
-                    named = "" if status == "interrupted" else f"{type(failure).__name__}: "
-                    folder.set_status(status, self.state.step, f"{named}{failure}")
-            with suppress(OSError):
-                self.sink.close(status)
+            failure = self.ended(error, finished_before)
             if failure is not error:
                 raise failure from error
             raise
+
+    def begin(self) -> None:
+        """For the training alone: go on from where the run stands, with the local record alone.
+
+        The session that evaluates gives it to the other sinks.
+        """
+        if self.folder.checkpoint.exists():
+            self._resume()
+        self._begin()
+        self.open(local=True)
+
+    def open(self, local: bool = False) -> None:
+        """Open the record, with what is in it already: for every sink, or for the ``local`` one."""
+        experiment, folder = self.experiment, self.folder
+        self.sink = FanOut([JsonlSink()] if local else [JsonlSink(), experiment.logger])
+        self.sink.open(
+            RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
+            read_history(self.folder.path, self.state.step),
+        )
+
+    def ended(self, error: BaseException, finished_before: bool = False) -> BaseException:
+        """Record what ended it; returns what it is to be called.
+
+        Args:
+            error: what was raised.
+            finished_before: whether the run stays the finished one that it was.
+        """
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        if status == "interrupted":
+            logger.warning("%s at step %d; the same command goes on from there", error, self.state.step)
+        else:
+            logger.info("failed at step %d", self.state.step, exc_info=error)
+        failure = self._failure(error)
+        # What hinders these is what has just been raised.
+        if not finished_before:
+            with suppress(OSError):
+                named = "" if status == "interrupted" else f"{type(failure).__name__}: "
+                self.folder.set_status(status, self.state.step, f"{named}{failure}")
+        with suppress(OSError):
+            self.sink.close(status)
+        return failure
 
     def _failure(self, error: BaseException) -> BaseException:
         """``error``, or in one line what has become of the folder."""
@@ -168,20 +205,6 @@ class Session:
             f"{self.folder.path} cannot be written to ({words}); when it can, the same command goes on from the last "
             "saved step; or choose another folder with output_dir=..."
         )
-
-    def _history(self) -> list[tuple[int, dict[str, float | int | None]]]:
-        """The record up to where the run stands; what has been lost of it is said."""
-        history = read_history(self.folder.path, self.state.step)
-        kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
-        done = self.state.step // per_pass
-        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
-        if lost:
-            logger.warning(
-                "%s has no row of %d of the %d passes that are done, the first of them pass %d: lost in a crash, or "
-                "deleted; the curve of this run has a gap, its weights have not",
-                *("metrics.jsonl", len(lost), done, lost[0]),
-            )
-        return history
 
     def _begin(self) -> None:
         self.folder.begin(self.experiment.config, self.experiment.overrides)
@@ -346,18 +369,29 @@ class Session:
         checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
         # Decided when the run began; one from before there was a choice has the plain step.
-        before, after = plan.setdefault("processes", 1), now["processes"]
-        # What is trained already stays what it is, whoever looks at it.
-        if not self.trainer.is_done(self.state) and str(before).rpartition(" ")[2] != str(after):
-            logger.warning("resuming is not exact: processes were %s and are %s", before, after)
-            plan["processes"] = f"{before} until step {self.state.step}, then {after}"
+        for key in ("processes", "runs_at_once"):
+            before, after = plan.setdefault(key, 1), now[key]
+            # What is trained already stays what it is, whoever looks at it.
+            if not self.trainer.is_done(self.state) and str(before).rpartition(" ")[2] != str(after):
+                logger.warning("resuming is not exact: %s were %s and are %s", key, before, after)
+                plan[key] = f"{before} until step {self.state.step}, then {after}"
         now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
         for key, value in plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif key != "processes" and now.get(key) != value:
+            elif key not in ("processes", "runs_at_once") and now.get(key) != value:
                 logger.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
         self.model.load_state_dict(self.state.model)
+        history = read_history(self.folder.path, self.state.step)
+        kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
+        done = self.state.step // per_pass - self.trainer.is_open(self.state)
+        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
+        if lost:
+            logger.warning(
+                "%s has no row of %d of the %d passes that are done, the first of them pass %d: lost in a crash, or "
+                "deleted; the curve of this run has a gap, its weights have not",
+                *("metrics.jsonl", len(lost), done, lost[0]),
+            )
 
     def _plan(self) -> dict[str, Any]:
         return {

@@ -99,12 +99,17 @@ class SweepFolder:
 
 
 class Attempt:
-    """One process at work on one job; the only one that writes the record of the job."""
+    """One process at work on one job; the only one that writes the record of the job.
+
+    Attributes:
+        before: how an earlier attempt of the same command stood or ended, if there was one.
+    """
 
     def __init__(self, folder: SweepFolder, number: int, overrides: Sequence[str]) -> None:
         self._path = folder.record(overrides)
         self._sweep = folder.path
         old = _read(self._path) or {}
+        self.before: Status | None = old.get("status")
         self._values: dict[str, Any] = {
             "number": number,
             "overrides": list(overrides),

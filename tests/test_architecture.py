@@ -53,6 +53,7 @@ PART_OF = {
     "cli_search": "cli",
     "result": "experiment",
     "session": "experiment",
+    "together": "experiment",
 }
 NO_TORCH = {"sinks", "report", "cli_report", "files", "identity", "run_folder", "console", "streams", "sweep"}
 TORCH = {"torch", "torchvision"}
