@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -49,7 +50,7 @@ class Contender:
         requires: packages to be installed.
         options: for the worker; overrides of the command line for ours.
         kinds, models: what it can do.
-        least_k: below this it is not asked for.
+        least_k, most_k: outside of these it is not asked for.
         whole: whether it takes part in whole runs.
     """
 
@@ -60,17 +61,19 @@ class Contender:
     kinds: tuple[str, ...] = ("train", "evaluate")
     models: tuple[str, ...] = ("one_layer", "two_layer", "tiny")
     least_k: int = 1
+    most_k: float = math.inf
     whole: bool = False
 
     def can(self, case: Case) -> bool:
         """Whether it can do such work."""
-        return case.kind in self.kinds and case.model in self.models and case.k >= self.least_k
+        return case.kind in self.kinds and case.model in self.models and self.least_k <= case.k <= self.most_k
 
 
 CONTENDERS = (
     Contender("ours", "ours", whole=True),
     Contender("ours, plain step", "ours", options=("device.compile=off",), kinds=("train",)),
     Contender("ours, roulette", "ours", options=("training.backward=roulette",), kinds=("train",), least_k=5),
+    Contender("ours, 16 at once", "ours", options=("hydra/launcher=batched",), kinds=("train",), most_k=5),
     Contender("ours, bf16 products", "ours", options=("evaluation.precision=bf16",), kinds=("evaluate",)),
     Contender("JAX", "with_jax", ("jax", "optax"), whole=True),
     Contender("JAX, bf16 products", "with_jax", ("jax", "optax"), ("bf16",), kinds=("evaluate",)),

@@ -14,14 +14,16 @@ from torch import Tensor
 import iwae_cli
 from benchmarks.cases import CHECK_STEPS, SIZES, Job
 from benchmarks.worker import Tick, serve
-from iwae_cli.cli import _experiment
+from iwae_cli.cli import BATCHED, _experiment
 from iwae_cli.cli_compose import plan
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
+from iwae_cli.noise import Noise
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.signals import Signals
-from iwae_cli.training.step import train_step
+from iwae_cli.together import AT_ONCE
+from iwae_cli.training.batched import Lane, batched_step, train_batched
 from iwae_cli.training.trainer import Silence
 
 
@@ -52,34 +54,51 @@ class Ours:
         self.job = job
         self.evaluation = experiment.evaluation
         self.stderr_mc = 0.0
-        self.session = Session(experiment, experiment.data.load(), RunFolder(Path("nowhere")), Signals())
+        data, runs = experiment.data.load(), AT_ONCE if f"hydra/launcher={BATCHED}" in overrides else 1
+        sessions = [Session(experiment, data, RunFolder(Path("nowhere")), Signals()) for _ in range(runs)]
+        self.session, *self._others = sessions
+        for number, session in enumerate(sessions):
+            session.trainer.seed += number
         self.settings = f"iwae-cli {iwae_cli.__version__}, torch {torch.__version__}"
 
     def train(self, tick: Tick) -> None:
         """The whole of the trainer's loop, a pause between two steps where the clock wants one."""
         self._load_weights()
-        self._compile()
-        self.session.trainer.run(self.session.state, _Hooks(tick))
+        state = self.session.state
+        if not self._others:
+            self._compile()
+            self.session.trainer.run(state, _Hooks(tick))
+            return
+        # A unit is a step of one of them.
+        hooks = _Hooks(lambda units: tick(units * (1 + len(self._others))))
+        lanes = [Lane(self.session.trainer, state, hooks)]
+        lanes += [Lane(session.trainer, session.state, Silence()) for session in self._others]
+        train_batched(lanes, state.plan["compiler"] is not None, lambda number, error: None, True)
 
     def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
         """The trainer's step with noise that is given; one that leaves out draws by chance cannot be checked so."""
         if "training.backward=roulette" in self.job.overrides:
             return None, None
         self._load_weights()
-        self._compile()
         trainer, bounds = self.session.trainer, []
         memory = trainer.optimizer.state_dict()
-        for step in range(CHECK_STEPS):
-            x, draws = self.job.check_batch(step)
-            noise = _Given([torch.from_numpy(draw) for draw in draws])
-            if trainer._compiled is None:
-                bound = train_step(trainer.model, trainer.objective, trainer.optimizer, torch.from_numpy(x), noise)
-            else:
-                bound = trainer._compiled(torch.from_numpy(x), noise)
-            bounds.append(float(bound.mean()))
+        step = self._step()
+        for number in range(CHECK_STEPS):
+            x, draws = self.job.check_batch(number)
+            bounds.append(float(step(torch.from_numpy(x), _Given([torch.from_numpy(draw) for draw in draws])).mean()))
         weights = {name: value.numpy().copy() for name, value in trainer.model.state_dict().items()}
         trainer.optimizer.load_state_dict(memory)
         return bounds, weights
+
+    def _step(self) -> Callable[[Tensor, Noise], Tensor]:
+        """As the trainer carries it out, for the first run; of several, all do the same."""
+        trainer = self.session.trainer
+        if not self._others:
+            self._compile()
+            return trainer._compiled or trainer.plain
+        lanes = [Lane(session.trainer, session.state, Silence()) for session in (self.session, *self._others)]
+        runs, step = len(lanes), batched_step(lanes, self.session.state.plan["compiler"] is not None)
+        return lambda x, noise: step([x] * runs, [noise] * runs)[0]
 
     def evaluate(self, images: np.ndarray, tick: Tick) -> None:
         """All images in one go, as the final evaluation; its workers are held where the clock wants a pause.
@@ -150,7 +169,8 @@ class Ours:
 
     def _load_weights(self) -> None:
         weights = {name: torch.from_numpy(value) for name, value in self.job.weights().items()}
-        self.session.model.load_state_dict(weights)
+        for session in (self.session, *self._others):
+            session.model.load_state_dict(weights)
 
 
 class _Stop(Exception):

@@ -180,7 +180,7 @@ def train_batched(
     Raises:
         CannotCompileError: they cannot be trained together, or no longer; what has been done is saved.
     """
-    step = _step(lanes, machine_code)
+    step = batched_step(lanes, machine_code)
     running = {number: lane.trainer.steps(lane.state, lane.hooks) for number, lane in enumerate(lanes)}
     replies: dict[int, tuple[Tensor, bool] | None] = dict.fromkeys(running)
     last_save = time.monotonic()
@@ -201,7 +201,7 @@ def train_batched(
             if stopped or not asked:
                 break
             if len(asked) < len(replies):
-                step = _step([lanes[number] for number in asked], machine_code)
+                step = batched_step([lanes[number] for number in asked], machine_code)
             x, noise = zip(*asked.values(), strict=True)
             if len(x[0]) == lanes[0].trainer.whole_batch:
                 bounds = step(x, noise)
@@ -224,7 +224,12 @@ def _stop(running: Iterable[Steps]) -> None:
             steps.throw(Interrupted(signal.SIGINT))
 
 
-def _step(lanes: Sequence[Lane], machine_code: bool) -> BatchedStep:
+def batched_step(lanes: Sequence[Lane], machine_code: bool) -> BatchedStep:
+    """The step of these trainings for whole minibatches.
+
+    Raises:
+        CannotCompileError: see ``BatchedStep``.
+    """
     trainers = [lane.trainer for lane in lanes]
     x = next(trainers[0].model.parameters()).new_zeros(trainers[0].whole_batch, trainers[0].data.train.shape[1])
     models = [trainer.model.train() for trainer in trainers]
