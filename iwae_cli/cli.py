@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from iwae_cli import __version__
 from iwae_cli.cli_help import conf_folder, evaluate_help, own_folder, train_help
 from iwae_cli.construct import BASES, call, check_arguments, construct, convert, nearest, one_line
-from iwae_cli.errors import Interrupted, RunFailed, RunLocked, UserError
+from iwae_cli.errors import Interrupted, RunLocked, UserError
 from iwae_cli.signals import preemption
 from iwae_cli.streams import exit_code, forgiving
 from iwae_cli.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
@@ -140,18 +140,19 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
     from iwae_cli.identity import evaluation_name
 
     group = _sweep_name(plan)
+    launcher = plan.base.hydra.runtime.choices["hydra/launcher"]
     planned, experiments = [], []
     for job in plan.jobs:
         experiment = _experiment(job, group)
         experiment.check()
-        experiments.append(experiment)
+        if launcher == BATCHED:
+            experiments.append(experiment)
         folder = experiment.output_dir / experiment.identity()
         planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = experiment.output_dir / "sweeps" / group
     hydra = cli_compose.hydra_node(plan, path)
-    launcher = hydra["choices"]["hydra/launcher"]
     if launcher == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it goes, hydra/launcher={BATCHED} needs to know them before")
     arguments = ["--multirun", f"hydra.sweep.dir={cli_compose.quoted(str(path))}", *plan.arguments]
@@ -193,19 +194,22 @@ def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop
         attempts[number] = Attempt(folder, number, experiment.overrides)
         attempts[number].is_run(experiment.output_dir / experiment.identity(), evaluation_name(experiment.config))
 
-    def failed(experiment: Experiment, error: RunFailed) -> None:
-        attempts.pop(numbers[id(experiment)]).ends("failed", error)
+    def failed(experiment: Experiment, error: BaseException) -> None:
+        attempt = attempts.pop(numbers[id(experiment)])
+        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
 
     for batch in batches(experiments):
-        attempts.clear()
         try:
             any_failed = train_together(batch, begins, failed, stop_on_error)
-        except Interrupted as error:
             for attempt in attempts.values():
-                attempt.ends("interrupted", error)
-            raise Stopped(error.exit_code) from None
-        for attempt in attempts.values():
-            attempt.ends("interrupted" if any_failed and stop_on_error else "pending")
+                attempt.ends("interrupted" if any_failed and stop_on_error else "pending")
+        except BaseException as error:
+            for attempt in attempts.values():
+                attempt.ends("interrupted", error if isinstance(error, Interrupted) else None)
+            if isinstance(error, Interrupted):
+                raise Stopped(error.exit_code) from None
+            raise
+        attempts.clear()
         if any_failed and _sweep is not None:
             _sweep.failed_here()
 

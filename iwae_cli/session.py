@@ -372,9 +372,9 @@ class Session:
         for key in ("processes", "runs_at_once"):
             before, after = plan.setdefault(key, 1), now[key]
             # What is trained already stays what it is, whoever looks at it.
-            if not self.trainer.is_done(self.state) and str(before).rpartition(" ")[2] != str(after):
+            if self.state.step < self.trainer.total_steps and str(before).rpartition(" ")[2] != str(after):
                 logger.warning("resuming is not exact: %s were %s and are %s", key, before, after)
-                plan[key] = f"{before} until step {self.state.step}, then {after}"
+                self.state.change_plan(key, after)
         now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
         for key, value in plan.items():
             if key == "threads":

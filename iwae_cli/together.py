@@ -15,14 +15,13 @@ from contextlib import ExitStack, suppress
 from iwae_cli import console, signals
 from iwae_cli.data.base import Data
 from iwae_cli.device import memory_told
-from iwae_cli.errors import Interrupted, RunFailed, RunLocked, UserError
+from iwae_cli.errors import Interrupted, RunFailed, UserError
 from iwae_cli.experiment import Experiment, logging_to
 from iwae_cli.files import RunLock
 from iwae_cli.objectives.base import Objective
 from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.signals import Signals
-from iwae_cli.sinks.jsonl import read_history
 from iwae_cli.training import checkpoint
 from iwae_cli.training.batched import Lane, train_batched
 from iwae_cli.training.compiled import CannotCompileError
@@ -42,6 +41,8 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     for experiment in experiments:
         ours = all(type(part).__module__.startswith("iwae_cli.") for part in (experiment.model, experiment.objective))
         # The draws of the roulette that are sent back are not of one number.
+        # An optimizer of one's own may couple the parameters that it is given.
+        ours &= experiment.optimizer.func.__module__.startswith("torch.")
         if ours and experiment.training.backward == "all":
             free = ("seed", "objective", "optimizer", "output_dir", "logger", "restart")
             same = {key: value for key, value in experiment.config.items() if key not in free}
@@ -58,7 +59,7 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
 def train_together(
     experiments: Sequence[Experiment],
     begins: Callable[[Experiment], None],
-    failed: Callable[[Experiment, RunFailed], None],
+    failed: Callable[[Experiment, BaseException], None],
     stop_on_error: bool,
 ) -> bool:
     """Train one of the ``batches`` to the end of the schedule.
@@ -78,90 +79,129 @@ def train_together(
     Raises:
         Interrupted: by a signal; all states are saved.
     """
-    any_failed = False
     experiments[0].device.setup()
+    any_failed = False
     with ExitStack() as stack:
         caught = stack.enter_context(signals.caught())
-        standing: dict[int, list[tuple[Experiment, RunFolder]]] = defaultdict(list)
+        standing: dict[tuple[int, bool], list[Experiment]] = defaultdict(list)
         with suppress(UserError):
             data = experiments[0].load()
             for experiment in experiments:
-                folder = RunFolder(experiment.output_dir / experiment.identity())
-                with suppress(RunLocked, UserError, OSError):
-                    standing[_locked(experiment, folder, stack)].append((experiment, folder))
-        for step, members in standing.items():
-            if step != DONE and len(members) > 1:
+                caught.check()
+                with suppress(UserError, OSError):
+                    standing[_standing(experiment, stack)].append(experiment)
+        caught.check()
+        for (step, _), members in standing.items():
+            if step != DONE and len(members) > 1 and not (any_failed and stop_on_error):
+                members = [member for member in members if _is_ready(member, stack)]
                 any_failed |= _train(members, data, caught, begins, failed, stop_on_error)
-            if any_failed and stop_on_error:
-                break
     return any_failed
 
 
-def _locked(experiment: Experiment, folder: RunFolder, stack: ExitStack) -> int:
-    """The step at which a run stands, which nobody else touches from here on; ``DONE`` if it is trained."""
-    if experiment.restart and folder.path.exists():
-        with RunLock(folder.path):
-            logger.warning("restart: the old run is kept as %s", folder.set_aside().name)
+def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
+    """The step at which a run stands, ``DONE`` if it is trained, and whether its step was compiled; it is locked."""
+    folder = _folder(experiment)
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(RunLock(folder.path))
+    if experiment.restart:
+        return 0, False
     if not folder.checkpoint.exists():
-        return 0
+        # Of a finished run that has lost its checkpoint, a result is left.
+        return DONE if folder.result() is not None else 0, False
     state = checkpoint.load(folder.checkpoint, folder.identity)
-    read_history(folder.path)
-    return state.step if state.step < state.total_steps else DONE
+    return state.step if state.step < state.total_steps else DONE, state.plan.get("compiler") is not None
+
+
+def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
+    """Whether the folder is that in which to train: one to be begun again is set aside, and the new one locked."""
+    folder = _folder(experiment)
+    if experiment.restart and (folder.path / "config.yaml").exists():
+        try:
+            logger.warning("restart: the old run is kept as %s", folder.set_aside().name)
+            folder.path.mkdir()
+            stack.enter_context(RunLock(folder.path))
+        except (UserError, OSError):
+            return False
+    return True
+
+
+def _folder(experiment: Experiment) -> RunFolder:
+    return RunFolder(experiment.output_dir / experiment.identity())
 
 
 def _train(
-    members: Sequence[tuple[Experiment, RunFolder]],
+    members: Sequence[Experiment],
     data: Data,
     caught: Signals,
     begins: Callable[[Experiment], None],
-    failed: Callable[[Experiment, RunFailed], None],
+    failed: Callable[[Experiment, BaseException], None],
     stop_on_error: bool,
 ) -> bool:
-    sessions: list[Session] = []
-    shared: dict[str, Objective] = {}
-    for experiment, folder in members:
-        begins(experiment)
-        with logging_to(folder):
-            session = Session(experiment, data, folder, caught, runs_at_once=len(members))
-            session.begin()
-            at, of, others = session.state.step, session.trainer.total_steps, len(members) - 1
-            logger.info("begin at step %d of %d, together with %d other runs", at, of, others)
-        named = json.dumps(experiment.config["objective"], sort_keys=True)
-        session.trainer.objective = shared.setdefault(named, experiment.objective)
-        sessions.append(session)
-    failures = _failures(sessions, failed, stop_on_error)
-    why = "trained, and to be evaluated when the others are"
-    if caught.number is not None:
-        why = str(Interrupted(caught.number))
-    elif failures and stop_on_error:
-        why = "stopped, since another run failed"
+    """``train_together`` for runs that stand at the same step."""
+    sessions = _begun(members, data, caught)
+    if not sessions:
+        return False
+    for session in sessions:
+        begins(session.experiment)
+    failures, saved = _trained(sessions, failed, stop_on_error)
     for number, session in enumerate(sessions):
-        if number not in failures:
-            with suppress(OSError), logging_to(session.folder):
-                logger.info("at step %d after %.1f s of training: %s", session.state.step, session.state.seconds, why)
+        if number in failures:
+            continue
+        if session.trainer.is_done(session.state):
+            why = "trained, and to be evaluated when the others are"
+        elif caught.number is not None:
+            why = str(Interrupted(caught.number))
+        else:
+            why = "stopped, since another run failed" if failures and stop_on_error else "to go on alone"
+        with suppress(OSError), logging_to(session.folder):
+            logger.info("at step %d after %.1f s of training: %s", session.state.step, session.state.seconds, why)
+            if saved:
                 session.folder.set_status("interrupted", session.state.step, why)
-                session.sink.close("interrupted")
+            session.sink.close("interrupted")
     caught.check()
     return bool(failures)
 
 
-def _failures(
-    sessions: Sequence[Session], tell: Callable[[Experiment, RunFailed], None], stop_on_error: bool
-) -> set[int]:
-    """Train; the numbers of the sessions whose training has failed."""
+def _begun(members: Sequence[Experiment], data: Data, caught: Signals) -> list[Session]:
+    """Sessions that can train together; none if there is but one."""
+    sessions: list[Session] = []
+    for experiment in members if len(members) > 1 else ():
+        folder = _folder(experiment)
+        try:
+            with logging_to(folder):
+                session = Session(experiment, data, folder, caught, runs_at_once=len(members))
+                session.begin()
+                at, of, others = session.state.step, session.trainer.total_steps, len(members) - 1
+                logger.info("begin at step %d of %d, together with %d other runs", at, of, others)
+        except (UserError, OSError):
+            # It is told when its turn comes; the others begin again, as fewer.
+            for session in sessions:
+                session.sink.close("interrupted")
+            return _begun([member for member in members if member is not experiment], data, caught)
+        sessions.append(session)
+    shared: dict[str, Objective] = {}
+    for session in sessions:
+        named = json.dumps(session.experiment.config["objective"], sort_keys=True)
+        session.trainer.objective = shared.setdefault(named, session.experiment.objective)
+    return sessions
+
+
+def _trained(
+    sessions: Sequence[Session], tell: Callable[[Experiment, BaseException], None], stop_on_error: bool
+) -> tuple[set[int], bool]:
+    """Train; the numbers of the sessions whose training has failed, and whether the states of the others are saved."""
     failures: set[int] = set()
 
-    def failed(number: int, error: RunFailed) -> None:
+    def failed(number: int, error: RunFailed | OSError) -> None:
         failures.add(number)
         session = sessions[number]
-        with logging_to(session.folder):
-            session.sink.close("failed")
-            # It ends here, so that every sink has to know.
-            session.open()
-            session.ended(error)
-        tell(session.experiment, error)
+        with ExitStack() as stack:
+            with suppress(OSError):
+                stack.enter_context(logging_to(session.folder))
+                session.sink.close("failed")
+                # It ends here, so that every sink has to know.
+                session.open()
+            tell(session.experiment, session.ended(error))
 
     trainer, state = sessions[0].trainer, sessions[0].state
     with console.Progress(
@@ -176,8 +216,9 @@ def _failures(
         try:
             with memory_told():
                 train_batched(lanes, state.plan["compiler"] is not None, failed, stop_on_error)
-        except (CannotCompileError, RunFailed, OSError) as error:
+        except (CannotCompileError, RunFailed) as error:
             # Ctrl-C also ends the compiler.
             if sessions[0].signals.number is None:
                 console.announce(f"these runs train one after the other from here on: {error}")
-    return failures
+            return failures, isinstance(error, CannotCompileError)
+    return failures, True

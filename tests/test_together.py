@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import torch
 from small_runs import TINY, bits, last_of_each, read_json, run, run_folders
 
 from iwae_cli import together
+from iwae_cli.experiment import Experiment
 from iwae_cli.files import RunLock
+from iwae_cli.training import batched
 from iwae_cli.training.compiled import CannotCompileError
 
 BATCHED = "hydra/launcher=batched"
@@ -93,6 +97,75 @@ def test_one_that_fails_is_told_at_once_and_the_others_go_on(tmp_path: Path, mon
         text = subprocess.run(told, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
         (exit_record,) = (entry["exit"] for entry in map(json.loads, text.splitlines()) if entry["type"] == "exit")
         assert (exit_record.get("exit_code", 0) == 0) != failed
+
+
+@pytest.mark.parametrize("how", ["a disk that is full", "no graph of those that are left"])
+def test_what_happens_to_one_does_not_hurt_the_others(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    on_pass, step = together.Session.on_pass, batched.batched_step
+
+    def fails(self: Any, step: int, metrics: Any) -> None:
+        if self.experiment.seed == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder.path / "metrics.jsonl"))
+        on_pass(self, step, metrics)
+
+    def built_once(lanes: Any, machine_code: bool) -> Any:
+        built.append(len(lanes))
+        if len(built) > 1 and how.startswith("no graph"):
+            raise CannotCompileError("no compiler any more")
+        return step(lanes, machine_code)
+
+    monkeypatch.setattr(together.Session, "on_pass", fails)
+    monkeypatch.setattr(batched, "batched_step", built_once)
+    code, out, err = sweep(tmp_path, "seed=0,1,2", BATCHED)
+    assert code == 1 and "2 finished, 1 failed" in out and built == [3, 2], err
+    assert err.count("cannot be written to (No space left on device") == 1 and "Traceback" not in err, err
+    assert ("train one after the other from here on: no compiler any more" in err) == how.startswith("no graph")
+    for folder in run_folders(tmp_path):
+        if "seed1" not in folder.name:
+            log = (folder / "train.log").read_text()
+            if how.startswith("no graph"):
+                assert "at step 13 after" in log and "to go on alone" in log and "begin at step 13 of 26" in log
+                at_once = "3 until step 13, then 2 until step 13, then 1"
+            else:
+                at_once = "3 until step 13, then 2"
+            assert loaded(folder)["plan"]["runs_at_once"] == at_once
+
+
+def test_a_folder_that_cannot_be_gone_on_with_is_told_when_its_turn_comes(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0", "schedule.passes=1")[0] == 0
+    (folder,) = run_folders(tmp_path)
+    for file in ("result.json", "status.json"):
+        (folder / file).unlink()
+    state = loaded(folder)
+    torch.save(state | {"step": 0, "data_sha256": "of other data"}, folder / "checkpoint.pt")
+    code, out, err = sweep(tmp_path, "seed=0,1,2", "schedule.passes=1", BATCHED)
+    assert code == 1 and "training 2 runs" in err and "1 failed" in out and "2 finished" in out, out[-900:]
+    assert err.count("the files of digits are not those that") == 1
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+    for folder in run_folders(tmp_path):
+        (folder / "checkpoint.pt").unlink()
+    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
+    assert code == 0 and "training" not in err
+    assert not any((folder / "checkpoint.pt").exists() for folder in run_folders(tmp_path))
+
+
+def test_a_signal_is_heard_before_anything_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+    load = Experiment.load
+
+    def signalled(self: Experiment) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    monkeypatch.setattr(Experiment, "load", signalled)
+    code, out, _ = sweep(tmp_path, "seed=0,1", "evaluation.k=6", BATCHED)
+    assert code == 143 and "2 pending" in out
 
 
 def test_stop_at_the_first_error(tmp_path: Path) -> None:

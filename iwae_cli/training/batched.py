@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.models.base import LatentVariableModel
@@ -28,13 +28,12 @@ from iwae_cli.objectives.base import Objective
 from iwae_cli.training.checkpoint import State
 from iwae_cli.training.compiled import (
     CannotCompileError,
-    Draw,
     Graph,
-    OfModel,
-    Part,
     Recorder,
     Replay,
     Traced,
+    Values,
+    of_model,
     of_networks,
     parts,
     update,
@@ -65,61 +64,67 @@ class BatchedStep:
         x: Float[Tensor, "batch pixels"],
         machine_code: bool,
     ) -> None:
-        crews = [list(crew) for _, crew in groupby(range(len(models)), key=lambda job: id(objectives[job]))]
-        self._draws: list[list[Draw]] = []
-        inputs: list[Tensor] = []
-        for crew in crews:
-            recorder = Recorder(x)
-            objective, model = objectives[crew[0]], models[crew[0]]
-            objective.losses(model, x, model.draw(x, objective.num_samples, recorder), recorder)
-            self._draws += [recorder.draws] * len(crew)
-            # Inputs that are one tensor would be one input of the graph.
-            inputs += [value.clone() for _ in crew for value in (x, *recorder.drawn)]
+        jobs = [list(jobs) for _, jobs in groupby(range(len(models)), key=lambda job: id(objectives[job]))]
+        crews = [_Crew([models[job] for job in own], objectives[own[0]], x) for own in jobs]
 
-        def bounds(models: nn.ModuleList, *inputs: Tensor) -> Traced:
-            given, found = iter(inputs), []
-            for crew in crews:
-                own = [[next(given) for _ in range(1 + len(self._draws[job]))] for job in crew]
-                found.append(_mapped([models[job] for job in crew], objectives[crew[0]], own, crew))
-            return (torch.cat([bound for bound, _ in found]),), [part for _, crew_parts in found for part in crew_parts]
+        def bounds(values: Values, *inputs: Tensor) -> Traced:
+            given = iter(inputs)
+            outputs, losses = [], []
+            for number, crew in enumerate(crews):
+                prefix = f"{number}."
+                own = {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+                bound, *found = vmap(crew.scored)(own, *islice(given, len(crew.inputs)))
+                outputs.append(bound)
+                # Each model has its gradients from its own term.
+                losses += parts([loss.sum() for loss in found], prefix)
+            return (torch.cat(outputs),), losses
 
-        self._graph = Graph(nn.ModuleList(models), bounds, *inputs, machine_code=machine_code)
-        self._optimizers = optimizers
+        stacked = {
+            f"{number}.{name}": value for number, crew in enumerate(crews) for name, value in crew.stacked.items()
+        }
+        inputs = [value for crew in crews for value in crew.inputs]
+        self._graph = Graph(stacked, bounds, *inputs, machine_code=machine_code)
+        own = {f"{number}.{name}": each for number, crew in enumerate(crews) for name, each in crew.own.items()}
+        self._trained = [parameter for name in self._graph.trained for parameter in own[name]]
+        self._jobs, self._crews, self._optimizers = jobs, crews, optimizers
         self._joint: JointOptimizer | None = None
 
     def __call__(self, x: Sequence[Float[Tensor, "batch pixels"]], noise: Sequence[Noise]) -> list[Tensor]:
         """As ``train_step``, of each model with its own images and noise."""
         inputs: list[Tensor] = []
-        for images, source, draws in zip(x, noise, self._draws, strict=True):
-            inputs += [images, *(draw(source) for draw in draws)]
+        for jobs, crew in zip(self._jobs, self._crews, strict=True):
+            given = [[x[job], *(draw(noise[job]) for draw in crew.draws)] for job in jobs]
+            inputs += [torch.stack(same) for same in zip(*given, strict=True)]
         bounds, *gradients = self._graph(*inputs)
         # Not before the first step: until then an optimizer may be given the memory of an earlier session.
         self._joint = self._joint or JointOptimizer(self._optimizers)
-        update(self._joint.step, self._graph.trained, gradients)
+        update(self._joint.step, self._trained, [each for gradient in gradients for each in gradient.unbind()])
         return list(bounds)
 
 
-def _mapped(
-    models: Sequence[nn.Module], objective: Objective, given: Sequence[Sequence[Tensor]], numbers: Sequence[int]
-) -> tuple[Float[Tensor, "models batch"], list[Part]]:
-    """The bounds of models of one objective, and the sums of their losses: each has its gradients from its own term."""
+class _Crew:
+    """Models of one objective, one upon the other; their parameters are parts of the ``stacked`` ones from here on."""
 
-    def one(values: dict[str, Tensor], x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-        return functional_call(OfModel(models[0], losses), values, (x, *drawn))
+    def __init__(self, models: Sequence[nn.Module], objective: Objective, x: Tensor) -> None:
+        def scored(model: Any, x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+            noise = Replay(drawn)
+            found = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+            return found.bound, *of_networks(found)
 
-    def losses(model: Any, x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-        noise = Replay(drawn)
-        found = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
-        return found.bound, *of_networks(found)
-
-    tensors = [{f"model.{name}": value for name, value in _tensors(model).items()} for model in models]
-    values = {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
-    bound, *found = vmap(one)(values, *(torch.stack(same) for same in zip(*given, strict=True)))
-    return bound, parts([loss.sum() for loss in found], [f"model.{number}." for number in numbers])
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        model: Any = models[0]
+        recorder = Recorder(x)
+        objective.losses(model, x, model.draw(x, objective.num_samples, recorder), recorder)
+        self.draws = recorder.draws
+        self.inputs = [torch.stack([value] * len(models)) for value in (x, *recorder.drawn)]
+        tensors, self.scored = of_model(model, scored)
+        every = [of_model(model, scored)[0] for model in models]
+        self.own = {name: [each[name] for each in every] for name in tensors}
+        self.stacked: Values = {}
+        for name, own in self.own.items():
+            whole = torch.stack([value.detach() for value in own])
+            for value, part in zip(own, whole.unbind(), strict=True):
+                value.data = part
+            self.stacked[name] = whole.requires_grad_(own[0].requires_grad)
 
 
 @final
@@ -164,7 +169,7 @@ class Lane:
 
 
 def train_batched(
-    lanes: Sequence[Lane], machine_code: bool, failed: Callable[[int, RunFailed], None], stop_on_error: bool
+    lanes: Sequence[Lane], machine_code: bool, failed: Callable[[int, RunFailed | OSError], None], stop_on_error: bool
 ) -> None:
     """Train all, step by step together, to the end of their schedule or until they are interrupted.
 
@@ -172,55 +177,62 @@ def train_batched(
 
     Args:
         lanes: at one and the same step, of one schedule and with minibatches of one size, not shared with other
-            processes; neighbours whose trainers have the same objective share all calls.
+            processes; neighbours whose trainers have the same objective share all calls. The ``plan`` of their states
+            says how many runs train at once.
         machine_code: whether the step is compiled.
         failed: told of every lane that fails, by its number.
         stop_on_error: see above.
 
     Raises:
-        CannotCompileError: they cannot be trained together, or no longer; what has been done is saved.
+        CannotCompileError: they cannot be trained together, or no longer; their states are saved, where any step was
+            made.
     """
+    started = time.monotonic()
     step = batched_step(lanes, machine_code)
+    for lane in lanes:
+        lane.state.seconds += time.monotonic() - started
     running = {number: lane.trainer.steps(lane.state, lane.hooks) for number, lane in enumerate(lanes)}
     replies: dict[int, tuple[Tensor, bool] | None] = dict.fromkeys(running)
     last_save = time.monotonic()
-    try:
-        while running:
-            asked: dict[int, tuple[Tensor, Noise]] = {}
-            stopped = False
-            for number in replies:
-                try:
-                    asked[number] = running[number].send(replies[number])
-                except StopIteration as end:
-                    del running[number]
-                    stopped |= not end.value
-                except RunFailed as error:
-                    del running[number]
-                    stopped |= stop_on_error
-                    failed(number, error)
-            if stopped or not asked:
-                break
-            if len(asked) < len(replies):
+    while running:
+        asked: dict[int, tuple[Tensor, Noise]] = {}
+        stopped = False
+        for number in replies:
+            try:
+                asked[number] = running[number].send(replies[number])
+            except StopIteration as end:
+                del running[number]
+                stopped |= not end.value
+            except (RunFailed, OSError) as error:
+                del running[number]
+                stopped |= stop_on_error
+                failed(number, error)
+        if stopped or not asked:
+            break
+        if len(asked) < len(replies):
+            for number in asked:
+                lanes[number].state.change_plan("runs_at_once", len(asked))
+            try:
                 step = batched_step([lanes[number] for number in asked], machine_code)
-            x, noise = zip(*asked.values(), strict=True)
-            if len(x[0]) == lanes[0].trainer.whole_batch:
-                bounds = step(x, noise)
-            else:
-                bounds = [lanes[number].trainer.plain(*wanted) for number, wanted in asked.items()]
-            save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
-            if save:
-                last_save = time.monotonic()
-            replies = {number: (bound, save) for number, bound in zip(asked, bounds, strict=True)}
-    except CannotCompileError:
-        _stop(running.values())
-        raise
+            except CannotCompileError:
+                _stop(running.values())
+                raise
+        x, noise = zip(*asked.values(), strict=True)
+        if len(x[0]) == lanes[0].trainer.whole_batch:
+            bounds = step(x, noise)
+        else:
+            bounds = [lanes[number].trainer.plain(*wanted) for number, wanted in asked.items()]
+        save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
+        if save:
+            last_save = time.monotonic()
+        replies = {number: (bound, save) for number, bound in zip(asked, bounds, strict=True)}
     _stop(running.values())
 
 
 def _stop(running: Iterable[Steps]) -> None:
-    """Save the states of trainings that wait for a step."""
+    """Save the states of trainings that wait for a step; what cannot be saved goes on from where it was last."""
     for steps in running:
-        with suppress(StopIteration):
+        with suppress(StopIteration, OSError):
             steps.throw(Interrupted(signal.SIGINT))
 
 

@@ -56,10 +56,14 @@ class State:
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def change_plan(self, key: str, value: int) -> None:
+        """From this step on something is done otherwise than it was."""
+        self.plan[key] = f"{self.plan[key]} until step {self.step}, then {value}"
+
 
 def save(state: State, path: Path) -> None:
     """Write ``state`` to ``path``, atomically."""
-    _write(dict(vars(state)), path)
+    _write({**vars(state), "model": _alone(state.model)}, path)
 
 
 def load(path: Path, identity: str | None = None) -> State:
@@ -83,7 +87,7 @@ def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
         model: their state dict.
         path: of the file.
     """
-    _write({"identity": state.identity, **state.best, "model": dict(model)}, path)
+    _write({"identity": state.identity, **state.best, "model": _alone(model)}, path)
 
 
 def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
@@ -102,6 +106,11 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
     best: tuple[str, int, dict[str, Tensor]] = _read(path, lambda h: (h["identity"], int(h["step"]), dict(h["model"])))
     _require(path, best[0], state.identity)
     return best[1:]
+
+
+def _alone(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values; a part of a larger tensor would be saved with all of it."""
+    return {name: value.clone() for name, value in model.items()}
 
 
 def _write(value: dict[str, Any], path: Path) -> None:

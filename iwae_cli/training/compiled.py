@@ -8,7 +8,7 @@ their gradients differ by rounding alone. The optimizer is outside too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,8 @@ ROULETTE_SHARE = 5
 Draw = Callable[[Noise], Tensor]
 """One of the draws of a step."""
 
-Part = tuple[Tensor, tuple[str, ...]]
+T = TypeVar("T")
+Part = tuple[Tensor, str]
 """A loss, and what the names of the parameters begin with that it trains."""
 
 Traced = tuple[tuple[Tensor, ...], Sequence[Part]]
@@ -80,18 +81,20 @@ class CompiledStep:
 
         def bound(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
             found = losses(model, x, Replay(drawn))
-            return (found.bound,), parts(of_networks(found), ["model."])
+            return (found.bound,), parts(of_networks(found))
 
         self._optimizer = optimizer
         recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        self._graph = Graph(model, bound, x, *recorder.drawn)
+        tensors, function = of_model(model, bound)
+        self._graph = Graph(tensors, function, x, *recorder.drawn)
+        self._trained = [tensors[name] for name in self._graph.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``train_step``."""
         bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
-        update(self._optimizer.step, self._graph.trained, gradients)
+        update(self._optimizer.step, self._trained, gradients)
         return bound
 
 
@@ -126,7 +129,7 @@ class CompiledRouletteStep:
         def send_back(model: LatentVariableModel, x: Tensor, rows: Tensor, weights: Tensor, *drawn: Tensor) -> Traced:
             latents, log_q = model.inference.sample(x, objective.num_samples, Replay(drawn))
             loss = surrogate(model, x, latents, log_q, rows, weights)
-            return (), parts((loss,), ["model."])
+            return (), parts((loss,))
 
         self._optimizer = optimizer
         recorder = Recorder(x)
@@ -134,9 +137,11 @@ class CompiledRouletteStep:
         chances(log_q, recorder)
         self._draws = recorder.draws
         self._rows = -(-log_q.numel() // ROULETTE_SHARE)
-        self._weigh = Graph(model, weigh, x, *recorder.drawn)
+        self._weigh = Graph(*of_model(model, weigh), x, *recorder.drawn)
         rows = torch.zeros(self._rows, dtype=torch.long, device=x.device)
-        self._send_back = Graph(model, send_back, x, rows, x.new_zeros(self._rows), *recorder.drawn)
+        tensors, function = of_model(model, send_back)
+        self._send_back = Graph(tensors, function, x, rows, x.new_zeros(self._rows), *recorder.drawn)
+        self._trained = [tensors[name] for name in self._send_back.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``roulette_step``."""
@@ -151,7 +156,7 @@ class CompiledRouletteStep:
         for part, of_part in zip(rows.split(self._rows), chosen.split(self._rows), strict=True):
             found = self._send_back(x, part, of_part, *drawn)
             gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-        update(self._optimizer.step, self._send_back.trained, gradients)
+        update(self._optimizer.step, self._trained, gradients)
         return bound
 
 
@@ -164,40 +169,51 @@ def update(step: Callable[[], object], parameters: Sequence[Tensor], gradients: 
     step()
 
 
+Values = dict[str, Tensor]
+"""Parameters and buffers of a model by their names."""
+
+
+def of_model(model: nn.Module, function: Callable[..., T]) -> tuple[Values, Callable[..., T]]:
+    """The tensors of a model; and its ``function`` as one of such tensors, then of what else it takes."""
+
+    def with_values(values: Values, *inputs: Tensor) -> T:
+        found: T = functional_call(_OfModel(model, function), {f"model.{n}": v for n, v in values.items()}, inputs)
+        return found
+
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}, with_values
+
+
 @final
 class Graph:
-    """What a function of a model and of tensors gives, and the gradients of its losses, compiled for these shapes.
+    """What a function of tensors gives, and the gradients of its losses, compiled for these shapes.
 
     Args:
-        model: its parameters are read whenever the graph is called.
-        function: of the model and the tensors.
-        inputs: the tensors; their values do not matter.
+        tensors: read whenever the graph is called; those that require gradients are differentiated by.
+        function: of ``tensors``, then of the inputs.
+        inputs: the other tensors; their values do not matter.
         machine_code: whether Inductor makes machine code of it; else torch carries out what was traced.
 
     Attributes:
-        trained: parameters that have a gradient, in the order in which those come last of what a call gives.
+        trained: names of the tensors that have a gradient, in the order in which those come last of what a call gives.
     """
 
     def __init__(
-        self, model: nn.Module, function: Callable[..., Traced], *inputs: Tensor, machine_code: bool = True
+        self, tensors: Values, function: Callable[..., Traced], *inputs: Tensor, machine_code: bool = True
     ) -> None:
         # Half a second to import, for those who compile alone.
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        part = OfModel(model, function)
-        parameters = dict(part.named_parameters())
-        tensors = {**parameters, **dict(part.named_buffers())}
-        trained: list[str] = []
+        self.trained: list[str] = []
 
         def traced(*given: Tensor) -> tuple[Tensor, ...]:
             values = {
                 name: value.detach().requires_grad_(tensor.requires_grad)
                 for (name, tensor), value in zip(tensors.items(), given, strict=False)
             }
-            outputs, losses = functional_call(part, values, given[len(tensors) :])
-            found = _gradients(losses, {name: values[name] for name in parameters if values[name].requires_grad})
-            trained[:] = found
+            outputs, losses = function(values, *given[len(tensors) :])
+            found = _gradients(losses, {name: value for name, value in values.items() if value.requires_grad})
+            self.trained = [*found]
             return *outputs, *found.values()
 
         self._values = [tensor.detach() for tensor in tensors.values()]
@@ -214,7 +230,6 @@ class Graph:
                     self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
         except Exception as error:  # whatever code of one's own does with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
-        self.trained = [parameters[name] for name in trained]
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """What is wanted of the function, then the gradients."""
@@ -229,24 +244,24 @@ def of_networks(losses: Losses) -> tuple[Tensor, ...]:
     return (losses.generative,) if one else (losses.generative, losses.inference)
 
 
-def parts(losses: Sequence[Tensor], models: Sequence[str]) -> list[Part]:
-    """What is to be differentiated for these models, known by what the names of their parameters begin with."""
+def parts(losses: Sequence[Tensor], model: str = "") -> list[Part]:
+    """What is to be differentiated for a model, the names of whose parameters begin so."""
     networks = ("",) if len(losses) == 1 else ("generative.", "inference.")
-    return [(loss, tuple(model + name for model in models)) for loss, name in zip(losses, networks, strict=True)]
+    return [(loss, model + network) for loss, network in zip(losses, networks, strict=True)]
 
 
-def _gradients(parts: Sequence[Part], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(parts: Sequence[Part], parameters: Values) -> Values:
     """Of every parameter that has one; each of two losses for its own parameters, as in the plain step."""
-    found: dict[str, Tensor] = {}
-    for loss, prefixes in parts:
-        own = {name: value for name, value in parameters.items() if name.startswith(prefixes)}
+    found: Values = {}
+    for loss, prefix in parts:
+        own = {name: value for name, value in parameters.items() if name.startswith(prefix)}
         if own:
             gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
             found |= {name: g for name, g in zip(own, gradients, strict=True) if g is not None}
     return found
 
 
-class OfModel(nn.Module):
+class _OfModel(nn.Module):
     """A function of a model, as a module: for the model's tensors to be given from outside."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:

@@ -75,6 +75,24 @@ def test_objectives_may_differ() -> None:
     compare(BITS, [VIMCO(3), VIMCO(3)], [0.01, 0.03], rtol=1e-9)
 
 
+def test_learning_rates_that_are_equal_today_may_differ_tomorrow() -> None:
+    """As those of two runs that go on where a schedule has brought both down to nothing."""
+    models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (0.1, 0.2), strict=True)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0
+    step = BatchedStep(models, [IWAE(3)] * 2, optimizers, batch(0), machine_code=False)
+    step([batch(0)] * 2, [noise(0), noise(0)])
+    before = copy.deepcopy(models)
+    for optimizer, rate in zip(optimizers, (0.1, 0.2), strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+    step([batch(1)] * 2, [noise(1), noise(1)])
+    for old, new, rate in zip(before, models, (0.1, 0.2), strict=True):
+        for p, q in zip(old.parameters(), new.parameters(), strict=True):
+            assert q.grad is not None
+            torch.testing.assert_close(q, p - rate * q.grad)
+
+
 def test_machine_code_differs_by_rounding_alone() -> None:
     """A rounding of float32 is 6e-8; Adam's first steps are the rate times a ratio of gradients near zero."""
     compare(ONE, [IWAE(3), IWAE(3)], [0.01, 0.01], 1e-4, torch.float32, machine_code=True)
