@@ -40,9 +40,9 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     alike: dict[str, list[Experiment]] = defaultdict(list)
     for experiment in experiments:
         ours = all(type(part).__module__.startswith("iwae_cli.") for part in (experiment.model, experiment.objective))
-        # The draws of the roulette that are sent back are not of one number.
         # An optimizer of one's own may couple the parameters that it is given.
         ours &= experiment.optimizer.func.__module__.startswith("torch.")
+        # The draws of the roulette that are sent back are not of one number.
         if ours and experiment.training.backward == "all":
             free = ("seed", "objective", "optimizer", "output_dir", "logger", "restart")
             same = {key: value for key, value in experiment.config.items() if key not in free}

@@ -33,6 +33,7 @@ from iwae_cli.training.compiled import (
     Replay,
     Traced,
     Values,
+    forget,
     of_model,
     of_networks,
     parts,
@@ -91,6 +92,7 @@ class BatchedStep:
 
     def __call__(self, x: Sequence[Float[Tensor, "batch pixels"]], noise: Sequence[Noise]) -> list[Tensor]:
         """As ``train_step``, of each model with its own images and noise."""
+        forget(self._trained)
         inputs: list[Tensor] = []
         for jobs, crew in zip(self._jobs, self._crews, strict=True):
             given = [[x[job], *(draw(noise[job]) for draw in crew.draws)] for job in jobs]

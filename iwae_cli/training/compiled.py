@@ -93,6 +93,7 @@ class CompiledStep:
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``train_step``."""
+        forget(self._trained)
         bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
         update(self._optimizer.step, self._trained, gradients)
         return bound
@@ -145,6 +146,7 @@ class CompiledRouletteStep:
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """As ``roulette_step``."""
+        forget(self._trained)
         drawn = [draw(noise) for draw in self._draws]
         bound, weights = self._weigh(x, *drawn)
         rows = weights.nonzero()[:, 0]
@@ -158,6 +160,12 @@ class CompiledRouletteStep:
             gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
         update(self._optimizer.step, self._trained, gradients)
         return bound
+
+
+def forget(parameters: Sequence[Tensor]) -> None:
+    """Drop the gradients of the last step, so that those of the next take their memory, which is in the cache."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def update(step: Callable[[], object], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
