@@ -113,7 +113,7 @@ def test_a_validation_that_is_interrupted(at_pass: int, tmp_path: Path, monkeypa
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 13 * at_pass
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == at_pass - 1
     code, _, err = run(*command)
-    assert code == 0, err
+    assert code == 0 and "has no row" not in err, err
     assert bits(folder) == bits(finished(tmp_path / "undisturbed", *undisturbed))
 
 
