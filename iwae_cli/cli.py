@@ -147,8 +147,9 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
         experiment.check()
         if launcher == BATCHED:
             experiments.append(experiment)
-        folder = experiment.output_dir / experiment.identity()
-        planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
+        planned.append(
+            Planned(job.overrides, experiment.folder().path, evaluation_name(job.config), experiment.restart)
+        )
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = experiment.output_dir / "sweeps" / group
@@ -192,7 +193,7 @@ def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop
     def begins(experiment: Experiment) -> None:
         number = numbers[id(experiment)]
         attempts[number] = Attempt(folder, number, experiment.overrides)
-        attempts[number].is_run(experiment.output_dir / experiment.identity(), evaluation_name(experiment.config))
+        attempts[number].is_run(experiment.folder().path, evaluation_name(experiment.config))
 
     def failed(experiment: Experiment, error: BaseException) -> None:
         attempt = attempts.pop(numbers[id(experiment)])
@@ -247,6 +248,7 @@ def _sweep_job(cfg: DictConfig) -> float | None:
         return None
     job = _job(cfg)
     attempt = Attempt(folder, hydra.job.num, job.overrides)
+    # It has failed while it trained with the others, and that was told then.
     if attempt.before == "failed" and hydra.runtime.choices["hydra/launcher"] == BATCHED:
         return None
     attempt.begins()
@@ -287,7 +289,7 @@ def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> di
         experiment.device.deal(number)
     if experiment.evaluation.workers is None:
         experiment.evaluation.workers = folder.read().get("workers")
-    attempt.is_run(experiment.output_dir / experiment.identity(), evaluation_name(job.config))
+    attempt.is_run(experiment.folder().path, evaluation_name(job.config))
     told = False
     while True:
         try:

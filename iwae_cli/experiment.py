@@ -185,8 +185,12 @@ class Experiment:
         known = {key: value for key, value in prints.items() if value is not None}
         return training_name(self.config, self.names, self.objective.num_samples, known)
 
+    def folder(self) -> RunFolder:
+        """Where the run goes, or lies."""
+        return RunFolder(self.output_dir / self.identity())
+
     def load(self) -> Data:
-        """The data.
+        """The data that it is run on.
 
         Raises:
             UserError: they are not there, or not of the shape of what this run begins from.
@@ -215,7 +219,7 @@ class Experiment:
         self.check()
         self.device.setup()
         data = self.load()
-        folder = RunFolder(self.output_dir / self.identity())
+        folder = self.folder()
         with told(folder.path, "mend that, or choose another folder with output_dir=..."):
             if self.restart and folder.path.exists():
                 with RunLock(folder.path):

@@ -19,7 +19,6 @@ from iwae_cli.errors import Interrupted, RunFailed, UserError
 from iwae_cli.experiment import Experiment, logging_to
 from iwae_cli.files import RunLock
 from iwae_cli.objectives.base import Objective
-from iwae_cli.run_folder import RunFolder
 from iwae_cli.session import Session
 from iwae_cli.signals import Signals
 from iwae_cli.training import checkpoint
@@ -100,7 +99,7 @@ def train_together(
 
 def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
     """The step at which a run stands, ``DONE`` if it is trained, and whether its step was compiled; it is locked."""
-    folder = _folder(experiment)
+    folder = experiment.folder()
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(RunLock(folder.path))
     if experiment.restart:
@@ -114,7 +113,7 @@ def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
 
 def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
     """Whether the folder is that in which to train: one to be begun again is set aside, and the new one locked."""
-    folder = _folder(experiment)
+    folder = experiment.folder()
     if experiment.restart and (folder.path / "config.yaml").exists():
         try:
             logger.warning("restart: the old run is kept as %s", folder.set_aside().name)
@@ -123,10 +122,6 @@ def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
         except (UserError, OSError):
             return False
     return True
-
-
-def _folder(experiment: Experiment) -> RunFolder:
-    return RunFolder(experiment.output_dir / experiment.identity())
 
 
 def _train(
@@ -166,7 +161,7 @@ def _begun(members: Sequence[Experiment], data: Data, caught: Signals) -> list[S
     """Sessions that can train together; none if there is but one."""
     sessions: list[Session] = []
     for experiment in members if len(members) > 1 else ():
-        folder = _folder(experiment)
+        folder = experiment.folder()
         try:
             with logging_to(folder):
                 session = Session(experiment, data, folder, caught, runs_at_once=len(members))

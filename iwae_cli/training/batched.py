@@ -34,10 +34,11 @@ from iwae_cli.training.compiled import (
     Traced,
     Values,
     forget,
-    of_model,
     of_networks,
+    of_values,
     parts,
     update,
+    values_of,
 )
 from iwae_cli.training.trainer import SAVE_EVERY_SECONDS, Hooks, Steps, Trainer
 
@@ -118,9 +119,9 @@ class _Crew:
         objective.losses(model, x, model.draw(x, objective.num_samples, recorder), recorder)
         self.draws = recorder.draws
         self.inputs = [torch.stack([value] * len(models)) for value in (x, *recorder.drawn)]
-        tensors, self.scored = of_model(model, scored)
-        every = [of_model(model, scored)[0] for model in models]
-        self.own = {name: [each[name] for each in every] for name in tensors}
+        self.scored = of_values(model, scored)
+        every = [values_of(model) for model in models]
+        self.own = {name: [values[name] for values in every] for name in every[0]}
         self.stacked: Values = {}
         for name, own in self.own.items():
             whole = torch.stack([value.detach() for value in own])

@@ -35,6 +35,10 @@ Draw = Callable[[Noise], Tensor]
 """One of the draws of a step."""
 
 T = TypeVar("T")
+
+Values = dict[str, Tensor]
+"""Parameters and buffers of a model by their names."""
+
 Part = tuple[Tensor, str]
 """A loss, and what the names of the parameters begin with that it trains."""
 
@@ -87,8 +91,8 @@ class CompiledStep:
         recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        tensors, function = of_model(model, bound)
-        self._graph = Graph(tensors, function, x, *recorder.drawn)
+        tensors = values_of(model)
+        self._graph = Graph(tensors, of_values(model, bound), x, *recorder.drawn)
         self._trained = [tensors[name] for name in self._graph.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
@@ -138,10 +142,10 @@ class CompiledRouletteStep:
         chances(log_q, recorder)
         self._draws = recorder.draws
         self._rows = -(-log_q.numel() // ROULETTE_SHARE)
-        self._weigh = Graph(*of_model(model, weigh), x, *recorder.drawn)
+        self._weigh = Graph(values_of(model), of_values(model, weigh), x, *recorder.drawn)
         rows = torch.zeros(self._rows, dtype=torch.long, device=x.device)
-        tensors, function = of_model(model, send_back)
-        self._send_back = Graph(tensors, function, x, rows, x.new_zeros(self._rows), *recorder.drawn)
+        tensors, weights = values_of(model), x.new_zeros(self._rows)
+        self._send_back = Graph(tensors, of_values(model, send_back), x, rows, weights, *recorder.drawn)
         self._trained = [tensors[name] for name in self._send_back.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
@@ -177,18 +181,19 @@ def update(step: Callable[[], object], parameters: Sequence[Tensor], gradients: 
     step()
 
 
-Values = dict[str, Tensor]
-"""Parameters and buffers of a model by their names."""
+def values_of(model: nn.Module) -> Values:
+    """The tensors of a model, those that it has and no copies."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def of_model(model: nn.Module, function: Callable[..., T]) -> tuple[Values, Callable[..., T]]:
-    """The tensors of a model; and its ``function`` as one of such tensors, then of what else it takes."""
+def of_values(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+    """A ``function`` of a model and of other tensors as one of the tensors of such a model and of those."""
 
     def with_values(values: Values, *inputs: Tensor) -> T:
         found: T = functional_call(_OfModel(model, function), {f"model.{n}": v for n, v in values.items()}, inputs)
         return found
 
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}, with_values
+    return with_values
 
 
 @final
@@ -228,14 +233,10 @@ class Graph:
         try:
             graph = make_fx(traced, tracing_mode="fake")(*self._values, *inputs)
             with torch.no_grad():
-                self._compiled: Callable[..., Any] = graph
-                for node in graph.graph.nodes:
-                    # Strides of what convolutions give are not known before they are carried out.
-                    if node.target is torch.ops.aten.view.default:
-                        node.target = torch.ops.aten.reshape.default
-                graph.recompile()
                 if machine_code:
-                    self._compiled = torch._inductor.compile(graph, [*self._values, *inputs])
+                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, [*self._values, *inputs])
+                else:
+                    self._compiled = _carried_out(graph)
         except Exception as error:  # whatever code of one's own does with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
 
@@ -244,6 +245,15 @@ class Graph:
         with torch.no_grad():
             given: Sequence[Tensor] = self._compiled(*self._values, *inputs)
         return given
+
+
+def _carried_out(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    for node in graph.graph.nodes:
+        # Strides of what convolutions give are not known before.
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 def of_networks(losses: Losses) -> tuple[Tensor, ...]:
