@@ -85,7 +85,7 @@ class Data:
         if self.binarization == "dynamic":
             assert self.levels is not None
             u = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float32)
-            return (u * (self.levels - 1) < images).to(torch.float32)
+            return u.mul_(self.levels - 1).lt_(images)
         return images.to(torch.float32)
 
     def mean(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The losses of the plain step are traced once, their gradients included, and Inductor makes machine code of the whole.
 Noise is drawn outside the graph, in the order in which the plain step draws it, so that both see the same numbers and
-their gradients differ by rounding alone. The optimizer is outside too.
+their gradients differ by rounding alone. Adam, the usual optimizer, is in the graph as well; others are outside.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, Noise
 from iwae_cli.objectives.base import BoundObjective, Losses, Objective
+from iwae_cli.training.adam import AdamInPlace
 from iwae_cli.training.roulette import chances, surrogate, survivors
 
 LATENCY = 20.0
@@ -68,6 +69,7 @@ class CompiledStep:
     Args:
         model, objective, optimizer: what is trained, and how.
         x: a batch of that size; its values do not matter.
+        shared: whether a hook of the optimizer is to see the gradients before each update.
 
     Raises:
         CannotCompileError: the losses depend on values in a way that no graph has, or the compiler fails.
@@ -79,6 +81,7 @@ class CompiledStep:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         x: Float[Tensor, "batch pixels"],
+        shared: bool = False,
     ) -> None:
         def losses(model: LatentVariableModel, x: Tensor, noise: Noise) -> Losses:
             return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
@@ -91,15 +94,16 @@ class CompiledStep:
         recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        tensors = values_of(model)
-        self._graph = Graph(tensors, of_values(model, bound), x, *recorder.drawn)
+        tensors, inside = values_of(model), None if shared else optimizer
+        self._graph = Graph(tensors, of_values(model, bound), x, *recorder.drawn, optimizer=inside)
         self._trained = [tensors[name] for name in self._graph.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
-        """As ``train_step``."""
+        """As ``train_step``; no parameter has a gradient after it, where the update was in the graph."""
         forget(self._trained)
         bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
-        update(self._optimizer.step, self._trained, gradients)
+        if gradients:
+            update(self._optimizer.step, self._trained, gradients)
         return bound
 
 
@@ -205,13 +209,19 @@ class Graph:
         function: of ``tensors``, then of the inputs.
         inputs: the other tensors; their values do not matter.
         machine_code: whether Inductor makes machine code of it; else torch carries out what was traced.
+        optimizer: whose step is to be done by the graph, which then gives no gradients, if it can be.
 
     Attributes:
         trained: names of the tensors that have a gradient, in the order in which those come last of what a call gives.
     """
 
     def __init__(
-        self, tensors: Values, function: Callable[..., Traced], *inputs: Tensor, machine_code: bool = True
+        self,
+        tensors: Values,
+        function: Callable[..., Traced],
+        *inputs: Tensor,
+        machine_code: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         # Half a second to import, for those who compile alone.
         import torch._inductor
@@ -230,11 +240,20 @@ class Graph:
             return *outputs, *found.values()
 
         self._values = [tensor.detach() for tensor in tensors.values()]
+        self._adam: AdamInPlace | None = None
         try:
-            graph = make_fx(traced, tracing_mode="fake")(*self._values, *inputs)
+            given = [*self._values, *inputs]
+            graph = make_fx(traced, tracing_mode="fake")(*given)
+            parameters = [tensors[name] for name in self.trained]
+            if optimizer is not None and AdamInPlace.fits(optimizer, parameters):
+                self._adam = AdamInPlace(optimizer, parameters)
+                given = [*self._values, *self._adam.memory(), *inputs]
+                graph = make_fx(self._updating(graph, [*tensors], self._adam), tracing_mode="fake")(*given)
             with torch.no_grad():
                 if machine_code:
-                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, [*self._values, *inputs])
+                    # Called from C++, its many small parts cost less than from Python.
+                    options = {"cpp_wrapper": all(value.device.type == "cpu" for value in given)}
+                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, given, options=options)
                 else:
                     self._compiled = _carried_out(graph)
         except Exception as error:  # whatever code of one's own does with a tensor that has no values
@@ -242,9 +261,24 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """What is wanted of the function, then the gradients."""
+        memory = self._adam.begin_step() if self._adam is not None else ()
         with torch.no_grad():
-            given: Sequence[Tensor] = self._compiled(*self._values, *inputs)
+            given: Sequence[Tensor] = self._compiled(*self._values, *memory, *inputs)
         return given
+
+    def _updating(self, graph: Callable[..., Any], names: list[str], adam: AdamInPlace) -> Callable[..., Any]:
+        """The traced ``graph``, and the update by its gradients."""
+        trained = [names.index(name) for name in self.trained]
+
+        def updating(*given: Tensor) -> tuple[Tensor, ...]:
+            end = len(names) + 1 + 2 * len(trained)
+            values, memory, inputs = given[: len(names)], given[len(names) : end], given[end:]
+            found = graph(*values, *inputs)
+            outputs, gradients = found[: -len(trained)], found[-len(trained) :]
+            adam.update([values[index] for index in trained], gradients, *memory)
+            return tuple(outputs)
+
+        return updating
 
 
 def _carried_out(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

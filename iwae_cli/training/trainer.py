@@ -115,7 +115,7 @@ class Trainer:
         x = parameter.new_zeros(self._own_batch, self.data.train.shape[1])
         model = self.model.train()
         if self.tau is None:
-            self._compiled = CompiledStep(model, self.objective, self.optimizer, x)
+            self._compiled = CompiledStep(model, self.objective, self.optimizer, x, shared=self.crew is not None)
         else:
             self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
 

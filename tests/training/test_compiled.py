@@ -72,7 +72,7 @@ def noise(seed: int, dtype: torch.dtype = torch.float64) -> GeneratorNoise:
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The traced graph as it is: making machine code of it takes seconds."""
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs, options: graph)
 
 
 def compare(model: LatentVariableModel, objective: Objective, rtol: float, dtype: torch.dtype = torch.float64) -> None:
@@ -110,6 +110,52 @@ def test_machine_code_differs_by_rounding_alone() -> None:
     """A rounding of float32 is 6e-8; a hundred of them add up in a gradient."""
     architecture, objective = CASES["IWAE DReG"]
     compare(built(architecture, torch.float32), objective, 1e-5, torch.float32)
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
+    return [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def adam_of_two_rates(model: LatentVariableModel) -> torch.optim.Adam:
+    groups = [{"params": [*model.generative.parameters()], "lr": 0.02, "betas": (0.8, 0.99)}]
+    return torch.optim.Adam([*groups, {"params": [*model.inference.parameters()]}], lr=0.01, eps=1e-4, fused=True)
+
+
+@pytest.mark.parametrize("machine_code", [False, True])
+def test_adam_in_the_graph_is_that_of_torch(machine_code: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer knows its memory and counts its steps; what it is given between two of them is heard."""
+    if not machine_code:
+        monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs, options: graph)
+    plain, compiled = built(TWO), built(TWO)
+    reference, optimizer = adam_of_two_rates(plain), adam_of_two_rates(compiled)
+    step = CompiledStep(compiled, IWAE(3), optimizer, batch(0))
+    for seed in range(1, 6):
+        train_step(plain, IWAE(3), reference, batch(seed), noise(seed))
+        step(batch(seed), noise(seed))
+        assert all(p.grad is None for p in compiled.parameters())
+        for mine, of_torch in zip(stepped(optimizer), stepped(reference), strict=True):
+            torch.testing.assert_close(mine, of_torch, rtol=1e-9, atol=1e-12)
+        for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
+        for each in (reference, optimizer):
+            each.param_groups[0]["lr"] /= 2
+        # Averages and numbers of steps that come from elsewhere, and differ from one parameter to the other.
+        known = reference.state_dict()
+        known["state"][0]["step"] += 3
+        reference.load_state_dict(copy.deepcopy(known))
+        optimizer.load_state_dict(copy.deepcopy(known))
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}])
+def test_an_adam_that_the_graph_does_not_know_is_called(options: dict[str, float], traced_only: None) -> None:
+    plain, compiled = built(ONE), built(ONE)
+    reference = torch.optim.Adam(plain.parameters(), lr=0.01, **options)  # type: ignore[arg-type]
+    step = CompiledStep(compiled, IWAE(3), torch.optim.Adam(compiled.parameters(), lr=0.01, **options), batch(0))  # type: ignore[arg-type]
+    for seed in (1, 2, 3):
+        train_step(plain, IWAE(3), reference, batch(seed), noise(seed))
+        step(batch(seed), noise(seed))
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
 
 
 class Transposed(torch.nn.Linear):

@@ -1,0 +1,94 @@
+"""Adam as a part of the compiled step: a weight is updated while its gradient is still in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+LEFT_OUT = ("amsgrad", "capturable", "differentiable", "maximize", "weight_decay")
+"""Options of ``torch.optim.Adam`` that the update here does not know."""
+
+
+@final
+class AdamInPlace:
+    """What ``torch.optim.Adam`` does in a step (Kingma and Ba 2015, arXiv 1412.6980), as operations of a graph.
+
+    Its memory stays where the optimizer has it, and is looked up in every step: it may be loaded at any time.
+
+    Args:
+        optimizer: one that ``fits``.
+        parameters: those that have a gradient in every step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+        # The groups themselves are others as soon as the optimizer has loaded a state; their order stays.
+        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._group_of = [groups[id(p)] for p in parameters]
+
+    @staticmethod
+    def fits(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """Whether the update of these ``parameters`` is known here, all of it, and they are on a processor."""
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return (
+            type(optimizer) is torch.optim.Adam
+            and not optimizer._optimizer_step_pre_hooks
+            and not optimizer._optimizer_step_post_hooks
+            and all(not group[option] for group in optimizer.param_groups for option in LEFT_OUT)
+            and len(parameters) > 0
+            and all(id(p) in known and p.device.type == "cpu" for p in parameters)
+        )
+
+    def memory(self) -> list[Tensor]:
+        """Zeros of the shapes that ``begin_step`` gives; no two are one tensor, or a graph would count on that."""
+        rates = self._parameters[0].new_zeros(len(self._parameters), 2)
+        return [rates, *(torch.zeros_like(p) for _ in range(2) for p in self._parameters)]
+
+    def begin_step(self) -> list[Tensor]:
+        """Count a step, and give what ``update`` needs beside parameters and gradients.
+
+        Returns:
+            What depends on the number of the step, (parameters, 2), then the averages of the gradients, then those of
+            their squares.
+        """
+        states = [self._optimizer.state[p] or self._begun(p) for p in self._parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        rates = [_rates(group, float(step)) for group, step in zip(self._groups, steps, strict=True)]
+        averages = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+        return [torch.tensor(rates, dtype=self._parameters[0].dtype), *averages]
+
+    def update(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Tensor, *averages: Tensor
+    ) -> None:
+        """Overwrite parameters and averages; the last two are what ``begin_step`` gives."""
+        means, squares = averages[: len(parameters)], averages[len(parameters) :]
+        every = zip(self._groups, rates, parameters, gradients, means, squares, strict=True)
+        for group, (rate, correction), p, gradient, mean, square in every:
+            beta1, beta2 = group["betas"]
+            mean.copy_(mean + (1 - beta1) * (gradient - mean))
+            square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
+            p.copy_(p - rate * mean / (correction * square.sqrt() + group["eps"]))
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [self._optimizer.param_groups[index] for index in self._group_of]
+
+    def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The memory of a parameter before its first step, as torch has it."""
+        state: dict[str, Tensor] = self._optimizer.state[parameter]
+        state["step"] = torch.tensor(0.0)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+
+def _rates(group: dict[str, Any], step: float) -> tuple[float, float]:
+    """The learning rate over the bias correction of the mean, and that of the root of the square, as a factor."""
+    beta1, beta2 = group["betas"]
+    return group["lr"] / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
