@@ -102,7 +102,7 @@ def test_without_a_compiler_the_step_is_plain(
 
 
 class Fails:
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         raise CannotCompileError("CppCompileError: Python.h: no such file")
 
 

@@ -253,7 +253,7 @@ class Graph:
                 if machine_code:
                     # Called from C++, its many small parts cost less than from Python.
                     options = {"cpp_wrapper": all(value.device.type == "cpu" for value in given)}
-                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, given, options=options)
+                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, [*given], options=options)
                 else:
                     self._compiled = _carried_out(graph)
         except Exception as error:  # whatever code of one's own does with a tensor that has no values

@@ -137,7 +137,7 @@ def test_weights_of_nothing_never_survive() -> None:
 @pytest.mark.parametrize("share", [1, 3, 8])
 def test_the_compiled_step_is_the_same(share: int, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one graph for all draws, or by several calls of one for a part of them."""
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs, options: graph)
     monkeypatch.setattr(compiled, "ROULETTE_SHARE", share)
     plain = built()
     model = copy.deepcopy(plain)
