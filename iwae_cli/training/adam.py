@@ -17,7 +17,7 @@ LEFT_OUT = ("amsgrad", "capturable", "differentiable", "maximize", "weight_decay
 class AdamInPlace:
     """What ``torch.optim.Adam`` does in a step (Kingma and Ba 2015, arXiv 1412.6980), as operations of a graph.
 
-    Its memory stays where the optimizer has it, and is looked up in every step: it may be loaded at any time.
+    Its memory is the optimizer's own, which may load another at any time, and may make steps of its own between.
 
     Args:
         optimizer: one that ``fits``.
@@ -30,6 +30,7 @@ class AdamInPlace:
         self._optimizer = optimizer
         self._parameters = parameters
         self._group_of = [groups[id(p)] for p in parameters]
+        self._looked_up: object = None
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
@@ -56,28 +57,36 @@ class AdamInPlace:
             What depends on the number of the step, (parameters, 2), then the averages of the gradients, then those of
             their squares.
         """
-        states = [self._optimizer.state[p] or self._begun(p) for p in self._parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        rates = [_rates(group, float(step)) for group, step in zip(self._groups, steps, strict=True)]
-        averages = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
-        return [torch.tensor(rates, dtype=self._parameters[0].dtype), *averages]
+        # An optimizer that loads a state has another dictionary of them.
+        if self._optimizer.state is not self._looked_up:
+            self._look_up()
+        self._steps += 1
+        every = list(zip(self._group_of, self._steps.tolist(), strict=True))
+        of_step = {(group, step): _rates(self._optimizer.param_groups[group], step) for group, step in {*every}}
+        rates = torch.tensor([of_step[each] for each in every], dtype=self._parameters[0].dtype)
+        return [rates, *self._averages]
 
     def update(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Tensor, *averages: Tensor
     ) -> None:
         """Overwrite parameters and averages; the last two are what ``begin_step`` gives."""
         means, squares = averages[: len(parameters)], averages[len(parameters) :]
-        every = zip(self._groups, rates, parameters, gradients, means, squares, strict=True)
+        groups = [self._optimizer.param_groups[index] for index in self._group_of]
+        every = zip(groups, rates, parameters, gradients, means, squares, strict=True)
         for group, (rate, correction), p, gradient, mean, square in every:
             beta1, beta2 = group["betas"]
             mean.copy_(mean + (1 - beta1) * (gradient - mean))
             square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
             p.copy_(p - rate * mean / (correction * square.sqrt() + group["eps"]))
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return [self._optimizer.param_groups[index] for index in self._group_of]
+    def _look_up(self) -> None:
+        states = [self._optimizer.state[p] or self._begun(p) for p in self._parameters]
+        # Views of one tensor are counted at once; tensors of their own, one after the other, take ten times as long.
+        self._steps = torch.stack([state["step"] for state in states])
+        for state, step in zip(states, self._steps, strict=True):
+            state["step"] = step
+        self._averages = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+        self._looked_up = self._optimizer.state
 
     def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
         """The memory of a parameter before its first step, as torch has it."""

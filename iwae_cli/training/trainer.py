@@ -227,7 +227,7 @@ class Trainer:
                     group["lr"] = rate * factor
             random.manual_seed(derive(self.seed, "step", step) >> 65)
             chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
-            x = self.data.batch(images[chosen], random).to(dtype)
+            x = self.data.batch(images.index_select(0, chosen), random).to(dtype)
             try:
                 reply = yield x, noise
             except Interrupted:
