@@ -20,6 +20,7 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.noise import GeneratorNoise, Noise
 from iwae_cli.objectives.base import BoundObjective, Losses, Objective
 from iwae_cli.training.adam import AdamInPlace
+from iwae_cli.training.cheaper import make_cheaper
 from iwae_cli.training.roulette import chances, surrogate, survivors
 
 LATENCY = 20.0
@@ -244,6 +245,8 @@ class Graph:
         try:
             given = [*self._values, *inputs]
             graph = make_fx(traced, tracing_mode="fake")(*given)
+            if machine_code:
+                make_cheaper(graph)
             parameters = [tensors[name] for name in self.trained]
             if optimizer is not None and AdamInPlace.fits(optimizer, parameters):
                 self._adam = AdamInPlace(optimizer, parameters)
