@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -30,11 +30,12 @@ class AdamInPlace:
         self._optimizer = optimizer
         self._parameters = parameters
         self._group_of = [groups[id(p)] for p in parameters]
+        self._settings = self._fixed()
         self._looked_up: object = None
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
-        """Whether the update of these ``parameters`` is known here, all of it, and they are on a processor."""
+        """Whether the update of these ``parameters`` is known here, all of it."""
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return (
             type(optimizer) is torch.optim.Adam
@@ -42,7 +43,7 @@ class AdamInPlace:
             and not optimizer._optimizer_step_post_hooks
             and all(not group[option] for group in optimizer.param_groups for option in LEFT_OUT)
             and len(parameters) > 0
-            and all(id(p) in known and p.device.type == "cpu" for p in parameters)
+            and all(id(p) in known for p in parameters)
         )
 
     def memory(self) -> list[Tensor]:
@@ -57,6 +58,8 @@ class AdamInPlace:
             What depends on the number of the step, (parameters, 2), then the averages of the gradients, then those of
             their squares.
         """
+        if self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks:
+            raise RuntimeError("the optimizer has got hooks since its step became a part of a graph, which calls none")
         # An optimizer that loads a state has another dictionary of them.
         if self._optimizer.state is not self._looked_up:
             self._look_up()
@@ -66,10 +69,31 @@ class AdamInPlace:
         rates = torch.tensor([of_step[each] for each in every], dtype=self._parameters[0].dtype)
         return [rates, *self._averages]
 
-    def update(
+    def after(self, graph: Callable[..., Any], size: int, trained: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+        """A ``graph`` with the update by the gradients that it gives.
+
+        Args:
+            graph: of values and then of inputs; gives outputs, and last a gradient of each of the parameters.
+            size: number of its values.
+            trained: which of them are the parameters.
+
+        Returns:
+            A function of the values, of what ``begin_step`` gives, and of the inputs; it gives the outputs alone.
+        """
+        end = size + 1 + 2 * len(trained)
+
+        def updating(*given: Tensor) -> tuple[Tensor, ...]:
+            found = graph(*given[:size], *given[end:])
+            gradients = found[-len(trained) :]
+            self._update([given[index] for index in trained], gradients, *given[size:end])
+            return tuple(found[: -len(trained)])
+
+        return updating
+
+    def _update(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Tensor, *averages: Tensor
     ) -> None:
-        """Overwrite parameters and averages; the last two are what ``begin_step`` gives."""
+        """Overwrite parameters and averages."""
         means, squares = averages[: len(parameters)], averages[len(parameters) :]
         groups = [self._optimizer.param_groups[index] for index in self._group_of]
         every = zip(groups, rates, parameters, gradients, means, squares, strict=True)
@@ -79,7 +103,13 @@ class AdamInPlace:
             square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
             p.copy_(p - rate * mean / (correction * square.sqrt() + group["eps"]))
 
+    def _fixed(self) -> list[dict[str, Any]]:
+        """What is a part of the graph; the learning rates are asked for in every step."""
+        return [{name: group[name] for name in ("betas", "eps", *LEFT_OUT)} for group in self._optimizer.param_groups]
+
     def _look_up(self) -> None:
+        if self._fixed() != self._settings:
+            raise RuntimeError(f"Adam has been given {self._fixed()}, after a graph was made with {self._settings}")
         states = [self._optimizer.state[p] or self._begun(p) for p in self._parameters]
         # Views of one tensor are counted at once; tensors of their own, one after the other, take ten times as long.
         self._steps = torch.stack([state["step"] for state in states])

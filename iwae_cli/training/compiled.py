@@ -1,4 +1,4 @@
-"""The training step with forward and backward in one compiled graph, beside the plain one in ``step``.
+"""The training step with forward, backward and update in one compiled graph, beside the plain one in ``step``.
 
 The losses of the plain step are traced once, their gradients included, and Inductor makes machine code of the whole.
 Noise is drawn outside the graph, in the order in which the plain step draws it, so that both see the same numbers and
@@ -70,7 +70,7 @@ class CompiledStep:
     Args:
         model, objective, optimizer: what is trained, and how.
         x: a batch of that size; its values do not matter.
-        shared: whether a hook of the optimizer is to see the gradients before each update.
+        call_optimizer: whether the optimizer itself makes every update, as its hooks want to see the gradients.
 
     Raises:
         CannotCompileError: the losses depend on values in a way that no graph has, or the compiler fails.
@@ -82,7 +82,7 @@ class CompiledStep:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         x: Float[Tensor, "batch pixels"],
-        shared: bool = False,
+        call_optimizer: bool = False,
     ) -> None:
         def losses(model: LatentVariableModel, x: Tensor, noise: Noise) -> Losses:
             return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
@@ -95,7 +95,7 @@ class CompiledStep:
         recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        tensors, inside = values_of(model), None if shared else optimizer
+        tensors, inside = values_of(model), None if call_optimizer else optimizer
         self._graph = Graph(tensors, of_values(model, bound), x, *recorder.drawn, optimizer=inside)
         self._trained = [tensors[name] for name in self._graph.trained]
 
@@ -103,7 +103,7 @@ class CompiledStep:
         """As ``train_step``; no parameter has a gradient after it, where the update was in the graph."""
         forget(self._trained)
         bound, *gradients = self._graph(x, *(draw(noise) for draw in self._draws))
-        if gradients:
+        if not self._graph.updates:
             update(self._optimizer.step, self._trained, gradients)
         return bound
 
@@ -203,17 +203,18 @@ def of_values(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
 
 @final
 class Graph:
-    """What a function of tensors gives, and the gradients of its losses, compiled for these shapes.
+    """What a function of tensors gives, and the gradients of its losses or an update by them, compiled for some shapes.
 
     Args:
         tensors: read whenever the graph is called; those that require gradients are differentiated by.
         function: of ``tensors``, then of the inputs.
         inputs: the other tensors; their values do not matter.
         machine_code: whether Inductor makes machine code of it; else torch carries out what was traced.
-        optimizer: whose step is to be done by the graph, which then gives no gradients, if it can be.
+        optimizer: whose step is to be done by the graph, if it can be.
 
     Attributes:
-        trained: names of the tensors that have a gradient, in the order in which those come last of what a call gives.
+        trained: names of the tensors that have a gradient.
+        updates: whether it does the optimizer's step.
     """
 
     def __init__(
@@ -245,43 +246,33 @@ class Graph:
         try:
             given = [*self._values, *inputs]
             graph = make_fx(traced, tracing_mode="fake")(*given)
-            if machine_code:
+            on_cpu = all(value.device.type == "cpu" for value in given)
+            if machine_code and on_cpu:
                 make_cheaper(graph)
             parameters = [tensors[name] for name in self.trained]
-            if optimizer is not None and AdamInPlace.fits(optimizer, parameters):
+            if optimizer is not None and on_cpu and AdamInPlace.fits(optimizer, parameters):
                 self._adam = AdamInPlace(optimizer, parameters)
+                names = [*tensors]
+                updating = self._adam.after(graph, len(names), [names.index(name) for name in self.trained])
                 given = [*self._values, *self._adam.memory(), *inputs]
-                graph = make_fx(self._updating(graph, [*tensors], self._adam), tracing_mode="fake")(*given)
+                graph = make_fx(updating, tracing_mode="fake")(*given)
             with torch.no_grad():
                 if machine_code:
                     # Called from C++, its many small parts cost less than from Python.
-                    options = {"cpp_wrapper": all(value.device.type == "cpu" for value in given)}
+                    options = {"cpp_wrapper": on_cpu}
                     self._compiled: Callable[..., Any] = torch._inductor.compile(graph, [*given], options=options)
                 else:
                     self._compiled = _carried_out(graph)
         except Exception as error:  # whatever code of one's own does with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
+        self.updates = self._adam is not None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """What is wanted of the function, then the gradients."""
+        """What is wanted of the function and, unless it updates, the gradients of what is ``trained`` in that order."""
         memory = self._adam.begin_step() if self._adam is not None else ()
         with torch.no_grad():
             given: Sequence[Tensor] = self._compiled(*self._values, *memory, *inputs)
         return given
-
-    def _updating(self, graph: Callable[..., Any], names: list[str], adam: AdamInPlace) -> Callable[..., Any]:
-        """The traced ``graph``, and the update by its gradients."""
-        trained = [names.index(name) for name in self.trained]
-
-        def updating(*given: Tensor) -> tuple[Tensor, ...]:
-            end = len(names) + 1 + 2 * len(trained)
-            values, memory, inputs = given[: len(names)], given[len(names) : end], given[end:]
-            found = graph(*values, *inputs)
-            outputs, gradients = found[: -len(trained)], found[-len(trained) :]
-            adam.update([values[index] for index in trained], gradients, *memory)
-            return tuple(outputs)
-
-        return updating
 
 
 def _carried_out(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -115,7 +115,9 @@ class Trainer:
         x = parameter.new_zeros(self._own_batch, self.data.train.shape[1])
         model = self.model.train()
         if self.tau is None:
-            self._compiled = CompiledStep(model, self.objective, self.optimizer, x, shared=self.crew is not None)
+            # Those who train together take the mean of their gradients in a hook.
+            hooked = self.crew is not None
+            self._compiled = CompiledStep(model, self.objective, self.optimizer, x, call_optimizer=hooked)
         else:
             self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
 

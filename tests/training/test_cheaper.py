@@ -28,9 +28,15 @@ def test_what_is_not_finite_stays_so() -> None:
     torch.testing.assert_close(found, -F.softplus(logits).sum(-1), equal_nan=True)
 
 
-def test_tanh_in_every_range() -> None:
-    x = torch.tensor([-torch.inf, -100, -9, -1, -1e-4, 0, 1e-8, 0.3, 5, 90, torch.inf])
-    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=0, atol=2e-7)
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 0.01, 0.1, 0.2, 0.3, 1.0, 9.0, 100.0])
+def test_tanh_is_as_exact_near_zero_as_elsewhere(size: float) -> None:
+    x = size * torch.linspace(-1.1, 1.1, 1001)
+    torch.testing.assert_close(tanh(x).double(), torch.tanh(x.double()), rtol=1e-6, atol=0)
+
+
+def test_tanh_of_what_is_not_finite() -> None:
+    x = torch.tensor([-torch.inf, torch.inf, torch.nan])
+    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=0, atol=0, equal_nan=True)
 
 
 def replaced(function: object, *given: Tensor) -> tuple[set[object], Tensor]:
@@ -40,11 +46,18 @@ def replaced(function: object, *given: Tensor) -> tuple[set[object], Tensor]:
 
 
 def test_the_likelihood_of_the_models_is_found() -> None:
-    x, logits = torch.ones(4, 64), torch.linspace(-20, 20, 2 * 4 * 64, dtype=torch.float64).view(2, 4, 64)
+    x, logits = torch.ones(4, 64), torch.linspace(-20, 20, 2 * 4 * 64).view(2, 4, 64)
     targets, found = replaced(lambda x, s: bernoulli_log_prob(x, s).tanh(), x, logits)
     assert {tanh, sum_less_softplus} <= targets
     assert not targets & {torch.ops.aten.tanh.default, torch.ops.aten.softplus.default}
     torch.testing.assert_close(found, bernoulli_log_prob(x, logits).tanh())
+
+
+def test_under_vmap_too() -> None:
+    x, logits = torch.ones(4, 64), torch.linspace(-3, 3, 2 * 4 * 64).view(2, 4, 64)
+    targets, found = replaced(lambda x, s: torch.vmap(lambda one: bernoulli_log_prob(x, one))(s), x, logits)
+    assert sum_less_softplus in targets
+    torch.testing.assert_close(found, bernoulli_log_prob(x, logits))
 
 
 @pytest.mark.parametrize(
@@ -56,11 +69,13 @@ def test_the_likelihood_of_the_models_is_found() -> None:
         lambda x, s: torch.sub(x, F.softplus(s), alpha=3).sum(-1),
         lambda x, s: (x - F.softplus(s[:, :1])).sum(-1),
         lambda x, s: (F.softplus(s) - x).sum(-1),
+        lambda x, s: (x.double() - F.softplus(s.double())).sum(-1),
+        lambda x, s: (x.half() - F.softplus(s.half())).tanh().sum(-1),
         lambda x, s: (x - F.softplus(s)).sum(-1, dtype=torch.float64),
     ],
 )
 def test_what_only_looks_like_it_is_left_alone(other: object) -> None:
     x, s = torch.rand(4, 8), torch.randn(4, 8)
     targets, found = replaced(other, x, s)
-    assert sum_less_softplus not in targets
+    assert not targets & {sum_less_softplus, tanh}
     torch.testing.assert_close(found, other(x, s))  # type: ignore[operator]

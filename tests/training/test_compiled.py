@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.device import compiler
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.conv import GaussianConvolutional
 from iwae_cli.models.discrete import SigmoidBeliefNetwork
@@ -151,6 +152,89 @@ def test_adam_in_the_graph_is_that_of_torch(machine_code: bool, monkeypatch: pyt
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("case", [*CASES, "frozen"])
+def test_adam_is_in_the_graph_of_every_objective(case: str, traced_only: None) -> None:
+    architecture, objective = CASES.get(case, (TWO, IWAE(3, "dreg")))
+    plain = built(architecture)
+    plain.generative.requires_grad_(case != "frozen")
+    compiled = copy.deepcopy(plain)
+    # What is frozen may be known to an optimizer, which then leaves it alone.
+    reference, optimizer = (torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-4) for model in (plain, compiled))
+    step = CompiledStep(compiled, objective, optimizer, batch(0))
+    for seed in (1, 2, 3):
+        expected = train_step(plain, objective, reference, batch(seed), noise(seed))
+        torch.testing.assert_close(step(batch(seed), noise(seed)), expected, rtol=1e-9, atol=0)
+    assert all(p.grad is None for p in compiled.parameters())
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
+
+
+class InDouble(GeneratorNoise):
+    """The float32 draws, in float64."""
+
+    def normal(self, layer: int, k: int, batch: int, size: int) -> torch.Tensor:
+        return super().normal(layer, k, batch, size).double()
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_adam_in_machine_code_is_as_exact_as_the_plain_step_at_the_size_of_mnist() -> None:
+    """In float32 and with the cheaper forms; both are compared to the plain step in float64."""
+    plain = ONE.build((28, 28), np.full(784, 0.3), torch.Generator().manual_seed(3))
+    compiled, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    of_plain, of_compiled, of_exact = (
+        torch.optim.Adam(model.parameters(), lr=0.01, eps=1.0) for model in (plain, compiled, exact)
+    )
+    step = CompiledStep(compiled, IWAE(3), of_compiled, torch.zeros(BATCH, 784))
+    for seed in (1, 2, 3):
+        x = (torch.rand(BATCH, 784, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+        train_step(plain, IWAE(3), of_plain, x, noise(seed, torch.float32))
+        step(x, noise(seed, torch.float32))
+        train_step(exact, IWAE(3), of_exact, x.double(), InDouble(torch.Generator().manual_seed(seed)))
+
+    def away(optimizer: torch.optim.Optimizer) -> float:
+        every = zip(stepped(optimizer), stepped(of_exact), strict=True)
+        return max(
+            float((mine[name] - right[name]).abs().max() / right[name].abs().max())
+            for mine, right in every
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+
+    assert 0 < away(of_plain) < 1e-3
+    assert away(of_compiled) < 3 * away(of_plain)
+
+
+def test_hooks_of_the_optimizer_are_called_or_refused(traced_only: None) -> None:
+    """A crew averages gradients in one: were it not called, every process would train on its own share."""
+    model, seen = built(ONE), []
+    for call_optimizer in (True, False):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        step = CompiledStep(model, IWAE(3), optimizer, batch(0), call_optimizer=call_optimizer)
+        optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad is not None for p in model.parameters()]))
+        if call_optimizer:
+            step(batch(1), noise(1))
+        else:
+            with pytest.raises(RuntimeError, match="hooks"):
+                step(batch(1), noise(1))
+    assert seen == [[True] * len([*model.parameters()])]
+
+
+def test_one_that_has_a_hook_already_is_called(traced_only: None) -> None:
+    model, seen = built(ONE), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer.register_step_post_hook(lambda *_: seen.append(True))
+    CompiledStep(model, IWAE(3), optimizer, batch(0))(batch(1), noise(1))
+    assert seen == [True]
+
+
+def test_other_settings_than_those_of_the_graph_are_refused(traced_only: None) -> None:
+    model = built(ONE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    step = CompiledStep(model, IWAE(3), optimizer, batch(0))
+    optimizer.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.5, 0.999)).state_dict())
+    with pytest.raises(RuntimeError, match=r"0\.5, 0\.999"):
+        step(batch(1), noise(1))
+
+
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}])
 def test_an_adam_that_the_graph_does_not_know_is_called(options: dict[str, float], traced_only: None) -> None:
     plain, compiled = built(ONE), built(ONE)
@@ -182,7 +266,7 @@ def test_fused_adam_sees_every_gradient_where_its_parameter_lies(traced_only: No
         return torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
 
     plain, compiled = build(), build()
-    step = CompiledStep(compiled, IWAE(3), optimizer := adam(compiled), batch(0))
+    step = CompiledStep(compiled, IWAE(3), optimizer := adam(compiled), batch(0), call_optimizer=True)
     reference = adam(plain)
     for seed in (1, 2, 3):
         train_step(plain, IWAE(3), reference, batch(seed), noise(seed))
@@ -217,6 +301,8 @@ MNIST, ONE_LAYER, TWO_LAYERS = 2980, 423_484, 566_234  # steps a pass in batches
         (65 * 3, 5, 136_764, False),  # schedule=smoke on the digits
         (65 * 100, 5, 136_764, False),  # schedule=quick on the digits
         (MNIST, 1, ONE_LAYER, False),
+        (MNIST * 5, 1, ONE_LAYER, False),
+        (MNIST * 7, 1, ONE_LAYER, True),
         (MNIST * 13, 5, ONE_LAYER, True),
         (MNIST * 13, 50, TWO_LAYERS, True),
         (MNIST * 3280, 1, ONE_LAYER, True),
