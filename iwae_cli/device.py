@@ -32,8 +32,8 @@ class Device:
         precision: of the weights and the training; evaluation sums in float64 whatever this is.
         threads: intra-op threads. One is best for networks of this size, and sums differ in their last bits
             between numbers of threads.
-        compile: whether a training step becomes one compiled graph. ``auto``: on the processor,
-            where there is a C++ compiler and the whole planned training is long enough to gain by it.
+        compile: whether a training step becomes one compiled graph. ``auto``: on the processor, where there is a C++
+            compiler and the whole planned training is long enough to gain by it.
 
     Raises:
         ValueError: unknown choice, threads outside 1 to ``MAX_THREADS``, float64 on mps (which has none).

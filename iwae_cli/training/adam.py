@@ -52,11 +52,14 @@ class AdamInPlace:
         return [rates, *(torch.zeros_like(p) for _ in range(2) for p in self._parameters)]
 
     def begin_step(self) -> list[Tensor]:
-        """Count a step, and give what ``update`` needs beside parameters and gradients.
+        """Count a step, and give what the update needs beside parameters and gradients.
 
         Returns:
             What depends on the number of the step, (parameters, 2), then the averages of the gradients, then those of
             their squares.
+
+        Raises:
+            RuntimeError: the optimizer has got hooks or other settings since, of which the graph does not know.
         """
         if self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks:
             raise RuntimeError("the optimizer has got hooks since its step became a part of a graph, which calls none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,8 +41,8 @@ def test_tanh_of_what_is_not_finite() -> None:
     torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=0, atol=0, equal_nan=True)
 
 
-def replaced(function: object, *given: Tensor) -> tuple[set[object], Tensor]:
-    graph = make_fx(function, tracing_mode="fake")(*given)  # type: ignore[operator]
+def replaced(function: Callable[..., Tensor], *given: Tensor) -> tuple[set[object], Tensor]:
+    graph = make_fx(function, tracing_mode="fake")(*given)
     make_cheaper(graph)
     return {node.target for node in graph.graph.nodes if node.op == "call_function"}, graph(*given)
 
@@ -74,8 +76,8 @@ def test_under_vmap_too() -> None:
         lambda x, s: (x - F.softplus(s)).sum(-1, dtype=torch.float64),
     ],
 )
-def test_what_only_looks_like_it_is_left_alone(other: object) -> None:
+def test_what_only_looks_like_it_is_left_alone(other: Callable[..., Tensor]) -> None:
     x, s = torch.rand(4, 8), torch.randn(4, 8)
     targets, found = replaced(other, x, s)
     assert not targets & {sum_less_softplus, tanh}
-    torch.testing.assert_close(found, other(x, s))  # type: ignore[operator]
+    torch.testing.assert_close(found, other(x, s))

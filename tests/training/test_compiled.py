@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,10 +237,10 @@ def test_other_settings_than_those_of_the_graph_are_refused(traced_only: None) -
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}])
-def test_an_adam_that_the_graph_does_not_know_is_called(options: dict[str, float], traced_only: None) -> None:
+def test_an_adam_that_the_graph_does_not_know_is_called(options: dict[str, Any], traced_only: None) -> None:
     plain, compiled = built(ONE), built(ONE)
-    reference = torch.optim.Adam(plain.parameters(), lr=0.01, **options)  # type: ignore[arg-type]
-    step = CompiledStep(compiled, IWAE(3), torch.optim.Adam(compiled.parameters(), lr=0.01, **options), batch(0))  # type: ignore[arg-type]
+    reference = torch.optim.Adam(plain.parameters(), lr=0.01, **options)
+    step = CompiledStep(compiled, IWAE(3), torch.optim.Adam(compiled.parameters(), lr=0.01, **options), batch(0))
     for seed in (1, 2, 3):
         train_step(plain, IWAE(3), reference, batch(seed), noise(seed))
         step(batch(seed), noise(seed))
