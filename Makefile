@@ -29,6 +29,7 @@ lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 bench: .venv/.installed-bench
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from iwae_cli.cli import train
+from iwae_cli.cli.train import train
 
 if __name__ == "__main__":
     sys.exit(train())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iwae_cli.cli import train
-from iwae_cli.cli_help import choices, conf_folder, summary
+from iwae_cli.cli.help import choices, conf_folder, summary
+from iwae_cli.cli.train import train
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 FOUND = choices([conf_folder()])

@@ -14,17 +14,17 @@ from torch import Tensor
 import iwae_cli
 from benchmarks.cases import CHECK_STEPS, SIZES, Job
 from benchmarks.worker import Tick, serve
-from iwae_cli.cli import BATCHED, _experiment
-from iwae_cli.cli_compose import plan
+from iwae_cli.cli.compose import plan
+from iwae_cli.cli.train import BATCHED, _experiment
+from iwae_cli.core.noise import Noise
+from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
-from iwae_cli.noise import Noise
-from iwae_cli.run_folder import RunFolder
-from iwae_cli.session import Session
-from iwae_cli.signals import Signals
-from iwae_cli.together import AT_ONCE
-from iwae_cli.training.batched import Lane, batched_step, train_batched
-from iwae_cli.training.trainer import Silence
+from iwae_cli.record.folder import RunFolder
+from iwae_cli.runs.runner import Runner
+from iwae_cli.sweeps.ensemble import AT_ONCE
+from iwae_cli.training.ensemble import Lane, batched_step, train_batched
+from iwae_cli.training.trainer import NullHooks
 
 
 class Ours:
@@ -55,7 +55,7 @@ class Ours:
         self.evaluation = experiment.evaluation
         self.stderr_mc = 0.0
         data, runs = experiment.data.load(), AT_ONCE if f"hydra/launcher={BATCHED}" in overrides else 1
-        sessions = [Session(experiment, data, RunFolder(Path("nowhere")), Signals()) for _ in range(runs)]
+        sessions = [Runner(experiment, data, RunFolder(Path("nowhere")), Signals()) for _ in range(runs)]
         self.session, *self._others = sessions
         for number, session in enumerate(sessions):
             session.trainer.seed += number
@@ -72,7 +72,7 @@ class Ours:
         # A unit is a step of one of them.
         hooks = _Hooks(lambda units: tick(units * (1 + len(self._others))))
         lanes = [Lane(self.session.trainer, state, hooks)]
-        lanes += [Lane(session.trainer, session.state, Silence()) for session in self._others]
+        lanes += [Lane(session.trainer, session.state, NullHooks()) for session in self._others]
         train_batched(lanes, state.plan["compiler"] is not None, lambda number, error: None, True)
 
     def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
@@ -96,7 +96,7 @@ class Ours:
         if not self._others:
             self._compile()
             return trainer._compiled or trainer.plain
-        lanes = [Lane(session.trainer, session.state, Silence()) for session in (self.session, *self._others)]
+        lanes = [Lane(session.trainer, session.state, NullHooks()) for session in (self.session, *self._others)]
         runs, step = len(lanes), batched_step(lanes, self.session.state.plan["compiler"] is not None)
         return lambda x, noise: step([x] * runs, [noise] * runs)[0]
 
@@ -177,7 +177,7 @@ class _Stop(Exception):
     pass
 
 
-class _Hooks(Silence):
+class _Hooks(NullHooks):
     """They stop the training when its time is over."""
 
     def __init__(self, tick: Tick) -> None:

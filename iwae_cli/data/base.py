@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from iwae_cli.noise import numpy_generator
-from iwae_cli.particles import Observation
+from iwae_cli.core.interfaces import Observation
+from iwae_cli.core.noise import numpy_generator
 
 SPLITS = ("train", "validation", "test")
 Binarization = Literal["dynamic", "fixed", "none"]

@@ -12,10 +12,10 @@ from typing import final
 import numpy as np
 import torch
 
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import Data, GreyDataset
 from iwae_cli.data.files import Damaged, read_bytes
-from iwae_cli.errors import UserError
-from iwae_cli.noise import numpy_generator
 
 SIDE = 8
 LEVELS = 17

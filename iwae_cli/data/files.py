@@ -19,8 +19,8 @@ from typing import IO, Any, Literal
 
 import torch
 
-from iwae_cli.errors import UserError
-from iwae_cli.files import atomic_path
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.files import atomic_path
 
 TIMEOUT = 5.0
 """Seconds without an answer from one address after which a server counts as not there."""

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from iwae_cli.core.interfaces import Observation
+from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import SPLITS, Data, Dataset
-from iwae_cli.noise import numpy_generator
-from iwae_cli.particles import Observation
 
 MAX_PIXELS = 10_000
 """Also of latents: the covariance of x is a dense matrix."""

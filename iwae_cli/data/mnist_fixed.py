@@ -10,9 +10,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from iwae_cli.core.interfaces import Observation
 from iwae_cli.data.base import Data, Dataset
 from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
-from iwae_cli.particles import Observation
 
 SIDE = 28
 URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data, GreyBinarization, GreyDataset
 from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download, obtain, read_bytes
-from iwae_cli.errors import UserError
 
 SIDE = 28
 VALIDATION = 1_345

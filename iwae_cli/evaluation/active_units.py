@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Shaped
 from torch import Tensor
 
-from iwae_cli.evaluation.pool import available_cores, map_batches
+from iwae_cli.core.noise import KeyedNoise
+from iwae_cli.evaluation.workers import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.noise import KeyedNoise
 
 THRESHOLD = 0.01
 

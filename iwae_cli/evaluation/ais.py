@@ -18,16 +18,16 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from iwae_cli.console import Progress, announce
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.interfaces import Latents
+from iwae_cli.core.noise import Noise, numpy_generator
+from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
+from iwae_cli.core.progress import Progress, announce
 from iwae_cli.data.base import SPLITS, Split
-from iwae_cli.errors import UserError
-from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
-from iwae_cli.evaluation.pool import available_cores, map_batches, processes
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
+from iwae_cli.evaluation.workers import available_cores, map_batches, processes
+from iwae_cli.models.architectures.categorical import BernoulliMixture
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.categorical import BernoulliMixture
-from iwae_cli.noise import Noise, numpy_generator
-from iwae_cli.numerics import effective_sample_size, log_mean_exp
-from iwae_cli.particles import Latents
 
 SIGMOID_SPAN = 4.0
 """The schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most."""
@@ -413,7 +413,7 @@ class AIS(Estimator):
         lower, upper, exact = np.concatenate(share(both, self.simulated), axis=1)
         return Sandwich(count, lower, upper, None if np.isnan(exact).all() else exact)
 
-    def estimate(self, subject: Subject, check: Callable[[], None]) -> Estimates:
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """See the class; for every split of the evaluation, then for simulated observations."""
         evaluation, model = subject.evaluation, subject.model
         _require_movable(model)
@@ -461,7 +461,7 @@ class AIS(Estimator):
         return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
 
     def _estimate(
-        self, subject: Subject, check: Callable[[], None], splits: Mapping[str, Split], tally: Tally
+        self, subject: EstimatorInput, check: Callable[[], None], splits: Mapping[str, Split], tally: Tally
     ) -> Estimates:
         evaluation, model = subject.evaluation, subject.model
         common: dict[str, Any] = {

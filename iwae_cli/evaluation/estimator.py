@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from iwae_cli.data.base import Data
-from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 
 
 @dataclass(frozen=True)
-class Subject:
+class EstimatorInput:
     """What is looked at.
 
     Attributes:
@@ -53,7 +53,7 @@ class Estimator(ABC):
     """A way to look at a model. This is what a yaml of ``conf/estimator`` names."""
 
     @abstractmethod
-    def estimate(self, subject: Subject, check: Callable[[], None]) -> Estimates:
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Everything that goes into the record.
 
         Args:

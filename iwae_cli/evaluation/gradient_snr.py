@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from iwae_cli.console import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, Subject
+from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.core.progress import Progress, announce
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.noise import GeneratorNoise, generator
 from iwae_cli.objectives.base import Objective
 
 NETWORKS = ("inference", "generative")
@@ -185,7 +185,7 @@ class GradientSNR(Estimator):
         self.draws = draws
         self.images = images
 
-    def estimate(self, subject: Subject, check: Callable[[], None]) -> Estimates:
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """See the class."""
         model, evaluation = subject.model, subject.evaluation
         parameter = next(model.parameters())

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from iwae_cli.core.noise import BLOCK, KeyedNoise
+from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.fast import FastScorer
-from iwae_cli.evaluation.pool import available_cores, map_batches
+from iwae_cli.evaluation.fused import FusedScorer
+from iwae_cli.evaluation.workers import available_cores, map_batches
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.noise import BLOCK, KeyedNoise
-from iwae_cli.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.objectives.jvi import jackknife
 
 CHUNK = 8 * BLOCK
@@ -95,25 +95,25 @@ def log_likelihood(
         workers: threads that share the images; None is one per core on a CPU, one on another device.
         stream: name of the noise stream; the split's name by default.
         with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
-        plain: compute the log-weights by the model itself, even where ``FastScorer`` computes them faster (they differ
+        plain: compute the log-weights by the model itself, even where ``FusedScorer`` computes them faster (they differ
             by the rounding of sums of another order).
-        bf16: multiply numbers of bfloat16 (see ``FastScorer``), and compute some of the images in float32 too.
+        bf16: multiply numbers of bfloat16 (see ``FusedScorer``), and compute some of the images in float32 too.
         check: called by every worker before every piece of its work; may raise to stop.
         on_progress: called with the number of images done; may raise to stop.
 
     Raises:
-        ValueError: ``bf16`` of a model that ``FastScorer`` does not fit, or not in float32 on a CPU.
+        ValueError: ``bf16`` of a model that ``FusedScorer`` does not fit, or not in float32 on a CPU.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     chunk = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
     if workers is None:
         workers = available_cores() if device.type == "cpu" else 1
-    fast = not plain and device.type == "cpu" and FastScorer.fits(model, split.x)
-    scorer = FastScorer(model, rows) if fast else None
+    fast = not plain and device.type == "cpu" and FusedScorer.fits(model, split.x)
+    scorer = FusedScorer(model, rows) if fast else None
     if bf16 and (scorer is None or dtype != torch.float32):
         raise ValueError("bf16 is for Gaussian models of binary pixels in float32 on a CPU")
-    rounded = FastScorer(model, rows, bf16=True) if bf16 else scorer
+    rounded = FusedScorer(model, rows, bf16=True) if bf16 else scorer
     batch, piece = max(1, rows // chunk), chunk
     if scorer is not None:
         piece = PIECE

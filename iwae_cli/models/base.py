@@ -11,9 +11,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from iwae_cli.core.interfaces import Latents, Model, Observation, Particles
+from iwae_cli.core.noise import Noise
 from iwae_cli.models.networks import initialize
-from iwae_cli.noise import Noise
-from iwae_cli.particles import Latents, Model, Observation, Particles
 
 
 class GenerativeNetwork(nn.Module, ABC):

@@ -11,9 +11,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
+from iwae_cli.core.interfaces import Observation
+from iwae_cli.core.noise import Noise
 from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob
-from iwae_cli.noise import Noise
-from iwae_cli.particles import Observation
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
 

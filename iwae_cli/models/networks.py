@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwae_cli.noise import Noise
+from iwae_cli.core.noise import Noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 MAX_SIZE = 32_768

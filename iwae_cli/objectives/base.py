@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
-from iwae_cli.particles import Model, Particles, StochasticLayers
+from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.noise import Noise
 
 Gradient = Literal["total", "stl", "dreg"]
 

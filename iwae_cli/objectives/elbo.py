@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
+from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.noise import Noise
 from iwae_cli.objectives.base import BoundObjective, Gradient, Losses
-from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class ELBO(BoundObjective):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.numerics import log_mean_exp, log_mean_exp_of_others, normalized_weights
+from iwae_cli.core.numerics import log_mean_exp, log_mean_exp_of_others, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
+from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.noise import Noise
 from iwae_cli.objectives.base import Gradient, Losses, Objective, refuse_discrete
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class PIWAE(Objective):

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
-from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.core.interfaces import Model, Particles
+from iwae_cli.core.noise import Noise
+from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import Losses, Objective, score_term, weighted_sum
-from iwae_cli.particles import Model, Particles
 
 
 class RWS(Objective):

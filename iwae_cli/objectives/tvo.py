@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
-from iwae_cli.numerics import normalized_weights
+from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.noise import Noise
+from iwae_cli.core.numerics import normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Losses, score_term, weighted_sum
-from iwae_cli.particles import Model, Particles, StochasticLayers
 
 
 class TVO(BoundObjective):

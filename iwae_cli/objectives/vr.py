@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.numerics import log_mean_exp, normalized_weights
+from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
 

@@ -9,14 +9,14 @@ from html import escape
 from pathlib import Path
 
 from iwae_cli import __version__
-from iwae_cli.console import reliability_warnings
-from iwae_cli.errors import UserError
-from iwae_cli.report import formats
+from iwae_cli.core.errors import UserError
+from iwae_cli.record.jsonl import read_history
+from iwae_cli.record.summary import reliability_warnings
+from iwae_cli.report import writers as formats
 from iwae_cli.report.charts import Line, line_chart
-from iwae_cli.report.formats import Report
-from iwae_cli.report.runs import Run
+from iwae_cli.report.reader import Run
 from iwae_cli.report.table import MISSING, Cell, Scored, Table
-from iwae_cli.sinks.jsonl import read_history
+from iwae_cli.report.writers import Report
 
 COLOURS = 10
 """As many cells are drawn as there are colours: the best ones."""

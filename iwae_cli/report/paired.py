@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from iwae_cli.errors import UserError
-from iwae_cli.report.runs import Run, Score
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.reader import Run, Score
 from iwae_cli.report.table import Cell, Scored, Table, agrees, label, telling_apart
 
 ENOUGH_SEEDS = 3

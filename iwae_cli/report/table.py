@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iwae_cli.errors import UserError
-from iwae_cli.report.paper import Published, deviations, published
-from iwae_cli.report.runs import LeftOut, Run, Score
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.published import Published, deviations, published
+from iwae_cli.report.reader import LeftOut, Run, Score
 
 if TYPE_CHECKING:
     from iwae_cli.report.paired import Paired

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from iwae_cli.report import formats
-from iwae_cli.report.formats import Report
+from iwae_cli.record.figures import plot_bounds, plot_training, plot_units
+from iwae_cli.record.jsonl import read_history
+from iwae_cli.record.loggers import RunInfo
+from iwae_cli.record.wandb import WandbLogger
+from iwae_cli.report import writers as formats
 from iwae_cli.report.page import page
-from iwae_cli.report.plots import plot_bounds, plot_training, plot_units
-from iwae_cli.report.runs import Run
+from iwae_cli.report.reader import Run
 from iwae_cli.report.table import Cell, Table
-from iwae_cli.sinks.base import RunInfo
-from iwae_cli.sinks.jsonl import read_history
-from iwae_cli.sinks.wandb import WandbSink
+from iwae_cli.report.writers import Report
 
 DRAWN = 10
 """Cells in one figure, the best ones."""
@@ -39,7 +39,7 @@ def upload(report: Report, place: Path, mode: Literal["offline", "online"]) -> s
     base = place.parent if any(run.path == place.resolve() for run in runs) else place
     folder = base.absolute() / "reports" / (group or "all")
     folder.mkdir(parents=True, exist_ok=True)
-    sink = WandbSink(
+    sink = WandbLogger(
         mode=mode,
         project=_common(runs, "logger.project") or "iwae-cli",
         entity=_common(runs, "logger.entity"),

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.files import write_bytes
 from iwae_cli.data.base import Data
-from iwae_cli.errors import UserError
-from iwae_cli.files import write_bytes
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.noise import Noise
+from iwae_cli.core.noise import Noise
 
 SAVED_A_PRODUCT = 4e-11
 """Seconds that the whole of a step takes on one core for each draw and parameter, about."""

@@ -12,18 +12,18 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from iwae_cli.core.errors import Interrupted, RunFailed
+from iwae_cli.core.noise import GeneratorNoise, Noise, derive, generator
+from iwae_cli.core.numerics import accumulator_device
 from iwae_cli.data.base import Data
-from iwae_cli.errors import Interrupted, RunFailed
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.noise import GeneratorNoise, Noise, derive, generator
-from iwae_cli.numerics import accumulator_device
 from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
-from iwae_cli.training.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
 from iwae_cli.training.crew import Crew, MeanOfShares, ShareOfNoise, share
-from iwae_cli.training.roulette import roulette_step
 from iwae_cli.training.schedule import Schedule
-from iwae_cli.training.step import train_step
+from iwae_cli.training.steps.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
+from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.roulette import roulette_step
 
 SAVE_EVERY_SECONDS = 30.0
 """At most this much work is lost to a SIGKILL."""
@@ -173,7 +173,7 @@ class Trainer:
                 self.compile()
         # Rank 0 says that too: training has diverged, or a process is gone.
         with suppress(RunFailed):
-            self.run(state, Silence())
+            self.run(state, NullHooks())
 
     def steps(self, state: State, hooks: Hooks, together: MeanOfShares | None = None) -> Steps:
         """Everything of ``run`` but the steps themselves, which whoever drives it carries out.
@@ -294,7 +294,7 @@ class Trainer:
         hooks.on_pass(state.step, metrics)
 
 
-class Silence:
+class NullHooks:
     """Hooks that do nothing: of a process that leaves them to another."""
 
     def on_step(self, step: int) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import derive
 from iwae_cli.data.digits import Digits
-from iwae_cli.errors import UserError
-from iwae_cli.noise import derive
 
 
 def test_the_splits_are_one_keyed_permutation_of_the_digits_of_scikit_learn() -> None:

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data import files
 from iwae_cli.data.base import Dataset
 from iwae_cli.data.mnist import KMNIST
 from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
 from iwae_cli.data.omniglot import Omniglot
-from iwae_cli.errors import UserError
 
 NEEDS_NONE = "data=digits needs no files"
 
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content or b"")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silence."""
+        """NullHooks."""
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data import mnist
 from iwae_cli.data.files import import_torchvision
 from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST, IdxImages
-from iwae_cli.errors import UserError
 
 SIZES = (60, 20)
 NAMES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")

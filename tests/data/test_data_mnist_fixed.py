@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
-from iwae_cli.errors import UserError
 
 SIZES = {"train": 30, "validation": 11, "test": 12}
 NAMES = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.io import loadmat, savemat
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data.omniglot import Omniglot
-from iwae_cli.errors import UserError
 
 
 def pictures(n: int) -> np.ndarray:

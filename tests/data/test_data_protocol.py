@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.noise import derive
 from iwae_cli.data.base import Binarization, Data
-from iwae_cli.noise import derive
 
 
 def made(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from iwae_cli.evaluation.active_units import active_units
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import InferenceNetwork, LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
 
 
 def zeroed(model: LatentVariableModel) -> LatentVariableModel:

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from iwae_cli.console import Progress
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.core.progress import Progress
 from iwae_cli.data.linear_gaussian import LinearGaussian
-from iwae_cli.errors import UserError
 from iwae_cli.evaluation import ais
 from iwae_cli.evaluation.ais import AIS, Chains, ImageNoise, Tally, gibbs_sweep, hamiltonian_move, sigmoid_schedule
-from iwae_cli.evaluation.estimator import Estimator, Subject
-from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.settings import Evaluation
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.categorical import Categorical
-from iwae_cli.models.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise
 
 N = 24
 CPU = torch.device("cpu")
@@ -317,7 +317,7 @@ def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
     ],
 )
 def test_wrong_settings_are_named(changed: dict[str, object], message: str) -> None:
-    from iwae_cli.construct import build
+    from iwae_cli.config.build import build
 
     node = {"_target_": "iwae_cli.evaluation.ais.AIS", "temperatures": 60} | changed
     with pytest.raises(UserError, match=f"^estimator.{message}"):
@@ -339,10 +339,10 @@ def evaluation(**changed: object) -> Evaluation:
     return Evaluation(**(chosen | changed))  # type: ignore[arg-type]
 
 
-def subject(**changed: object) -> Subject:
+def subject(**changed: object) -> EstimatorInput:
     data = LinearGaussian(pixels=4, n_test=N, n_validation=10).load()
     model, _ = linear_gaussian(2)
-    return Subject(model, data, evaluation(**changed), lambda k: pytest.fail("no objective is needed"))
+    return EstimatorInput(model, data, evaluation(**changed), lambda k: pytest.fail("no objective is needed"))
 
 
 def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.evaluation.settings import Evaluation
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.noise import KeyedNoise
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.evaluation.settings import Evaluation
 
 GOOD: dict[str, Any] = {
     "k": 5000,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from iwae_cli.construct import build
+from iwae_cli.config.build import build
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.linear_gaussian import LinearGaussian
-from iwae_cli.errors import UserError
-from iwae_cli.evaluation.estimator import Estimator, Subject
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.gradient_snr import GradientSNR, gradient_snr
-from iwae_cli.evaluation.protocol import Evaluation
+from iwae_cli.evaluation.settings import Evaluation
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.noise import GeneratorNoise
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
 
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_and_parameters_stay() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def subject() -> Subject:
+def subject() -> EstimatorInput:
     data = LinearGaussian(pixels=3, n_train=50).load()
     model, _ = fixture(3, 2, 1)
     evaluation = Evaluation(
@@ -152,7 +152,7 @@ def subject() -> Subject:
         validation_k=5,
         validation_every=1,
     )
-    return Subject(model.float(), data, evaluation, IWAE)
+    return EstimatorInput(model.float(), data, evaluation, IWAE)
 
 
 def test_the_report() -> None:
@@ -181,7 +181,7 @@ def test_the_report() -> None:
 
 def test_what_lies_below_the_floor_is_null_with_its_reason() -> None:
     chosen = subject()
-    silent = Subject(chosen.model, chosen.data, chosen.evaluation, lambda k: Known([0.0]))
+    silent = EstimatorInput(chosen.model, chosen.data, chosen.evaluation, lambda k: Known([0.0]))
     found = GradientSNR(ks=[1, 2], draws=100).estimate(silent, lambda: None)
     assert found.numbers["gradient_snr"]["generative"]["1"]["per_parameter"] is None
     assert "below the floor of 0.080 of 100 draws" in found.reasons["generative.1.per_parameter"]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.files import dump_json
+from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
-from iwae_cli.files import dump_json
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise, KeyedNoise
-from iwae_cli.numerics import log_mean_exp
 
 PIXELS = 4
 
@@ -250,7 +250,7 @@ import resource, sys
 import numpy as np, torch
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood
-from iwae_cli.models.mlp import GaussianMLP
+from iwae_cli.models.architectures.mlp import GaussianMLP
 model = GaussianMLP([50], [[1000]]).build((64,), np.full(64, 0.4), torch.Generator().manual_seed(0)).eval()
 split = Split("test", torch.zeros(2, 64, dtype=torch.uint8), "")
 unit = 1 if sys.platform == "darwin" else 1024

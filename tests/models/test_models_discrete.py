@@ -11,11 +11,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from iwae_cli.models import discrete
+from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.models.architectures import discrete
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.categorical import Categorical
-from iwae_cli.models.discrete import SigmoidBeliefNetwork
-from iwae_cli.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.objectives.iwae import IWAE
 
 PIXELS = 3

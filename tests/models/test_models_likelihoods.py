@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, make_likelihood
-from iwae_cli.noise import GeneratorNoise
 
 
 def noise() -> GeneratorNoise:

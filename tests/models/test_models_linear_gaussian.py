@@ -12,11 +12,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.noise import GeneratorNoise
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
 

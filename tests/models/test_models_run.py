@@ -11,9 +11,9 @@ import torch
 from small_runs import TINY, finished, read_json, run
 
 import iwae_cli
+from iwae_cli.core.device import Device
+from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.digits import Digits
-from iwae_cli.device import Device
-from iwae_cli.noise import GeneratorNoise
 
 GREY = ("data.binarization=none", "model.likelihood=discretized_logistic")
 

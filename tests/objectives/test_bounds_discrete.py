@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from iwae_cli.core.interfaces import Particles
+from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.categorical import Categorical
-from iwae_cli.models.discrete import SigmoidBeliefNetwork
-from iwae_cli.noise import GeneratorNoise, generator
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.particles import Particles
 
 BITS = [torch.tensor(list(product((0.0, 1.0), repeat=d)), dtype=torch.float64) for d in (2, 1)]
 MODELS = {

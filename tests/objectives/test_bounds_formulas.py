@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.numerics import log_mean_exp, log_mean_exp_of_others
+from iwae_cli.core.numerics import log_mean_exp, log_mean_exp_of_others
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.objectives.base import BoundObjective, Objective, weighted_sum
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO

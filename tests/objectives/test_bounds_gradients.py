@@ -29,11 +29,12 @@ from objective_toys import (
 )
 from torch import Tensor
 
-from iwae_cli.construct import build
+from iwae_cli.config.build import build
+from iwae_cli.core.interfaces import Particles
+from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise, generator
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
@@ -45,7 +46,6 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
-from iwae_cli.particles import Particles
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "objective"
 PHI = ("inference.loc", "inference.log_scale")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from objective_toys import LOG_PX_A, GivenNoise, expected_gradients, fixture_a, outcome_gradients
 
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.noise import GeneratorNoise, generator
+from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
 

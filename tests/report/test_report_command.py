@@ -14,7 +14,7 @@ import pytest
 from report_runs import change, config, values, write
 from small_runs import TINY, finished, snapshot
 
-from iwae_cli.cli_report import HELP, report
+from iwae_cli.cli.report import HELP, report
 from iwae_cli.report.table import MISSING
 
 Said = tuple[int, str, str]
@@ -104,9 +104,9 @@ def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: i
 
 
 def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
-    from iwae_cli.report.formats import Report, terminal
-    from iwae_cli.report.runs import read
+    from iwae_cli.report.reader import read
     from iwae_cli.report.table import comparable, tables
+    from iwae_cli.report.writers import Report, terminal
 
     found = read([runs])
     made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
@@ -294,7 +294,7 @@ def test_torch_and_hydra_stay_asleep(runs: Path) -> None:
     """The whole command, page included, in a process that cannot import them."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'hydra', 'omegaconf', 'wandb']));"
-        "from iwae_cli.cli_report import report;"
+        "from iwae_cli.cli.report import report;"
         f"sys.exit(report([{str(runs)!r}, '--html', 'page.html', '--compare', 'objective=iwae,model=one_layer',"
         "'objective=elbo']))"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from report_runs import change, config, values, write
 
-from iwae_cli.cli_report import report
-from iwae_cli.report.plots import plot_samples
+from iwae_cli.cli.report import report
+from iwae_cli.record.figures import plot_samples
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from report_runs import change, config, write
 
-from iwae_cli.errors import UserError
+from iwae_cli.core.errors import UserError
 from iwae_cli.report.paired import Paired, compare
-from iwae_cli.report.runs import Run, read
+from iwae_cli.report.reader import Run, read
 
 IWAE, ELBO = ("one_layer", "iwae"), ("one_layer", "elbo")
 

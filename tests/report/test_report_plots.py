@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_runs import TINY, read_json, run, run_folders
 
-from iwae_cli.report.plots import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
+from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
@@ -158,7 +158,7 @@ def test_pictures_that_fail_do_not_fail_a_run(
 
     if error is None:
         # As if it could not be imported.
-        monkeypatch.setitem(sys.modules, "iwae_cli.report.plots", None)
+        monkeypatch.setitem(sys.modules, "iwae_cli.record.figures", None)
     else:
         monkeypatch.setattr(Figure, "savefig", fail)
     code, _, err = run(*TINY, f"output_dir={tmp_path}")

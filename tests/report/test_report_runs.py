@@ -13,8 +13,8 @@ import pytest
 from report_runs import change, config, values, write
 from small_runs import TINY, finished, snapshot
 
-from iwae_cli.errors import UserError
-from iwae_cli.report.runs import read
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.reader import read
 
 
 def states(*paths: Path) -> dict[str, tuple[str, str]]:
@@ -196,7 +196,7 @@ def test_a_thousand_runs_take_seconds(tmp_path: Path) -> None:
             (folder / name).write_text(text.replace(first.name, folder.name).replace("\nseed: 0", f"\nseed: {seed}"))
     begun = monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "iwae_cli.cli_report", tmp_path, "--html", tmp_path / "page.html"],
+        [sys.executable, "-m", "iwae_cli.cli.report", tmp_path, "--html", tmp_path / "page.html"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert monotonic() - begun < 40, "some five seconds where nothing else runs"

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from report_runs import change, config, values, write
 
-from iwae_cli.errors import UserError
-from iwae_cli.report.paper import TABLE
-from iwae_cli.report.runs import read
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.published import TABLE
+from iwae_cli.report.reader import read
 from iwae_cli.report.table import Cell, Table, comparable, tables
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -156,7 +156,7 @@ def test_gradients_are_told_apart_however_they_were_chosen(tmp_path: Path) -> No
 
 def test_a_roulette_is_told_apart_from_none(tmp_path: Path) -> None:
     """Without one its other keys decide nothing, and older runs, which have none of them, were trained by all."""
-    target = "iwae_cli.training.protocol.Training"
+    target = "iwae_cli.training.settings.Training"
     for seed, training in enumerate((None, ("all", 0.01), ("all", 0.05), ("roulette", 0.01), ("roulette", 0.01))):
         written = config(seed=seed)
         if training is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_runs import config, values, write
 
-from iwae_cli.cli_report import report
+from iwae_cli.cli.report import report
 
 WANDB = Path(sys.executable).with_name("wandb")
 

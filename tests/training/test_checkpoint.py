@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from iwae_cli.errors import UserError
+from iwae_cli.core.errors import UserError
 from iwae_cli.training import checkpoint
 from iwae_cli.training.checkpoint import State
 

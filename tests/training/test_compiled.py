@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from iwae_cli.device import compiler
+from iwae_cli.core.device import compiler
+from iwae_cli.core.interfaces import Model, Particles
+from iwae_cli.core.noise import GeneratorNoise, Noise
+from iwae_cli.models.architectures.conv import GaussianConvolutional
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.conv import GaussianConvolutional
-from iwae_cli.models.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise, Noise
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
@@ -27,9 +28,8 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
-from iwae_cli.particles import Model, Particles
-from iwae_cli.training.compiled import CannotCompileError, CompiledStep, pays
-from iwae_cli.training.step import train_step
+from iwae_cli.training.steps.compiled import CannotCompileError, CompiledStep, pays
+from iwae_cli.training.steps.plain import train_step
 
 ONE, TWO, BITS = GaussianMLP([3], [[5, 4]]), GaussianMLP([3, 2], [[5], [4]]), SigmoidBeliefNetwork([4, 3])
 CASES: dict[str, tuple[Architecture, Objective]] = {

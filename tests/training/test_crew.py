@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
@@ -21,8 +21,8 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.training.crew import MeanOfShares, ShareOfNoise, pays, share
-from iwae_cli.training.roulette import roulette_step
-from iwae_cli.training.step import train_step
+from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.roulette import roulette_step
 
 TWO, BITS = GaussianMLP([3, 2], [[5], [4]]), SigmoidBeliefNetwork([4, 3])
 CASES: dict[str, tuple[Architecture, Objective]] = {

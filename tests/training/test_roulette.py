@@ -14,11 +14,9 @@ import torch
 import yaml
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
-from iwae_cli import session
-from iwae_cli.identity import training_config
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise
 from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
@@ -29,11 +27,13 @@ from iwae_cli.objectives.piwae import PIWAE
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
-from iwae_cli.training import compiled
-from iwae_cli.training.compiled import CompiledRouletteStep
-from iwae_cli.training.protocol import Training
-from iwae_cli.training.roulette import roulette_step, survivors
-from iwae_cli.training.step import train_step
+from iwae_cli.record.identity import training_config
+from iwae_cli.runs import runner
+from iwae_cli.training.settings import Training
+from iwae_cli.training.steps import compiled
+from iwae_cli.training.steps.compiled import CompiledRouletteStep
+from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.roulette import roulette_step, survivors
 
 K, BATCH, PIXELS, TAU = 4, 2, 6, 0.45
 OBJECTIVES: dict[str, BoundObjective] = {
@@ -200,7 +200,7 @@ def test_a_run_with_it_is_another_run_and_resumes_in_the_same_bits(
 ) -> None:
     undisturbed = finished(tmp_path / "undisturbed", *COMMAND)
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "on_step", lambda self, step: step == 18 and signal.raise_signal(signal.SIGINT))
+        patch.setattr(runner.Runner, "on_step", lambda self, step: step == 18 and signal.raise_signal(signal.SIGINT))
         assert run(*COMMAND, f"output_dir={tmp_path / 'interrupted'}")[0] == 130
     assert run(*COMMAND, f"output_dir={tmp_path / 'interrupted'}")[0] == 0
     (folder,) = run_folders(tmp_path / "interrupted")

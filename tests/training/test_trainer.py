@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from iwae_cli.core.errors import Interrupted, RunFailed
+from iwae_cli.core.interfaces import Model, Particles
+from iwae_cli.core.noise import Noise
 from iwae_cli.data.base import Data
-from iwae_cli.errors import Interrupted, RunFailed
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.noise import Noise
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.particles import Model, Particles
 from iwae_cli.training import trainer as trainer_module
 from iwae_cli.training.checkpoint import State
 from iwae_cli.training.schedule import Burda, Constant, Schedule

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.mlp import GaussianMLP
-from iwae_cli.noise import GeneratorNoise
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.training.step import train_step
+from iwae_cli.training.steps.plain import train_step
 
 MODELS = {
     "one layer": GaussianMLP([3], [[5, 4]]),

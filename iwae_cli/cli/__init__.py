@@ -1,0 +1,1 @@
+"""The commands: iwae-train, iwae-eval, iwae-report."""

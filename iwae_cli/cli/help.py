@@ -1,0 +1,142 @@
+"""What ``--help`` says. Nothing heavy is imported: it reads the folder ``conf``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from iwae_cli.core.errors import UserError
+
+
+def conf_folder() -> Path:
+    """``conf`` inside the installed package, else beside the package (a checkout)."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def own_folder(folder: str, option: str) -> Path:
+    """A folder of the user's with groups and choices.
+
+    Raises:
+        UserError: it is not there, or a choice in it has the name of one of ours, which Hydra would take instead.
+    """
+    path = Path(folder).absolute()
+    if not folder or not path.is_dir():
+        raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
+    for file in config_files(path):
+        ours = conf_folder() / file.relative_to(path)
+        if ours.is_file() and ours.read_bytes() != file.read_bytes():
+            raise UserError(f"{file} has the name of a choice that comes with iwae-cli: give it another")
+    return path
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The yaml files of our groups in a config folder; whatever else lies in it is not looked at."""
+    groups = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
+    return [path for group in groups for path in sorted((folder / group).rglob("*.yaml")) if path.is_file()]
+
+
+def choices(folders: list[Path]) -> dict[str, list[str]]:
+    """Group -> its choices, from the yaml files of config folders; one may lie deeper (``burda/swap_vae_to_iwae``)."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in config_files(folder):
+            group, *name = path.relative_to(folder).with_suffix("").parts
+            found.setdefault(group, set()).add("/".join(name))
+    return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+def summary(names: list[str]) -> list[str]:
+    """``names`` with those that lie deeper counted instead of listed."""
+    inside = Counter(name.partition("/")[0] for name in names if "/" in name)
+    return [name for name in names if "/" not in name] + [f"{folder}/... ({n})" for folder, n in inside.items()]
+
+
+def train_help(own: list[Path]) -> str:
+    """``iwae-train --help``, with the choices in folders of the user's own."""
+    conf = conf_folder()
+    config = yaml.safe_load((conf / "config.yaml").read_text())
+    found = choices([conf, *own])
+    lines = []
+    for default in config["defaults"]:
+        group, chosen = next(iter(default.items())) if isinstance(default, dict) else (default, None)
+        if group in found:
+            names = [f"[{name}]" if name == chosen else name for name in summary(found[group])]
+            lines.append(textwrap.fill(f"{group}=", 12).ljust(14) + " ".join(names))
+    groups = textwrap.indent("\n".join(lines), "  ")
+    estimators = " or ".join(found["estimator"])
+    return f"""\
+iwae-train: train an importance weighted autoencoder, estimate its log-likelihood, keep the record.
+
+usage: iwae-train [GROUP=CHOICE ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
+
+Trains, evaluates the negative log-likelihood with k = 5000 samples, writes a run folder under output_dir and an
+offline Weights & Biases record into it. The same command again resumes an interrupted run, and prints the result
+of a finished one.
+
+groups (the default in brackets):
+{groups}
+
+keys:
+  seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
+  init_from=RUN_FOLDER (begin from its weights)  with_optimizer=false  train=all or inference
+  training.backward=all or roulette (of little weight few draws are sent back)  training.tau=0.01
+  on_error=continue or stop (of a sweep)
+  and those of every choice, such as objective.k=50: --cfg job prints them all
+
+examples:
+  iwae-train
+  iwae-train data=mnist objective=iwae objective.k=50 model=two_layer seed=3
+  iwae-train experiment=burda data=mnist objective=elbo objective.k=5 schedule.stages=3
+  iwae-train -m objective=elbo,iwae objective.k=5,50 seed=0,1,2
+  iwae-train data=linear_gaussian model=linear_gaussian evaluation.k=500 logger=disabled
+
+options:
+  -m, --multirun         one run for every combination of comma-separated values, and of range(3), glob(*iwae);
+                         outputs/sweeps/NAME ties them together; hydra/launcher=joblib, submitit_local or ray runs
+                         them side by side, batched trains them as one program; the same command goes on with a
+                         sweep that was stopped
+  -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
+  --config-dir DIR       a folder of your own with groups and choices, such as DIR/objective/mine.yaml
+  --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
+  --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
+  --hydra-help           Hydra's own options
+  --version, --help, -h
+
+torchrun --nproc-per-node=2 -m iwae_cli ...   shares one run over processes
+iwae-eval RUN_FOLDER      evaluates again, or otherwise: estimator={estimators}
+iwae-report outputs       finished runs in a table, as a page, or compared image by image
+
+exit codes: 0 done, 1 the run failed, 2 wrong input, 3 another process has the run, 128+n ended by signal n
+"""
+
+
+def evaluate_help() -> str:
+    """``iwae-eval --help``."""
+    found = choices([conf_folder()])
+    return f"""\
+iwae-eval: evaluate the model of a run folder again; the result is kept under its evaluations/.
+
+usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [device=CHOICE] [data_dir=DIR]
+                 [data.path=FILE]
+
+What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
+  estimator={" ".join(found.get("estimator", []))}
+    ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
+    gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
+  evaluation={" ".join(found.get("evaluation", []))}
+  device={" ".join(found.get("device", []))}
+
+examples:
+  iwae-eval outputs/RUN evaluation.k=500
+  iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
+  iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
+  iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
+
+options: --version, --help, -h
+exit codes: as iwae-train
+"""

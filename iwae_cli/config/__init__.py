@@ -1,0 +1,1 @@
+"""From plain nested dicts to checked objects."""

@@ -1,0 +1,128 @@
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from time import monotonic
+from types import TracebackType
+
+from rich import progress, table
+from rich.console import Console
+
+QUIET_SECONDS = 5.0
+"""Least time between two plain lines."""
+
+
+class Progress:
+    """On standard error: a bar on a terminal; elsewhere (a log, a CI) a plain line every few seconds.
+
+    ::
+
+        with Progress("training", total=13, unit="pass", images_per_unit=59_600) as shown:
+            shown.update(2.5, bound=-92.1)
+
+    Args:
+        title: what is going on.
+        total: where it ends, in units.
+        unit: what is counted: ``"pass"`` or ``"image"``.
+        images_per_unit: for images per second.
+        start: where it begins, after a resume.
+        things: what the speed is told in, if not images.
+        may_grow: whether ``change`` may say that there is more to do, so that the time left is the least it can be.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: float,
+        unit: str = "pass",
+        images_per_unit: float = 1,
+        start: float = 0,
+        things: str = "images",
+        may_grow: bool = False,
+    ) -> None:
+        self._things = things
+        self._least = "at least " if may_grow else ""
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._images_per_unit = images_per_unit
+        self._first = self._done = start
+        self._bound: float | None = None
+        self._bar: progress.Progress | None = None
+        console = Console(stderr=True)
+        if sys.stderr.isatty() and not console.is_dumb_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn("{task.fields[state]}", markup=False, table_column=table.Column(no_wrap=True)),
+                console=console,
+                refresh_per_second=4,
+            )
+
+    def __enter__(self) -> Progress:
+        self._began = self._spoke = monotonic()
+        self._said: str | None = None
+        if self._bar is not None:
+            self._bar.start()
+            task = self._bar.add_task(self._title, total=self._total, state="")
+            self._bar.update(task, completed=self._done)
+        return self
+
+    def update(self, done: float, bound: float | None = None) -> None:
+        """Show that ``done`` units are done, and the latest ``bound`` in nats (None: the one shown before)."""
+        self._done = done
+        self._bound = self._bound if bound is None else bound
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
+        elif monotonic() - self._spoke >= QUIET_SECONDS:
+            self._speak()
+
+    def change(self, title: str, total: float) -> None:
+        """Go on under another ``title``, and to another end."""
+        self._title, self._total = title, total
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=title, total=total)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._done > self._first and self._said != self._where():
+            self._speak()
+
+    def _speak(self) -> None:
+        self._spoke = monotonic()
+        self._said = self._where()
+        print(f"{self._title}  {self._state()}", file=sys.stderr, flush=True)
+
+    def _where(self) -> str:
+        # Whole units are counted, but a fraction of a pass says that something happens.
+        done = f"{self._done:.1f}" if isinstance(self._done, float) else f"{self._done:,}"
+        parts = [f"{self._unit} {done}/{self._total:,}"]
+        if self._bound is not None:
+            parts.append(f"{self._bound:.2f} nats")
+        return "  ".join(parts)
+
+    def _state(self) -> str:
+        parts = [self._where()]
+        elapsed = monotonic() - self._began
+        moved = self._done - self._first
+        if moved > 0 and elapsed > 0:
+            parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} {self._things}/s")
+            if self._done < self._total:
+                parts.append(f"{self._least}{_clock((self._total - self._done) * elapsed / moved)} left")
+        return "  ".join(parts)
+
+
+def announce(plan: str) -> None:
+    """Say on standard error what is about to be done."""
+    print(plan, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,98 @@
+"""Work over batches of images, shared by threads and processes, gathered in the order of the images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from iwae_cli.evaluation.distributed import Ranks
+
+T = TypeVar("T")
+_ranks: Ranks | None = None
+"""Other processes that help this one, where there are any."""
+
+
+def share_with(ranks: Ranks | None) -> None:
+    """From here on, share all work with these processes."""
+    global _ranks
+    _ranks = ranks
+
+
+def ranks() -> Ranks | None:
+    """The processes that share the work, where there are several."""
+    return _ranks
+
+
+def processes() -> int:
+    """How many share the work."""
+    return 1 if _ranks is None else _ranks.size
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    # Both are per thread. One intra-op thread each: products this small lose by being split.
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+def map_batches(
+    work: Callable[[Sequence[int]], T],
+    n: int,
+    *,
+    batch: int,
+    workers: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[T]:
+    """``work(indices)`` for consecutive batches of ``n`` images; results in the order of the batches.
+
+    Every batch is computed whole by one worker with one intra-op thread, so that the results do not depend on
+    the number of workers.
+
+    Args:
+        work: takes the image indices of one batch; called without gradients.
+        n: number of images.
+        batch: images per call.
+        workers: threads.
+        on_progress: called in the calling thread with the number of images done; may raise to stop.
+    """
+
+    batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
+
+    def serial(work: Callable[[Sequence[int]], Any], mine: list[range], workers: int) -> list[Any]:
+        # With others at work beside this process, as far as all are is as far as this one is.
+        images = batch * len(batches) / max(1, len(mine))
+        return map_here(work, mine, workers, on_progress and (lambda done: on_progress(min(n, int(images * done)))))
+
+    return serial(work, batches, workers) if _ranks is None else _ranks.share(work, batches, workers, serial)
+
+
+def map_here(
+    work: Callable[[Sequence[int]], T],
+    batches: list[range],
+    workers: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[T]:
+    """``map_batches`` by the threads of this process alone; ``on_progress`` gets the number of batches done."""
+
+    def run(indices: Sequence[int]) -> T:
+        with torch.inference_mode():
+            return work(indices)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluation", initializer=_start_worker)
+    try:
+        results = []
+        for future in [pool.submit(run, indices) for indices in batches]:
+            results.append(future.result())
+            if on_progress is not None:
+                on_progress(len(results))
+        return results
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,308 @@
+"""Weights & Biases as one sink among others: its failure never stops, slows down for long, or loses a run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import shlex
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
+
+from iwae_cli.record.loggers import Logger, Metrics, RunInfo, Status
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+AXIS = "step"
+UPLOAD_SECONDS = 60
+"""How long wandb may go on uploading when a run ends."""
+CLOSE_SECONDS = UPLOAD_SECONDS + 30
+"""How long it may take to end at all."""
+
+log = logging.getLogger("iwae_cli")
+
+
+@final
+class WandbLogger(Logger):
+    """A run of W&B's for every run of ours.
+
+    Offline, everything is in ``<run folder>/wandb/offline-run-*``, to be uploaded with ``sync_command()``. The id
+    follows the identity of the run, so uploading twice, or uploading a run that was resumed, makes one run there.
+    A resumed run begins a new offline folder with its whole history, so the newest folder alone is complete.
+
+    A thread does what wandb does, in the order of the calls: importing and starting it takes as long as torch, and
+    training need not wait for that.
+
+    Args:
+        mode: ``online`` falls back to ``offline``, with a warning, where there is no key or no network;
+            ``disabled`` does nothing at all.
+        project: name of the project there.
+        entity: user or team; None is W&B's own default.
+        group: what runs are grouped by; None takes the group of the sweep, if there is one.
+        tags: labels.
+        name: what the run is called; None takes its identity.
+
+    Raises:
+        ValueError: a name is empty, too long or has a character that W&B refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Mode,
+        project: str,
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+        name: str | None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+            raise ValueError(f"project must have 1 to 128 characters and none of / \\ # ? % :, got {project!r}")
+        for key, value in (("entity", entity), ("group", group), ("name", name)):
+            if value is not None and not 0 < len(value) <= 128:
+                raise ValueError(f"{key} must have 1 to 128 characters or be null, got {value!r}")
+        for tag in tags:
+            if not 0 < len(tag) <= 64:
+                raise ValueError(f"tags must have 1 to 64 characters each, got {tag!r}")
+        self.mode = mode
+        self.project = project
+        self.entity = entity
+        self.group = group
+        self.tags = list(tags)
+        self.name = name
+        self._run: wandb.Run | None = None
+        self._folder: Path | None = None
+        self._works = False
+        self._to_upload = False
+        self._thread: threading.Thread | None = None
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+
+    def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
+        """Begin a run of W&B's and replay ``history`` into it."""
+        if self.mode == "disabled":
+            return
+        # A shell's way to unset one, which wandb would refuse as a value.
+        for variable in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+            del os.environ[variable]
+        # Read by wandb when it is first imported; what the user has set wins. Without the first it would look up
+        # the address of its error reporting even offline; a silent wandb does not ask for a key at a terminal.
+        for variable, value in {
+            "WANDB_ERROR_REPORTING": "false",
+            "WANDB_SILENT": "true",
+            "WANDB_INIT_TIMEOUT": "20",
+            "WANDB_FINISH_TIMEOUT": str(UPLOAD_SECONDS),
+        }.items():
+            os.environ.setdefault(variable, value)
+        self._works = True
+        self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
+        self._thread.start()
+        # Who asks for an online run is told before the training whether it is to be had.
+        begin = self._try if self.mode == "online" else self._later
+        begin("could not begin", lambda: self._begin(run))
+        for step, metrics in history:
+            self.log(step, metrics)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One row; a metric that is None has no point there."""
+        values = {name: value for name, value in metrics.items() if value is not None}
+        self._log(step, lambda: values)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A picture, copied into W&B's folder."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Image(str(path))}
+
+        self._log(step, row)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """A histogram of the finite ``values``; -inf is a proper log-weight but has no place on an axis."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            finite = [value for value in map(float, values) if math.isfinite(value)]
+            return {name: wandb.Histogram(finite)} if finite else {}
+
+        self._log(step, row)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
+        """A table; every row has as many values as there are columns."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Table(columns=list(columns), data=[list(values) for values in rows])}
+
+        self._log(step, row)
+
+    def html(self, step: int, name: str, page: str) -> None:
+        """A page that needs no other file."""
+
+        def row() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Html(page, inject=False)}
+
+        self._log(step, row)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final numbers; nested names are joined with ``/``."""
+        flat = dict(_flat(values))
+        self._later("could not keep the summary", lambda: self._begun.summary.update(flat))
+
+    def close(self, status: Status) -> None:
+        """Finish, waiting for uploads for a bounded time; never raises."""
+        if self._thread is None:
+            return
+        self._tasks.put(lambda: self._finish(status))
+        self._tasks.put(None)
+        # wandb bounds its uploads itself; this bounds the rest, such as a service of its own that hangs.
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._to_upload = True
+            log.warning("W&B: did not finish within %s s and was left behind", CLOSE_SECONDS)
+
+    def sync_command(self) -> str | None:
+        """``wandb sync`` with the newest folder, if that holds anything not uploaded."""
+        if not self._to_upload or self._folder is None:
+            return None
+        return _sync(self._folder)
+
+    def _begin(self, run: RunInfo) -> None:
+        self._run, self._to_upload = self._started(run)
+        self._folder = Path(self._run.settings.sync_dir).resolve()
+        self._run.define_metric(AXIS)
+        self._run.define_metric("*", step_metric=AXIS)
+
+    def _started(self, run: RunInfo) -> tuple[wandb.Run, bool]:
+        """A run of W&B's, and whether it is to be uploaded by hand."""
+        if self.mode == "offline":
+            return self._init(run, "offline"), True
+        before = _online_folders(run.folder)
+        try:
+            online = self._init(run, "online")
+            log.info("W&B: recording at %s", online.url)
+            return online, False
+        except Exception as error:
+            log.warning("W&B: cannot go online (%s); recording offline instead", _first_line(error))
+        if leftovers := _online_folders(run.folder) - before:
+            import wandb
+
+            # The service keeps trying, and refuses the same id until then.
+            wandb.teardown()
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+        return self._init(run, "offline"), True
+
+    def _init(self, run: RunInfo, mode: Literal["online", "offline"]) -> wandb.Run:
+        import wandb
+
+        return wandb.init(
+            mode=mode,
+            dir=str(run.folder),
+            id=hashlib.blake2b(run.identity.encode(), digest_size=8).hexdigest(),
+            project=self.project,
+            entity=self.entity,
+            group=self.group or run.group,
+            job_type=run.kind,
+            tags=self.tags or None,
+            name=self.name or run.identity,
+            notes=" ".join(run.overrides) or None,
+            config=dict(run.config),
+            # Apart from any other run in this process: neither returned for it nor finished by it.
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                finish_timeout_raises=True,
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                # What a kill -9 may cost of the offline file, in seconds.
+                x_transaction_log_flush_interval=1.0,
+            ),
+        )
+
+    def _log(self, step: int, row: Callable[[], dict[str, Any]]) -> None:
+        self._later(f"could not log at step {step}", lambda: self._begun.log({AXIS: step, **row()}))
+
+    @property
+    def _begun(self) -> wandb.Run:
+        assert self._run is not None
+        return self._run
+
+    def _finish(self, status: Status) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=0 if status == "finished" else 1)
+        except Exception as error:
+            self._to_upload = True
+            log.warning("W&B: could not finish (%s); the local record is whole", _first_line(error))
+
+    def _work(self) -> None:
+        for task in iter(self._tasks.get, None):
+            task()
+
+    def _later(self, trouble: str, task: Callable[[], object]) -> None:
+        if self._thread is not None:
+            self._tasks.put(lambda: self._try(trouble, task))
+
+    def _try(self, trouble: str, task: Callable[[], object]) -> None:
+        """Do ``task``; if that raises, turn this sink off with one warning."""
+        if not self._works:
+            return
+        try:
+            task()
+        except Exception as error:
+            self._works = False
+            log.warning(
+                "W&B: %s (%s) and is off from here on; the run goes on and the local record is whole",
+                trouble,
+                _first_line(error),
+            )
+
+
+def left_to_upload(run_folder: Path) -> str | None:
+    """``wandb sync`` with the newest record in a run folder, if that was made offline and is not uploaded."""
+    # By their time of day, which follows "run-".
+    records = sorted((run_folder / "wandb").glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    if not records or not records[-1].name.startswith("offline-") or any(records[-1].glob("*.wandb.synced")):
+        return None
+    return _sync(records[-1].resolve())
+
+
+def _sync(folder: Path) -> str:
+    here = Path.cwd()
+    return f"wandb sync {shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _online_folders(folder: Path) -> set[Path]:
+    return set((folder / "wandb").glob("run-*"))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value

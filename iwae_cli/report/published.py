@@ -1,0 +1,166 @@
+"""Published test NLLs, and which runs they may stand beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iwae_cli.report.reader import Run, Score, class_name
+
+K = 5000
+BURDA = "Burda et al. 2016, arXiv 1509.00519"
+RAINFORTH = "Rainforth et al. 2018, arXiv 1802.04537"
+ROEDER = "Roeder et al. 2017, arXiv 1703.09194"
+RECALLED = "*"
+"""Behind a number that is quoted from memory of the paper."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper says of one cell.
+
+    Attributes:
+        nll: NLL_5000 on the test split, nats.
+        units: active units, nearest to x first; None where the paper gives none. All are quoted from memory.
+        source: the paper.
+        nll_recalled: whether the NLL is quoted from memory too.
+    """
+
+    nll: float
+    units: tuple[int, ...] | None
+    source: str
+    nll_recalled: bool
+
+    def __str__(self) -> str:
+        nll = f"{self.nll:.2f}{RECALLED * self.nll_recalled}"
+        return nll if self.units is None else f"{nll} / {'+'.join(map(str, self.units))}{RECALLED}"
+
+
+Key = tuple[str, int, str, int]
+"""Data, stochastic layers, what was trained, k."""
+
+
+def _cells(data: str, table: str, *, recalled: bool) -> dict[Key, Published]:
+    """``layers objective k nll units``, one cell a line."""
+    cells = {}
+    for line in table.strip().splitlines():
+        layers, objective, k, nll, *units = line.split()
+        known = tuple(map(int, units[0].split("+"))) if units else None
+        cells[(data, int(layers), objective, int(k))] = Published(float(nll), known, BURDA, recalled)
+    return cells
+
+
+TABLE: dict[Key, Published] = {
+    **_cells(
+        "mnist",
+        """
+        1 elbo 1 86.76 19
+        1 elbo 5 86.47 20
+        1 elbo 50 86.35 20
+        1 iwae 1 86.76 19
+        1 iwae 5 85.54 22
+        1 iwae 50 84.78 25
+        2 elbo 1 85.33 16+5
+        2 elbo 5 85.01 17+5
+        2 elbo 50 84.78 17+5
+        2 iwae 1 85.33 16+5
+        2 iwae 5 83.89 21+5
+        2 iwae 50 82.90 26+7
+        """,
+        recalled=False,
+    ),
+    **_cells(
+        "omniglot",
+        """
+        1 elbo 1 108.11 28
+        1 elbo 5 107.62 28
+        1 elbo 50 107.80 28
+        1 iwae 1 108.11 28
+        1 iwae 5 106.12 34
+        1 iwae 50 104.67 41
+        2 elbo 1 107.58 28+4
+        2 elbo 5 106.31 30+5
+        2 elbo 50 106.30 30+5
+        2 iwae 1 107.56 30+5
+        2 iwae 5 104.79 38+6
+        2 iwae 50 103.38 44+7
+        """,
+        recalled=True,
+    ),
+    # Table 2: one objective's run continued with the other.
+    **_cells("mnist", "1 elbo1>iwae 50 84.88 22\n1 iwae50>elbo 1 86.02 23", recalled=True),
+    # The binarization of Larochelle and Murray.
+    **_cells("mnist_fixed", "1 iwae 1 88.71\n1 iwae 5 87.63\n1 iwae 50 87.10", recalled=False),
+    **_cells("mnist_fixed", "1 elbo 5 88.83\n1 elbo 50 89.05\n2 iwae 50 85.32", recalled=True),
+    ("mnist", 1, "miwae8", 8): Published(84.97, None, RAINFORTH, False),
+    ("mnist", 1, "piwae8", 8): Published(84.46, None, RAINFORTH, False),
+    ("mnist", 1, "ciwae0.05", 64): Published(84.57, None, RAINFORTH, False),
+    ("mnist", 1, "iwae", 64): Published(84.52, None, RAINFORTH, True),
+    ("mnist", 1, "elbo-stl", 1): Published(86.40, None, ROEDER, True),
+}
+
+NETWORKS = {("[50]", "[[200, 200]]"): 1, ("[100, 50]", "[[200, 200], [100, 100]]"): 2}
+TRAINING = {
+    "optimizer": "Adam",
+    "optimizer.lr": 1e-3,
+    "optimizer.betas": "[0.9, 0.999]",
+    "optimizer.eps": 1e-4,
+    "optimizer.weight_decay": 0.0,
+    "schedule": "Burda",
+    "schedule.stages": 8,
+    "batch_size": 20,
+}
+"""How the papers trained, by dotted keys; of optimizer and schedule the class."""
+SWAP = {"optimizer.lr": 1e-4, "schedule": "Constant", "schedule.passes": 2187, "with_optimizer": True}
+"""The second stage of Table 2, where it differs."""
+
+
+def published(run: Run, score: Score, split: str) -> Published | None:
+    """The published value of exactly this: data and binarization, networks, objective, k, L_5000 of the test split."""
+    if split != "test" or score.k != K or score.weights != "last":
+        return None
+    keys = run.keys
+    layers = NETWORKS.get((keys.get("model.latent_sizes", ""), keys.get("model.hidden_sizes", "")))
+    plain = keys.get("model.likelihood") == "bernoulli" and keys["train"] == "all" and keys.get("data.path") is None
+    # The class, since a choice of the user's own may carry any name.
+    if layers is None or not plain or class_name(keys["model._target_"]) != "GaussianMLP":
+        return None
+    return TABLE.get((run.dataset, layers, _trained(run), int(keys.get("objective.k", 0))))
+
+
+def deviations(run: Run) -> list[str]:
+    """How a run was trained otherwise than in the paper, such as ``schedule.stages = 3 (paper: 8)``."""
+    wanted = TRAINING
+    # A choice of the user's own may carry any name.
+    classes = {group: class_name(run.keys[f"{group}._target_"]) for group in ("optimizer", "schedule")}
+    keys = {**run.keys, **classes}
+    if keys["init_from"]:
+        wanted = {key: value for key, value in TRAINING.items() if key != "schedule.stages"} | SWAP
+    if keys.get("schedule") != wanted["schedule"]:
+        # One line instead of one for every argument of another schedule.
+        wanted = {key: value for key, value in wanted.items() if not key.startswith("schedule")}
+        found = [f"{run.result['epochs']:,} passes on schedule {run.keys['schedule']}"]
+    else:
+        found = []
+    return found + [
+        f"{key} = {keys.get(key)} (paper: {value})" for key, value in wanted.items() if keys.get(key) != value
+    ]
+
+
+def _trained(run: Run) -> str:
+    """The objective as ``TABLE`` has it."""
+    keys = run.keys
+    name = class_name(keys["objective._target_"]).lower()
+    if name in ("miwae", "piwae"):
+        name += str(keys["objective.m"])
+    if name == "ciwae":
+        name += str(keys["objective.beta"])
+    if keys.get("objective.gradient", "total") != "total":
+        name += f"-{keys['objective.gradient']}"
+    if keys.get("objective.analytic_kl"):
+        name += "-analytic"
+    ancestor = keys["init_from"]
+    if ancestor is None:
+        return name
+    # Folder names say what a run was: <data>-<model>-<objective>-k<k>.
+    first = {"mnist-one_layer-elbo-k1": "elbo1", "mnist-one_layer-iwae-k50": "iwae50"}.get(ancestor, "other")
+    return f"{first}>{name}"

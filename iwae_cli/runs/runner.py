@@ -1,0 +1,451 @@
+"""One process working on one run: training from where the run stands, its record, its evaluation, its pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import iwae_cli
+from iwae_cli.core import progress
+from iwae_cli.core.device import compiler
+from iwae_cli.core.errors import Interrupted, RunFailed
+from iwae_cli.core.files import atomic_path, trouble, write_json
+from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
+from iwae_cli.core.signals import Signals
+from iwae_cli.data.base import Data, Split
+from iwae_cli.evaluation import workers
+from iwae_cli.evaluation.distributed import Ranks
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.record import summary
+from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.jsonl import JsonlLogger, read_history
+from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
+from iwae_cli.runs.evaluate import evaluate
+from iwae_cli.training import checkpoint, crew
+from iwae_cli.training.steps.compiled import CannotCompileError, pays
+from iwae_cli.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from iwae_cli.runs.experiment import Experiment
+
+VALIDATION_SEED = 0
+"""Noise and binarization of the validation during training: fixed, so that all objectives are compared on the same."""
+
+VALIDATION_ROWS = 2000
+"""Fixed too: the shape of a product may change its last bits, and so which weights are the best."""
+
+log = logging.getLogger("iwae_cli")
+
+
+class Runner:
+    """One process working on one run; the hooks of the trainer.
+
+    Args:
+        experiment, data, folder, signals: what is run, on what, where, and what may stop it.
+        runs_at_once: how many sessions train together, of which this is one.
+    """
+
+    def __init__(
+        self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals, runs_at_once: int = 1
+    ) -> None:
+        self.experiment = experiment
+        self.data = data
+        self.folder = folder
+        self.signals = signals
+        self.device = experiment.device.resolve()
+        self.sink: Logger = FanOut([])
+        self.progress: progress.Progress | None = None
+        self.state = checkpoint.State(
+            identity=folder.identity,
+            names=experiment.names,
+            data_sha256=data.sha256(),
+            image_shape=data.image_shape,
+            levels=data.levels,
+            plan=self._plan(),
+        )
+        self.model = experiment.model.build(
+            data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
+        ).to(device=self.device, dtype=experiment.device.dtype)
+        initial = experiment.initial
+        if initial is not None:
+            self.model.load_state_dict(initial.model)
+        if experiment.train == "inference":
+            self.model.generative.requires_grad_(False)
+        self.trainer = Trainer(
+            model=self.model,
+            objective=experiment.objective,
+            optimizer=experiment.optimizer([p for p in self.model.parameters() if p.requires_grad]),
+            schedule=experiment.schedule,
+            data=data,
+            seed=experiment.seed,
+            batch_size=experiment.batch_size,
+            validate=self._validate,
+            validation_every=experiment.evaluation.validation_every,
+            tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
+        )
+        self.state.total_steps = self.trainer.total_steps
+        self.state.plan |= {
+            "compiler": self._compiler(),
+            "processes": self._processes(),
+            "runs_at_once": runs_at_once,
+        }
+        if initial is not None and experiment.with_optimizer:
+            # Its memory alone: learning rate and the like are those of this run.
+            settings = self.trainer.optimizer.state_dict()
+            self.trainer.optimizer.load_state_dict({**settings, "state": initial.optimizer["state"]})
+        self._validation: Split | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train what is left, evaluate, record; the status says at every moment how it stands.
+
+        Raises:
+            RunFailed: training diverged, the folder can no longer be written to, or a process that helped is gone.
+            Interrupted: by a signal; the state has been saved.
+        """
+        experiment, folder = self.experiment, self.folder
+        if folder.checkpoint.exists():
+            self._resume()
+        for caveat in experiment.objective.caveats:
+            log.warning(caveat)
+        # A finished run that is evaluated in another way stays what it is until the new result is there.
+        finished_before = self.state.step == self.trainer.total_steps and folder.result() is not None
+        if not finished_before:
+            self._begin()
+        asked = shlex.join(experiment.overrides) or "nothing beyond the defaults"
+        log.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
+        try:
+            self.open()
+            self._train()
+            result = evaluate(
+                folder,
+                self.model,
+                self.data,
+                experiment.evaluation,
+                experiment.device,
+                experiment.config,
+                self.state,
+                self.signals.check,
+            )
+            if finished_before:
+                self._begin()
+                finished_before = False
+            self._publish(result)
+            self.sink.close("finished")
+            # Last of all: until it says so, the same command does again what may be missing.
+            folder.set_status("finished", self.state.step)
+            return result
+        except BaseException as error:
+            failure = self.ended(error, finished_before)
+            if failure is not error:
+                raise failure from error
+            raise
+
+    def begin(self) -> None:
+        """For the training alone: go on from where the run stands, with the local record alone.
+
+        The session that evaluates gives it to the other sinks.
+        """
+        if self.folder.checkpoint.exists():
+            self._resume()
+        self._begin()
+        self.open(local=True)
+
+    def open(self, local: bool = False) -> None:
+        """Open the record, with what is in it already: for every sink, or for the ``local`` one."""
+        experiment, folder = self.experiment, self.folder
+        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), experiment.logger])
+        self.sink.open(
+            RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
+            read_history(self.folder.path, self.state.step),
+        )
+
+    def ended(self, error: BaseException, finished_before: bool = False) -> BaseException:
+        """Record what ended it; returns what it is to be called.
+
+        Args:
+            error: what was raised.
+            finished_before: whether the run stays the finished one that it was.
+        """
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        if status == "interrupted":
+            log.warning("%s at step %d; the same command goes on from there", error, self.state.step)
+        else:
+            log.info("failed at step %d", self.state.step, exc_info=error)
+        failure = self._failure(error)
+        # What hinders these is what has just been raised.
+        if not finished_before:
+            with suppress(OSError):
+                named = "" if status == "interrupted" else f"{type(failure).__name__}: "
+                self.folder.set_status(status, self.state.step, f"{named}{failure}")
+        with suppress(OSError):
+            self.sink.close(status)
+        return failure
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """``error``, or in one line what has become of the folder."""
+        words = trouble(error, self.folder.path) if isinstance(error, OSError) else None
+        if words is None:
+            return error
+        if not self.folder.path.is_dir():
+            return RunFailed(
+                f"{self.folder.path} is gone: it was renamed or removed while this run wrote to it; "
+                "under its old name the same command goes on from the last saved step"
+            )
+        return RunFailed(
+            f"{self.folder.path} cannot be written to ({words}); when it can, the same command goes on from the last "
+            "saved step; or choose another folder with output_dir=..."
+        )
+
+    def _begin(self) -> None:
+        self.folder.begin(self.experiment.config, self.experiment.overrides)
+        self.folder.set_status("running", self.state.step)
+
+    def _publish(self, result: dict[str, Any]) -> None:
+        """Make a kept evaluation the result of the run."""
+        folder, splits = self.folder, self.experiment.evaluation.splits
+        # Without a result in between, a kill cannot leave the arrays of one evaluation beside the result of another.
+        (folder.path / "result.json").unlink(missing_ok=True)
+        with atomic_path(folder.path / "log_likelihood.npz") as temporary:
+            shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
+        write_json(folder.path / "result.json", result)
+        log.info("result: %s", json.dumps({split: result[split]["nll"] for split in splits}))
+        self.sink.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
+        try:
+            self._pictures(result)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # Whatever a drawing library may come to: the numbers are written, and a run is not failed by its pictures.
+            why = f"{type(error).__name__}: {error}"
+            log.warning(
+                "figures are missing: %s; they are drawn again by the same command once result.json is removed", why
+            )
+            log.info("how they failed", exc_info=True)
+            # Otherwise the same command would try again and again.
+            result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
+            with suppress(OSError):
+                write_json(folder.path / "result.json", result)
+
+    def on_step(self, step: int) -> None:
+        """Show that something happens."""
+        if self.progress is not None:
+            self.progress.update(step / self.trainer.steps_per_pass)
+
+    def on_best(self, state: checkpoint.State) -> None:
+        """Keep the best weights."""
+        checkpoint.save_best(state, self.model.state_dict(), self.folder.best)
+
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Record one pass."""
+        self.sink.log(step, metrics)
+        if self.progress is not None:
+            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
+
+    def on_save(self, state: checkpoint.State) -> None:
+        """Keep the state."""
+        checkpoint.save(state, self.folder.checkpoint)
+        self.folder.set_status("running", state.step)
+        log.info("saved step %d after %.1f s of training", state.step, state.seconds)
+
+    def interrupted(self) -> bool:
+        """Whether a signal has come."""
+        return self.signals.number is not None
+
+    def _train(self) -> None:
+        per_pass = self.trainer.steps_per_pass
+        if not self.trainer.is_done(self.state):
+            if self.state.step:
+                progress.announce(f"goes on from step {self.state.step:,} of {self.trainer.total_steps:,}")
+            with progress.Progress(
+                "training",
+                total=self.experiment.schedule.passes,
+                images_per_unit=len(self.data.train),
+                start=self.state.step / per_pass,
+            ) as self.progress:
+                self._ask_for_help()
+                if self.state.plan["compiler"] is not None:
+                    self._compile()
+                self.trainer.run(self.state, self)
+            self.progress = None
+        self.signals.check()
+        self.model.eval()
+
+    def _compiler(self) -> str | None:
+        """What is to compile the step; None for the plain one. The same answer in every session of a run."""
+        choice, trainer = self.experiment.device.compile, self.trainer
+        # A graph freezes what code of one's own counts up.
+        if choice == "auto" and self._ours and self.device.type == "cpu":
+            gain = pays(trainer.total_steps, self._draws, self._parameters)
+            return compiler() if gain else None
+        return compiler() if choice == "on" else None
+
+    @property
+    def _ours(self) -> bool:
+        """Whether the loss is known to be a mean over images, and a function of tensors alone."""
+        parts = (self.model.generative, self.model.inference, self.experiment.objective)
+        return all(type(part).__module__.startswith("iwae_cli.") for part in parts)
+
+    @property
+    def _draws(self) -> int:
+        return self.trainer.whole_batch * self.experiment.objective.num_samples
+
+    @property
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _processes(self) -> int:
+        """How many train together from here on."""
+        n = workers.processes()
+        # The rule has been measured on processors; a loss of one's own may couple the images of a minibatch.
+        there = self._ours and self.device.type == "cpu"
+        return n if there and crew.pays(n, self._draws, self._parameters) else 1
+
+    def _ask_for_help(self) -> None:
+        """Have the other processes train too, where that pays."""
+        ranks = workers.ranks()
+        if ranks is None or self._processes() == 1:
+            return
+        # They need nothing of this session, and validate only what they are asked to.
+        trainer, state, device = replace(self.trainer, validate=float), self.state, self.experiment.device
+        compiled, threads = state.plan["compiler"] is not None, torch.get_num_threads()
+
+        def follow(ranks: Ranks) -> None:
+            device.setup()
+            torch.set_num_threads(threads)
+            trainer.crew = ranks
+            trainer.follow(state, compiled)
+
+        ranks.ask(follow)
+        self.trainer.crew = ranks
+
+    def _compile(self) -> None:
+        started = time.monotonic()
+        try:
+            self.trainer.compile()
+        except CannotCompileError as error:
+            # Ctrl-C also ends the compiler.
+            self.signals.check()
+            if self.experiment.device.compile == "on":
+                raise RunFailed(f"device.compile=on: {error}; write device.compile=auto or off") from error
+            if self.state.step:
+                self.state.plan["compiler"] += f" until step {self.state.step}"
+                log.warning("resuming is not exact: the step was compiled and cannot be now: %s", error)
+            else:
+                self.state.plan["compiler"] = None
+                log.warning("the step is not compiled, which changes nothing but the time it takes: %s", error)
+        else:
+            log.info("the step is compiled, by %s in %.1f s", compiler(), time.monotonic() - started)
+        self.state.seconds += time.monotonic() - started
+
+    def _validate(self) -> float:
+        evaluation = self.experiment.evaluation
+        if self._validation is None:
+            self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
+        likelihood = log_likelihood(
+            self.model,
+            self._validation,
+            k=evaluation.validation_k,
+            seed=VALIDATION_SEED,
+            rows=VALIDATION_ROWS,
+            workers=evaluation.workers,
+            stream="validation during training",
+            check=self.signals.check,
+            plain=True,  # few samples gain little, and the bits of a run stay what they are
+        )
+        return float(likelihood.log_px.mean())
+
+    def _resume(self) -> None:
+        self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
+        checkpoint.require_data(self.state, self.data)
+        plan = self.state.plan
+        # Decided when the run began; one from before there was a choice has the plain step.
+        for key in ("processes", "runs_at_once"):
+            before, after = plan.setdefault(key, 1), now[key]
+            # What is trained already stays what it is, whoever looks at it.
+            if self.state.step < self.trainer.total_steps and str(before).rpartition(" ")[2] != str(after):
+                log.warning("resuming is not exact: %s were %s and are %s", key, before, after)
+                self.state.change_plan(key, after)
+        now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
+        for key, value in plan.items():
+            if key == "threads":
+                torch.set_num_threads(value)
+            elif key not in ("processes", "runs_at_once") and now.get(key) != value:
+                log.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
+        self.model.load_state_dict(self.state.model)
+        history = read_history(self.folder.path, self.state.step)
+        kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
+        done = self.state.step // per_pass - self.trainer.is_open(self.state)
+        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
+        if lost:
+            log.warning(
+                "%s has no row of %d of the %d passes that are done, the first of them pass %d: lost in a crash, or "
+                "deleted; the curve of this run has a gap, its weights have not",
+                *("metrics.jsonl", len(lost), done, lost[0]),
+            )
+
+    def _plan(self) -> dict[str, Any]:
+        return {
+            "device": self.device.type,
+            "threads": self.experiment.device.threads,
+            "torch": str(torch.__version__),  # a plain string is what weights_only reads back
+            "iwae-cli": iwae_cli.__version__,
+            "numpy": np.__version__,
+            "processor": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def _pictures(self, result: Mapping[str, Any]) -> None:
+        # matplotlib takes half a second to import, which would come before the first step.
+        from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training
+
+        figures, step = self.folder.figures, self.state.step
+        made: dict[str, Path] = {}
+        names = self.experiment.names
+        history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
+        shown = {
+            f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
+            f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
+        }
+        curves = {
+            name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
+            for name, key in shown.items()
+        }
+        made["training"] = figures / "training.png"
+        plot_training(made["training"], curves, label="bound")
+        made["bound_vs_k"] = figures / "bound_vs_k.png"
+        plot_bounds(made["bound_vs_k"], {s: result[s]["bounds"] for s in summary.SPLITS if s in result})
+        test = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
+        x = test.to(device=self.device, dtype=self.experiment.device.dtype)
+        with torch.no_grad():
+            particles = self.model.draw(
+                x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)
+            )
+            if len(self.data.image_shape) == 2:
+                noise = GeneratorNoise(generator(self.device, VALIDATION_SEED, "pictures"), x.dtype)
+                latents, _ = self.model.generative.sample(100, noise)
+                made["samples"] = figures / "samples.png"
+                plot_samples(made["samples"], self._images(self.model.generative.mean(latents)[0]))
+                made["reconstructions"] = figures / "reconstructions.png"
+                means = self.model.generative.mean(tuple(h[:1, :20] for h in particles.latents))[0]
+                plot_reconstructions(made["reconstructions"], self._images(x[:20]), self._images(means))
+        for name, path in made.items():
+            self.sink.image(step, name, path)
+        spread = particles.log_w - particles.log_w.mean(0)
+        self.sink.histogram(step, "log_w minus its mean", spread.flatten().tolist())
+
+    def _images(self, values: torch.Tensor) -> np.ndarray:
+        """Between 0 and 1: grey levels that are not binarized are numbers up to the white one."""
+        white = self.data.levels - 1 if self.data.binarization == "none" and self.data.levels else 1
+        return (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)

@@ -1,1 +1,0 @@
-"""Where the record of a run goes: local files (the truth) and Weights & Biases."""

@@ -1,0 +1,1 @@
+"""Sweeps: plans of jobs, launchers, searches."""

@@ -1,0 +1,440 @@
+"""A sweep: which runs were asked for and how each stands; the folder that ties them together. Needs no torch.
+
+The run folders are the truth. Jobs may run in other processes, on other machines, and die in any way, so each writes
+one small file of its own (``jobs/``), and the process that was started by the command alone gathers them into
+``sweep.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from iwae_cli.core.errors import RunFailed, UserError
+from iwae_cli.core.files import RunLock, as_user_error, write_json
+from iwae_cli.core.signals import REPEATED_SECONDS
+
+Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
+POLL_SECONDS = 0.5
+STOP_SECONDS = 60.0
+"""How long jobs that were asked to stop may take to save their state."""
+_STYLES = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
+
+
+class SweepFailed(RunFailed):
+    """Not every run of a sweep was finished; the table has said which."""
+
+
+class Stopped(BaseException):
+    """Ends a sweep from inside one of its jobs: Hydra would go on with the next after any Exception."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that is known before it runs.
+
+    Attributes:
+        overrides: what was asked for.
+        folder: of the run.
+        evaluation: name of the final evaluation within the run.
+        restart: whether it is to be begun again.
+    """
+
+    overrides: Sequence[str]
+    folder: Path
+    evaluation: str
+    restart: bool = False
+
+
+class SweepFolder:
+    """Paths and small files of one sweep.
+
+    Attributes:
+        path: absolute path of the folder; its name is the group of the sweep.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    @property
+    def jobs(self) -> Path:
+        """Folder with one record a job."""
+        return self.path / "jobs"
+
+    @property
+    def stop(self) -> Path:
+        """A file that is there while the sweep is being stopped: no further job begins."""
+        return self.path / "stop"
+
+    def record(self, overrides: Sequence[str]) -> Path:
+        """The record of the job with these overrides; asked for again, the same job."""
+        return self.jobs / f"{hashlib.sha256(json.dumps(list(overrides)).encode()).hexdigest()[:16]}.json"
+
+    def read(self) -> dict[str, Any]:
+        """``sweep.json``; empty where there is none."""
+        return _read(self.path / "sweep.json") or {}
+
+
+class Attempt:
+    """One process at work on one job; the only one that writes the record of the job.
+
+    Attributes:
+        before: how an earlier attempt of the same command stood or ended, if there was one.
+    """
+
+    def __init__(self, folder: SweepFolder, number: int, overrides: Sequence[str]) -> None:
+        self._path = folder.record(overrides)
+        self._sweep = folder.path
+        old = _read(self._path) or {}
+        self.before: Status | None = old.get("status")
+        self._values: dict[str, Any] = {
+            "number": number,
+            "overrides": list(overrides),
+            "begun": old.get("begun", time.time()),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+
+    def begins(self) -> None:
+        """It is being prepared."""
+        self._write("running")
+
+    def is_run(self, folder: Path, evaluation: str) -> None:
+        """It is known which run it is, and what its final evaluation is called."""
+        self._values |= _place(self._sweep, folder, evaluation)
+        self._write("running")
+
+    def ends(self, status: Status, error: BaseException | None = None, *, with_trace: bool = False) -> None:
+        """It is over; ``with_trace`` keeps where the error came from."""
+        self._values["error"] = None if error is None else " ".join(str(error).split()) or type(error).__name__
+        self._values["traceback"] = "".join(traceback.format_exception(error)) if error and with_trace else None
+        self._write(status)
+
+    def _write(self, status: Status) -> None:
+        write_json(self._path, {**self._values, "status": status})
+
+
+class Sweep:
+    """The process that was started by the command, and looks after the jobs wherever they run.
+
+    Args:
+        folder: of the sweep; made if need be.
+        planned: the jobs, or None where they are decided as the sweep goes on.
+        facts: what else goes into ``sweep.json``: command, launcher, sweeper, workers.
+        stop_on_error: whether the first failure ends the sweep.
+    """
+
+    def __init__(
+        self, folder: Path, planned: Sequence[Planned] | None, facts: Mapping[str, Any], stop_on_error: bool
+    ) -> None:
+        self.folder = SweepFolder(folder)
+        self.stop_on_error = stop_on_error
+        self._planned = planned
+        self._facts = dict(facts)
+        self._known: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._told: set[str] = set()
+        self._written: Any = None
+        self._exit_code: int | None = None
+        self._stopping_since: float | None = None
+        self._quit = threading.Event()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """``work`` hands the jobs to an engine; meanwhile failures are told, and signals stop everything.
+
+        Raises:
+            RunLocked: another process has this sweep.
+            UserError: its folder cannot be written to.
+            Stopped: by a signal or an error; the jobs have been asked to save their state.
+            SweepFailed: not all runs are finished.
+        """
+        with as_user_error(self.folder.path, "mend that, or choose another folder with output_dir=..."):
+            self._run(work)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        self.folder.jobs.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.folder.path):
+            self._forget()
+            self._update()
+            ended: Exception | Stopped | None = None
+            with self._watched(), self._signals():
+                try:
+                    work()
+                except UserError:
+                    raise
+                except Exception as error:
+                    if self._exit_code is not None:
+                        # Ray makes an error of its own of what a handler raises.
+                        ended = Stopped(self._exit_code)
+                    else:
+                        # The engine lost a job (a worker was killed) and gave up; the others may go on without it.
+                        ended = error
+                        self._settle()
+                except Stopped as stopped:
+                    ended = stopped
+            jobs = self._update()
+            self._show(jobs)
+        if isinstance(ended, Stopped):
+            raise ended
+        if ended is not None:
+            what = (str(ended).strip().splitlines() or [""])[0]
+            raise SweepFailed(f"the launcher gave up: {type(ended).__name__}: {what}")
+        # A trial that failed is a result of a search.
+        good = {"finished"} if self._planned is not None else {"finished", "failed"}
+        left = Counter(job["status"] for job in jobs if job["status"] not in good)
+        if left or not any(job["status"] == "finished" for job in jobs):
+            raise SweepFailed(f"not all runs are finished: {_counted(left) or 'none was'}")
+
+    def failed_here(self) -> None:
+        """A job failed in this very process."""
+        if self.stop_on_error:
+            raise Stopped(SweepFailed.exit_code)
+
+    # What is known of the jobs.
+
+    def _forget(self) -> None:
+        """What an earlier command knew: those jobs are asked for again, but for those of a search."""
+        self.folder.stop.unlink(missing_ok=True)
+        for path, record in self._records():
+            if self._planned is not None:
+                path.unlink(missing_ok=True)
+            elif record["status"] == "running" and not _alive(record):
+                write_json(path, {**record, "status": "killed"})
+            elif record["status"] == "failed":
+                self._told.add(path.name)
+        self._known.clear()
+
+    def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path in self.folder.jobs.glob("[!.]*.json"):
+            try:
+                changed = path.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            if self._known.get(path.name, (None,))[0] != changed:
+                record = _read(path)
+                if record is None:
+                    continue
+                self._known[path.name] = (changed, record)
+            yield path, self._known[path.name][1]
+
+    def _update(self) -> list[dict[str, Any]]:
+        """Look at the records, write ``sweep.json`` if anything is new there, tell what failed."""
+        records = {path.name: record for path, record in self._records()}
+        if self._planned is None:
+            jobs = [_job(record) for record in sorted(records.values(), key=lambda record: record["begun"])]
+        else:
+            jobs = []
+            for planned in self._planned:
+                job: dict[str, Any] = {"overrides": list(planned.overrides), "status": "pending", "error": None}
+                job |= _place(self.folder.path, planned.folder, planned.evaluation)
+                record = records.get(self.folder.record(planned.overrides).name)
+                if record is not None:
+                    job |= _job(record)
+                elif not planned.restart and (planned.folder / job["result"]).is_file():
+                    job["status"] = "finished"
+                jobs.append(job)
+        value = {**self._facts, "jobs": [{"number": number, **job} for number, job in enumerate(jobs)]}
+        if value != self._written:
+            write_json(self.folder.path / "sweep.json", value)
+            self._written = value
+        for name, record in records.items():
+            if record["status"] == "failed" and name not in self._told:
+                self._told.add(name)
+                self._tell(record)
+        return jobs
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        trace = record.get("traceback")
+        where = f" ({_shown(self.folder.path / record['folder'])})" if "folder" in record else ""
+        line = f"job {record['number']} ({' '.join(record['overrides'])}) failed: {record['error']}{where}"
+        print(f"{trace or ''}iwae-train: {line}", file=sys.stderr, flush=True)
+        if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
+            self._exit_code = SweepFailed.exit_code
+            # To the main thread, which waits inside the engine.
+            main = threading.main_thread().ident
+            if main is not None:
+                signal.pthread_kill(main, signal.SIGINT)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        def watch() -> None:
+            while not self._quit.wait(POLL_SECONDS):
+                with suppress(OSError):  # a disk that is full now; the last look tells if it still is
+                    self._update()
+
+        thread = threading.Thread(target=watch, name="sweep", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._quit.set()
+            thread.join()
+
+    # Stopping.
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            if self._exit_code is None:
+                self._exit_code = 128 + number
+            self._stop_jobs()
+        elif time.monotonic() - self._stopping_since < REPEATED_SECONDS:
+            return
+        raise Stopped(self._exit_code or 128 + number)
+
+    def _stop_jobs(self) -> None:
+        """Ask the jobs in other processes of this machine to save their state, and wait until they have."""
+        self.folder.stop.touch()
+        asked: set[int] = set()
+        deadline = time.monotonic() + STOP_SECONDS
+        while (running := self._elsewhere()) and time.monotonic() < deadline:
+            for pid in {record["pid"] for record in running} - asked:
+                asked.add(pid)
+                # Not SIGTERM, which submitit takes for a sign of preemption.
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT)
+            time.sleep(0.1)
+
+    def _settle(self) -> None:
+        """Wait for jobs that go on although the engine gave up."""
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < 4 * POLL_SECONDS:
+            if self._elsewhere():
+                quiet_since = time.monotonic()
+            time.sleep(POLL_SECONDS)
+
+    def _elsewhere(self) -> list[dict[str, Any]]:
+        """Jobs running in other processes of this machine."""
+        here, me = socket.gethostname(), os.getpid()
+        records = [record for _, record in self._records() if record["status"] == "running"]
+        return [record for record in records if record["host"] == here and record["pid"] != me and _alive(record)]
+
+    # The end.
+
+    def _show(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+        scores = [self._nll(job) for job in jobs]
+        names = {name for name, _ in scores if name}
+        sheet = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        headings = {"job": "right", "overrides": "left", "status": "left", "NLL": "right", "run": "left"}
+        for heading, justify in headings.items():
+            named = ", ".join(sorted(names)) if heading == "NLL" and names else heading
+            sheet.add_column(named, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for number, (job, (name, nll)) in enumerate(zip(jobs, scores, strict=True)):
+            sheet.add_row(
+                str(number),
+                Text(" ".join(o for o in job["overrides"] if o not in common)),
+                Text(job["status"], style=_STYLES.get(job["status"], "")),
+                nll if len(names) < 2 or not name else f"{nll} ({name})",
+                Text(str(job.get("identity", ""))),
+            )
+        # As wide as it is: half a name is of no use to whoever copies it.
+        out = Console(highlight=False, markup=False)
+        width = Measurement.get(out, out.options.update(max_width=sys.maxsize), sheet).maximum
+        out = Console(highlight=False, markup=False, width=max(out.width, width))
+        counts = Counter(job["status"] for job in jobs)
+        out.print()
+        out.print(self.folder.path.name, style="bold", soft_wrap=True)
+        out.print(sheet)
+        for number, job in enumerate(jobs):
+            if job["error"]:
+                out.print(f"job {number}: {job['error']}", soft_wrap=True)
+        out.print(_counted(counts) or "no jobs")
+        if counts.keys() - {"finished"}:
+            out.print("the same command goes on from here and repeats nothing that is finished")
+        out.print(f"{'folder':<14}{_shown(self.folder.path)}", soft_wrap=True)
+
+    def _nll(self, job: Mapping[str, Any]) -> tuple[str, str]:
+        """What is shown, and its value, nats: of the test split, else of the first that was evaluated."""
+        if job["status"] != "finished":
+            return "", ""
+        result = _read(self.folder.path / job["folder"] / job["result"]) or {}
+        for split in ("test", "validation", "train"):
+            if split in result and result[split]["nll"] is not None:
+                return f"NLL_{result[split]['k']} {split}", f"{result[split]['nll']:.2f}"
+        return "", ""
+
+
+def _counted(statuses: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in statuses.items())
+
+
+def _job(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``sweep.json`` says of a job that has begun."""
+    keys = ("overrides", "status", "identity", "folder", "evaluation", "result", "error")
+    job = {"error": None, **{key: record[key] for key in keys if key in record}}
+    if job["status"] == "running" and not _alive(record):
+        job["status"] = "killed"
+    return job
+
+
+def _place(sweep: Path, folder: Path, evaluation: str) -> dict[str, str]:
+    return {
+        "identity": folder.name,
+        "folder": os.path.relpath(folder, sweep),
+        "evaluation": evaluation,
+        "result": f"evaluations/{evaluation}/result.json",
+    }
+
+
+def _alive(record: Mapping[str, Any]) -> bool:
+    """Whether the process of a job may be there; of other machines nothing is known."""
+    if record["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(record["pid"], 0)
+        # What nobody has waited for yet is dead too; only Linux tells.
+        return Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value
+
+
+def _shown(path: Path) -> str:
+    path, here = Path(os.path.normpath(path)), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

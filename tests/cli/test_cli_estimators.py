@@ -1,0 +1,153 @@
+"""``iwae-eval RUN estimator=...``: from the command line to what is kept and printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import TINY, finished, read_json, snapshot
+
+from iwae_cli.cli.help import choices, conf_folder
+from iwae_cli.cli.train import evaluate, train
+from iwae_cli.config.build import build
+from iwae_cli.evaluation.estimator import Estimator
+
+AIS = ("estimator=ais", "estimator.temperatures=4", "estimator.max_temperatures=4", "estimator.leapfrog_steps=2")
+FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]")
+SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("runs"), *TINY)
+
+
+def kept(run_folder: Path, name: str) -> list[Path]:
+    return sorted((run_folder / "evaluations").glob(f"{name}-*"))
+
+
+def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(run_folder)
+    assert evaluate([str(run_folder), *AIS, *FEW]) == 0
+    out = capsys.readouterr().out
+    (folder,) = kept(run_folder, "ais")
+    result = read_json(folder / "result.json")
+    assert result["estimator"]["name"] == "ais" and result["estimator"]["temperatures"] == 4
+    assert result["evaluation"]["name"] == folder.name
+    assert set(result["dataset"]["evaluation_sha256"]) == {"test", "validation"}
+    assert {result[split]["n"] for split in ("test", "validation")} == {6} and result["simulated"]["n"] == 4
+    assert f"{result['test']['nll_ais']:.2f}" in out and "NLL_AIS" in out and str(folder.name) in out
+    assert "write estimator.max_temperatures=16" in out
+    with np.load(folder / "estimates.npz") as arrays:
+        assert result["test"]["nll_ais"] == pytest.approx(-arrays["log_px"].mean())
+        assert arrays["validation_log_px"].shape == (6,)
+    after = snapshot(run_folder)
+    assert {path: after[path] for path in before} == before
+    # Asked for again it is read, not computed.
+    assert evaluate([str(run_folder), *AIS, *FEW]) == 0
+    assert snapshot(run_folder) == after
+    assert capsys.readouterr().out == out
+    # Another setting is another evaluation.
+    assert evaluate([str(run_folder), *AIS, *FEW, "estimator.start=inference"]) == 0
+    assert len(kept(run_folder, "ais")) == 2
+
+
+def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(run_folder), *SNR]) == 0
+    assert "signal-to-noise" in capsys.readouterr().out
+    (own,) = kept(run_folder, "gradient_snr")
+    assert evaluate([str(run_folder), *SNR, "objective=elbo"]) == 0
+    assert evaluate([str(run_folder), *SNR, "objective.gradient=dreg"]) == 0
+    folders = kept(run_folder, "gradient_snr")
+    assert len(folders) == 3
+    results = {folder.name: read_json(folder / "result.json") for folder in folders}
+    asked = {
+        (r["estimator"]["objective"]["_target_"], r["estimator"]["objective"]["gradient"]) for r in results.values()
+    }
+    assert asked == {
+        ("iwae_cli.objectives.iwae.IWAE", "total"),
+        ("iwae_cli.objectives.elbo.ELBO", "total"),
+        ("iwae_cli.objectives.iwae.IWAE", "dreg"),
+    }
+    # What was trained stays what it was; what was found differs.
+    assert {r["objective"]["name"] for r in results.values()} == {"iwae"}
+    found = [json.dumps(r["gradient_snr"]["inference"]) for r in results.values()]
+    assert len(set(found)) == 3
+    assert list(results[own.name]["gradient_snr"]["generative"]) == ["2", "4", "slope"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["estimator=asi"], "estimator must be one of ais, gradient_snr, got asi; did you mean ais?"),
+        (["estimator.images=5"], "estimator.images belongs to an estimator: write estimator=ais or"),
+        (["estimator=ais", "estimator.chain=5"], "estimator.chain is unknown; did you mean estimator.chains?"),
+        (["estimator=ais", "estimator.chains=1"], "estimator.chains must be >= 2, got 1"),
+        (["estimator=ais", "estimator.start=post"], "estimator.start must be one of prior, inference, got post"),
+        (["estimator=ais", "estimator._target_=os.system"], "estimator._target_ must name a class"),
+        (["estimator=ais", "objective=elbo"], "objective cannot be changed after training"),
+        (["estimator=ais,gradient_snr"], "estimator=ais,gradient_snr: iwae-eval does one evaluation"),
+        (["estimator=gradient_snr", "estimator.ks=[]"], "estimator.ks must hold at least one k, got []"),
+        (["estimator=gradient_snr", "objective=wiae"], "objective must be one of"),
+        (["estimator=gradient_snr", "objective.gradient=drge"], "objective.gradient must be one of total, stl, dreg"),
+        (["estimator=gradient_snr", "objective=vimco", "estimator.ks=[1,2]"], "objective.k must be >= 2"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    before = snapshot(run_folder)
+    assert evaluate([str(run_folder), *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {said}")
+    assert snapshot(run_folder) == before
+
+
+def test_training_has_no_estimator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["estimator=ais"]) == 2
+    assert capsys.readouterr().err == (
+        "iwae-train: estimator=ais is asked of a finished run: write iwae-eval RUN_FOLDER estimator=ais\n"
+    )
+
+
+def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    names = choices([conf_folder()])["estimator"]
+    assert {"ais", "gradient_snr"} <= set(names)
+    assert evaluate(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in names:
+        node = yaml.safe_load((conf_folder() / "estimator" / f"{name}.yaml").read_text())
+        assert isinstance(build(node, Estimator, "estimator"), Estimator)
+        assert name in out
+
+
+def test_the_work_is_told_before_it_and_while_it_is_done(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again."""
+    assert evaluate([str(run_folder), *AIS, *FEW, "estimator.chains=5"]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == (
+        "annealing: 6 images of test, 6 images of validation, 4 simulated; 5 chains each, 4 temperatures: "
+        f"{12 * 38 + 4 * 42} transitions of all chains of an image, 2 leapfrog steps each; cheaper: estimator.chains=4"
+    )
+    assert last.startswith("annealing simulated, 4 temperatures  transition 624/624")
+
+
+def test_doublings_are_more_work(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("estimator.images=3", "estimator.simulated=2", "evaluation.splits=[test]", "estimator.tolerance=1e-12")
+    path = ("estimator=ais", "estimator.temperatures=2", "estimator.max_temperatures=8", "estimator.leapfrog_steps=1")
+    assert evaluate([str(run_folder), *path, *few]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    least, most = 3 * (32 + 2 + 4) + 2 * (32 + 2 * 4), 3 * (32 + 2 + 4 + 8) + 2 * (32 + 2 * 8)
+    assert f"2 temperatures (doubled up to 8): {least} to {most} transitions" in first
+    assert last.startswith(f"annealing simulated, 8 temperatures  transition {most}/{most}")
+
+
+def test_the_gradients_are_counted_by_their_samples(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(run_folder), *SNR[:2], "estimator.draws=9", SNR[3]]) == 0
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "gradients: 9 draws at each k of 2, 4, on 5 images: 270 samples, each with its gradient"
+    assert last.startswith("gradients, k = 4  sample 54/54") and last.endswith("samples/s")

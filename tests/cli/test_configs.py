@@ -1,0 +1,144 @@
+"""Every yaml of conf/ trains: composed, constructed, and one real step taken, at its own sizes.
+
+Data sets that need files get small ones, written here in their layout. That every choice constructs, and that presets
+leave the other groups alone, is tested beside the command line; estimators are tested where they live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from small_runs import read_json, run, run_folders
+
+from iwae_cli.cli.compose import plan
+from iwae_cli.cli.help import choices, conf_folder
+from iwae_cli.config.build import construct
+from iwae_cli.core.device import available
+from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST
+from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
+from iwae_cli.data.omniglot import Omniglot
+from iwae_cli.runs.runner import Runner
+
+CHOICES = choices([conf_folder()])
+STEPPED = ("data", "model", "objective", "optimizer", "schedule", "logger", "device")
+SMALL = ("data=linear_gaussian", "data.n_train=30", "data.n_validation=3", "data.n_test=4", "model=linear_gaussian")
+
+
+def few_presets() -> list[str]:
+    """All at the top; of a folder of presets, which differ in k and in data, the first two and the last two."""
+    folders: dict[str, list[str]] = {}
+    for name in CHOICES["experiment"]:
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    return [
+        n for folder, names in folders.items() for n in (dict.fromkeys([*names[:2], *names[-2:]]) if folder else names)
+    ]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files of every data set that needs some, where ``data_dir`` is ``files``."""
+    root, random = tmp_path / "files", np.random.default_rng(0)
+    for kind in (MNIST, FashionMNIST, KMNIST):
+        for attribute, value in (("sizes", (60, 20)), ("validation", 7), ("md5", {})):
+            monkeypatch.setattr(kind, attribute, value)
+        (root / kind.folder / "raw").mkdir(parents=True)
+        for part, n in (("train", 60), ("t10k", 20)):
+            images = random.integers(0, 256, (n, 784), dtype=np.uint8).tobytes()
+            path = root / kind.folder / "raw" / f"{part}-images-idx3-ubyte"
+            path.write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + images)
+    (root / "BinaryMNIST").mkdir()
+    small = {}
+    for split, (name, _, _) in FixedMNIST.files.items():
+        text = "".join(" ".join(row) + "\n" for row in random.integers(0, 2, (30, 784)).astype(str)).encode()
+        (root / "BinaryMNIST" / name).write_bytes(text)
+        small[split] = Amat(name, 30, hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(FixedMNIST, "files", small)
+    (root / "OMNIGLOT").mkdir()
+    savemat(root / "OMNIGLOT" / "chardata.mat", {"data": random.random((784, 40)), "testdata": random.random((784, 9))})
+    content = (root / "OMNIGLOT" / "chardata.mat").read_bytes()
+    monkeypatch.setattr(Omniglot, "md5", hashlib.md5(content).hexdigest())
+    return root
+
+
+def one_step(*overrides: str) -> None:
+    """The command, stopped by a signal after its first step: it saved finite weights that are not the initial ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "on_step", lambda self, step: signal.raise_signal(signal.SIGTERM))
+        code, _, err = run(*overrides, "output_dir=out", "data_dir=files")
+    assert code == 143, err
+    (folder,) = run_folders(Path("out"))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 1 and read_json(folder / "status.json")["status"] == "interrupted"
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    moments = [value["exp_avg"] for value in state["optimizer"]["state"].values()]
+    assert moments and any(moment.abs().max() > 0 for moment in moments)
+
+
+def companions(group: str, name: str) -> list[str]:
+    """What goes with this choice where the defaults do not."""
+    if group == "data":
+        config = plan([f"data={name}"], False, None).jobs[0].config
+        real = construct(config, ["data"])["data"].observation == "real"
+        return ["model=linear_gaussian"] if real else []
+    if group == "model":
+        model = construct(plan([f"model={name}"], False, None).jobs[0].config, ["model"])["model"]
+        data = ["data=linear_gaussian"] if model.observation == "real" else []
+        return [*data, "objective=vimco"] if model.discrete else data
+    return []
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in STEPPED for name in CHOICES[group]])
+def test_it_takes_a_step(group: str, name: str, files: Path) -> None:
+    if group == "device" and name != "auto" and name not in available():
+        code, _, err = run(f"device={name}", "logger=disabled", "output_dir=out")
+        assert code == 2 and f"device={name} is not there; this machine has" in err
+        return
+    logger = [] if group == "logger" else ["logger=disabled"]
+    one_step(f"{group}={name}", *companions(group, name), *logger)
+
+
+@pytest.mark.parametrize("name", few_presets())
+def test_a_preset_takes_a_step(name: str, files: Path) -> None:
+    if "init_from: ???" in (conf_folder() / "experiment" / f"{name}.yaml").read_text():
+        code, _, err = run(f"experiment={name}", "output_dir=out")
+        assert code == 2 and "init_from" in err and len(err.strip().splitlines()) == 1
+        return
+    if name == "sweeps/search" and not find_spec("optuna"):
+        code, _, err = run(f"experiment={name}", "output_dir=out")
+        assert (code, err) == (2, "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n")
+        return
+    one_step(f"experiment={name}", "logger=disabled")
+
+
+@pytest.mark.parametrize("name", CHOICES["evaluation"])
+def test_it_evaluates(name: str) -> None:
+    code, out, err = run(f"evaluation={name}", *SMALL, "schedule=smoke", "logger=disabled", "output_dir=out")
+    assert code == 0, err
+    (folder,) = run_folders(Path("out"))
+    result = read_json(folder / "result.json")
+    k = plan([f"evaluation={name}"], False, None).jobs[0].config["evaluation"]["k"]
+    assert result["test"]["k"] == k and f"NLL_{k}" in out
+
+
+def test_every_group_is_looked_at() -> None:
+    assert {group for group in CHOICES if "/" not in group} == {*STEPPED, "evaluation", "experiment", "estimator"}
+    assert {path.parent.name for path in conf_folder().glob("*/*.yaml")} == {g for g in CHOICES if "/" not in g}
+
+
+def test_the_smoke_run_is_one_for_a_ci(tmp_path: Path) -> None:
+    """The preset as it is, but for the record of W&B: on the embedded digits, with both splits evaluated."""
+    code, out, err = run("experiment=smoke", "logger=disabled", "output_dir=out")
+    assert code == 0, err
+    (folder,) = run_folders(Path("out"))
+    result = read_json(folder / "result.json")
+    assert (result["epochs"], result["test"]["k"], result["dataset"]["name"]) == (3, 500, "digits")
+    # 64 pixels at their mean brightness cost about 32 nats; a step in a wrong direction would cost more.
+    assert 20 < result["test"]["nll"] < 27 and "NLL_500" in out

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.core import device
+from iwae_cli.core.device import Device
+from iwae_cli.core.errors import RunFailed, UserError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A machine with the accelerators that are named."""
+
+    def have(*kinds: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in kinds)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in kinds)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("there", "best"), [((), "cpu"), (("mps",), "cpu"), (("cuda",), "cuda"), (("cuda", "mps"), "cuda")]
+)
+def test_auto_takes_the_best(machine, there, best) -> None:
+    machine(*there)
+    assert Device("auto").resolve() == torch.device(best)
+    assert Device("cpu").resolve() == torch.device("cpu")
+    assert device.available()[-1] == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_what_is_not_there_is_refused_and_what_is_named(machine, kind) -> None:
+    machine()
+    with pytest.raises(UserError, match=f"^device={kind} is not there; this machine has cpu: write device=auto$"):
+        Device(kind).resolve()
+
+
+def test_dtype() -> None:
+    assert (Device("cpu").dtype, Device("cpu", "float64").dtype) == (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "cpu", "threads": 0}, "threads must be >= 1, got 0"),
+        ({"kind": "mps", "precision": "float64"}, "precision must be float32 with device=mps, which has no float64"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message) -> None:
+    with pytest.raises(ValueError) as refusal:
+        Device(**arguments)
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."), "8000 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "20.00 GiB"),
+        (MemoryError("Unable to allocate 7.45 GiB for an array with shape (1,)"), "7.45 GiB"),
+        (MemoryError(), None),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception, size: str | None) -> None:
+    with pytest.raises(RunFailed) as told, device.oom_as_run_failed():
+        raise error
+    asked = "" if size is None else f" ({size} were asked for at once)"
+    assert str(told.value).startswith(f"memory ran out{asked}: smaller sizes")
+    with pytest.raises(RuntimeError, match=r"^another$"), device.oom_as_run_failed():
+        raise RuntimeError("another")
+
+
+def test_real_memory_that_runs_out() -> None:
+    with pytest.raises(RunFailed, match=r"^memory ran out"), device.oom_as_run_failed():
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RunFailed, match=r"^memory ran out"), device.oom_as_run_failed():
+        np.empty(2**60, dtype=np.uint8)
+
+
+def test_setup_flushes_denormals_and_sets_threads_and_may_be_called_again() -> None:
+    # In a process of its own: the settings are the process's.
+    code = """
+import torch
+from iwae_cli.core.device import Device
+tiny = torch.tensor([1e-39], dtype=torch.float32)
+assert (tiny * 0.5).item() != 0, "the test needs a machine with denormals"
+for _ in range(2):
+    Device("cpu", threads=2).setup()
+    flushed = torch.full((100_000,), 1e-39) * 0.5
+    print(torch.get_num_threads(), int((flushed != 0).sum()), torch.get_float32_matmul_precision())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["2", "0", "highest"] * 2, done.stderr

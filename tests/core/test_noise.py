@@ -1,0 +1,175 @@
+"""Noise is a function of its key: no cut of the work, no neighbour and no order of calls may change it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from iwae_cli.core.noise import BLOCK, GeneratorNoise, KeyedNoise, Noise, derive, generator, numpy_generator
+
+IMAGES = [3, 0, 11, 7]
+K = 5 * BLOCK
+SIZE = 5
+
+
+def draw(noise: KeyedNoise, kind: str, k: int, batch: int, layer: int = 1, size: int = SIZE) -> Tensor:
+    method: Callable[[int, int, int, int], Tensor] = getattr(noise, kind)
+    return method(layer, k, batch, size)
+
+
+def whole(kind: str) -> Tensor:
+    return draw(KeyedNoise(4, "test", IMAGES), kind, K, len(IMAGES))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("chunk", [BLOCK, 2 * BLOCK, 4 * BLOCK])
+def test_samples_do_not_depend_on_the_chunk(kind: str, chunk: int) -> None:
+    pieces = [
+        draw(KeyedNoise(4, "test", IMAGES, start), kind, min(chunk, K - start), len(IMAGES))
+        for start in range(0, K, chunk)
+    ]
+    assert torch.equal(torch.cat(pieces), whole(kind))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("k", [1, BLOCK - 1, BLOCK, BLOCK + 1, K - 1])
+def test_a_shorter_draw_is_a_slice_of_a_longer_one(kind: str, k: int) -> None:
+    assert torch.equal(draw(KeyedNoise(4, "test", IMAGES), kind, k, len(IMAGES)), whole(kind)[:k])
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_an_image_does_not_depend_on_its_batch_or_on_the_order_of_calls(kind: str) -> None:
+    expected = whole(kind)
+    for row, image in enumerate(IMAGES):
+        noise = KeyedNoise(4, "test", [image])
+        draw(noise, kind, 7, 1, layer=2)
+        assert torch.equal(draw(noise, kind, K, 1), expected[:, [row]])
+        assert torch.equal(draw(noise, kind, K, 1), expected[:, [row]])
+    backwards = draw(KeyedNoise(4, "test", range(11, -1, -1)), kind, K, 12)
+    assert torch.equal(backwards[:, [11 - image for image in IMAGES]], expected)
+
+
+def test_torch_cannot_be_sliced_so_blocks_are_needed() -> None:
+    # The reason for blocks: a shorter draw of torch's generator is no prefix of a longer one.
+    short, long = (torch.randn(n, generator=torch.Generator().manual_seed(0)) for n in (16, 24))
+    assert not torch.equal(short, long[:16])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        KeyedNoise(5, "test", IMAGES),
+        KeyedNoise(4, "validation", IMAGES),
+        KeyedNoise(4, "test", [i + 1 for i in IMAGES]),
+        KeyedNoise(4, "test", IMAGES, start=BLOCK),
+    ],
+    ids=["seed", "stream", "images", "start"],
+)
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_another_key_is_another_stream(other: KeyedNoise, kind: str) -> None:
+    here, there = whole(kind), draw(other, kind, K, len(IMAGES))
+    assert (here == there).double().mean() < 1e-3
+    pair = torch.stack([here.flatten(), there.flatten()]).double()
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 4 / math.sqrt(here.numel())
+
+
+def test_layers_and_kinds_are_apart() -> None:
+    noise = KeyedNoise(4, "test", IMAGES)
+    first, second = (draw(noise, "normal", K, len(IMAGES), layer=layer) for layer in (1, 2))
+    assert (first == second).double().mean() < 1e-3
+    # A uniform must not be the normal of the same key in disguise.
+    ranks = [v[:, 0, 0].argsort().argsort().double() for v in (first, draw(noise, "uniform", K, len(IMAGES)))]
+    assert abs(float(torch.corrcoef(torch.stack(ranks))[0, 1])) < 4 / math.sqrt(K)
+
+
+def test_neighbouring_seeds_and_images_do_not_collide() -> None:
+    # What seed + index would do: (seed 0, image 1) and (seed 1, image 0) the same numbers.
+    draws = [draw(KeyedNoise(s, "test", [i]), "normal", BLOCK, 1) for s, i in ((0, 1), (1, 0), (0, 10), (1, 1))]
+    assert len({d.numpy().tobytes() for d in draws}) == 4
+
+
+@pytest.mark.parametrize(("kind", "law"), [("normal", stats.norm), ("uniform", stats.uniform)])
+def test_the_draws_have_their_law(kind: str, law: stats.rv_continuous) -> None:
+    values = draw(KeyedNoise(0, "law", range(20)), kind, 640, 20, size=4).double().numpy()
+    n = values.size
+    sd = law.std()
+    assert abs(values.mean() - law.mean()) < 4 * sd / math.sqrt(n)
+    fourth = law.stats(moments="k") + 3
+    assert abs(values.var() - sd**2) < 4 * sd**2 * math.sqrt((fourth - 1) / n)
+    assert stats.kstest(values.ravel(), law.cdf).pvalue > 1e-3
+    # Along every axis neighbours are independent: samples (inside and across blocks), images, units.
+    centred = (values - law.mean()) / sd
+    for axis in range(3):
+        lead, lag = np.delete(centred, 0, axis), np.delete(centred, -1, axis)
+        assert abs((lead * lag).mean()) < 4 / math.sqrt(lead.size)
+
+
+def test_a_block_is_the_jumped_stream_of_numpy() -> None:
+    """Block b reads numpy's documented Philox.jumped(b): 2^128 numbers lie between the starts of two blocks."""
+    noise = draw(KeyedNoise(4, "test", [9], start=2 * BLOCK), "normal", 2 * BLOCK, 1)
+    for index, block in enumerate((2, 3)):
+        bits = np.random.Philox(key=derive(4, "test", "normal", 1, 9)).jumped(block)
+        expected = np.random.Generator(bits).standard_normal((BLOCK, SIZE), dtype=np.float32)
+        np.testing.assert_array_equal(noise[index * BLOCK : (index + 1) * BLOCK, 0].numpy(), expected)
+
+
+def test_uniform_draws_lie_in_the_half_open_interval() -> None:
+    values = draw(KeyedNoise(0, "u", range(8)), "uniform", 4096, 8)
+    assert values.min() >= 0
+    assert values.max() < 1
+
+
+def test_two_precisions_get_the_same_numbers() -> None:
+    single = draw(KeyedNoise(0, "t", IMAGES), "normal", K, len(IMAGES))
+    double = draw(KeyedNoise(0, "t", IMAGES, dtype=torch.float64), "normal", K, len(IMAGES))
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(single.double(), double)
+
+
+def test_keys_have_128_bits_and_use_them() -> None:
+    keys = [derive(0, "stream", i) for i in range(2000)]
+    assert len(set(keys)) == len(keys)
+    assert max(keys).bit_length() == 128
+    # Each of the 128 bits is set in about half of the keys.
+    for bit in range(128):
+        assert abs(sum(key >> bit & 1 for key in keys) - 1000) < 5 * math.sqrt(500)
+    words = np.random.Philox(key=keys[0]).state["state"]["key"]
+    assert (int(words[1]) << 64 | int(words[0])) == keys[0]
+
+
+def test_keys_know_types_and_boundaries() -> None:
+    assert len({derive("a", "bc"), derive("ab", "c"), derive("abc"), derive(1), derive("1"), derive(1, 1)}) == 6
+    # Never to change, or no recorded number can be had again. From `printf "(0, 'test')" | b2sum -l 128`:
+    assert derive(0, "test") == int.from_bytes(bytes.fromhex("7f583dab6070fb8662d8ec26a43cbbc8"), "little")
+
+
+def test_generators_are_keyed() -> None:
+    same = [torch.randn(4, generator=generator("cpu", 0, "step", 1)) for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], torch.randn(4, generator=generator("cpu", 0, "step", 2)))
+    a, b = (numpy_generator(1, "x").random(4) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert (numpy_generator(1, "y").random(4) != a).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_generator_noise_reads_the_generator_in_order(dtype: torch.dtype) -> None:
+    noise = GeneratorNoise(torch.Generator().manual_seed(1), dtype)
+    assert isinstance(noise, Noise)
+    reference = torch.Generator().manual_seed(1)
+    for layer, shape in ((1, (2, 3, 4)), (9, (1, 1, 20))):
+        assert torch.equal(noise.normal(layer, *shape), torch.randn(*shape, generator=reference, dtype=dtype))
+    assert torch.equal(noise.uniform(0, 2, 3, 4), torch.rand(2, 3, 4, generator=reference, dtype=dtype))
+
+
+def test_what_would_break_the_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^start must be a multiple of 64, got 63$"):
+        KeyedNoise(0, "test", IMAGES, start=63)
+    with pytest.raises(ValueError, match=r"^batch must be the 4 images of this noise, got 3$"):
+        draw(KeyedNoise(0, "test", IMAGES), "normal", 1, 3)

@@ -1,0 +1,359 @@
+"""Numbers shared by objectives and evaluation, against direct computations, known laws and what must hold for any."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+from torch import Tensor
+
+from iwae_cli.core.noise import BLOCK
+from iwae_cli.core.numerics import (
+    StreamingLogWeights,
+    effective_sample_size,
+    grid_levels,
+    log_mean_exp,
+    normalized_weights,
+    pareto_khat,
+    tail_size,
+)
+
+INF = math.inf
+
+
+def normal_log_w(k: int, batch: int, scale: float, seed: int = 0) -> Tensor:
+    return scale * torch.randn(k, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- log-mean-exp ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4, 700.0, -800.0])
+def test_log_mean_exp_is_stable_at_any_offset(shift: float) -> None:
+    log_w = normal_log_w(7, 3, 2.0)
+    expected = special.logsumexp(log_w.numpy(), axis=0) - math.log(7) + shift
+    np.testing.assert_allclose(log_mean_exp(log_w + shift).numpy(), expected, rtol=1e-14, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "gradient"),
+    [
+        ([0.0, -INF], math.log(0.5), [1, 0]),
+        ([1e4, 0.0], 1e4 - math.log(2), [1, 0]),
+        ([1e4, 1e4], 1e4, [0.5, 0.5]),
+        ([-1e4, -INF], -1e4 - math.log(2), [1, 0]),
+        ([-1e4, -1e4], -1e4, [0.5, 0.5]),
+        ([-INF, -INF], -INF, [0, 0]),
+        ([1e300, -1e300], 1e300, [1, 0]),
+        ([math.log(3), 0.0], math.log(2), [0.75, 0.25]),
+        ([5.0], 5.0, [1]),
+        ([-INF], -INF, [0]),
+    ],
+)
+def test_extreme_weights_have_their_value_and_gradient(
+    values: list[float], expected: float, gradient: list[float]
+) -> None:
+    log_w = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    bound = log_mean_exp(log_w)
+    assert bound.item() == pytest.approx(expected, rel=1e-15)
+    (found,) = torch.autograd.grad(bound, log_w)
+    torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([math.nan, 0.0], math.nan), ([math.nan, INF], math.nan), ([INF, 0.0], INF), ([INF, -INF], INF), ([INF], INF)],
+)
+def test_nan_and_infinite_weights_propagate(values: list[float], expected: float) -> None:
+    # A neighbour in the batch is none the worse for it.
+    log_w = torch.stack([torch.tensor(values), torch.zeros(len(values))], dim=1)
+    found = log_mean_exp(log_w)
+    assert found[0].item() == pytest.approx(expected, nan_ok=True)
+    assert found[1] == 0
+
+
+def test_a_dead_column_leaves_the_gradient_of_its_neighbours_alone() -> None:
+    log_w = torch.tensor([[-INF, 1.0], [-INF, 3.0]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_mean_exp(log_w)[1], log_w)
+    expected = special.softmax([1.0, 3.0])
+    np.testing.assert_allclose(gradient.numpy(), np.stack([[0, 0], expected], axis=1), rtol=1e-14)
+
+
+def test_log_mean_exp_has_the_gradient_of_finite_differences() -> None:
+    log_w = normal_log_w(4, 2, 3.0).requires_grad_()
+    assert torch.autograd.gradcheck(log_mean_exp, log_w)
+    assert torch.autograd.gradgradcheck(log_mean_exp, log_w)
+
+
+def test_permutation_and_shape() -> None:
+    log_w = normal_log_w(6, 4, 5.0).view(6, 2, 2)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(log_mean_exp(log_w[order]), log_mean_exp(log_w), rtol=1e-14, atol=1e-14)
+    assert log_mean_exp(log_w).shape == (2, 2)
+    assert log_mean_exp(log_w.float()).dtype == torch.float32
+
+
+# --- normalized weights and effective sample size -------------------------------------------------------------------
+
+
+def test_normalized_weights_are_a_softmax_even_of_nothing() -> None:
+    log_w = torch.tensor([[0.0, -INF, 1e4], [math.log(3), -INF, -INF]], dtype=torch.float64)
+    expected = torch.tensor([[0.25, 0.5, 1.0], [0.75, 0.5, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(normalized_weights(log_w), expected)
+    assert normalized_weights(torch.tensor([[math.nan], [0.0]])).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [([1, 1, 1, 1], 4), ([1, 0, 0, 0], 1), ([1, 1, 0, 0], 2), ([3, 1], 16 / 10), ([7], 1)]
+)
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_effective_sample_size(weights: list[float], expected: float, shift: float) -> None:
+    log_w = torch.tensor(weights, dtype=torch.float64).log()[:, None] + shift
+    assert effective_sample_size(log_w).item() == pytest.approx(expected, rel=1e-11)
+
+
+# --- levels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "levels"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (5, [1, 5]),
+        (7, [1, 7]),
+        (50, [1, 5, 50]),
+        (64, [1, 64]),
+        (75, [1, 5, 75]),
+        (500, [1, 5, 50, 500]),
+        (1000, [1, 5, 50, 500, 1000]),
+        (5000, [1, 5, 50, 500, 5000]),
+    ],
+)
+def test_levels(k: int, levels: list[int]) -> None:
+    assert grid_levels(k) == levels
+
+
+def test_every_level_divides_the_next() -> None:
+    for k in range(1, 2001):
+        levels = grid_levels(k)
+        assert (levels[0], levels[-1]) == (1, k)
+        assert all(b % a == 0 for a, b in pairwise(levels)), (k, levels)
+    with pytest.raises(ValueError, match=r"^k must be >= 1, got 0$"):
+        grid_levels(0)
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+def stream(log_w: Tensor, cut: list[int], block: int = BLOCK) -> dict[str, Tensor]:
+    streaming = StreamingLogWeights(log_w.shape[0], log_w.shape[1], block=block)
+    for piece in log_w.split(cut):
+        streaming.add(piece)
+    results = {f"L_{m}": bound for m, bound in streaming.bounds().items()}
+    results |= {"log_px": streaming.log_px(), "ess": streaming.ess()}
+    return results | {"khat": streaming.khat(), "top": streaming.top_weight()}
+
+
+def cuts(k: int) -> list[list[int]]:
+    blocks, rest = divmod(k, BLOCK)
+    rng = np.random.default_rng(0)
+    found = [[k], [BLOCK] * blocks + [rest] * (rest > 0)]
+    for _ in range(5):
+        sizes: list[int] = []
+        while sum(sizes) < blocks:
+            sizes.append(int(rng.integers(1, blocks - sum(sizes) + 1)))
+        found.append([s * BLOCK for s in sizes] + [rest] * (rest > 0))
+    return found
+
+
+@pytest.mark.parametrize("k", [500, 640, 5000])
+def test_any_cut_gives_the_same_bits(k: int) -> None:
+    log_w = normal_log_w(k, 4, 3.0) - 90
+    one, *others = (stream(log_w, cut) for cut in cuts(k))
+    assert len(one) == len(grid_levels(k)) + 4
+    for other in others:
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("k", [1, 50, 64, 500, 5000])
+@pytest.mark.parametrize("shift", [0.0, -5e3, 5e3])
+def test_streaming_equals_the_direct_computation(k: int, shift: float) -> None:
+    log_w = normal_log_w(k, 3, 2.5, seed=k)
+    found = stream(log_w + shift, cuts(k)[-1] if k > BLOCK else [k])
+    values = log_w.numpy()
+    for m in grid_levels(k):
+        groups = special.logsumexp(values.reshape(k // m, m, 3), axis=1) - math.log(m)
+        np.testing.assert_allclose(found[f"L_{m}"].numpy(), groups.mean(0) + shift, rtol=1e-13, atol=1e-10)
+    weights = special.softmax(values, axis=0)
+    np.testing.assert_allclose(found["ess"].numpy(), 1 / (weights**2).sum(0), rtol=1e-8)
+    np.testing.assert_allclose(found["top"].numpy(), weights.max(0), rtol=1e-8)
+    largest = torch.from_numpy(-np.sort(-values, axis=0)[: tail_size(k) + 1])
+    torch.testing.assert_close(found["khat"], pareto_khat(largest), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_float32_pieces_are_summed_in_float64() -> None:
+    log_w = normal_log_w(5000, 2, 3.0).float()
+    found = stream(log_w, [512] * 9 + [392])
+    expected = special.logsumexp(log_w.double().numpy(), axis=0) - math.log(5000)
+    assert found["log_px"].dtype == torch.float64
+    np.testing.assert_allclose(found["log_px"].numpy(), expected, rtol=1e-14)
+
+
+def test_the_levels_are_ordered_for_every_image_and_prefixes_are_not() -> None:
+    """T4: each level divides the next, so that averages over groups are ordered; prefixes of the samples are not."""
+    k, images = 5000, 200
+    log_w = normal_log_w(k, images, 3.0)
+    bounds = [stream(log_w, [k])[f"L_{m}"] for m in grid_levels(k)]
+    for lower, upper in pairwise(bounds):
+        assert (lower <= upper).all()
+        assert (lower < upper).any()
+    prefixes = [log_mean_exp(log_w[:m]) for m in grid_levels(k)]
+    for shorter, longer in pairwise(prefixes):
+        assert (shorter > longer).sum() > images // 20
+
+
+def test_streaming_survives_dead_weights_and_tells_of_broken_ones() -> None:
+    log_w = torch.zeros(128, 4, dtype=torch.float64)
+    log_w[1:, 0] = -INF
+    log_w[:, 1] = -INF
+    log_w[5, 2] = math.nan
+    found = stream(log_w, [64, 64])
+    assert found["log_px"][0].item() == pytest.approx(-math.log(128))
+    assert found["L_1"][0] == -INF
+    assert found["ess"][0].item() == pytest.approx(1)
+    assert found["top"][0].item() == pytest.approx(1)
+    assert found["log_px"][1] == -INF
+    assert found["log_px"][2].isnan()
+    assert found["ess"][2].isnan()
+    assert found["log_px"][3] == 0
+    assert found["ess"][3].item() == pytest.approx(128)
+    # One weight that carries all is the heaviest of tails; of none, of NaN and of equal weights there is no tail.
+    assert found["khat"][0] > 1
+    assert found["khat"][1:].isnan().all()
+
+
+def test_a_shift_moves_the_bounds_and_nothing_else() -> None:
+    log_w = normal_log_w(500, 5, 2.0)
+    here, there = stream(log_w, [500]), stream(log_w + 1e4, [500])
+    for name, value in here.items():
+        moved = value + 1e4 if name.startswith("L_") or name == "log_px" else value
+        torch.testing.assert_close(there[name], moved, rtol=1e-9, atol=1e-9)
+
+
+def test_a_permutation_leaves_l_k_and_whole_groups_leave_every_level() -> None:
+    log_w = normal_log_w(500, 5, 2.0)
+    rng = np.random.default_rng(0)
+    anyhow = stream(log_w[rng.permutation(500)], [500])
+    in_groups = stream(log_w.view(10, 50, 5)[rng.permutation(10)].reshape(500, 5), [500])
+    here = stream(log_w, [500])
+    for name in ("log_px", "ess", "khat", "top"):
+        torch.testing.assert_close(anyhow[name], here[name], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(anyhow["L_50"], here["L_50"], rtol=1e-6, atol=0)
+    for name, value in here.items():
+        torch.testing.assert_close(in_groups[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_wrong_feeding_is_refused() -> None:
+    streaming = StreamingLogWeights(100, 1, block=64)
+    with pytest.raises(ValueError, match=r"^k must be reached .* 0 of 100 samples"):
+        streaming.log_px()
+    with pytest.raises(ValueError, match=r"^log_w must not exceed 100 samples, got 128"):
+        streaming.add(torch.zeros(128, 1))
+    streaming.add(torch.zeros(10, 1))
+    with pytest.raises(ValueError, match=r"^pieces must start at multiples of 64 samples, got 10"):
+        streaming.add(torch.zeros(10, 1))
+
+
+# --- Pareto k-hat ---------------------------------------------------------------------------------------------------
+
+
+def zhang_stephens(x: np.ndarray) -> float:
+    """Zhang and Stephens 2009 (Technometrics 51, 316-325), section 3, with 30 + sqrt(n) points for 20 + sqrt(n).
+
+    In their parametrization X ~ GPD(k, sigma), F(x) = 1 - (1 - k x / sigma)^(1/k), theta = k / sigma, so that the
+    shape of today's parametrization is -k. The profile likelihood is taken from scipy's density, the weights from
+    their formula 1 / sum_i exp(l_i - l_j), the quartile by its definition.
+    """
+    x = np.sort(x)
+    n = len(x)
+    m = 30 + math.floor(math.sqrt(n))
+    quartile = x[math.floor(n / 4 + 0.5) - 1]
+    theta = np.array([1 / x[-1] + (1 - math.sqrt(m / (j - 0.5))) / (3 * quartile) for j in range(1, m + 1)])
+
+    def their_k(t: float) -> float:
+        return float(-np.log(1 - t * x).mean())
+
+    profile = np.array([stats.genpareto.logpdf(x, -their_k(t), scale=their_k(t) / t).sum() for t in theta])
+    weights = np.array([1 / np.exp(profile - profile[j]).sum() for j in range(m)])
+    shape = -their_k(float((theta * weights).sum()))
+    # The weak prior of Vehtari et al. (2024), appendix: worth 10 observations at 0.5.
+    return (n * shape + 10 * 0.5) / (n + 10)
+
+
+def largest_log_weights(exceedances: np.ndarray, threshold: float = 1.0) -> Tensor:
+    weights = np.append(np.sort(exceedances)[::-1] + threshold, threshold)
+    return torch.from_numpy(np.log(weights))[:, None]
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.0, 0.2, 0.5, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("m", [5, 40, 212])
+def test_khat_is_the_estimate_of_zhang_and_stephens(shape: float, m: int) -> None:
+    x = stats.genpareto.rvs(shape, size=m, random_state=np.random.default_rng(m))
+    assert pareto_khat(largest_log_weights(x)).item() == pytest.approx(zhang_stephens(x), abs=1e-7)
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.0, 0.2, 0.5, 0.7, 1.0, 2.0])
+def test_khat_finds_the_shape_of_known_samples(shape: float) -> None:
+    m, columns = 2000, 20
+    rng = np.random.default_rng(1)
+    x = stats.genpareto.rvs(shape, scale=0.7, size=(columns, m), random_state=rng)
+    found = pareto_khat(torch.cat([largest_log_weights(row) for row in x], dim=1))
+    # The asymptotic sd of the shape is (1 + shape) / sqrt(m); the prior pulls by 10 / m at most.
+    error = (1 + max(shape, 0)) / math.sqrt(m)
+    assert found.mean().item() == pytest.approx(shape, abs=4 * error / math.sqrt(columns) + 0.01)
+    assert 0.5 * error < found.std().item() < 2 * error
+
+
+def test_khat_does_not_see_the_scale_of_the_weights() -> None:
+    x = stats.genpareto.rvs(0.6, size=100, random_state=np.random.default_rng(0))
+    largest = largest_log_weights(x)
+    for shift in (-1e4, 1e3):
+        torch.testing.assert_close(pareto_khat(largest + shift), pareto_khat(largest), rtol=1e-8, atol=0)
+
+
+def test_khat_of_log_normal_weights_rises_with_their_spread() -> None:
+    k = 5000
+    medians = [stream(normal_log_w(k, 50, s), [k])["khat"].median().item() for s in (0.5, 1.0, 2.0, 4.0)]
+    assert medians == sorted(medians)
+    assert medians[0] < 0.5
+    assert medians[-1] > 0.7
+
+
+def test_khat_is_nan_where_there_is_nothing_to_fit() -> None:
+    assert pareto_khat(torch.full((40, 2), -88.0)).isnan().all()
+    assert pareto_khat(torch.tensor([[3.0], [2.0], [1.0], [0.5], [0.0]])).isnan().all()  # four above the threshold
+    assert not pareto_khat(torch.tensor([[3.0], [2.0], [1.0], [0.5], [0.2], [0.0]])).isnan().any()
+    # Undefined columns leave the others alone.
+    x = stats.genpareto.rvs(0.6, size=39, random_state=np.random.default_rng(0))
+    good = largest_log_weights(x)
+    bad = torch.stack([torch.full((40,), 1.0), torch.full((40,), -INF), torch.full((40,), math.nan)], dim=1)
+    found = pareto_khat(torch.cat([bad, good], dim=1).to(torch.float64))
+    assert found[:3].isnan().all()
+    torch.testing.assert_close(found[3:], pareto_khat(good), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("ties", [10, 30, 37])
+def test_khat_of_ties_at_the_threshold_is_a_number_or_nan_never_infinite(ties: int) -> None:
+    log_w = torch.cat([torch.linspace(3, 1, 40 - ties, dtype=torch.float64), torch.zeros(ties)])[:, None]
+    assert not pareto_khat(log_w).isinf().any()
+
+
+@pytest.mark.parametrize(("k", "size"), [(1, 0), (24, 4), (25, 5), (225, 45), (500, 67), (5000, 212)])
+def test_tail_size(k: int, size: int) -> None:
+    assert tail_size(k) == size

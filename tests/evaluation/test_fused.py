@@ -1,0 +1,207 @@
+"""The fast way to log-weights gives what the model gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.core.device import Device
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import KeyedNoise
+from iwae_cli.core.numerics import log_mean_exp
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.fused import FusedScorer, check_bf16
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.evaluation.settings import Evaluation
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import Architecture, LatentVariableModel
+
+SIZES = {
+    "one layer": ([3], [[8, 7]]),
+    "two layers": ([4, 3], [[8, 7], [6]]),
+    "three layers": ([5, 4, 3], [[8], [7, 6], [5]]),
+}
+
+
+def built(architecture: Architecture, pixels: int, weights: float = 1.0) -> LatentVariableModel:
+    """Weights and biases that all matter, ``weights`` times as large as they are at first."""
+    generator = torch.Generator().manual_seed(1)
+    model = architecture.build((pixels,), np.linspace(0.1, 0.9, pixels), generator).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(weights).add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def binary(n: int, pixels: int) -> torch.Tensor:
+    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
+
+
+def both(
+    model: LatentVariableModel, x: torch.Tensor, k: int, rows: int = 10_000, bf16: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log w by the model, and in the fast way."""
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode():
+        plain = model(x.to(dtype), k, KeyedNoise(0, "test", range(len(x)), 0, dtype))
+        fast = FusedScorer(model, rows, bf16).log_weights(
+            x.to(dtype), k, lambda images, start: KeyedNoise(0, "test", images, start, dtype), range(len(x))
+        )
+    return plain, fast
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("pixels", [1, 9, 16, 50])
+@pytest.mark.parametrize("weights", [1.0, 5.0])
+def test_log_weights_are_those_of_the_model(name: str, pixels: int, weights: float) -> None:
+    model = built(GaussianMLP(*SIZES[name]), pixels, weights).double()
+    plain, fast = both(model, binary(5, pixels), 300, rows=128)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_in_float32_they_differ_by_rounding(name: str) -> None:
+    """The error of both against float64 on the same noise: the fast way is as good."""
+    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    plain, fast = both(model, x, 300)
+    exact, _ = both(model.double(), x, 300)
+    assert fast.dtype == torch.float32
+    error = (fast - exact).abs()
+    assert error.max() < 4 * (plain - exact).abs().max() < 1e-6 * exact.abs().max() * 4
+    assert (fast - exact).mean().abs() < 1e-7 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bf16_errs_by_the_rounding_of_the_factors(name: str) -> None:
+    """Eight bits of every weight and every tanh: something else than float32, and next to nothing in L_k."""
+    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    exact, fast = both(model, x, 2000, bf16=True)
+    assert fast.dtype == torch.float32
+    assert (fast - exact).std() > 1e-3
+    shift = log_mean_exp(fast.double()) - log_mean_exp(exact.double())
+    assert shift.abs().max() < 2e-3 * exact.abs().mean()
+
+
+def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
+    """Weights of few bits, and every tanh -1 or 1, by steep slopes; products and sums then round nowhere."""
+    model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
+    head, slope = model.generative.observation.head, model.generative.observation.body[0]
+    with torch.no_grad():
+        slope.weight.mul_(1e6)
+        head.weight.copy_((head.weight * 16).round() / 16)
+        head.bias.copy_((head.bias * 16).round() / 16)
+    plain, fast = both(model, x, 200, bf16=True)
+    assert plain.std() > 1
+    # What is left is the rounding of log w itself, of some tens of nats, in float32.
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> None:
+    """Logits of thousands on the wrong side: no product of probabilities is a number above zero."""
+    model, x = built(GaussianMLP([3], [[8]]), 50).to(dtype), binary(4, 50)
+    with torch.no_grad():
+        for p in model.generative.parameters():
+            p.mul_(2000)
+    plain, fast = both(model, x, 100)
+    assert (plain < -5000).any()
+    torch.testing.assert_close(fast, plain, rtol=1e-5 if dtype == torch.float32 else 1e-11, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 63, 64, 100, 1100])
+@pytest.mark.parametrize("rows", [64, 100, 5000])
+def test_whatever_is_computed_at_once(k: int, rows: int) -> None:
+    model, x = built(GaussianMLP(*SIZES["two layers"]), 9).double(), binary(18, 9)
+    split = Split("test", x, "")
+    plain = log_likelihood(model, split, k=k, seed=3, rows=2000, workers=1, plain=True)
+    fast = log_likelihood(model, split, k=k, seed=3, rows=rows)
+    for name in ("log_px", "ess", "top_weight", "khat"):
+        np.testing.assert_allclose(getattr(fast, name), getattr(plain, name), rtol=1e-9)
+    assert list(fast.bounds) == list(plain.bounds)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GaussianMLP([3], [[8]], likelihood="discretized_logistic"),
+        LinearGaussianModel([2]),
+        SigmoidBeliefNetwork([4]),
+    ],
+)
+def test_what_is_not_known_is_left_to_the_model(other: Architecture) -> None:
+    """Each of these scores in its own way: the fast one would be another number."""
+    assert FusedScorer.fits(built(GaussianMLP([3], [[8]]), 9), binary(3, 9))
+    model = other.build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1), levels=17).eval()
+    assert not FusedScorer.fits(model, binary(3, 9))
+    is_plain(model, binary(3, 9))
+
+
+def test_grey_pixels_are_left_to_the_model() -> None:
+    """They have no sign."""
+    is_plain(built(GaussianMLP([3], [[8]]), 9), torch.rand(3, 9, generator=torch.Generator().manual_seed(3)))
+
+
+def is_plain(model: LatentVariableModel, x: torch.Tensor) -> None:
+    split = Split("test", x, "")
+    plain = log_likelihood(model, split, k=70, seed=0, rows=640, plain=True)
+    assert np.array_equal(plain.log_px, log_likelihood(model, split, k=70, seed=0, rows=640).log_px)
+
+
+def test_the_shift_of_bf16_is_measured_on_some_images() -> None:
+    """Every second batch of eight: of 401 images the first eight, not the next, and so on."""
+    model, x = built(GaussianMLP([2], [[4]]), 9), binary(401, 9)
+    split = Split("test", x, "")
+    rounded = log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
+    exact = log_likelihood(model, split, k=64, seed=0, rows=640)
+    assert rounded.float32 is not None and exact.float32 is None
+    both = np.arange(401) // 8 % 2 == 0
+    assert np.array_equal(np.isnan(rounded.float32), ~both)
+    np.testing.assert_allclose(rounded.float32[both], exact.log_px[both], rtol=1e-6)
+    differences = exact.log_px - rounded.log_px
+    assert (np.abs(differences) > 1e-5).mean() > 0.5
+    summary, reasons = summarize(rounded, 9)
+    assert not reasons
+    assert summary["bf16_shift_images"] == both.sum() == 201
+    assert summary["bf16_shift"] == pytest.approx(differences[both].mean(), abs=1e-6)
+    assert summary["bf16_shift_stderr"] == pytest.approx(differences[both].std(ddof=1) / 201**0.5, rel=1e-2)
+    assert not {key for key in summarize(exact, 9)[0] if "bf16" in key}
+
+
+def test_bf16_is_refused_where_it_cannot_be() -> None:
+    split = Split("test", binary(3, 9), "")
+    linear = LinearGaussianModel([2]).build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1))
+    for model in (linear, built(GaussianMLP([2], [[4]]), 9).double()):
+        with pytest.raises(ValueError, match=r"^bf16 is for Gaussian models of binary pixels in float32 on a CPU$"):
+            log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
+
+
+EVALUATION = {"k": 5, "splits": ["test"], "weights": "last", "seed": 0, "binarization_seed": 0, "rows": 64} | {
+    "workers": None,
+    "validation_k": 1,
+    "validation_every": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "told"),
+    [
+        (GaussianMLP([2], [[4]]), Device("cpu"), None),
+        (GaussianMLP([2], [[4]]), Device("cpu", "float64"), "device.precision=float32"),
+        (GaussianMLP([2], [[4]], likelihood="discretized_logistic"), Device("cpu"), "Gaussian models of binary pixels"),
+        (LinearGaussianModel([2]), Device("cpu"), "Gaussian models of binary pixels"),
+    ],
+)
+def test_the_command_line_is_told_before_any_work(model: Architecture, device: Device, told: str | None) -> None:
+    check_bf16(Evaluation(**EVALUATION), model, device)  # type: ignore[arg-type]
+    asked = Evaluation(**EVALUATION, precision="bf16")  # type: ignore[arg-type]
+    if told is None:
+        check_bf16(asked, model, device)
+    else:
+        with pytest.raises(
+            UserError, match=f"^evaluation.precision=bf16 is for {told}.*; write evaluation.precision=f"
+        ):
+            check_bf16(asked, model, device)

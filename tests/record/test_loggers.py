@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iwae_cli.core.errors import Interrupted, UserError
+from iwae_cli.record.jsonl import JsonlLogger, read_history
+from iwae_cli.record.loggers import FanOut, Logger, Metrics, RunInfo, Status
+
+
+def info(folder: Path) -> RunInfo:
+    return RunInfo(folder=folder, identity="digits-iwae", config={})
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_on_disk_at_once_and_the_table_at_the_end(tmp_path: Path) -> None:
+    sink = JsonlLogger()
+    sink.open(info(tmp_path), [])
+    sink.log(1, {"train/bound": -1 / 3})
+    sink.log(2, {"train/bound": -0.1, "validation/bound": None, "validation/k": 50})
+    assert rows(tmp_path) == [
+        {"step": 1, "train/bound": -1 / 3},
+        {"step": 2, "train/bound": -0.1, "validation/bound": None, "validation/k": 50},
+    ]
+    sink.close("finished")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["step", "train/bound", "validation/bound", "validation/k"],
+            ["1", repr(-1 / 3), "", ""],
+            ["2", "-0.1", "", "50"],
+        ]
+
+
+def test_a_resumed_record_is_exactly_its_history_and_what_follows(tmp_path: Path) -> None:
+    first = JsonlLogger()
+    first.open(info(tmp_path), [])
+    for step in range(1, 6):
+        first.log(step, {"a": step / 7})
+    first.close("interrupted")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "a')  # the writer died here
+
+    assert [step for step, _ in read_history(tmp_path)] == [1, 2, 3, 4, 5]
+    history = read_history(tmp_path, up_to_step=3)
+    assert history == [(1, {"a": 1 / 7}), (2, {"a": 2 / 7}), (3, {"a": 3 / 7})]
+    second = JsonlLogger()
+    second.open(info(tmp_path), history)
+    second.log(4, {"a": 4 / 7})
+    second.close("finished")
+    assert rows(tmp_path) == [{"step": step, "a": step / 7} for step in range(1, 5)]
+
+
+def test_no_record_is_an_empty_one_and_a_line_that_was_altered_is_named(tmp_path: Path) -> None:
+    assert read_history(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nx\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*restart=true"):
+        read_history(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row", ["{}", "[]", "3", '{"step": "2"}', '{"step": 2.5}', '{"step": 2, "a": "x"}', '{"step": 2, "a": NaN}']
+)
+def test_a_row_that_is_none_is_named_with_what_to_do(tmp_path: Path, row: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a row of metrics; remove the line"):
+        read_history(tmp_path, up_to_step=5)
+
+
+def test_a_row_is_on_the_disk_before_a_checkpoint_can_speak_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((tmp_path / "metrics.jsonl").read_bytes())
+
+    sink = JsonlLogger()
+    sink.open(info(tmp_path), [])
+    monkeypatch.setattr("os.fsync", noted)
+    sink.log(1, {"a": 1})
+    assert synced == [b'{"step": 1, "a": 1}\n']
+    sink.close("failed")
+
+
+@pytest.mark.parametrize("metrics", [{"a": float("nan")}, {"a": float("inf")}, {"step": 3}])
+def test_what_cannot_be_kept_is_an_error_and_not_half_a_row(tmp_path: Path, metrics: Metrics) -> None:
+    sink = JsonlLogger()
+    sink.open(info(tmp_path), [])
+    with pytest.raises(ValueError, match=r"a must be finite or null|'step'"):
+        sink.log(1, metrics)
+    sink.close("failed")
+    assert rows(tmp_path) == []
+
+
+class Broken(Logger):
+    """Raises what it is told to, wherever it is told to."""
+
+    def __init__(self, where: str, error: Exception | None = None) -> None:
+        self.where = where
+        self.error = error or RuntimeError("no luck")
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.where:
+            raise self.error
+
+    def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
+        self._call("open")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._call("log")
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._call("image")
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        self._call("histogram")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._call("summary")
+
+    def close(self, status: Status) -> None:
+        self._call("close")
+
+
+class Essential(Broken):
+    essential = True
+
+
+def use(sink: Logger, folder: Path) -> None:
+    sink.open(info(folder), [])
+    for step in (1, 2):
+        sink.log(step, {"a": 1})
+    sink.image(2, "samples", folder / "samples.png")
+    sink.histogram(2, "log_w", [1.0])
+    sink.summary({"nll": 1.0})
+    sink.close("finished")
+
+
+CALLS = ["open", "log", "log", "image", "histogram", "summary", "close"]
+
+
+@pytest.mark.parametrize("where", sorted(set(CALLS)))
+def test_one_failing_sink_stops_neither_the_others_nor_the_run(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, other = Broken(where), Broken("nowhere")
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        use(FanOut([broken, other, JsonlLogger()]), tmp_path)
+    assert other.calls == CALLS
+    assert broken.calls == [*CALLS[: CALLS.index(where) + 1], *(["close"] if where != "close" else [])]
+    assert rows(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 1}]
+    assert (tmp_path / "metrics.csv").exists()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Broken failed and is left out: RuntimeError: no luck"
+    ]
+
+
+@pytest.mark.parametrize("where", sorted(set(CALLS)))
+def test_the_failure_of_the_essential_record_is_the_failure_of_the_run(tmp_path: Path, where: str) -> None:
+    other = Broken("nowhere")
+    with pytest.raises(RuntimeError, match="no luck"):
+        use(FanOut([other, Essential(where)]), tmp_path)
+    # Where the local record could not be written, nothing else may claim to have it.
+    assert other.calls == (CALLS if where == "close" else CALLS[: CALLS.index(where)])
+
+
+def test_a_run_that_ends_in_a_failure_is_finished_nowhere(tmp_path: Path) -> None:
+    class Remote(Broken):
+        def close(self, status: Status) -> None:
+            self.calls.append(status)
+
+    other = Remote("nowhere")
+    sink = FanOut([other, Essential("close")])
+    sink.open(info(tmp_path), [])
+    with pytest.raises(RuntimeError):
+        sink.close("finished")
+    assert other.calls == ["open", "failed"]
+
+
+def test_a_signal_is_not_taken_for_the_failure_of_a_sink(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        use(FanOut([Broken("log", Interrupted(15))]), tmp_path)
+
+
+def test_processes_that_keep_no_record_have_no_sinks(tmp_path: Path) -> None:
+    sink = FanOut([])
+    use(sink, tmp_path)
+    assert sink.sync_command() is None
+    assert list(tmp_path.iterdir()) == []

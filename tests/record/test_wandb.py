@@ -1,0 +1,328 @@
+"""Real runs of wandb's, written offline and read back by wandb's own reader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iwae_cli.record.figures import plot_samples
+from iwae_cli.record.loggers import RunInfo
+from iwae_cli.record.wandb import WandbLogger
+
+ROOT = Path(__file__).resolve().parents[2]
+WANDB = Path(sys.executable).with_name("wandb")
+
+
+def sink(mode: str = "offline", **changed: Any) -> WandbLogger:
+    arguments = {"project": "iwae-test", "entity": None, "group": None, "tags": [], "name": None, **changed}
+    return WandbLogger(mode=mode, **arguments)
+
+
+def info(folder: Path, **changed: Any) -> RunInfo:
+    folder.mkdir(exist_ok=True)
+    config = {"objective": {"_target_": "iwae_cli.objectives.iwae.IWAE", "k": 50}, "sizes": [200, 200], "none": None}
+    return RunInfo(**{"folder": folder, "identity": "digits-one_layer-k50-0a1b2c3d", "config": config, **changed})
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "iwae_cli"]
+
+
+def offline_folders(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    read = subprocess.run(
+        [WANDB, "leet", "inspect", "--json", folder],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in read.stdout.splitlines()]
+
+
+def of_type(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records(folder) if record["type"] == kind]
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Rows as they were logged, without W&B's own columns."""
+    rows = [record["item"] for record in of_type(folder, "history")]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for record in of_type(folder, "summary"):
+        values.update(record["update"])
+    return values
+
+
+def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = tmp_path / "samples.png"
+    plot_samples(picture, np.eye(4)[None])
+    run = sink(tags=["paper"], name="my run")
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run", group="sweep", overrides=["data=digits", "objective.k=50"]), [])
+        run.log(10, {"train/bound": -90.5, "validation/bound": None})
+        run.log(20, {"train/bound": -80.25, "validation/bound": -82.0})
+        run.image(20, "samples", picture)
+        run.histogram(20, "log_w", [-2.0, -1.0, 0.0, float("-inf")])
+        run.summary({"test": {"nll": 81.5, "bounds": {"1": -90.0, "50": -81.5}, "khat": None}, "active_units": [20, 5]})
+        run.close("finished")
+    assert not ours(caplog)
+
+    [folder] = offline_folders(tmp_path / "run")
+    [begun] = of_type(folder, "run")
+    config = {name: value for name, value in begun["config"]["update"].items() if name != "_wandb"}
+    assert config == info(tmp_path / "run").config
+    assert begun["project"] == "iwae-test"
+    assert begun["run_group"] == "sweep"
+    assert begun["job_type"] == "train"
+    assert begun["tags"] == ["paper"]
+    assert begun["display_name"] == "my run"
+    assert begun["notes"] == "data=digits objective.k=50"
+
+    rows = history(folder)
+    assert rows[:2] == [
+        {"step": 10, "train/bound": -90.5},
+        {"step": 20, "train/bound": -80.25, "validation/bound": -82},
+    ]
+    assert {metric.get("glob_name"): metric.get("step_metric") for metric in of_type(folder, "metric")}["*"] == "step"
+
+    assert rows[2]["step"] == 20
+    assert (folder / "files" / rows[2]["samples.path"]).read_bytes() == picture.read_bytes()
+    assert rows[3]["log_w._type"] == "histogram"
+    assert sum(rows[3]["log_w.values"]) == 3, "the finite values, each once"
+    assert rows[3]["log_w.bins"][0] == -2
+    assert rows[3]["log_w.bins"][-1] == 0
+
+    final = summary(folder)
+    assert final["test/nll"] == 81.5
+    assert final["test/bounds/50"] == -81.5
+    assert final["test/khat"] is None
+    assert final["active_units"] == [20, 5]
+    assert [end.get("exit_code", 0) for end in of_type(folder, "exit")] == [0]
+
+
+def test_the_line_to_upload_names_the_folder_from_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "with space"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    run = sink()
+    assert run.sync_command() is None
+    run.open(info(here / "run"), [])
+    run.close("finished")
+    [folder] = offline_folders(here / "run")
+    assert run.sync_command() == f"wandb sync run/wandb/{folder.name}"
+    monkeypatch.chdir(Path(__file__).parent)
+    command = run.sync_command()
+    assert command is not None
+    assert shlex.split(command) == ["wandb", "sync", str(folder)]
+
+
+def test_failed_and_interrupted_runs_say_so_and_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
+    open_together = sink(), sink(group="mine")
+    statuses = "failed", "interrupted"
+    for i, run in enumerate(open_together):
+        run.open(info(tmp_path / f"run{i}", identity=f"run{i}", group="sweep"), [])
+    for i, run in enumerate(open_together):
+        run.log(1, {"a": i})
+    for run, status in zip(open_together, statuses, strict=True):
+        run.close(status)
+    begun = []
+    for i in range(2):
+        [folder] = offline_folders(tmp_path / f"run{i}")
+        assert history(folder) == [{"step": 1, "a": i}]
+        assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
+        begun += of_type(folder, "run")
+    assert begun[0]["run_id"] != begun[1]["run_id"]
+    assert [run["run_group"] for run in begun] == ["sweep", "mine"]
+    assert [run["display_name"] for run in begun] == ["run0", "run1"]
+
+
+def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> None:
+    first = sink()
+    first.open(info(tmp_path / "run"), [])
+    for step in (1, 2, 3):
+        first.log(step, {"a": step / 7})
+    first.close("interrupted")
+    # At once: within the second that names the folder.
+    second = sink()
+    second.open(info(tmp_path / "run"), [(1, {"a": 1 / 7}), (2, {"a": 2 / 7})])
+    second.log(3, {"a": 3 / 7})
+    second.close("finished")
+
+    old, new = sorted(offline_folders(tmp_path / "run"), key=lambda folder: folder.stat().st_ctime_ns)
+    assert new.name in (second.sync_command() or "")
+    assert history(new) == [{"step": step, "a": pytest.approx(step / 7, rel=1e-15)} for step in (1, 2, 3)]
+    assert of_type(old, "run")[0]["run_id"] == of_type(new, "run")[0]["run_id"]
+
+
+def test_disabled_does_nothing(tmp_path: Path) -> None:
+    run = sink("disabled")
+    run.open(info(tmp_path / "run"), [(1, {"a": 1})])
+    run.log(2, {"a": 2})
+    run.image(2, "samples", tmp_path / "missing.png")
+    run.histogram(2, "log_w", [1.0])
+    run.summary({"a": 1})
+    run.close("finished")
+    assert run.sync_command() is None
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_error_of_wandb_is_one_warning_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run"), [])
+        run.log(1, {"a": 1})
+        run.image(1, "samples", tmp_path / "missing.png")
+        run.log(2, {"a": 2})
+        run.summary({"a": 1})
+        run.close("failed")
+    [warning] = ours(caplog)
+    assert warning.startswith("W&B: could not log at step 1 (")
+    assert "\n" not in warning
+    [folder] = offline_folders(tmp_path / "run")
+    assert history(folder) == [{"step": 1, "a": 1}]
+    assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
+
+
+def test_a_run_that_cannot_begin_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wandb").write_text("in the way")
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(folder), [(1, {"a": 1})])
+        run.log(2, {"a": 2})
+        run.close("finished")
+    [warning] = ours(caplog)
+    assert warning.startswith("W&B: could not begin (")
+    assert run.sync_command() is None
+
+
+def test_only_the_end_waits_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_begin, init = threading.Event(), WandbLogger._init
+
+    def slow(*arguments: Any) -> Any:
+        assert may_begin.wait(10)
+        return init(*arguments)
+
+    monkeypatch.setattr(WandbLogger, "_init", slow)
+    run = sink()
+    row: dict[str, float | None] = {"a": 2}
+    run.open(info(tmp_path / "run"), [(1, {"a": 1})])
+    run.log(2, row)
+    row["a"] = 3
+    assert not offline_folders(tmp_path / "run")
+    may_begin.set()
+    run.close("finished")
+    [folder] = offline_folders(tmp_path / "run")
+    assert history(folder) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}]
+
+
+def test_the_end_does_not_wait_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr("iwae_cli.record.wandb.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(WandbLogger, "_begin", lambda *_: may_end.wait(60))
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run"), [])
+        run.close("finished")
+    assert ours(caplog) == ["W&B: did not finish within 0.1 s and was left behind"]
+    assert run.sync_command() is None
+    may_end.set()
+
+
+def test_an_empty_variable_is_one_that_is_not_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("WANDB_MODE", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_API_KEY", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(variable, "")
+    run = sink()
+    with caplog.at_level(logging.WARNING, "iwae_cli"):
+        run.open(info(tmp_path / "run"), [])
+        run.log(1, {"a": 1})
+        run.close("finished")
+    assert not ours(caplog)
+    [folder] = offline_folders(tmp_path / "run")
+    assert history(folder) == [{"step": 1, "a": 1}]
+
+
+ONLINE = """
+import logging, sys
+from pathlib import Path
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from iwae_cli.record.loggers import RunInfo
+from iwae_cli.record.wandb import WandbLogger
+folder = Path(sys.argv[1])
+folder.mkdir()
+run = WandbLogger(mode="online", project="iwae-test", entity=None, group=None, tags=[], name=None)
+run.open(RunInfo(folder=folder, identity="x", config={"k": 5}), [])
+run.log(1, {"a": 1})
+run.close("finished")
+print(run.sync_command())
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    # A port of this machine that nothing listens on: no network, in a moment and without one.
+    [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}],
+    ids=["no key and no terminal", "no network"],
+)
+def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, environment: dict[str, str]) -> None:
+    folder = tmp_path / "run"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE, folder],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert time.monotonic() - began < 30
+    warning, command = done.stdout.splitlines()
+    assert warning.startswith("W&B: cannot go online (")
+    assert warning.endswith("recording offline instead")
+    assert done.stderr == ""
+    [offline] = offline_folders(folder)
+    assert command.endswith(offline.name)
+    assert history(offline) == [{"step": 1, "a": 1}]
+    assert not list((folder / "wandb").glob("run-*")), "what the attempt left behind is gone"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"project": "a/b"}, "project must have"),
+        ({"project": ""}, "project must have"),
+        ({"entity": ""}, "entity must have"),
+        ({"group": "g" * 129}, "group must have"),
+        ({"name": ""}, "name must have"),
+        ({"tags": ["ok", ""]}, "tags must have"),
+    ],
+)
+def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sink(**changed)

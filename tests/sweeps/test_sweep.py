@@ -1,0 +1,316 @@
+"""A sweep ends as one table whatever stops it, and its numbers do not depend on order, launcher or processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders
+
+from iwae_cli.cli.train import train
+from iwae_cli.core.device import Device
+from iwae_cli.core.errors import RunFailed
+from iwae_cli.core.files import RunLock
+from iwae_cli.runs.experiment import Experiment
+from iwae_cli.sweeps.sweep import Planned, Sweep
+
+QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    there = importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(f"hydra_plugins.{module}")
+    return pytest.mark.skipif(not there, reason=f"{module} is not installed: it is an extra")
+
+
+ENGINES = [
+    pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], id="joblib"),
+    pytest.param(["hydra/launcher=submitit_local"], id="submitit", marks=needs("hydra_submitit_launcher")),
+    pytest.param(
+        ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"], id="ray", marks=needs("hydra_ray_launcher")
+    ),
+]
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "iwae_cli", "-m", *last_of_each(*overrides)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def sweep_of(output_dir: Path) -> dict[str, Any]:
+    (path,) = output_dir.glob("sweeps/*/sweep.json")
+    value: dict[str, Any] = read_json(path)
+    for job in value["jobs"]:
+        if "folder" in job:
+            job["path"] = (path.parent / job["folder"]).resolve()
+    return value
+
+
+def statuses(output_dir: Path) -> list[str]:
+    return [job["status"] for job in sweep_of(output_dir)["jobs"]]
+
+
+def running(output_dir: Path, since: float, step: int = 0) -> list[dict[str, Any]]:
+    """Records of the jobs at work that have come to a step."""
+    found = []
+    for path in output_dir.glob("sweeps/*/jobs/[!.]*.json"):
+        record = json.loads(path.read_text()) if path.stat().st_mtime > since else {}
+        if record.get("status") == "running" and "folder" in record:
+            metrics = path.parent.parent / record["folder"] / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_mtime > since and len(metrics.read_text().splitlines()) >= step:
+                found.append(record)
+    return found
+
+
+def wait_for(process: subprocess.Popen[str], output_dir: Path, jobs: int, since: float = 0.0) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if len(found := running(output_dir, since, step=1)) >= jobs:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("nothing happened for two minutes")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], dict[int, BaseException]]:
+    """Runs that only note that they happened, or raise what is put under their seed."""
+    seen: list[int] = []
+    raising: dict[int, BaseException] = {}
+
+    def pretend(self: Experiment) -> dict[str, Any]:
+        seen.append(self.seed)
+        if self.seed in raising:
+            raise raising[self.seed]
+        return {"validation": {"nll": float(self.seed)}}
+
+    monkeypatch.setattr(Experiment, "run", pretend)
+    return seen, raising
+
+
+def test_the_folder_says_what_was_asked_for_and_how_it_stands(runs: Any, tmp_path: Path, capsys: Any) -> None:
+    runs[1][1] = RunFailed("it diverged")
+    runs[1][2] = ZeroDivisionError("a bug")
+    assert train(["-m", "seed=0,1,2", "objective.k=1", "output_dir=there", "on_error=continue"]) == 1
+    sweep = sweep_of(Path("there"))
+    assert sweep["command"].startswith("iwae-train -m seed=0,1,2")
+    assert (sweep["launcher"], sweep["sweeper"]) == ("basic", "basic")
+    assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed", "failed"]
+    assert [job["error"] for job in sweep["jobs"]] == [None, "it diverged", "a bug"]
+    for seed, job in enumerate(sweep["jobs"]):
+        assert job["overrides"] == [f"seed={seed}", "objective.k=1", "output_dir=there"]
+        assert job["path"] == (tmp_path / "there" / job["identity"]).resolve()
+        assert job["identity"].startswith(f"digits-one_layer-iwae-k1-seed{seed}-")
+    out, err = capsys.readouterr()
+    assert "1 finished, 2 failed" in out and "it diverged" in out
+    assert err.splitlines()[-1] == "iwae-train: not all runs are finished: 2 failed"
+
+
+def test_what_becomes_of_a_sweep_is_no_part_of_a_run(tmp_path: Path) -> None:
+    one = finished(tmp_path / "a", *QUICK)
+    other = finished(tmp_path / "b", *QUICK, "on_error=stop")
+    assert one.name == other.name and bits(one) == bits(other)
+    assert "on_error" not in (other / "config.yaml").read_text() + (other / "overrides.yaml").read_text()
+
+
+def test_stop_at_the_first_error(runs: Any, capsys: Any) -> None:
+    seen, raising = runs
+    raising[1] = RunFailed("it diverged")
+    assert train(["-m", "seed=0,1,2", "on_error=stop"]) == 1
+    assert seen == [0, 1] and statuses(Path("outputs")) == ["finished", "failed", "pending"]
+    assert "job 1 (seed=1) failed: it diverged" in capsys.readouterr().err
+    raising.clear()
+    assert train(["-m", "seed=0,1,2"]) == 0, "the same sweep, however it deals with errors"
+    assert statuses(Path("outputs")) == ["finished"] * 3
+    assert train(["-m", "seed=0,1,2", "on_error=stopp"]) == 2
+    assert "on_error must be one of continue, stop, got stopp; did you mean stop?" in capsys.readouterr().err
+
+
+def test_the_table_says_what_is_scored_and_breaks_no_name(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+
+    def table(*scores: dict[str, Any]) -> list[str]:
+        place = tmp_path / str(len(scores))
+        names = [f"a_data_set-a_model-an_objective-k50-seed{seed}-0123abcd" for seed in range(len(scores))]
+        for name, score in zip(names, scores, strict=True):
+            (place / name / "evaluations" / "e").mkdir(parents=True)
+            (place / name / "evaluations" / "e" / "result.json").write_text(json.dumps(score))
+        planned = [Planned([f"seed={i}", "batch_size=20"], place / name, "e") for i, name in enumerate(names)]
+        Sweep(place / "sweeps" / "s", planned, {}, False).run(lambda: None)
+        out = capsys.readouterr().out
+        assert all(name in out for name in names)
+        lines: list[str] = out.splitlines()
+        return lines[lines.index("s") + 1 :]
+
+    def score(nll: float, split: str = "test", k: int = 5000) -> dict[str, Any]:
+        return {split: {"nll": nll, "k": k}}
+
+    head, first, second, *_ = table(score(86.0), score(85.5))
+    assert head.split() == ["job", "overrides", "status", "NLL_5000", "test", "run"]
+    assert first.split()[:4] == ["0", "seed=0", "finished", "86.00"] and second.split()[3] == "85.50"
+    head, first, second, third, *_ = table(score(86.0), score(85.5, "validation"), score(84.0, k=50))
+    assert "NLL_50 test, NLL_5000 test, NLL_5000 validation" in head
+    assert "86.00 (NLL_5000 test)" in first and "85.50 (NLL_5000 validation)" in second
+    assert "84.00 (NLL_50 test)" in third
+
+
+def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any) -> None:
+    assert train(["-m", "objective.k=5,0"]) == 2
+    assert runs[0] == [] and os.listdir() == []
+    assert "objective.k must be >= 1, got 0" in capsys.readouterr().err
+
+
+def test_two_sweeps_share_a_run_and_the_order_of_jobs_does_not_matter(tmp_path: Path) -> None:
+    up, down = tmp_path / "up", tmp_path / "down"
+    assert run("-m", "seed=0,1", *QUICK, f"output_dir={up}")[0] == 0
+    before = {folder.name: (folder / "checkpoint.pt").stat().st_mtime_ns for folder in run_folders(up)}
+    code, out, _ = run("-m", "seed=1,2", *QUICK, f"output_dir={up}")
+    assert code == 0 and "2 finished" in out
+    after = {folder.name: (folder / "checkpoint.pt").stat().st_mtime_ns for folder in run_folders(up)}
+    assert len(before) == 2 and len(after) == 3 and before.items() <= after.items()
+    assert len(list(up.glob("sweeps/*/sweep.json"))) == 2
+    assert run("-m", "seed=1,0", *QUICK, f"output_dir={down}")[0] == 0
+    assert len(run_folders(down)) == 2 and all(bits(folder) == bits(up / folder.name) for folder in run_folders(down))
+
+
+def test_a_sweep_waits_for_a_run_that_somebody_else_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iwae_cli.cli.train.LOCKED_SECONDS", 0.1)
+    folder = finished(tmp_path, *QUICK)
+    lock = RunLock(folder)
+    lock.__enter__()
+    monkeypatch.setattr("iwae_cli.cli.train.time.sleep", lambda seconds: lock.__exit__(None, None, None))
+    code, _, err = run("-m", "seed=0", *QUICK, f"output_dir={tmp_path}")
+    assert code == 0 and "waiting:" in err and str(os.getpid()) in err
+
+
+def test_the_same_sweep_twice_at_once(tmp_path: Path, runs: Any) -> None:
+    assert train(["-m", "seed=0,1"]) == 0
+    (folder,) = Path("outputs/sweeps").iterdir()
+    with RunLock(folder):
+        assert train(["-m", "seed=0,1"]) == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path) -> None:
+    """Also where one job fails: it is told here, where it was asked for, and the others are finished."""
+    reference = finished(tmp_path / "one", *QUICK, "logger=offline")
+    place = tmp_path / "many"
+    process = start("seed=0", "optimizer.lr=0.001,1e30", *QUICK, "logger=offline", *engine, f"output_dir={place}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    sweep = sweep_of(place)
+    assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed"], err
+    assert "1 finished, 1 failed" in out and err.count("diverged in pass 1") == 1
+    assert "job 1 (seed=0 optimizer.lr=1e+30 " in err
+    assert bits(sweep["jobs"][0]["path"]) == bits(reference)
+    for job in sweep["jobs"]:
+        (record,) = (job["path"] / "wandb").glob("offline-run-*")
+        line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+        told = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert sweep["group"] in told.stdout, told
+        (ended,) = (entry["exit"] for entry in map(json.loads, told.stdout.splitlines()) if entry["type"] == "exit")
+        assert (ended.get("exit_code", 0) == 0) == (job["status"] == "finished")
+
+
+@pytest.mark.parametrize("engine", [pytest.param([], id="basic"), *ENGINES])
+def test_killed_and_stopped_a_sweep_goes_on_by_the_same_command(engine: list[str], tmp_path: Path) -> None:
+    """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left."""
+    # Side by side, the first has to last until the second has begun.
+    passes = 30 if engine else 15
+    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "evaluation.validation_every=40"]
+    line += [*engine, f"output_dir={tmp_path}"]
+    process, since, left = start(*line), 0.0, 2
+    if engine and "ray" not in engine[0]:
+        os.kill(wait_for(process, tmp_path, 1)[0]["pid"], signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+        left = 2 - statuses(tmp_path).count("finished")
+        assert process.returncode == 1 and "killed" in statuses(tmp_path), (out, err)
+        assert "the launcher gave up" in err and "Traceback" not in err
+        assert left == 1 or "submitit" not in engine[0], "jobs of submitit stand alone"
+        since, process = time.time(), start(*line)
+    jobs = wait_for(process, tmp_path, left if engine else 1, since)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, (out, err)
+    assert "Traceback" not in err and "interrupted" in out
+    stopped = [tmp_path / Path(record["folder"]).name for record in jobs]
+    assert all(read_json(folder / "status.json")["status"] == "interrupted" for folder in stopped)
+    steps = {folder: torch.load(folder / "checkpoint.pt")["step"] for folder in stopped}
+    assert all(0 < step < passes * 65 for step in steps.values())
+    again = start(*line)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0 and statuses(tmp_path) == ["finished", "finished"], err
+    for folder in run_folders(tmp_path):
+        assert f"begin at step {steps.get(folder, 0)} of" in (folder / "train.log").read_text()
+
+
+@needs("hydra_ray_launcher")
+def test_ray_begins_a_lost_job_again(tmp_path: Path) -> None:
+    (ray,) = (engine.values[0] for engine in ENGINES if engine.id == "ray")
+    line = ["seed=0,1", *QUICK, "schedule.passes=20", "batch_size=20", *ray, f"output_dir={tmp_path}"]
+    process = start(*line)
+    os.kill(wait_for(process, tmp_path, 1)[0]["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and statuses(tmp_path) == ["finished"] * 2, (out, err)
+
+
+@needs("hydra_submitit_launcher")
+def test_a_preempted_job_saves_its_state_and_is_queued_again(tmp_path: Path) -> None:
+    line = ["seed=0", *QUICK, "schedule.passes=60", "batch_size=20", "hydra/launcher=submitit_local"]
+    process = start(*line, f"output_dir={tmp_path}")
+    (record,) = wait_for(process, tmp_path, 1)
+    os.kill(record["pid"], signal.SIGUSR2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, (out, err)
+    (folder,) = run_folders(tmp_path)
+    log = (folder / "train.log").read_text()
+    first, second = (entry for entry in log.splitlines() if "begin at step" in entry)
+    assert "begin at step 0 of" in first and "begin at step 0 of" not in second
+    assert "interrupted by signal 12" in log
+    undisturbed = finished(tmp_path / "alone", "seed=0", *QUICK, "schedule.passes=60", "batch_size=20")
+    assert bits(undisturbed) == bits(folder)
+
+
+def test_gpus_are_dealt_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    dealt = []
+    for number in range(5):
+        device = Device("auto")
+        device.assign_gpu(number)
+        dealt.append(str(device.resolve()))
+    assert dealt == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cuda:1"]
+    on_cpu = Device("cpu")
+    on_cpu.assign_gpu(1)
+    assert str(on_cpu.resolve()) == "cpu"
+
+
+def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iwae_cli.cli.compose import workers_each
+
+    joblib = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs": 4}
+    basic = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+    ray = {"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}
+    local = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"}
+    assert workers_each({"launcher": joblib, "sweeper": {}}, 12, 16) == 4
+    assert workers_each({"launcher": joblib, "sweeper": {}}, 2, 16) == 8
+    assert workers_each({"launcher": joblib, "sweeper": {"n_jobs": 3}}, None, 16) == 5
+    assert workers_each({"launcher": joblib, "sweeper": {}}, 12, 2) == 1
+    assert workers_each({"launcher": local, "sweeper": {}}, 8, 16) == 2
+    assert workers_each({"launcher": ray, "sweeper": {}}, 8, 16) == 3
+    assert workers_each({"launcher": basic, "sweeper": {}}, 8, 16) is None

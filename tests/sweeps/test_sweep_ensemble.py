@@ -1,0 +1,273 @@
+"""``hydra/launcher=batched``: jobs that train together are the runs that they are alone, but for rounding."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import TINY, bits, last_of_each, read_json, run, run_folders
+
+from iwae_cli.core.files import RunLock
+from iwae_cli.runs.experiment import Experiment
+from iwae_cli.sweeps import ensemble as together
+from iwae_cli.training import ensemble as batched
+from iwae_cli.training.steps.compiled import CannotCompileError
+
+BATCHED = "hydra/launcher=batched"
+QUICK = (*TINY, "evaluation.k=5")
+
+
+def sweep(output_dir: Path, *overrides: str) -> tuple[int, str, str]:
+    return run("-m", *QUICK, *overrides, f"output_dir={output_dir}")
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return checkpoint
+
+
+def jobs_of(output_dir: Path) -> list[dict[str, Any]]:
+    (path,) = output_dir.glob("sweeps/*/sweep.json")
+    jobs: list[dict[str, Any]] = read_json(path)["jobs"]
+    return [job | {"path": (path.parent / job["folder"]).resolve()} for job in jobs]
+
+
+def at_once(output_dir: Path) -> list[int]:
+    """How many runs trained together with each one, and itself."""
+    return sorted(loaded(folder)["plan"]["runs_at_once"] for folder in run_folders(output_dir))
+
+
+def test_the_numbers_are_those_of_each_alone(tmp_path: Path) -> None:
+    """Of several seeds and objectives."""
+    line = ["seed=0,1", "objective=iwae,dreg"]
+    assert sweep(tmp_path / "alone", *line)[0] == 0
+    code, out, err = sweep(tmp_path / "together", *line, "logger=offline", BATCHED)
+    assert code == 0, err
+    assert "4 finished" in out and "training 4 runs" in err
+    folders = run_folders(tmp_path / "together")
+    assert [folder.name for folder in folders] == [folder.name for folder in run_folders(tmp_path / "alone")]
+    for folder in folders:
+        other = tmp_path / "alone" / folder.name
+        mine, theirs = loaded(folder), loaded(other)
+        torch.testing.assert_close(mine["model"], theirs["model"], rtol=1e-3, atol=1e-5)
+        assert mine["plan"]["runs_at_once"] == 4 and theirs["plan"]["runs_at_once"] == 1
+        result, expected = read_json(folder / "result.json"), read_json(other / "result.json")
+        assert result["test"]["nll"] == pytest.approx(expected["test"]["nll"], abs=1e-3)
+        assert result["device"]["train_runs_at_once"] == 4 and expected["device"]["train_runs_at_once"] == 1
+        rows, expected_rows = [
+            [json.loads(row) for row in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, other)
+        ]
+        assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
+        for row, expected_row in zip(rows, expected_rows, strict=True):
+            assert row == pytest.approx(expected_row, rel=1e-5)
+        assert {path.name for path in folder.iterdir()} == {"wandb", *(path.name for path in other.iterdir())}
+    (record,) = (folder / "wandb").glob("offline-run-*")
+    told = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    text = subprocess.run(told, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    history = [entry for entry in map(json.loads, text.splitlines()) if entry["type"] == "history"]
+    assert len(history) >= len(rows), "the record of the training is in W&B too"
+
+
+def test_one_that_fails_is_told_at_once_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    ended = together.Runner.ended
+
+    def spy(self: Any, error: BaseException, *rest: Any) -> BaseException:
+        seen.append(f"{error} at step {self.state.step} of {self.trainer.total_steps}")
+        return ended(self, error, *rest)
+
+    monkeypatch.setattr(together.Runner, "ended", spy)
+    code, out, err = sweep(tmp_path, "seed=0,1", "optimizer.lr=0.001,1e30", "logger=offline", BATCHED)
+    assert code == 1 and "2 finished, 2 failed" in out
+    assert err.count("diverged in pass 1") == 2 and "has no row" not in err
+    assert len(seen) == 2 and all("at step 13 of 26" in text for text in seen), seen
+    for job in jobs_of(tmp_path)[:2]:
+        failed = "optimizer.lr=1e+30" in job["overrides"]
+        assert read_json(job["path"] / "status.json")["status"] == ("failed" if failed else "finished")
+        (record,) = (job["path"] / "wandb").glob("offline-run-*")
+        told = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+        text = subprocess.run(told, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+        (exit_record,) = (entry["exit"] for entry in map(json.loads, text.splitlines()) if entry["type"] == "exit")
+        assert (exit_record.get("exit_code", 0) == 0) != failed
+
+
+@pytest.mark.parametrize("how", ["a disk that is full", "no graph of those that are left"])
+def test_what_happens_to_one_does_not_hurt_the_others(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    on_pass, step = together.Runner.on_pass, batched.batched_step
+
+    def fails(self: Any, step: int, metrics: Any) -> None:
+        if self.experiment.seed == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder.path / "metrics.jsonl"))
+        on_pass(self, step, metrics)
+
+    def built_once(lanes: Any, machine_code: bool) -> Any:
+        built.append(len(lanes))
+        if len(built) > 1 and how.startswith("no graph"):
+            raise CannotCompileError("no compiler any more")
+        return step(lanes, machine_code)
+
+    monkeypatch.setattr(together.Runner, "on_pass", fails)
+    monkeypatch.setattr(batched, "batched_step", built_once)
+    code, out, err = sweep(tmp_path, "seed=0,1,2", BATCHED)
+    assert code == 1 and "2 finished, 1 failed" in out and built == [3, 2], err
+    assert err.count("cannot be written to (No space left on device") == 1 and "Traceback" not in err, err
+    assert ("train one after the other from here on: no compiler any more" in err) == how.startswith("no graph")
+    for folder in run_folders(tmp_path):
+        if "seed1" not in folder.name:
+            log = (folder / "train.log").read_text()
+            if how.startswith("no graph"):
+                assert "at step 13 after" in log and "to go on alone" in log and "begin at step 13 of 26" in log
+                at_once = "3 until step 13, then 2 until step 13, then 1"
+            else:
+                at_once = "3 until step 13, then 2"
+            assert loaded(folder)["plan"]["runs_at_once"] == at_once
+
+
+def test_a_folder_that_cannot_be_gone_on_with_is_told_when_its_turn_comes(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0", "schedule.passes=1")[0] == 0
+    (folder,) = run_folders(tmp_path)
+    for file in ("result.json", "status.json"):
+        (folder / file).unlink()
+    state = loaded(folder)
+    torch.save(state | {"step": 0, "data_sha256": "of other data"}, folder / "checkpoint.pt")
+    code, out, err = sweep(tmp_path, "seed=0,1,2", "schedule.passes=1", BATCHED)
+    assert code == 1 and "training 2 runs" in err and "1 failed" in out and "2 finished" in out, out[-900:]
+    assert err.count("the files of digits are not those that") == 1
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+    for folder in run_folders(tmp_path):
+        (folder / "checkpoint.pt").unlink()
+    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
+    assert code == 0 and "training" not in err
+    assert not any((folder / "checkpoint.pt").exists() for folder in run_folders(tmp_path))
+
+
+def test_a_signal_is_heard_before_anything_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+    load = Experiment.load
+
+    def signalled(self: Experiment) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    monkeypatch.setattr(Experiment, "load", signalled)
+    code, out, _ = sweep(tmp_path, "seed=0,1", "evaluation.k=6", BATCHED)
+    assert code == 143 and "2 pending" in out
+
+
+def test_stop_at_the_first_error(tmp_path: Path) -> None:
+    line = ["seed=0,1", "optimizer.lr=0.001,1e30", BATCHED]
+    code, out, err = sweep(tmp_path, *line, "on_error=stop")
+    assert code == 1 and "2 interrupted, 2 failed" in out, err
+    assert [job["status"] for job in jobs_of(tmp_path)] == ["interrupted", "failed"] * 2
+    stopped = [job["path"] for job in jobs_of(tmp_path) if job["status"] == "interrupted"]
+    assert [loaded(folder)["step"] for folder in stopped] == [13, 13]
+    assert {read_json(folder / "status.json")["status"] for folder in stopped} == {"interrupted"}
+
+
+def test_what_can_train_together(tmp_path: Path) -> None:
+    code, _, err = sweep(tmp_path, "seed=0,1", "objective.k=1,3", BATCHED)
+    assert code == 0 and err.count("training 2 runs") == 2, err
+    assert at_once(tmp_path) == [2] * 4
+
+
+@pytest.mark.parametrize("line", [["seed=0", "objective.k=2,3"], ["seed=0,1", "training.backward=roulette"]])
+def test_what_cannot_trains_as_ever(line: list[str], tmp_path: Path) -> None:
+    assert sweep(tmp_path / "one", *line)[0] == 0
+    code, _, err = sweep(tmp_path / "other", *line, BATCHED)
+    assert code == 0 and "training 2 runs" not in err
+    for folder in run_folders(tmp_path / "one"):
+        assert bits(folder) == bits(tmp_path / "other" / folder.name)
+
+
+def test_where_they_cannot_be_mapped_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise CannotCompileError("no rule for aten.mine")
+
+    monkeypatch.setattr(together, "train_batched", fail)
+    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
+    assert code == 0 and "these runs train one after the other from here on: no rule for aten.mine" in err
+    assert at_once(tmp_path) == [1, 1]
+
+
+def test_a_run_that_somebody_else_has_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep(tmp_path / "first", "seed=0,1,2", BATCHED)[0] == 0
+    held = tmp_path / "second" / run_folders(tmp_path / "first")[0].name
+    held.mkdir(parents=True)
+    lock = RunLock(held)
+    lock.__enter__()
+    monkeypatch.setattr("iwae_cli.cli.train.time.sleep", lambda seconds: lock.__exit__(None, None, None))
+    code, _, err = sweep(tmp_path / "second", "seed=0,1,2", BATCHED)
+    assert code == 0 and "waiting:" in err and "training 2 runs" in err
+    assert at_once(tmp_path / "second") == [1, 2, 2]
+
+
+def test_finished_it_is_not_repeated_and_restarted_it_is_begun_once(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+    before = {folder.name: bits(folder) for folder in run_folders(tmp_path)}
+    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
+    assert code == 0 and "training" not in err
+    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED, "restart=true")
+    assert code == 0 and err.count("training 2 runs") == 1, err
+    assert {folder.name for folder in run_folders(tmp_path)} == {*before, *(f"{name}.old-1" for name in before)}
+    assert {name: bits(tmp_path / name) for name in before} == before
+
+
+def test_a_search_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    code, _, err = run("-m", "hydra/sweeper=optuna", "seed=0,1", BATCHED, f"output_dir={tmp_path}")
+    assert code == 2 and "a search decides its jobs as it goes" in err
+
+
+DYING = """
+import os, signal, sys
+from iwae_cli.cli import train as cli
+from iwae_cli.runs import runner
+
+def on_step(self, step):
+    if step == 17 and self.experiment.seed == {seed}:
+        os.kill(os.getpid(), signal.{signal})
+runner.Runner.on_step = on_step
+from iwae_cli.training import ensemble as batched
+batched.SAVE_EVERY_SECONDS = {every}
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_by_anything_it_goes_on(died: signal.Signals, tmp_path: Path) -> None:
+    """Stopped while the second of two ends a step: the first has ended it, and waits for the next."""
+    code = DYING.format(seed=1, signal=died.name, every=-1.0 if died == signal.SIGKILL else 30.0)
+    assert sweep(tmp_path / "whole", "seed=0,1", BATCHED)[0] == 0
+    line = last_of_each("-m", *QUICK, "seed=0,1", BATCHED, f"output_dir={tmp_path / 'stopped'}")
+    process = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300)
+    folders = run_folders(tmp_path / "stopped")
+    steps = [loaded(folder)["step"] for folder in folders]
+    if died == signal.SIGKILL:
+        assert process.returncode == -died and steps == [17, 16], process.stderr
+    else:
+        assert process.returncode == 143 and steps == [17, 17], process.stderr
+        assert [job["status"] for job in jobs_of(tmp_path / "stopped")] == ["interrupted"] * 2
+    exit_code, _, err = sweep(tmp_path / "stopped", "seed=0,1", BATCHED)
+    assert exit_code == 0, err
+    for folder in folders:
+        whole = tmp_path / "whole" / folder.name
+        if died == signal.SIGKILL:
+            # At different steps they cannot train together: each goes on alone, and says what that means.
+            assert "resuming is not exact: runs_at_once were 2 and are 1" in (folder / "train.log").read_text()
+            torch.testing.assert_close(loaded(folder)["model"], loaded(whole)["model"], rtol=1e-3, atol=1e-5)
+        else:
+            assert bits(folder) == bits(whole)

@@ -1,0 +1,82 @@
+"""A search looks at the validation split, takes failures as they come, and goes on after anything."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from small_runs import TINY, run, run_folders
+from test_sweep import needs, start, statuses, sweep_of, wait_for
+
+from iwae_cli.cli.train import train
+
+LINE = (*TINY, "schedule.passes=1", "evaluation.k=5", "evaluation.splits=[validation]", "hydra/sweeper=optuna")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.skipif(not needs("hydra_optuna_sweeper").args[0], reason="optuna is installed")
+def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["-m", "hydra/sweeper=optuna"], ["experiment=sweeps/search"]):
+        assert train(argv) == 2
+        said = "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n"
+        assert capsys.readouterr().err == said and os.listdir() == []
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path: Path) -> None:
+    place, lr = f"output_dir={tmp_path}", "optimizer.lr=tag(log,interval(1e-4,1e-2))"
+    done = start(*LINE, lr, "hydra.sweeper.n_trials=2", place)
+    assert done.wait(300) == 0, done.communicate()
+    assert statuses(tmp_path) == ["finished"] * 2
+    more = start(*LINE, lr, "hydra.sweeper.n_trials=3", place)
+    assert more.wait(300) == 0, more.communicate()
+    assert statuses(tmp_path) == ["finished"] * 3 and len(run_folders(tmp_path)) == 3
+    import optuna
+
+    (storage,) = tmp_path.glob("sweeps/*/optuna.db")
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{storage}")
+    trials = optuna.load_study(study.study_name, f"sqlite:///{storage}").trials
+    from small_runs import read_json
+
+    expected = [read_json(job["path"] / "result.json")["validation"]["nll"] for job in sweep_of(tmp_path)["jobs"]]
+    assert [trial.value for trial in trials] == expected
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_trial_that_fails_is_a_result(tmp_path: Path) -> None:
+    line = ["optimizer.lr=choice(1e30,1e-3)", "hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.seed=0"]
+    done = start(*LINE, *line, f"output_dir={tmp_path}")
+    _, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert {"failed", "finished"} == set(statuses(tmp_path)) and "diverged" in err
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_killed_search_finishes_the_trial_that_was_cut_short(tmp_path: Path) -> None:
+    line = [*LINE, "schedule.passes=40", "batch_size=20", "optimizer.lr=interval(1e-4,1e-2)"]
+    line += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", f"output_dir={tmp_path}"]
+    process = start(*line)
+    wait_for(process, tmp_path, 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (cut,) = run_folders(tmp_path)
+    again = start(*line)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert statuses(tmp_path) == ["finished"] * 2 and len(run_folders(tmp_path)) == 2
+    assert (cut / "result.json").exists()
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_search_that_cannot_be_is_refused_before_anything_runs() -> None:
+    for wrong, said in {
+        "evaluation.splits=[test]": "evaluation.splits must hold validation",
+        "objective.kk=1,5": "objective.kk is unknown",
+        "objective.k=choice(0,5)": "objective.k must be >= 1, got 0",
+        "hydra.sweeper.custom_search_space=os.system": "would call what it names",
+    }.items():
+        code, _, err = run("-m", *LINE, wrong)
+        assert code == 2 and said in err and os.listdir() == []
