@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iwae_cli.runs.experiment import load
+    from iwae_cli.runs.evaluate import load
 
 __all__ = ["__version__", "load"]
 
@@ -18,7 +18,7 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> Any:
     """Import ``load`` when it is asked for: torch takes seconds to import, and ``--help`` needs none of it."""
     if name == "load":
-        from iwae_cli.runs.experiment import load
+        from iwae_cli.runs.evaluate import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,7 +124,9 @@ def _train(argv: list[str]) -> bool:
     (job,) = plan.jobs
     experiment = _experiment(job, None)
     experiment.check()
-    experiment.run()
+    from iwae_cli.runs.runner import run
+
+    run(experiment)
     return True
 
 
@@ -280,6 +282,7 @@ def _sweep_job(cfg: DictConfig) -> float | None:
 
 def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
     from iwae_cli.record.identity import evaluation_name
+    from iwae_cli.runs.runner import run
 
     experiment = _experiment(job, folder.path.name)
     # What this very command has begun is gone on with.
@@ -293,7 +296,7 @@ def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> di
     told = False
     while True:
         try:
-            return experiment.run()
+            return run(experiment)
         except RunLocked as error:
             # Another sweep that shares this run, or a job that has survived the one who started it.
             if not told:
@@ -425,7 +428,7 @@ def _evaluate(argv: list[str]) -> bool:
     config = cli_compose.evaluation_config(folder / "config.yaml", arguments.overrides)
     convert(config["data_dir"], str, "data_dir")
 
-    from iwae_cli.runs.experiment import evaluate_run
+    from iwae_cli.runs.evaluate import evaluate_run
 
     evaluate_run(folder, config)
     return True

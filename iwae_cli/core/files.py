@@ -199,3 +199,9 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         return
     for name, child in children:
         yield from _leaves(child, f"{key}.{name}" if key else name)
+
+
+def shown(path: Path) -> str:
+    """Return ``path`` as a user would type it here: relative to the current folder where it lies inside."""
+    path, here = Path(os.path.normpath(path)), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

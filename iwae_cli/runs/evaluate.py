@@ -16,22 +16,119 @@ import numpy as np
 import torch
 
 import iwae_cli
-from iwae_cli.core.device import Device
+from iwae_cli.config.build import build, construct
+from iwae_cli.core import signals
+from iwae_cli.core.device import Device, oom_as_run_failed
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.files import atomic_path, write_json
+from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
+from iwae_cli.core.noise import generator
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Data
 from iwae_cli.evaluation.active_units import active_units
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
 from iwae_cli.evaluation.settings import Evaluation
-from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.objectives.base import Objective
+from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision
+from iwae_cli.training import checkpoint
 from iwae_cli.training.checkpoint import State, first_fault, load_best
 
 ACTIVE_UNITS_DRAWS = 500
 AUTHORS_IMAGES = 500
+
+
+@oom_as_run_failed()
+def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the checkpoint of a run once more, and keep the result in its ``evaluations/``; print it.
+
+    Args:
+        folder: the run folder; nothing else in it is touched.
+        config: the run's configuration, with ``evaluation``, ``device``, ``data.data_dir`` as asked for now; with an
+            ``estimator`` if it is not L_k that is asked for, which may hold an ``objective``.
+
+    Returns:
+        As ``result.json``.
+
+    Raises:
+        UserError: no run folder, no checkpoint, a checkpoint of another model, data that is not there, or a folder
+            that cannot be written to.
+        Interrupted: by a signal.
+    """
+    run = RunFolder(folder)
+    objects = construct(config, ("data", "model", "evaluation", "device"))
+    asked = _estimator(config, objects["model"]) if "estimator" in config else None
+    device: Device = objects["device"]
+    if device.resolve().type == "mps" and asked is not None:
+        raise UserError("estimator=... sums in float64, which mps has not: write device=cpu")
+    if asked is None:
+        check_bf16(objects["evaluation"], objects["model"], device)
+    elif objects["evaluation"].precision != "float32":
+        raise UserError("estimator=... has no evaluation.precision=bf16: write evaluation.precision=float32")
+    device.setup()
+    state = checkpoint.load(run.checkpoint)
+    model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
+    data = objects["data"].load()
+    checkpoint.require_data(state, data)
+    evaluation: Evaluation = objects["evaluation"]
+    with as_user_error(run.path, "an evaluation is kept there, so mend that first"), signals.caught() as caught:
+        if asked is None:
+            result = evaluate(run, model, data, evaluation, device, config, state, caught.check)
+        else:
+            estimator, objective = asked
+            subject = EstimatorInput(model, data, evaluation, objective)
+            result = estimate(run, estimator, subject, device, config, state, caught.check)
+    kept = shown(run.evaluation(result["evaluation"]["name"]))
+    if asked is None:
+        summary.result_table(result, folder=kept)
+    else:
+        summary.estimates_table(result, estimator.table(result), estimator.notes(result), folder=kept)
+    return result
+
+
+def _estimator(config: dict[str, Any], model: Architecture) -> tuple[Estimator, Callable[[int], Objective]]:
+    """What another estimate than L_k needs: the estimator, and the objective that it asks about, with any k."""
+    node = {key: value for key, value in config["estimator"].items() if key != "objective"}
+    asked = config["estimator"].get("objective", config["objective"])
+
+    def objective(k: int) -> Objective:
+        made: Objective = build({**asked, "k": k}, Objective, "objective")
+        return made
+
+    if "objective" in config["estimator"]:
+        refusal = build(asked, Objective, "objective").check(model)
+        if refusal is not None:
+            raise UserError(refusal)
+    return build(node, Estimator, "estimator"), objective
+
+
+def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
+    """The model of a run with its last weights, on the CPU and in evaluation mode, and the run's configuration.
+
+    Raises:
+        UserError: no run folder, no checkpoint, or a checkpoint of another model.
+    """
+    run = RunFolder(Path(run_folder))
+    config = run.config()
+    state = checkpoint.load(run.checkpoint)
+    model = _build(construct(config, ("model",))["model"], state)
+    try:
+        model.load_state_dict(state.model)
+    except RuntimeError as error:
+        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {checkpoint.first_fault(error)}") from None
+    return model.eval(), config
+
+
+def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariableModel:
+    """The networks, for weights that are put in next: neither the mean nor the initial weights matter."""
+    pixels = torch.Size(state.image_shape).numel()
+    mean = torch.full((pixels,), 0.5).double().numpy()
+    model = architecture.build(state.image_shape, mean, generator("cpu", 0), state.levels)
+    # Weights of a run in float64 would lose half of their digits in a float32 model.
+    return model.to(next(iter(state.model.values())).dtype)
 
 
 def evaluate(

@@ -7,20 +7,20 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import iwae_cli
-from iwae_cli.core import progress
-from iwae_cli.core.device import compiler
-from iwae_cli.core.errors import Interrupted, RunFailed
-from iwae_cli.core.files import atomic_path, trouble, write_json
+from iwae_cli.core import progress, signals
+from iwae_cli.core.device import compiler, oom_as_run_failed
+from iwae_cli.core.errors import Interrupted, RunFailed, UserError
+from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trouble, write_json
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
@@ -29,15 +29,15 @@ from iwae_cli.evaluation.distributed import Ranks
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.identity import evaluation_name
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
+from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
+from iwae_cli.runs.experiment import Experiment
 from iwae_cli.training import checkpoint, crew
 from iwae_cli.training.steps.compiled import CannotCompileError, pays
 from iwae_cli.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from iwae_cli.runs.experiment import Experiment
 
 VALIDATION_SEED = 0
 """Noise and binarization of the validation during training: fixed, so that all objectives are compared on the same."""
@@ -449,3 +449,112 @@ class Runner:
         """Between 0 and 1: grey levels that are not binarized are numbers up to the white one."""
         white = self.data.levels - 1 if self.data.binarization == "none" and self.data.levels else 1
         return (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)
+
+
+@oom_as_run_failed()
+def run(experiment: Experiment) -> dict[str, Any]:
+    """Train (or go on, or skip what is done), evaluate, write the result, print it.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        UserError: bad input, found before anything is written, or an ``output_dir`` that cannot be written to.
+        RunLocked: another process has this run.
+        RunFailed: training diverged, or ``output_dir`` could no longer be written to.
+        Interrupted: by a signal; the state has been saved and the same command goes on from there.
+    """
+    experiment.check()
+    experiment.device.setup()
+    data = experiment.load()
+    folder = experiment.folder()
+    with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
+        if experiment.restart and folder.path.exists():
+            with RunLock(folder.path):
+                aside = folder.set_aside()
+            log.warning("restart: the old run is kept as %s", aside.name)
+        since, sync = _trained_at(folder), left_to_upload(folder.path)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
+                result = _finished(experiment, folder)
+                lacking = _lacking(folder, result, pictures=len(data.image_shape) == 2)
+                if result is None or lacking:
+                    result = Runner(experiment, data, folder, caught).run()
+                    sync = experiment.logger.sync_command()
+        except OSError as error:
+            # What cannot be written to may still be read.
+            result = _finished(experiment, folder)
+            if result is None:
+                raise
+            log.warning("%s cannot be written to (%s); this is what it holds", folder.path, error.strerror)
+    summary.result_table(result, folder=shown(folder.path), sync=sync, since=since)
+    return result
+
+
+def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | None:
+    """The result, if the run is finished and was evaluated as it is asked for."""
+    result = folder.result()
+    asked = evaluation_name(experiment.config)
+    as_asked = result is not None and result["evaluation"]["name"] == asked and folder.status() == "finished"
+    return result if as_asked else None
+
+
+def _lacking(folder: RunFolder, result: dict[str, Any] | None, pictures: bool) -> list[str]:
+    """What is to be made again of a finished run, ``result`` being what was asked for; it trains nothing anew.
+
+    Raises:
+        UserError: it was trained to its end and is to be evaluated in another way, without a checkpoint.
+    """
+    there = folder.checkpoint.exists()
+    if result is None:
+        if not there and (folder.status() == "finished" or folder.result() is not None):
+            raise UserError(
+                f"{folder.path} is finished, and for another evaluation it needs its checkpoint.pt, which is gone; "
+                "restart=true trains anew and keeps the old folder under another name"
+            )
+        return []
+    lacking = folder.lacks(pictures)
+    if lacking and not there:
+        log.warning(
+            "gone or damaged: %s; to be made again they need checkpoint.pt, which is gone too "
+            "(restart=true trains anew)",
+            ", ".join(lacking),
+        )
+        return []
+    if lacking:
+        log.warning("made again, since it was gone or damaged: %s", ", ".join(lacking))
+    return lacking
+
+
+def _trained_at(folder: RunFolder) -> str | None:
+    """The time of day at which the training of a finished run ended; None if there is anything to train."""
+    if folder.status() != "finished" or not folder.checkpoint.exists():
+        return None
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
+
+
+@contextmanager
+def logging_to(folder: RunFolder) -> Iterator[None]:
+    """Meanwhile everything that is logged goes to ``train.log`` with the time of day, and warnings to the terminal."""
+    file = _LogFile(folder.log)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    level = log.level
+    log.setLevel(logging.INFO)
+    for handler in (file, terminal):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler in (file, terminal):
+            log.removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: where there is no room for a line of the log, the run itself fails and says so."""

@@ -19,8 +19,8 @@ from iwae_cli.core.files import RunLock
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data
 from iwae_cli.objectives.base import Objective
-from iwae_cli.runs.experiment import Experiment, logging_to
-from iwae_cli.runs.runner import Runner
+from iwae_cli.runs.experiment import Experiment
+from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Lane, train_batched
 from iwae_cli.training.steps.compiled import CannotCompileError

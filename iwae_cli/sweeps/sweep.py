@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iwae_cli.core.errors import RunFailed, UserError
-from iwae_cli.core.files import RunLock, as_user_error, write_json
+from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
 from iwae_cli.core.signals import REPEATED_SECONDS
 
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
@@ -267,7 +267,7 @@ class Sweep:
 
     def _tell(self, record: Mapping[str, Any]) -> None:
         trace = record.get("traceback")
-        where = f" ({_shown(self.folder.path / record['folder'])})" if "folder" in record else ""
+        where = f" ({shown(self.folder.path / record['folder'])})" if "folder" in record else ""
         line = f"job {record['number']} ({' '.join(record['overrides'])}) failed: {record['error']}{where}"
         print(f"{trace or ''}iwae-train: {line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
@@ -378,7 +378,7 @@ class Sweep:
         out.print(_counted(counts) or "no jobs")
         if counts.keys() - {"finished"}:
             out.print("the same command goes on from here and repeats nothing that is finished")
-        out.print(f"{'folder':<14}{_shown(self.folder.path)}", soft_wrap=True)
+        out.print(f"{'folder':<14}{shown(self.folder.path)}", soft_wrap=True)
 
     def _nll(self, job: Mapping[str, Any]) -> tuple[str, str]:
         """What is shown, and its value, nats: of the test split, else of the first that was evaluated."""
@@ -433,8 +433,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return value
-
-
-def _shown(path: Path) -> str:
-    path, here = Path(os.path.normpath(path)), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
