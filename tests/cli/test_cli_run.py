@@ -47,7 +47,7 @@ def runs(monkeypatch: pytest.MonkeyPatch):
             raise raising[self.seed]
         return {"seed": self.seed}
 
-    monkeypatch.setattr(Experiment, "run", run)
+    monkeypatch.setattr("iwae_cli.runs.runner.run", run)
     return seen, raising
 
 

@@ -97,7 +97,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], dict[int, BaseExce
             raise raising[self.seed]
         return {"validation": {"nll": float(self.seed)}}
 
-    monkeypatch.setattr(Experiment, "run", pretend)
+    monkeypatch.setattr("iwae_cli.runs.runner.run", pretend)
     return seen, raising
 
 
