@@ -1,0 +1,210 @@
+"""README and docs: commands compose, code runs, choices and messages match the program, links and tests exist."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_runs import finished, read_json, run_folders
+
+from iwae_cli.cli import train as cli
+from iwae_cli.cli.compose import plan
+from iwae_cli.cli.help import choices, conf_folder, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES["README.md"] = README
+CHOICES = choices([conf_folder()])
+CONFIG = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
+SMALL = ("model.latent_sizes=[3]", "model.hidden_sizes=[[8]]", "evaluation.k=50", "logger=disabled")
+PLUGINS = {"ray": "ray", "submitit_local": "submitit", "sweeps/search": "optuna"}
+"""Choices that need an extra -> the module that the extra brings."""
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """Return the code blocks of a page in one language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [text for fence, text in found if fence == language]
+
+
+def commands(page: str, program: str) -> list[list[str]]:
+    """Return the arguments of every command of `program`: in code blocks and inline, without refused ones."""
+    lines = re.findall(rf"`({program} [^`\n]+=[^`\n]+)`", PAGES[page])
+    for block in blocks(page):
+        lines += re.findall(
+            rf"^(?:\$ |(?:\w+=\S+ )+)?({program}(?= |$).*)\n(?!{program}: )", block.replace("\\\n", ""), re.M
+        )
+    return [shlex.split(line.replace("<run>", "run"), comments=True)[1:] for line in lines if "..." not in line]
+
+
+def named_blocks(page: str) -> dict[str, str]:
+    """Return the code blocks that begin with the name of their file."""
+    texts = [text for language in ("python", "yaml") for text in blocks(page, language)]
+    return {found[1]: text for text in texts if (found := re.match(r"# (\S+\.(?:py|yaml))\n", text))}
+
+
+def write_files(page: str, folder: Path) -> None:
+    for name, text in named_blocks(page).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def call(program: str, arguments: list[str]) -> tuple[int, str]:
+    """Return exit code and error output of a command, run in this process."""
+    error = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(error):
+        code = {"iwae-train": cli.train, "iwae-eval": cli.evaluate}[program](arguments)
+    return code, error.getvalue()
+
+
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `mine` in the current folder be imported and named, as the commands of the pages do."""
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "mine")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("outputs"), "experiment=smoke", "schedule.passes=1", *SMALL)
+
+
+TRAIN = [(page, arguments) for page in PAGES for arguments in commands(page, "iwae-train")]
+
+
+@pytest.mark.parametrize(("page", "arguments"), TRAIN, ids=lambda value: value if isinstance(value, str) else "")
+def test_training_commands_compose(page: str, arguments: list[str], own_files: None, tmp_path: Path) -> None:
+    for choice, module in PLUGINS.items():
+        if any(argument.endswith(f"={choice}") for argument in arguments) and find_spec(module) is None:
+            pytest.skip(f"{choice} needs {module}")
+    write_files(page, tmp_path)
+    folder = arguments[arguments.index("--config-dir") + 1] if "--config-dir" in arguments else None
+    overrides = [argument for argument in arguments if argument not in ("-m", "--config-dir", folder)]
+    assert plan(overrides, "-m" in arguments, folder).jobs
+
+
+def test_evaluation_commands_compose(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "run").symlink_to(trained)
+    asked: list[Any] = []
+    monkeypatch.setattr("iwae_cli.runs.evaluate.evaluate_run", lambda folder, config: asked.append(config))
+    found = [
+        arguments for page in PAGES for arguments in commands(page, "iwae-eval") if "--config-dir" not in arguments
+    ]
+    for arguments in found:
+        assert call("iwae-eval", arguments) == (0, ""), arguments
+    assert len(asked) == len(found) >= 5
+
+
+def test_report_commands_are_read() -> None:
+    from iwae_cli.cli.report import _parser
+
+    found = [arguments for page in PAGES for arguments in commands(page, "iwae-report")]
+    assert len([_parser().parse_args(arguments) for arguments in found]) >= 6
+
+
+def test_the_objective_of_the_readme(own_files: None, tmp_path: Path) -> None:
+    write_files("README.md", tmp_path)
+    (arguments,) = [words for words in commands("README.md", "iwae-train") if "--config-dir" in words]
+    code, error = call("iwae-train", [*arguments, *SMALL])
+    assert code == 0, error
+    (folder,) = run_folders(tmp_path / "outputs")
+    assert read_json(folder / "result.json")["objective"] == {"name": "halfway", "k": 5, "gradient": "total"}
+
+    from mine.halfway import Halfway  # type: ignore[import-not-found]
+
+    from iwae_cli.objectives.ciwae import CIWAE
+
+    compare_bounds(Halfway(7), CIWAE(7, 0.5))
+
+
+def compare_bounds(ours: Any, known: Any) -> None:
+    log_w = torch.randn(7, 3, dtype=torch.float64)
+    for method in ("bound", "weights", "doubly_weights"):
+        torch.testing.assert_close(getattr(ours, method)(log_w), getattr(known, method)(log_w))
+
+
+def test_the_model_in_a_notebook(trained: Path) -> None:
+    (text,) = blocks("docs/runs.md", "python")
+    names: dict[str, Any] = {}
+    exec(text.replace("outputs/<run>", str(trained)), names)
+    assert names["images"].shape == (16, 64) and set(names["images"].unique().tolist()) <= {0.0, 1.0}
+    assert names["bound"].shape == (1,) and -60 < float(names["bound"]) < 0
+    assert names["config"]["objective"]["k"] == 5
+
+
+def test_every_code_block_is_tested() -> None:
+    python = sum(len(blocks(page, "python")) + len(blocks(page, "yaml")) for page in PAGES)
+    assert python == len(blocks("docs/runs.md", "python")) + sum(len(named_blocks(page)) for page in PAGES)
+    assert not [page for page in PAGES if named_blocks(page) and page not in ("README.md", "docs/extending.md")]
+
+
+def test_groups_of_the_readme() -> None:
+    rows = re.findall(r"^\| `(\w+)=` \| (.+?) \|", README, re.MULTILINE)
+    default = {group: name for entry in CONFIG["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
+    assert [group for group, _ in rows] == [group for group in default if group in CHOICES]
+    for group, listed in rows:
+        names = listed.split(", ")
+        expected = [re.sub(r" \(.*", "", name) for name in summary(CHOICES[group])]
+        assert sorted(name.strip("*") for name in names) == sorted(expected)
+        bold = [name.strip("*") for name in names if name.startswith("**")]
+        assert bold == ([] if group == "experiment" else [default[group]])
+
+
+@pytest.mark.parametrize(("heading", "expected"), [
+    ("| objective | bound | source |", CHOICES["objective"]),
+    ("| `data=` | images | source |", CHOICES["data"]),
+    ("| key | default | meaning |", sorted(set(CONFIG) - {"defaults", "hydra"})),
+])  # fmt: skip
+def test_tables_of_usage_are_complete(heading: str, expected: list[str]) -> None:
+    table = PAGES["docs/usage.md"].partition(heading)[2].partition("\n\n")[0]
+    assert (
+        sorted(name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])) == expected
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_error_messages(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ((override, message),) = re.findall(r"^\$ iwae-train (\S+=\S+)\n(iwae-train: .+)$", PAGES[page], re.MULTILINE)
+    assert cli.train([override]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+            file, _, anchor = "".join(target).partition("#")
+            if file.startswith("https://"):
+                continue
+            path = (ROOT / page).parent / file if file else ROOT / page
+            assert path.exists(), (page, target)
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, (page, target)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_promise_names_its_tests() -> None:
+    text = PAGES["docs/promises.md"]
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert not [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    for promise in text.split("\n## ")[1:]:
+        assert "`tests/" in promise, promise.splitlines()[0]
