@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -137,6 +138,70 @@ def compare_bounds(ours: Any, known: Any) -> None:
     log_w = torch.randn(7, 3, dtype=torch.float64)
     for method in ("bound", "weights", "doubly_weights"):
         torch.testing.assert_close(getattr(ours, method)(log_w), getattr(known, method)(log_w))
+
+
+def extension_command(section: str) -> tuple[str, list[str]]:
+    """Return program and arguments of the only command in a section of extending.md."""
+    text = PAGES["docs/extending.md"].partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    (line,) = re.findall(r"^PYTHONPATH=\. IWAE_ALLOW_TARGETS=mine (.+)$", text, re.MULTILINE)
+    program, *arguments = shlex.split(line)
+    return program, arguments
+
+
+@pytest.mark.parametrize("section", ["Objective", "Data set", "Model", "Prior", "Logger"])
+def test_extensions_train(section: str, own_files: None, tmp_path: Path) -> None:
+    write_files("docs/extending.md", tmp_path)
+    program, arguments = extension_command(section)
+    fast = ["schedule.passes=1", "evaluation.k=50", *(["logger=disabled"] if section != "Logger" else [])]
+    code, error = call(program, [*arguments, *fast])
+    assert code == 0, error
+    (folder,) = run_folders(tmp_path / "outputs")
+    result = read_json(folder / "result.json")
+    if section == "Objective":
+        assert result["objective"] == {"name": "root", "k": 5, "gradient": "total"}
+    if section == "Data set":
+        assert result["dataset"]["sizes"] == {"train": 800, "validation": 100, "test": 100}
+        assert (result["dataset"]["name"], result["dataset"]["stripes"]) == ("stripes", 2)
+    if section == "Logger":
+        header, row = (folder / "bounds.csv").read_text().splitlines()
+        assert header == "step,train/bound,validation/bound"
+        assert row.split(",")[0] == "65" and float(row.split(",")[1]) < 0
+
+
+def test_an_extension_estimates(own_files: None, trained: Path, tmp_path: Path) -> None:
+    write_files("docs/extending.md", tmp_path)
+    shutil.copytree(trained, tmp_path / "outputs" / "run")
+    program, arguments = extension_command("Estimator")
+    code, error = call(program, [argument.replace("<run>", "run") for argument in arguments])
+    assert code == 0, error
+    (kept,) = (tmp_path / "outputs" / "run" / "evaluations").glob("rate-*")
+    numbers = read_json(kept / "result.json")["test"]
+    # -E_q[log w] = rate + distortion, an upper bound on the NLL.
+    assert numbers["rate"] + numbers["distortion"] > read_json(trained / "result.json")["test"]["nll"]
+
+
+def test_the_mixture_is_a_density_and_has_no_closed_form_kl(own_files: None, tmp_path: Path) -> None:
+    write_files("docs/extending.md", tmp_path)
+    _, arguments = extension_command("Prior")
+    code, error = call("iwae-train", [*arguments, "objective=elbo", "objective.analytic_kl=true"])
+    assert code == 2 and error.count("\n") == 1 and "analytic_kl" in error
+    assert not (tmp_path / "outputs").exists()
+
+    from mine.mixture import MixtureOfGaussians
+
+    prior = MixtureOfGaussians(3, 1)
+    prior.initialize(torch.Generator().manual_seed(0))
+    grid = torch.linspace(-12, 12, 4001)[:, None, None]
+    torch.testing.assert_close(torch.trapezoid(prior.log_prob(grid, None)[:, 0].exp(), dx=24 / 4000), torch.tensor(1.0))
+
+
+def test_the_objective_of_the_page_is_the_renyi_bound(own_files: None, tmp_path: Path) -> None:
+    write_files("docs/extending.md", tmp_path)
+    from mine.root import Root
+
+    from iwae_cli.objectives.vr import VR
+
+    compare_bounds(Root(7), VR(7, 0.5))
 
 
 def test_the_model_in_a_notebook(trained: Path) -> None:
