@@ -127,7 +127,7 @@ def test_the_objective_of_the_readme(own_files: None, tmp_path: Path) -> None:
     (folder,) = run_folders(tmp_path / "outputs")
     assert read_json(folder / "result.json")["objective"] == {"name": "halfway", "k": 5, "gradient": "total"}
 
-    from mine.halfway import Halfway  # type: ignore[import-not-found]
+    from mine.halfway import Halfway
 
     from iwae_cli.objectives.ciwae import CIWAE
 
