@@ -161,7 +161,7 @@ def test_extensions_train(section: str, own_files: None, tmp_path: Path) -> None
     (folder,) = run_folders(tmp_path / "outputs")
     result = read_json(folder / "result.json")
     if section == "Objective":
-        assert result["objective"] == {"name": "root", "k": 5, "gradient": "total"}
+        assert result["objective"] == {"name": "power", "k": 5, "c": 0.5, "gradient": "total"}
     if section == "Data set":
         assert result["dataset"]["sizes"] == {"train": 800, "validation": 100, "test": 100}
         assert (result["dataset"]["name"], result["dataset"]["stripes"]) == ("stripes", 2)
@@ -200,11 +200,11 @@ def test_the_mixture_is_a_density_and_has_no_closed_form_kl(own_files: None, tmp
 
 def test_the_objective_of_the_page_is_the_renyi_bound(own_files: None, tmp_path: Path) -> None:
     write_files("docs/extending.md", tmp_path)
-    from mine.root import Root
+    from mine.power import Power
 
     from iwae_cli.objectives.vr import VR
 
-    compare_bounds(Root(7), VR(7, 0.5))
+    compare_bounds(Power(7, 0.25), VR(7, 0.75))
 
 
 def test_the_model_in_a_notebook(trained: Path) -> None:
