@@ -28,6 +28,7 @@ BASES = {
     "objective": "iwae_cli.objectives.base.Objective",
     "optimizer": "torch.optim.Optimizer",
     "schedule": "iwae_cli.training.schedule.Schedule",
+    "validation": "iwae_cli.training.settings.Validation",
     "evaluation": "iwae_cli.evaluation.settings.Evaluation",
     "device": "iwae_cli.core.device.Device",
     "logger": "iwae_cli.record.wandb.WandbLogger",

@@ -32,12 +32,11 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     the final evaluation. Training precision and the cadence of validation belong to it.
     """
     data = {key: value for key, value in config["data"].items() if key not in ("data_dir", "path")}
-    evaluation = config["evaluation"]
     return {
         **{key: config[key] for key in ("model", "objective", "optimizer", "schedule", "seed", "batch_size")},
         "data": data,
         "precision": config["device"]["precision"],
-        "validation": {key: evaluation[key] for key in ("validation_k", "validation_every")},
+        "validation": {key: config["validation"][key] for key in ("k", "every")},
         "fingerprints": dict(fingerprints),
         **{key: config[key] for key in ("with_optimizer", "train")},
         # Only where it is not what all runs had before there was a choice.

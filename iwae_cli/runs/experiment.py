@@ -23,7 +23,7 @@ from iwae_cli.record.identity import training_name
 from iwae_cli.record.wandb import WandbLogger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
-from iwae_cli.training.settings import Training
+from iwae_cli.training.settings import Training, Validation
 
 log = logging.getLogger("iwae_cli")
 
@@ -35,8 +35,8 @@ class Experiment:
     """One training and its evaluation.
 
     Args:
-        data, model, objective, optimizer, schedule, evaluation, device, logger: what the groups of the configuration
-            name; ``optimizer`` still wants its parameters.
+        data, model, objective, optimizer, schedule, validation, evaluation, device, logger: the objects of the groups;
+            ``optimizer`` still wants its parameters.
         seed: of the weights, the order of the images and the training noise.
         batch_size: images a step.
         data_dir: where files of data sets lie (used by ``data``; recorded).
@@ -63,6 +63,7 @@ class Experiment:
         objective: Objective,
         optimizer: partial[torch.optim.Optimizer],
         schedule: Schedule,
+        validation: Validation,
         evaluation: Evaluation,
         device: Device,
         logger: WandbLogger,
@@ -101,6 +102,7 @@ class Experiment:
         self.objective = objective
         self.optimizer = optimizer
         self.schedule = schedule
+        self.validation = validation
         self.evaluation = evaluation
         self.device = device
         self.logger = logger

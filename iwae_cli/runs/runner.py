@@ -91,7 +91,7 @@ class Runner:
             seed=experiment.seed,
             batch_size=experiment.batch_size,
             validate=self._validate,
-            validation_every=experiment.evaluation.validation_every,
+            validation_every=experiment.validation.every,
             tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
@@ -349,16 +349,15 @@ class Runner:
         self.state.seconds += time.monotonic() - started
 
     def _validate(self) -> float:
-        evaluation = self.experiment.evaluation
         if self._validation is None:
             self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
         likelihood = log_likelihood(
             self.model,
             self._validation,
-            k=evaluation.validation_k,
+            k=self.experiment.validation.k,
             seed=VALIDATION_SEED,
             rows=VALIDATION_ROWS,
-            workers=evaluation.workers,
+            workers=self.experiment.evaluation.workers,
             stream="validation during training",
             check=self.signals.check,
             plain=True,  # few samples gain little, and the bits of a run stay what they are
@@ -416,7 +415,7 @@ class Runner:
         history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
         shown = {
             f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
-            f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
+            f"validation, $L_{{{self.experiment.validation.k}}}$": "validation/bound",
         }
         curves = {
             name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]

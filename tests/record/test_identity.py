@@ -48,11 +48,11 @@ OF_THE_WEIGHTS = [
     "schedule.passes=99",
     "schedule.final=0.2",
     "device.precision=float64",
-    "evaluation.validation_k=51",
-    "evaluation.validation_every=4",
+    "validation.k=51",
+    "validation.every=4",
 ]
 OF_THE_EVALUATION = [
-    "evaluation.k=500",
+    "evaluation=smoke",
     "evaluation.splits=[test]",
     "evaluation.weights=best",
     "evaluation.seed=1",

@@ -232,7 +232,7 @@ def test_killed_and_stopped_a_sweep_goes_on_by_the_same_command(engine: list[str
     """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left."""
     # Side by side, the first has to last until the second has begun.
     passes = 30 if engine else 15
-    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "evaluation.validation_every=40"]
+    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "validation.every=40"]
     line += [*engine, f"output_dir={tmp_path}"]
     process, since, left = start(*line), 0.0, 2
     if engine and "ray" not in engine[0]:
