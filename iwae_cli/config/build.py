@@ -51,7 +51,7 @@ _PLAIN_MANY = {int: "integers", float: "numbers", bool: "true or false", str: "t
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
     """The object of every group of a resolved, plain ``config``.
 
-    ``optimizer`` is a ``functools.partial`` that wants the parameters; it has been tried as by ``try_optimizer``.
+    ``optimizer`` is a ``functools.partial`` that wants the parameters.
 
     Raises:
         UserError: anything that cannot be as written.
@@ -240,8 +240,6 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
-
-    try_optimizer(cls, arguments, path, on_cpu=False)
     return functools.partial(cls, **arguments)
 
 
