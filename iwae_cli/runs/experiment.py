@@ -20,7 +20,7 @@ from iwae_cli.models.base import Architecture
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import training_name
-from iwae_cli.record.wandb import WandbLogger
+from iwae_cli.record.loggers import Logger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.settings import Training
@@ -35,7 +35,7 @@ class Experiment:
     """One training and its evaluation.
 
     Args:
-        data, model, objective, optimizer, schedule, evaluation, device, logger: what the groups of the configuration
+        data, model, objective, optimizer, schedule, evaluation, device, loggers: what the groups of the configuration
             name; ``optimizer`` still wants its parameters.
         seed: of the weights, the order of the images and the training noise.
         batch_size: images a step.
@@ -65,7 +65,7 @@ class Experiment:
         schedule: Schedule,
         evaluation: Evaluation,
         device: Device,
-        logger: WandbLogger,
+        loggers: tuple[Logger, ...],
         seed: int,
         batch_size: int,
         data_dir: str,
@@ -103,7 +103,7 @@ class Experiment:
         self.schedule = schedule
         self.evaluation = evaluation
         self.device = device
-        self.logger = logger
+        self.loggers = loggers
         self.seed = seed
         self.batch_size = batch_size
         self.output_dir = Path(output_dir).absolute()

@@ -164,7 +164,7 @@ class Runner:
     def open(self, local: bool = False) -> None:
         """Open the record, with what is in it already: for every sink, or for the ``local`` one."""
         experiment, folder = self.experiment, self.folder
-        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), experiment.logger])
+        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), *experiment.loggers])
         self.sink.open(
             RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
             read_history(self.folder.path, self.state.step),
@@ -481,7 +481,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
                 lacking = _lacking(folder, result, pictures=len(data.image_shape) == 2)
                 if result is None or lacking:
                     result = Runner(experiment, data, folder, caught).run()
-                    sync = experiment.logger.sync_command()
+                    sync = FanOut(experiment.loggers).sync_command()
         except OSError as error:
             # What cannot be written to may still be read.
             result = _finished(experiment, folder)

@@ -12,6 +12,7 @@ from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json,
 
 from iwae_cli.cli import train as cli
 from iwae_cli.cli.compose import plan
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.cli.help import conf_folder
 from iwae_cli.record.identity import evaluation_name
 from iwae_cli.training.trainer import Trainer
@@ -63,7 +64,7 @@ OF_NEITHER = [
     "output_dir=elsewhere",
     "data_dir=elsewhere",
     "logger=disabled",
-    "logger.tags=[a]",
+    "logger.wandb.tags=[a]",
     "device=cpu",
     "device.threads=2",
     "evaluation.rows=1000",
@@ -180,7 +181,7 @@ def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, 
     del config["evaluation"]["precision"]
     assert evaluation_name(config) == exact["evaluation"]["name"], "as of runs from before there was a choice"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli.evaluate([str(folder), "evaluation.precision=bf16"]) == 0
+    assert iwae_eval([str(folder), "evaluation.precision=bf16"]) == 0
     code, out, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16")
     assert code == 0, err
     result = read_json(folder / "result.json")
