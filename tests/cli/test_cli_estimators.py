@@ -106,6 +106,24 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
+def test_an_estimator_from_a_config_folder_gets_an_objective_if_its_yaml_has_the_key(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "conf" / "estimator"
+    own.mkdir(parents=True)
+    snr = "{_target_: iwae_cli.evaluation.gradient_snr.GradientSNR, ks: [2, 4], draws: 8, images: 3"
+    (own / "with.yaml").write_text(snr + ", objective: null}\n")
+    (own / "without.yaml").write_text(snr + "}\n")
+    before = len(kept(run_folder, "gradient_snr"))
+    command = [str(run_folder), "--config-dir=conf", "objective=elbo"]
+    assert evaluate([*command, "estimator=without"]) == 2
+    assert "objective cannot be changed after training" in capsys.readouterr().err
+    assert evaluate([*command, "estimator=with"]) == 0
+    assert len(kept(run_folder, "gradient_snr")) == before + 1
+    assert evaluate(["--help", "--config-dir", "conf"]) == 0
+    assert "with without" in capsys.readouterr().out
+
+
 def test_training_has_no_estimator(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["estimator=ais"]) == 2
     assert capsys.readouterr().err == (

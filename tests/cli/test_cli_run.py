@@ -66,7 +66,7 @@ def test_every_choice_constructs(group: str) -> None:
 def test_presets_leave_the_other_groups_alone() -> None:
     found = choices([conf_folder()])
     groups = ["data", "model", "objective", "device", "logger"]
-    for row in range(max(len(found[group]) for group in groups)):
+    for row in range(3):
         chosen = [f"{group}={found[group][row % len(found[group])]}" for group in groups]
         without = job(*chosen)
         for preset in jobs(*chosen, PRESETS):
@@ -197,11 +197,12 @@ def test_a_sweep_runs_every_combination(runs, capsys) -> None:
     assert "4 finished" in out and err == ""
 
 
-def test_the_same_sweep_has_the_same_name(runs) -> None:
-    for argv in (["-m", "seed=0,1"], ["-m", "seed=0,1"], ["-m", "seed=0,2"]):
-        assert train(argv) == 0
-    first, _, again, _, other, _ = [e.group for e in runs[0]]
-    assert first == again != other
+def test_the_same_sweep_has_the_same_name() -> None:
+    first, again, other, restarted = (
+        plan(line.split(), True, None).name
+        for line in ("seed=0,1", "seed=0,1", "seed=0,2", "seed=0,1 restart=true on_error=stop")
+    )
+    assert first == again == restarted != other
 
 
 def test_a_failure_is_told_at_once_and_the_others_go_on(runs, capsys) -> None:
