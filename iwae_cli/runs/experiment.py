@@ -22,7 +22,7 @@ from iwae_cli.objectives.base import Objective
 from iwae_cli.record.folder import RunFolder, folder_ending, folders_recording
 from iwae_cli.record.former import MARK
 from iwae_cli.record.identity import one_spelling, recorded_as, training_name, words
-from iwae_cli.record.wandb import WandbLogger
+from iwae_cli.record.loggers import Logger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.settings import Training, Validation
@@ -43,7 +43,7 @@ class Experiment:
     """One training and its evaluation.
 
     Attributes:
-        data, model, objective, optimizer, schedule, validation, evaluation, device, logger: the objects of the groups;
+        data, model, objective, optimizer, schedule, validation, evaluation, device, loggers: the objects of the groups;
             ``optimizer`` lacks its parameters.
         seed: of the weights, the order of the images and the training noise.
         batch_size: images per step.
@@ -72,7 +72,7 @@ class Experiment:
     validation: Validation
     evaluation: Evaluation
     device: Device
-    logger: WandbLogger
+    loggers: tuple[Logger, ...]
     seed: int
     batch_size: int
     data_dir: str

@@ -164,7 +164,7 @@ class Runner:
     def open(self, local: bool = False) -> None:
         """Open the record, with what is in it already: for every sink, or for the ``local`` one."""
         experiment, folder = self.experiment, self.folder
-        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), experiment.logger])
+        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), *experiment.loggers])
         self.sink.open(
             RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
             read_history(self.folder.path, self.state.step),
@@ -495,7 +495,7 @@ def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tupl
         if lacking:
             log.warning("regenerated, since it was gone or damaged: %s", ", ".join(lacking))
         result = Runner(experiment, data, folder, caught).run()
-    return result, experiment.logger.sync_command()
+    return result, FanOut(experiment.loggers).sync_command()
 
 
 def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | None:

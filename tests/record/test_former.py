@@ -14,7 +14,7 @@ from small_runs import read_json, run
 
 import iwae_cli
 from iwae_cli.cli import report
-from iwae_cli.cli import train as cli
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.config.build import BASES, construct
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.former import translated
@@ -50,7 +50,7 @@ def test_its_configuration_builds_the_classes_of_this_version(folder: Path) -> N
 
 def test_it_is_evaluated_reported_and_loaded(folder: Path) -> None:
     result = read_json(folder / "result.json")
-    assert cli.evaluate([str(folder), "evaluation.splits=[test]"]) == 0
+    assert evaluate([str(folder), "evaluation.splits=[test]"]) == 0
     (kept,) = folder.glob("evaluations/k500-test-last-*/result.json")
     assert read_json(kept)["test"]["nll"] == pytest.approx(result["test"]["nll"], abs=2e-4)
     assert read_json(kept)["identity"] == folder.name

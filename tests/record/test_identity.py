@@ -17,8 +17,8 @@ import yaml
 from scipy.io import savemat
 from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders, snapshot
 
-from iwae_cli.cli import train as cli
 from iwae_cli.cli.compose import plan
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.cli.help import conf_folder
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.digits import Digits
@@ -28,7 +28,7 @@ from iwae_cli.training.trainer import Trainer
 
 
 def identity(*overrides: str) -> str:
-    return cli._experiment(plan(list(overrides), False, None).jobs[0], None).identity()
+    return plan(list(overrides), False, None).jobs[0].experiment().identity()
 
 
 def evaluation(*overrides: str) -> str:
@@ -65,7 +65,7 @@ OF_NEITHER = [
     "output_dir=elsewhere",
     "data_dir=elsewhere",
     "logger=disabled",
-    "logger.tags=[a]",
+    "logger.wandb.tags=[a]",
     "device=cpu",
     "device.threads=2",
     "evaluation.rows=1000",
@@ -114,7 +114,7 @@ def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
     (tmp_path / "model" / "mine" / "short.yaml").write_text(yaml.safe_dump(short))
     (job,) = plan(["model=mine/short"], False, str(tmp_path)).jobs
     assert "likelihood" not in job.config["model"]
-    assert cli._experiment(job, None).identity() == identity()
+    assert job.experiment().identity() == identity()
 
 
 def test_a_class_of_this_package_may_move_and_one_of_a_user_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, 
     del config["evaluation"]["precision"]
     assert evaluation_name(config) == exact["evaluation"]["name"], "as of runs from before there was a choice"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli.evaluate([str(folder), "evaluation.precision=bf16"]) == 0
+    assert iwae_eval([str(folder), "evaluation.precision=bf16"]) == 0
     code, out, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16")
     assert code == 0, err
     result = read_json(folder / "result.json")
