@@ -15,7 +15,6 @@ import iwae_cli
 from benchmarks.cases import CHECK_STEPS, SIZES, Job
 from benchmarks.worker import Tick, serve
 from iwae_cli.cli.compose import plan
-from iwae_cli.cli.train import BATCHED, _experiment
 from iwae_cli.core.noise import Noise
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Split
@@ -23,6 +22,7 @@ from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.runs.runner import Runner
 from iwae_cli.sweeps.ensemble import AT_ONCE
+from iwae_cli.sweeps.launchers import BATCHED
 from iwae_cli.training.ensemble import Lane, batched_step, train_batched
 from iwae_cli.training.trainer import NullHooks
 
@@ -41,14 +41,14 @@ class Ours:
             f"seed={job.seed}",
             "schedule=constant",
             "schedule.passes=1000",
-            "evaluation.validation_every=1000",
+            "validation.every=1000",
             "device=cpu",
             "logger=disabled",
             f"output_dir={tempfile.gettempdir()}",
             *job.overrides,
         ]
         composed = plan(overrides, False, None).jobs[0]
-        experiment = _experiment(composed, None)
+        experiment = composed.experiment()
         experiment.check()
         experiment.device.setup()
         self.job = job

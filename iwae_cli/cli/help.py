@@ -1,4 +1,4 @@
-"""What ``--help`` says. Nothing heavy is imported: it reads the folder ``conf``."""
+"""The texts of ``--help``, and the choices of every group. Reads the folder ``conf``; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from iwae_cli.core.errors import UserError
 
 
 def conf_folder() -> Path:
-    """``conf`` inside the installed package, else beside the package (a checkout)."""
+    """Return ``conf`` inside the installed package, else beside the package (a checkout)."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def own_folder(folder: str, option: str) -> Path:
-    """A folder of the user's with groups and choices.
+    """Return the absolute path of a user's folder with groups and choices.
 
     Raises:
-        UserError: it is not there, or a choice in it has the name of one of ours, which Hydra would take instead.
+        UserError: it is not there, a file in it is no text, or a choice has the name of one of ours, which Hydra would
+            take instead.
     """
     path = Path(folder).absolute()
     if not folder or not path.is_dir():
         raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
     for file in config_files(path):
+        try:
+            file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
         ours = conf_folder() / file.relative_to(path)
         if ours.is_file() and ours.read_bytes() != file.read_bytes():
             raise UserError(f"{file} has the name of a choice that comes with iwae-cli: give it another")
@@ -35,13 +40,13 @@ def own_folder(folder: str, option: str) -> Path:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The yaml files of our groups in a config folder; whatever else lies in it is not looked at."""
+    """Return the yaml files of our groups in a config folder; other files are ignored."""
     groups = [path.name for path in conf_folder().iterdir() if path.is_dir() and path.name != "hydra"]
     return [path for group in groups for path in sorted((folder / group).rglob("*.yaml")) if path.is_file()]
 
 
 def choices(folders: list[Path]) -> dict[str, list[str]]:
-    """Group -> its choices, from the yaml files of config folders; one may lie deeper (``burda/swap_vae_to_iwae``)."""
+    """Return group -> its choices, from the yaml files of config folders; names may hold a folder (``burda/...``)."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in config_files(folder):
@@ -51,13 +56,13 @@ def choices(folders: list[Path]) -> dict[str, list[str]]:
 
 
 def summary(names: list[str]) -> list[str]:
-    """``names`` with those that lie deeper counted instead of listed."""
+    """Return ``names`` with those inside folders counted instead of listed."""
     inside = Counter(name.partition("/")[0] for name in names if "/" in name)
     return [name for name in names if "/" not in name] + [f"{folder}/... ({n})" for folder, n in inside.items()]
 
 
 def train_help(own: list[Path]) -> str:
-    """``iwae-train --help``, with the choices in folders of the user's own."""
+    """Return the text of ``iwae-train --help``, with the choices in the folders ``own``."""
     conf = conf_folder()
     config = yaml.safe_load((conf / "config.yaml").read_text())
     found = choices([conf, *own])
@@ -84,7 +89,7 @@ groups (the default in brackets):
 keys:
   seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
   init_from=RUN_FOLDER (begin from its weights)  with_optimizer=false  train=all or inference
-  training.backward=all or roulette (of little weight few draws are sent back)  training.tau=0.01
+  training.backward=all or roulette (backpropagate few of the draws that have little weight)  training.tau=0.01
   on_error=continue or stop (of a sweep)
   and those of every choice, such as objective.k=50: --cfg job prints them all
 
@@ -97,11 +102,10 @@ examples:
 
 options:
   -m, --multirun         one run for every combination of comma-separated values, and of range(3), glob(*iwae);
-                         outputs/sweeps/NAME ties them together; hydra/launcher=joblib, submitit_local or ray runs
-                         them side by side, batched trains them as one program; the same command goes on with a
-                         sweep that was stopped
+                         outputs/sweeps/NAME lists them; hydra/launcher=joblib, submitit_local or ray runs them in
+                         parallel, batched trains them as one program; the same command continues a sweep
   -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
-  --config-dir DIR       a folder of your own with groups and choices, such as DIR/objective/mine.yaml
+  --config-dir DIR       a folder with further groups and choices, such as DIR/objective/mine.yaml
   --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
   --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
   --hydra-help           Hydra's own options
@@ -115,21 +119,21 @@ exit codes: 0 done, 1 the run failed, 2 wrong input, 3 another process has the r
 """
 
 
-def evaluate_help() -> str:
-    """``iwae-eval --help``."""
-    found = choices([conf_folder()])
+def evaluate_help(own: list[Path]) -> str:
+    """Return the text of ``iwae-eval --help``, with the choices in the folders ``own``."""
+    found = choices([conf_folder(), *own])
     return f"""\
 iwae-eval: evaluate the model of a run folder again; the result is kept under its evaluations/.
 
 usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [device=CHOICE] [data_dir=DIR]
-                 [data.path=FILE]
+                 [data.path=FILE] [--config-dir DIR]
 
 What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
-  estimator={" ".join(found.get("estimator", []))}
+  estimator={" ".join(found["estimator"])}
     ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
     gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
-  evaluation={" ".join(found.get("evaluation", []))}
-  device={" ".join(found.get("device", []))}
+  evaluation={" ".join(found["evaluation"])}
+  device={" ".join(found["device"])}
 
 examples:
   iwae-eval outputs/RUN evaluation.k=500
@@ -137,6 +141,9 @@ examples:
   iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
   iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
 
-options: --version, --help, -h
+options:
+  --config-dir DIR       a folder with further choices, such as DIR/estimator/mine.yaml
+  --version, --help, -h
+
 exit codes: as iwae-train
 """

@@ -1,22 +1,22 @@
-"""Standard streams that cannot fail: a closed terminal or a full disk behind them must not end a run.
+"""Standard streams that cannot fail, and the exit code of a command that prints.
 
-The results of a run are files. What is printed beside them is for whoever looks on, who may have left.
+The results of a run are files. A terminal that is closed, or a full disk behind a stream, must not end the run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 
 class Forgiving:
-    """A text stream that goes on in silence once it cannot be written; all else is the stream's own.
+    """A text stream that ignores further writes after one has failed; all else is the stream's own.
 
     Attributes:
-        lost: why nothing more is written; None as long as it is.
+        lost: the error that ended it; None while it works.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -31,11 +31,7 @@ class Forgiving:
 
     def write(self, text: str) -> int:
         """As of any text stream."""
-        if self.lost is None:
-            try:
-                self._stream.write(text)
-            except OSError as error:
-                self._give_up(error)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -44,22 +40,23 @@ class Forgiving:
 
     def flush(self) -> None:
         """As of any text stream."""
-        if self.lost is None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._give_up(error)
+        self._try(self._stream.flush)
 
-    def _give_up(self, error: OSError) -> None:
-        self.lost = error
-        # What is left in buffers goes nowhere: Python would try it again when it ends, and complain.
-        with suppress(OSError), open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), self._stream.fileno())
+    def _try(self, call: Callable[[], object]) -> None:
+        if self.lost is not None:
+            return
+        try:
+            call()
+        except OSError as error:
+            self.lost = error
+            # Python would try to write what is left in buffers again when it ends, and complain.
+            with suppress(OSError), open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
 
 
 @contextmanager
 def forgiving() -> Iterator[Forgiving]:
-    """``sys.stdout`` and ``sys.stderr`` that never raise, whatever this process was started with.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, also where they are closed.
 
     Yields:
         Standard output.
@@ -85,16 +82,16 @@ def forgiving() -> Iterator[Forgiving]:
 
 
 def exit_code(program: str, out: Forgiving, *, needed: bool) -> int:
-    """How a command ends that has done its work.
+    """Return the exit code of a command that has done its work.
 
     Args:
         program: its name.
         out: its standard output.
-        needed: whether what it prints is all that it makes.
+        needed: whether its output is all that it makes.
 
     Returns:
-        0; where it is ``needed``, 141 if the reader has left, as shells say it of a broken pipe, and 1 if it cannot be
-        written for another reason.
+        0; where the output is ``needed``, 141 if the reader has left (as shells report a broken pipe), and 1 if it
+        cannot be written for another reason.
     """
     out.flush()
     if out.lost is None:

@@ -1,8 +1,8 @@
-"""From plain nested dicts to checked objects: this stands between what people write and what runs.
+"""Build checked objects from plain nested dicts: every value a person writes passes through here before anything runs.
 
-A node is a dict with ``_target_`` (the dotted name of a class) and that class's keyword arguments. Every fault
-is a ``UserError`` of one line that names the override. No Hydra here: ``iwae_cli.load`` reads a run's plain
-``config.yaml`` through the same checks.
+A node is a dict with ``_target_`` (the dotted name of a class) and keyword arguments of that class. Every fault is a
+``UserError`` of one line that names the override. No Hydra here: ``iwae_cli.load`` builds from a run's plain
+``config.yaml`` with the same checks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from iwae_cli.core.errors import UserError
 
@@ -28,11 +28,15 @@ BASES = {
     "objective": "iwae_cli.objectives.base.Objective",
     "optimizer": "torch.optim.Optimizer",
     "schedule": "iwae_cli.training.schedule.Schedule",
+    "validation": "iwae_cli.training.settings.Validation",
     "evaluation": "iwae_cli.evaluation.settings.Evaluation",
     "device": "iwae_cli.core.device.Device",
-    "logger": "iwae_cli.record.wandb.WandbLogger",
+    "logger": "iwae_cli.record.loggers.Logger",
 }
-"""Group -> what every class that its ``_target_`` names must be. By name: importing them imports torch."""
+"""Group -> base class of the classes it may name. Strings, because importing them imports torch."""
+
+SEVERAL = ("logger",)
+"""Groups that hold any number of nodes, each under a name: ``logger: {wandb: {_target_: ...}}``."""
 
 ALLOW_VARIABLE = "IWAE_ALLOW_TARGETS"
 """Environment variable with further packages whose classes may be named, comma separated; no config can set it."""
@@ -43,32 +47,46 @@ OWN_PACKAGES = ("iwae_cli", "torch.optim")
 LARGEST_INTEGER = 2**63 - 1
 """What torch and numpy can hold."""
 
-_PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-_PLAIN_MANY = {int: "integers", float: "numbers", bool: "true or false", str: "texts"}
+_PLAIN = (int, float, bool, str, dict, list, tuple, NoneType, Any)
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "missing": "given",
+}
+"""pydantic's name of an error -> what to write; other errors keep pydantic's words."""
 
 
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
-    """The object of every group of a resolved, plain ``config``.
+    """Return the object of every group of a resolved, plain ``config``.
 
-    ``optimizer`` is a ``functools.partial`` that wants the parameters; it has been tried as by ``try_optimizer``.
+    ``optimizer`` is a ``functools.partial`` without its parameters; a group of ``SEVERAL`` is a tuple of objects.
 
     Raises:
-        UserError: anything that cannot be as written.
+        UserError: a missing group, an unknown key, a wrong value.
     """
-    objects = {}
+    objects: dict[str, Any] = {}
     for group in groups:
         if group not in config:
             raise UserError(f"{group} is missing: choose one with {group}=...")
         module, _, name = BASES[group].rpartition(".")
-        objects[group] = build(config[group], getattr(importlib.import_module(module), name), group)
+        base = getattr(importlib.import_module(module), name)
+        if group in SEVERAL:
+            objects[group] = tuple(build(node, base, f"{group}.{key}") for key, node in config[group].items())
+        else:
+            objects[group] = build(config[group], base, group)
     return objects
 
 
 def build(node: Any, base: type, path: str) -> Any:
-    """The object that ``node`` describes, an instance of ``base``.
+    """Return the object that ``node`` describes, an instance of ``base``.
 
     Raises:
-        UserError: see the module.
+        UserError: ``node`` has no allowed class, or that class refuses its arguments.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {_show(node)}")
@@ -80,16 +98,16 @@ def build(node: Any, base: type, path: str) -> Any:
 
 
 def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PACKAGES) -> type:
-    """The class that ``target`` names.
+    """Return the class that ``target`` names.
 
-    Only modules of the allowed packages are imported, the class is looked up in the module's own names, and
-    it must have been defined in an allowed package too: walking attributes would reach ``os`` from anywhere.
+    Only modules of the allowed packages are imported, the class is looked up in the module's own names, and it must be
+    defined in an allowed package too: walking attributes would reach ``os`` from anywhere.
 
     Args:
         target: dotted name.
-        base: what the class must derive from (or be).
+        base: required base class.
         path: for the message.
-        packages: allowed packages; those of ``IWAE_ALLOW_TARGETS`` are allowed too.
+        packages: allowed packages, in addition to those of ``IWAE_ALLOW_TARGETS``.
 
     Raises:
         UserError: not such a class.
@@ -117,7 +135,7 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
 
 
 def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iterable[str] = ()) -> dict[str, Any]:
-    """``values`` checked against the annotations of ``cls``'s constructor, nested nodes built.
+    """Return ``values`` checked against the annotations of ``cls``'s constructor, nested nodes built.
 
     Args:
         cls: the class.
@@ -137,19 +155,19 @@ def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iter
     for key in values:
         if key not in parameters:
             raise UserError(unknown_key(_join(path, key), path, parameters))
-    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     for name, parameter in parameters.items():
         if name not in values and parameter.default is parameter.empty:
             key = _join(path, name)
-            raise UserError(f"{key} is missing: write {key}=... ({_describe(hints.get(name, Any))})")
+            raise UserError(f"{key} is missing: write {key}=...")
+    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     return {key: convert(value, hints.get(key, Any), _join(path, key)) for key, value in values.items()}
 
 
 def call(cls: type, arguments: Mapping[str, Any], path: str) -> Any:
-    """``cls(**arguments)``, its ValueError told as a fault of the override at ``path``.
+    """Return ``cls(**arguments)``.
 
     Raises:
-        UserError: the constructor refused a value.
+        UserError: the constructor raised a ValueError; the message names the override.
     """
     try:
         return cls(**arguments)
@@ -162,56 +180,28 @@ def call(cls: type, arguments: Mapping[str, Any], path: str) -> Any:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """``value`` as an instance of the annotation ``hint``; an int serves as a float, a bool serves as no number.
+    """Return ``value`` as an instance of the annotation ``hint``: an int serves as a float, a bool never as a number.
+
+    A node (see the module) serves where ``hint`` is, or may be, a class.
 
     Raises:
         UserError: it is not one.
     """
-    if hint is Any:
-        return value
-    if type(value) is int and abs(value) > LARGEST_INTEGER:
-        raise UserError(f"{path} must be at most {LARGEST_INTEGER} in size, got a number of {len(str(value))} digits")
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in options:
-            return None
-        writable = [option for option in options if option is not NoneType and _is_writable(option, value)]
-        if len(writable) == 1:
-            return convert(value, writable[0], path)
-        for option in writable:
-            try:
-                return convert(value, option, path)
-            except UserError:
-                continue
-    elif origin is Literal:
-        # 1 == True in Python, so types are compared as well.
-        if any(value == option and type(value) is type(option) for option in options):
-            return value
-        raise UserError(f"{path} must be {_describe(hint)}, got {_show(value)}{nearest(value, options)}")
-    elif origin is list:
-        if isinstance(value, (list, tuple)):
-            return [convert(item, options[0], f"{path}[{i}]") for i, item in enumerate(value)]
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            items = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
-            if len(items) == len(value):
-                return tuple(convert(v, o, f"{path}[{i}]") for i, (v, o) in enumerate(zip(value, items, strict=True)))
-    elif origin is dict or hint is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif hint in (int, bool, str, NoneType):
-        if type(value) is hint:
-            return value
-    elif isinstance(hint, type):
-        return build(value, hint, path)
-    raise UserError(f"{path} must be {_describe(hint)}, got {_show(value)}{_as_text(value, hint, path)}")
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    classes = [option for option in options if not _is_plain(option)]
+    if classes and (len(classes) == len(options) or (isinstance(value, Mapping) and "_target_" in value)):
+        return build(value, classes[0], path)
+    # Half a tenth of a second, which --help does not need.
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(_strict(hint)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(_complaint(error.errors(), value, hint, path)) from None
 
 
 def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
-    """The line for a key that is not one of ``known`` under ``path``."""
+    """Return the message for a key that is not one of ``known`` under ``path``."""
     known = list(known)
     line = f"{key} is unknown"
     close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
@@ -221,39 +211,26 @@ def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
 
 
 def nearest(value: Any, known: Iterable[Any]) -> str:
-    """``; did you mean ...?`` or nothing."""
+    """Return ``; did you mean ...?`` or nothing."""
     close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error without its line breaks."""
+    """Return the message of an error without its line breaks."""
     return " ".join(str(error).split())
 
 
-def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
-    closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(f"{path}._target_ must take a step without a closure, which {cls.__name__} does not")
-    for key, value in arguments.items():
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
-
-    try_optimizer(cls, arguments, path, on_cpu=False)
-    return functools.partial(cls, **arguments)
-
-
 def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: str, on_cpu: bool) -> None:
-    """Make an optimizer of two small parameters on the processor, and let it take a step with dense gradients.
+    """Make an optimizer of two small parameters on the processor and let it take a step with dense gradients.
 
     Args:
         cls, arguments: the class, and its keyword arguments.
         path: where they were written.
-        on_cpu: whether that is where it will be used. If not, what ``capturable`` asks of the device says nothing.
+        on_cpu: whether the run uses it there; if not, what ``capturable`` requires of the device is ignored.
 
     Raises:
-        UserError: it refuses, or torch cannot make the folder that it wants first.
+        UserError: the optimizer refuses, or torch cannot make the folder of its compiler.
     """
     import torch
 
@@ -269,7 +246,7 @@ def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: s
             of_the_device = isinstance(error, AssertionError) and "capturable" in str(error)
             return None if of_the_device and not on_cpu else one_line(error)
         except OSError as error:
-            # The first optimizer has torch import its compiler, which makes its folder at once.
+            # The first optimizer imports torch's compiler, which makes its folder.
             raise UserError(
                 f"torch cannot make the folder {error.filename} for compiled code ({error.strerror}): "
                 "set TORCHINDUCTOR_CACHE_DIR to one that can be written to"
@@ -282,6 +259,17 @@ def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: s
         guilty = [key for key in arguments if refusal({k: v for k, v in arguments.items() if k != key}) is None]
         where = f"{path}.{guilty[0]}={_show(arguments[guilty[0]])}" if guilty else path
         raise UserError(f"{where} is refused by {cls.__name__}: {message}")
+
+
+def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
+    closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"{path}._target_ must take a step without a closure, which {cls.__name__} does not")
+    for key, value in arguments.items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
+    return functools.partial(cls, **arguments)
 
 
 def _is_optimizer(base: type) -> bool:
@@ -302,46 +290,57 @@ def _is_within(module: str, packages: Iterable[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def _is_writable(hint: Any, value: Any) -> bool:
-    """Whether an option of a union can be written in a config: a class such as Tensor only as a node."""
-    plain = get_origin(hint) is not None or hint in (*_PLAIN, dict)
-    return plain or (isinstance(value, Mapping) and "_target_" in value)
+def _is_plain(hint: Any) -> bool:
+    """Whether values of ``hint`` can be written in a config without a node."""
+    return get_origin(hint) is not None or hint in _PLAIN
 
 
-def _describe(hint: Any) -> str:
+def _strict(hint: Any) -> Any:
+    """Return ``hint`` for pydantic: scalars are not coerced, lists serve as tuples, classes in a union are left out."""
+    from pydantic import Field
+
     origin, options = get_origin(hint), get_args(hint)
-    if hint in _PLAIN:
-        return _PLAIN[hint]
-    if hint is NoneType:
-        return "null"
+    if hint is int:
+        return Annotated[int, Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)]
+    if hint in (float, bool, str):
+        return Annotated[hint, Field(strict=True)]
     if origin in (Union, UnionType):
-        return " or ".join(_describe(o) for o in options if o is NoneType or _is_writable(o, None))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
-    if origin is list:
-        return f"a list of {_describe_many(options[0])}"
-    if origin is tuple and options[-1] is Ellipsis:
-        return f"a list of {_describe_many(options[0])}"
-    if origin is tuple:
-        return f"a list of {len(options)}: {', '.join(map(_describe, options))}"
-    if hint is Any:
-        return "anything"
-    return "keys and values" if origin is dict or hint is dict else f"a {hint.__name__}"
+        return Union[tuple(_strict(option) for option in options if _is_plain(option))]  # noqa: UP007
+    if origin in (list, tuple, dict):
+        return origin[tuple(_strict(option) for option in options)]
+    return hint
 
 
-def _describe_many(hint: Any) -> str:
-    origin, options = get_origin(hint), get_args(hint)
-    if hint in _PLAIN_MANY:
-        return _PLAIN_MANY[hint]
-    if origin is list:
-        return f"lists of {_describe_many(options[0])}"
-    if origin is Literal:
-        return ", ".join(map(str, options))
-    return _describe(hint)
+def _complaint(errors: list[Any], value: Any, hint: Any, path: str) -> str:
+    """Return one line about the deepest of pydantic's ``errors``; equally deep ones are the options of a union."""
+    # Besides indices, a location holds names of union members, which nobody writes.
+    places = [[part for part in error["loc"] if isinstance(part, int)] for error in errors]
+    depth = max(map(len, places))
+    deepest = [(place, error) for place, error in zip(places, errors, strict=True) if len(place) == depth]
+    place = deepest[0][0]
+    wanted = dict.fromkeys(_wanted(error) for where, error in deepest if where == place)
+    got = deepest[0][1]["input"]
+    shown = _show(got) if len(_show(got)) < 100 else f"a number of {len(str(got))} digits"
+    line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {shown}"
+    return line + nearest(got, _literals(hint)) + _as_text(value, hint, path)
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    if error["type"] in ("too_long", "too_short"):
+        return f"a list of {error['ctx'].get('max_length', error['ctx'].get('min_length'))}"
+    if error["type"] == "literal_error":
+        return f"one of {error['ctx']['expected']}".replace("'", "").replace(" or ", ", ")
+    return _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("'", "")
+
+
+def _literals(hint: Any) -> list[str]:
+    """Return the texts among the literals inside ``hint``."""
+    options = get_args(hint)
+    return [o for o in options if isinstance(o, str)] + [text for option in options for text in _literals(option)]
 
 
 def _show(value: Any) -> str:
-    """``value`` as it would be typed."""
+    """Return ``value`` as it would be typed."""
     if isinstance(value, str):
         return value if value and value == value.strip() else repr(value)
     try:
@@ -351,7 +350,7 @@ def _show(value: Any) -> str:
 
 
 def _as_text(value: Any, hint: Any, path: str) -> str:
-    """What to type instead of a number (or list, or truth value) in quotes, which is a text; else nothing."""
+    """Return what to type instead of a number, list or truth value in quotes, which is a text; else nothing."""
     if not isinstance(value, str):
         return ""
     try:

@@ -1,15 +1,20 @@
-"""The shape of every sink, and the fan-out to several."""
+"""The base class of the ``logger`` group, and several loggers as one."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, ClassVar, Literal, final
 
 from iwae_cli.core.errors import Interrupted
+
+CLOSE_SECONDS = 90
+"""Time that a logger has to finish when the run ends; longer than wandb's own bound on its uploads."""
 
 log = logging.getLogger("iwae_cli")
 
@@ -19,7 +24,7 @@ Metrics = Mapping[str, float | int | None]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink may know of a run before its first number.
+    """What a logger knows about a run before its first number.
 
     Attributes:
         folder: the run folder; exists.
@@ -27,7 +32,7 @@ class RunInfo:
         config: the resolved configuration, plain dicts, lists, strings and numbers.
         group: name shared by the runs of one sweep, or None.
         overrides: the command line, for display.
-        kind: what it is among the runs of its group: ``train``, ``report``.
+        kind: role of the run in its group: ``train``, ``report``.
     """
 
     folder: Path
@@ -39,110 +44,149 @@ class RunInfo:
 
 
 class Logger(ABC):
-    """Receives the record of one run. Steps never decrease; times of day never appear in metrics."""
+    """Receives the record of one run. Steps never decrease; times of day never appear in metrics.
+
+    A logger may raise, hang or be slow: it runs in a thread of its own (see ``FanOut``), and the run is the same.
+    """
 
     essential: ClassVar[bool] = False
     """Whether a run without this record is no run: its errors are then the run's errors."""
 
     @abstractmethod
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
-        """Begin; ``history`` is the record kept from before an interruption (empty for a new run)."""
+        """Begin; ``history`` holds the rows from before an interruption (empty for a new run)."""
 
     @abstractmethod
     def log(self, step: int, metrics: Metrics) -> None:
-        """One row: ``metrics`` at optimizer step ``step``."""
+        """Record one row: ``metrics`` at optimizer step ``step``."""
 
-    @abstractmethod
-    def image(self, step: int, name: str, path: Path) -> None:
-        """A picture in a file that stays."""
+    def image(self, step: int, name: str, path: Path) -> None:  # noqa: B027
+        """Record a picture in a file that stays."""
 
-    @abstractmethod
-    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """A set of values to be shown as a histogram."""
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:  # noqa: B027
+        """Record a set of values to be shown as a histogram."""
 
-    @abstractmethod
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers, nested plain values."""
+    def summary(self, values: Mapping[str, Any]) -> None:  # noqa: B027
+        """Record the final numbers, nested plain values."""
 
     @abstractmethod
     def close(self, status: Status) -> None:
-        """End; called exactly once, also for failed runs, after results are on disk. Must not raise or hang."""
+        """End; called exactly once, also for failed runs, after results are on disk."""
 
     def sync_command(self) -> str | None:
-        """After ``close``: the command line that uploads what only lies on this machine; None if there is none."""
+        """Return, after ``close``, the command line that uploads what only lies on this machine; None if none."""
         return None
 
 
 @final
 class FanOut(Logger):
-    """Several sinks as one. Where several processes work on a run, all but the first have ``FanOut([])``.
+    """Several loggers as one. Where several processes work on a run, all but the first have ``FanOut([])``.
 
-    A sink that raises is left out from then on, with one warning, and the others go on; only the errors of an
-    ``essential`` sink are raised. Every sink is closed, also one that was left out.
+    ``essential`` loggers are called directly and their errors are raised. Every other logger has a thread that makes
+    the calls in their order: one that raises is left out from then on, with one warning, and one that hangs is left
+    behind ``CLOSE_SECONDS`` after the end of the run. Every logger is closed, also one that was left out.
     """
 
-    def __init__(self, sinks: Sequence[Logger]) -> None:
-        # The local record before everything that may be slow.
-        self._sinks = sorted(sinks, key=lambda sink: not sink.essential)
-        self._failed: set[int] = set()
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._essential = [logger for logger in loggers if logger.essential]
+        self._others = [_Background(logger) for logger in loggers if not logger.essential]
         self._closed = False
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
-        """Open every sink."""
-        self._each(lambda sink: sink.open(run, history))
+        """Open every logger."""
+        self._each(lambda logger: logger.open(run, history))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """One row to every sink."""
-        self._each(lambda sink: sink.log(step, metrics))
+        """Send one row to every logger."""
+        row = dict(metrics)
+        self._each(lambda logger: logger.log(step, row))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """A picture to every sink."""
-        self._each(lambda sink: sink.image(step, name, path))
+        """Send a picture to every logger."""
+        self._each(lambda logger: logger.image(step, name, path))
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """A set of values to every sink."""
-        self._each(lambda sink: sink.histogram(step, name, values))
+        """Send a set of values to every logger."""
+        self._each(lambda logger: logger.histogram(step, name, values))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers to every sink."""
-        self._each(lambda sink: sink.summary(values))
+        """Send the final numbers to every logger."""
+        self._each(lambda logger: logger.summary(values))
 
     def close(self, status: Status) -> None:
-        """Close every sink, whatever became of it; once. After an error that is raised, the others as failed."""
+        """Close every logger; once. If an essential one raises, the others are closed as failed."""
         if self._closed:
             return
         self._closed = True
         errors: list[Exception] = []
-        for sink in self._sinks:
+        for logger in self._essential:
             try:
-                sink.close(status)
+                logger.close(status)
             except Exception as error:
-                if sink.essential or isinstance(error, Interrupted):
-                    errors.append(error)
-                    status = "interrupted" if isinstance(error, Interrupted) else "failed"
-                else:
-                    _warn(sink, error)
+                errors.append(error)
+                status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        for other in self._others:
+            other.begin_close(status)
+        for other in self._others:
+            other.wait()
         if errors:
             raise errors[0]
 
     def sync_command(self) -> str | None:
-        """The first command line that a sink has."""
-        return next((command for sink in self._sinks if (command := sink.sync_command())), None)
+        """Return the first command line that a logger has."""
+        loggers = [*self._essential, *(other.logger for other in self._others)]
+        return next((command for logger in loggers if (command := logger.sync_command())), None)
 
     def _each(self, call: Callable[[Logger], None]) -> None:
-        for sink in self._sinks:
-            if id(sink) in self._failed:
-                continue
+        # The local record before everything else: where it fails, no other logger may claim to have the row.
+        for logger in self._essential:
+            call(logger)
+        for other in self._others:
+            other.put(call)
+
+
+class _Background:
+    """A logger and the thread that calls it."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+        self._works = True
+        self._calls: SimpleQueue[Callable[[Logger], None]] = SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name=type(logger).__name__, daemon=True)
+        self._started = False
+
+    def put(self, call: Callable[[Logger], None]) -> None:
+        """Queue ``call``; not made if an earlier one has raised."""
+        self._start()
+        self._calls.put(lambda logger: call(logger) if self._works else None)
+
+    def begin_close(self, status: Status) -> None:
+        """Queue the last call, which is always made."""
+        self._start()
+
+        def end(logger: Logger) -> None:
+            self._closing = True
+            logger.close(status)
+
+        self._calls.put(end)
+
+    def wait(self) -> None:
+        """Wait for the last call, at most ``CLOSE_SECONDS``."""
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.warning("%s did not finish within %s s and was left behind", self._thread.name, CLOSE_SECONDS)
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._thread.start()
+
+    def _work(self) -> None:
+        while not self._closing:
             try:
-                call(sink)
-            except Interrupted:
-                raise
+                self._calls.get()(self.logger)
             except Exception as error:
-                if sink.essential:
-                    raise
-                self._failed.add(id(sink))
-                _warn(sink, error)
-
-
-def _warn(sink: Logger, error: Exception) -> None:
-    log.warning("%s failed and is left out: %s: %s", type(sink).__name__, type(error).__name__, error)
+                self._works = False
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                log.warning("%s failed and is left out; the local record is whole: %s", self._thread.name, why)

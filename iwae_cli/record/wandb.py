@@ -1,4 +1,4 @@
-"""Weights & Biases as one sink among others: its failure never stops, slows down for long, or loses a run."""
+"""Weights & Biases as a logger; the only file that imports wandb."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import math
 import os
 import shlex
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 from iwae_cli.record.loggers import Logger, Metrics, RunInfo, Status
@@ -22,23 +20,18 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
 UPLOAD_SECONDS = 60
-"""How long wandb may go on uploading when a run ends."""
-CLOSE_SECONDS = UPLOAD_SECONDS + 30
-"""How long it may take to end at all."""
+"""Time that wandb has for uploads when a run ends."""
 
 log = logging.getLogger("iwae_cli")
 
 
 @final
 class WandbLogger(Logger):
-    """A run of W&B's for every run of ours.
+    """One W&B run for every run.
 
     Offline, everything is in ``<run folder>/wandb/offline-run-*``, to be uploaded with ``sync_command()``. The id
     follows the identity of the run, so uploading twice, or uploading a run that was resumed, makes one run there.
     A resumed run begins a new offline folder with its whole history, so the newest folder alone is complete.
-
-    A thread does what wandb does, in the order of the calls: importing and starting it takes as long as torch, and
-    training need not wait for that.
 
     Args:
         mode: ``online`` falls back to ``offline``, with a warning, where there is no key or no network;
@@ -81,13 +74,10 @@ class WandbLogger(Logger):
         self.name = name
         self._run: wandb.Run | None = None
         self._folder: Path | None = None
-        self._works = False
         self._to_upload = False
-        self._thread: threading.Thread | None = None
-        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
-        """Begin a run of W&B's and replay ``history`` into it."""
+        """Begin a W&B run and replay ``history`` into it."""
         if self.mode == "disabled":
             return
         # A shell's way to unset one, which wandb would refuse as a value.
@@ -102,22 +92,19 @@ class WandbLogger(Logger):
             "WANDB_FINISH_TIMEOUT": str(UPLOAD_SECONDS),
         }.items():
             os.environ.setdefault(variable, value)
-        self._works = True
-        self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
-        self._thread.start()
-        # Who asks for an online run is told before the training whether it is to be had.
-        begin = self._try if self.mode == "online" else self._later
-        begin("could not begin", lambda: self._begin(run))
+        self._run, self._to_upload = self._started(run)
+        self._folder = Path(self._run.settings.sync_dir).resolve()
+        self._run.define_metric(AXIS)
+        self._run.define_metric("*", step_metric=AXIS)
         for step, metrics in history:
             self.log(step, metrics)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """One row; a metric that is None has no point there."""
-        values = {name: value for name, value in metrics.items() if value is not None}
-        self._log(step, lambda: values)
+        """Record one row; a metric that is None has no point there."""
+        self._log(step, lambda: {name: value for name, value in metrics.items() if value is not None})
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """A picture, copied into W&B's folder."""
+        """Record a picture, copied into W&B's folder."""
 
         def row() -> dict[str, Any]:
             import wandb
@@ -127,7 +114,7 @@ class WandbLogger(Logger):
         self._log(step, row)
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """A histogram of the finite ``values``; -inf is a proper log-weight but has no place on an axis."""
+        """Record a histogram of the finite ``values``; -inf is a proper log-weight but has no place on an axis."""
 
         def row() -> dict[str, Any]:
             import wandb
@@ -158,33 +145,24 @@ class WandbLogger(Logger):
         self._log(step, row)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers; nested names are joined with ``/``."""
-        flat = dict(_flat(values))
-        self._later("could not keep the summary", lambda: self._begun.summary.update(flat))
+        """Record the final numbers; nested names are joined with ``/``."""
+        if self._run is not None:
+            self._run.summary.update(dict(_flat(values)))
 
     def close(self, status: Status) -> None:
-        """Finish, waiting for uploads for a bounded time; never raises."""
-        if self._thread is None:
+        """Finish, waiting ``UPLOAD_SECONDS`` for uploads."""
+        if self._run is None:
             return
-        self._tasks.put(lambda: self._finish(status))
-        self._tasks.put(None)
-        # wandb bounds its uploads itself; this bounds the rest, such as a service of its own that hangs.
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            self._to_upload = True
-            log.warning("W&B: did not finish within %s s and was left behind", CLOSE_SECONDS)
+        uploads, self._to_upload = not self._to_upload, True
+        self._run.finish(exit_code=0 if status == "finished" else 1)
+        # Where wandb raised, or hangs, the record is left to be uploaded.
+        self._to_upload = not uploads
 
     def sync_command(self) -> str | None:
-        """``wandb sync`` with the newest folder, if that holds anything not uploaded."""
+        """Return ``wandb sync`` with the newest folder, if that holds anything not uploaded."""
         if not self._to_upload or self._folder is None:
             return None
         return _sync(self._folder)
-
-    def _begin(self, run: RunInfo) -> None:
-        self._run, self._to_upload = self._started(run)
-        self._folder = Path(self._run.settings.sync_dir).resolve()
-        self._run.define_metric(AXIS)
-        self._run.define_metric("*", step_metric=AXIS)
 
     def _started(self, run: RunInfo) -> tuple[wandb.Run, bool]:
         """A run of W&B's, and whether it is to be uploaded by hand."""
@@ -239,43 +217,8 @@ class WandbLogger(Logger):
         )
 
     def _log(self, step: int, row: Callable[[], dict[str, Any]]) -> None:
-        self._later(f"could not log at step {step}", lambda: self._begun.log({AXIS: step, **row()}))
-
-    @property
-    def _begun(self) -> wandb.Run:
-        assert self._run is not None
-        return self._run
-
-    def _finish(self, status: Status) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish(exit_code=0 if status == "finished" else 1)
-        except Exception as error:
-            self._to_upload = True
-            log.warning("W&B: could not finish (%s); the local record is whole", _first_line(error))
-
-    def _work(self) -> None:
-        for task in iter(self._tasks.get, None):
-            task()
-
-    def _later(self, trouble: str, task: Callable[[], object]) -> None:
-        if self._thread is not None:
-            self._tasks.put(lambda: self._try(trouble, task))
-
-    def _try(self, trouble: str, task: Callable[[], object]) -> None:
-        """Do ``task``; if that raises, turn this sink off with one warning."""
-        if not self._works:
-            return
-        try:
-            task()
-        except Exception as error:
-            self._works = False
-            log.warning(
-                "W&B: %s (%s) and is off from here on; the run goes on and the local record is whole",
-                trouble,
-                _first_line(error),
-            )
+        if self._run is not None:
+            self._run.log({AXIS: step, **row()})
 
 
 def left_to_upload(run_folder: Path) -> str | None:

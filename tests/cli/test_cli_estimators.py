@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from small_runs import TINY, finished, read_json, snapshot
 
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.help import choices, conf_folder
-from iwae_cli.cli.train import evaluate, train
+from iwae_cli.cli.train import train
 from iwae_cli.config.build import build
 from iwae_cli.evaluation.estimator import Estimator
 
@@ -105,10 +106,28 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
+def test_an_estimator_from_a_config_folder_gets_an_objective_if_its_yaml_has_the_key(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "conf" / "estimator"
+    own.mkdir(parents=True)
+    snr = "{_target_: iwae_cli.evaluation.gradient_snr.GradientSNR, ks: [2, 4], draws: 8, images: 3"
+    (own / "with.yaml").write_text(snr + ", objective: null}\n")
+    (own / "without.yaml").write_text(snr + "}\n")
+    before = len(kept(run_folder, "gradient_snr"))
+    command = [str(run_folder), "--config-dir=conf", "objective=elbo"]
+    assert evaluate([*command, "estimator=without"]) == 2
+    assert "objective cannot be changed after training" in capsys.readouterr().err
+    assert evaluate([*command, "estimator=with"]) == 0
+    assert len(kept(run_folder, "gradient_snr")) == before + 1
+    assert evaluate(["--help", "--config-dir", "conf"]) == 0
+    assert "with without" in capsys.readouterr().out
+
+
 def test_training_has_no_estimator(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["estimator=ais"]) == 2
     assert capsys.readouterr().err == (
-        "iwae-train: estimator=ais is asked of a finished run: write iwae-eval RUN_FOLDER estimator=ais\n"
+        "iwae-train: estimator=ais is for a finished run: write iwae-eval RUN_FOLDER estimator=ais\n"
     )
 
 
@@ -121,6 +140,7 @@ def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     for name in names:
         node = yaml.safe_load((conf_folder() / "estimator" / f"{name}.yaml").read_text())
+        node.pop("objective", None)
         assert isinstance(build(node, Estimator, "estimator"), Estimator)
         assert name in out
 

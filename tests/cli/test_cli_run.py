@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ import yaml
 
 from iwae_cli import __version__
 from iwae_cli.cli.compose import plan
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.help import choices, conf_folder, summary
-from iwae_cli.cli.train import evaluate, train
+from iwae_cli.cli.train import train
 from iwae_cli.config.build import BASES, construct
 from iwae_cli.core.errors import Interrupted, RunFailed, RunLocked, UserError
 from iwae_cli.runs.experiment import Experiment
@@ -66,7 +66,7 @@ def test_every_choice_constructs(group: str) -> None:
 def test_presets_leave_the_other_groups_alone() -> None:
     found = choices([conf_folder()])
     groups = ["data", "model", "objective", "device", "logger"]
-    for row in range(max(len(found[group]) for group in groups)):
+    for row in range(3):
         chosen = [f"{group}={found[group][row % len(found[group])]}" for group in groups]
         without = job(*chosen)
         for preset in jobs(*chosen, PRESETS):
@@ -114,14 +114,15 @@ def test_the_config_is_plain_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         ("online", [], "online"),
         ("disabled", [], "disabled"),
         ("disabled", ["logger=online"], "online"),
-        ("disabled", ["logger.mode=online"], "online"),
+        ("disabled", ["logger.wandb.mode=online"], "online"),
+        ("disabled", ["logger.wandb.project=x"], "disabled"),
         ("nonsense", ["logger=offline"], "offline"),
     ],
 )
 def test_the_command_line_beats_wandb_mode(monkeypatch, variable, overrides, mode) -> None:
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
-    assert job(*overrides).config["logger"]["mode"] == mode
+    assert job(*overrides).config["logger"]["wandb"]["mode"] == mode
 
 
 # One run.
@@ -196,11 +197,12 @@ def test_a_sweep_runs_every_combination(runs, capsys) -> None:
     assert "4 finished" in out and err == ""
 
 
-def test_the_same_sweep_has_the_same_name(runs) -> None:
-    for argv in (["-m", "seed=0,1"], ["-m", "seed=0,1"], ["-m", "seed=0,2"]):
-        assert train(argv) == 0
-    first, _, again, _, other, _ = [e.group for e in runs[0]]
-    assert first == again != other
+def test_the_same_sweep_has_the_same_name() -> None:
+    first, again, other, restarted = (
+        plan(line.split(), True, None).name
+        for line in ("seed=0,1", "seed=0,1", "seed=0,2", "seed=0,1 restart=true on_error=stop")
+    )
+    assert first == again == restarted != other
 
 
 def test_a_failure_is_told_at_once_and_the_others_go_on(runs, capsys) -> None:
@@ -210,7 +212,7 @@ def test_a_failure_is_told_at_once_and_the_others_go_on(runs, capsys) -> None:
     assert train(["-m", "seed=0,1,2,3"]) == 1
     assert [e.seed for e in seen] == [0, 1, 2, 3]
     err = capsys.readouterr().err
-    assert re.search(r"iwae-train: job 1 \(seed=1\) failed: it diverged \(outputs/digits-\S+-seed1-\w+\)\n", err)
+    assert f"iwae-train: job 1 (seed=1) failed: it diverged ({seen[1].folder().path.relative_to(Path.cwd())})\n" in err
     assert "iwae-train: job 2 (seed=2) failed: a bug (" in err
     assert err.count("Traceback") == 1 and "ZeroDivisionError: a bug" in err
 
@@ -379,10 +381,9 @@ def test_wrong_evaluations(run_folder: Path, capsys, override: str, said: str) -
 
 
 def test_what_is_no_run_folder(tmp_path: Path, capsys) -> None:
-    for content, said in {None: "is no run folder", "[": "cannot be read", "a: 1": "is not the configuration"}.items():
+    for content, said in {None: "is no run folder", "[": "is damaged", "a: 1": "is damaged"}.items():
         if content:
             (tmp_path / "config.yaml").write_text(content)
         assert evaluate([str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
     assert evaluate(["nowhere"]) == evaluate([]) == 2
-    assert evaluate(["--help"]) == 0

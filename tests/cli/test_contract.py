@@ -20,13 +20,20 @@ import yaml
 from small_runs import TINY, arrays, finished, last_of_each, read_json, run, run_folders, snapshot
 
 import iwae_cli
-from iwae_cli.cli import train as cli
+from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.evaluation.likelihood import log_likelihood
 
 COMMAND = last_of_each(*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
 REAL = (
     *("data=linear_gaussian", "data.n_train=200", "data.n_validation=50", "data.n_test=60", "model=linear_gaussian"),
-    *("schedule=smoke", "batch_size=50", "evaluation=smoke", "logger=disabled", "optimizer.lr=0.01"),
+    *(
+        "schedule=smoke",
+        "batch_size=50",
+        "validation=smoke",
+        "evaluation=smoke",
+        "logger=disabled",
+        "optimizer.lr=0.01",
+    ),
 )
 
 
@@ -256,7 +263,7 @@ def test_load_gives_the_model_of_the_result(folder: Path, result: Any) -> None:
 def evaluate(*arguments: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.evaluate(list(arguments))
+        code = command(list(arguments))
     return code, out.getvalue(), err.getvalue()
 
 

@@ -333,8 +333,6 @@ def evaluation(**changed: object) -> Evaluation:
         "binarization_seed": 0,
         "rows": 2000,
         "workers": None,
-        "validation_k": 5,
-        "validation_every": 1,
     }
     return Evaluation(**(chosen | changed))  # type: ignore[arg-type]
 

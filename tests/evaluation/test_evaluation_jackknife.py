@@ -70,7 +70,5 @@ def test_it_needs_two_samples_and_is_off_unless_asked_for(model: LatentVariableM
             binarization_seed=0,
             rows=64,
             workers=1,
-            validation_k=1,
-            validation_every=1,
             jackknife=True,
         )

@@ -149,8 +149,6 @@ def subject() -> EstimatorInput:
         binarization_seed=0,
         rows=2000,
         workers=None,
-        validation_k=5,
-        validation_every=1,
     )
     return EstimatorInput(model.float(), data, evaluation, IWAE)
 

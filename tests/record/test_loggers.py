@@ -4,11 +4,14 @@ import csv
 import json
 import logging
 import os
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import TINY, finished, read_json, run, run_folders
 
 from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.record.jsonl import JsonlLogger, read_history
@@ -24,15 +27,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_on_disk_at_once_and_the_table_at_the_end(tmp_path: Path) -> None:
-    sink = JsonlLogger()
-    sink.open(info(tmp_path), [])
-    sink.log(1, {"train/bound": -1 / 3})
-    sink.log(2, {"train/bound": -0.1, "validation/bound": None, "validation/k": 50})
+    logger = JsonlLogger()
+    logger.open(info(tmp_path), [])
+    logger.log(1, {"train/bound": -1 / 3})
+    logger.log(2, {"train/bound": -0.1, "validation/bound": None, "validation/k": 50})
     assert rows(tmp_path) == [
         {"step": 1, "train/bound": -1 / 3},
         {"step": 2, "train/bound": -0.1, "validation/bound": None, "validation/k": 50},
     ]
-    sink.close("finished")
+    logger.close("finished")
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [
             ["step", "train/bound", "validation/bound", "validation/k"],
@@ -86,22 +89,90 @@ def test_a_row_is_on_the_disk_before_a_checkpoint_can_speak_of_it(
         sync(descriptor)
         synced.append((tmp_path / "metrics.jsonl").read_bytes())
 
-    sink = JsonlLogger()
-    sink.open(info(tmp_path), [])
+    logger = JsonlLogger()
+    logger.open(info(tmp_path), [])
     monkeypatch.setattr("os.fsync", noted)
-    sink.log(1, {"a": 1})
+    logger.log(1, {"a": 1})
     assert synced == [b'{"step": 1, "a": 1}\n']
-    sink.close("failed")
+    logger.close("failed")
 
 
 @pytest.mark.parametrize("metrics", [{"a": float("nan")}, {"a": float("inf")}, {"step": 3}])
 def test_what_cannot_be_kept_is_an_error_and_not_half_a_row(tmp_path: Path, metrics: Metrics) -> None:
-    sink = JsonlLogger()
-    sink.open(info(tmp_path), [])
+    logger = JsonlLogger()
+    logger.open(info(tmp_path), [])
     with pytest.raises(ValueError, match=r"a must be finite or null|'step'"):
-        sink.log(1, metrics)
-    sink.close("failed")
+        logger.log(1, metrics)
+    logger.close("failed")
     assert rows(tmp_path) == []
+
+
+CSV = '''
+import csv
+from iwae_cli.record.loggers import Logger
+
+class CsvLogger(Logger):
+    """Rows of a run as step, name, value."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def open(self, run, history):
+        self.out = (run.folder / self.file).open("w", newline="")
+        self.writer = csv.writer(self.out)
+        for step, metrics in history:
+            self.log(step, metrics)
+
+    def log(self, step, metrics):
+        self.writer.writerows([step, name, value] for name, value in metrics.items())
+
+    def close(self, status):
+        self.out.close()
+'''
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user's: a module with a logger, and a choice that names it."""
+    (tmp_path / "conf" / "logger").mkdir(parents=True)
+    (tmp_path / "conf" / "logger" / "csv.yaml").write_text("csv: {_target_: my_loggers.CsvLogger, file: rows.csv}\n")
+    (tmp_path / "my_loggers.py").write_text(CSV)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "my_loggers")
+    return tmp_path
+
+
+def test_a_logger_of_the_user_is_one_file_and_one_yaml(user: Path) -> None:
+    """Alone and beside W&B; the run has the same identity and the same record."""
+    alone = finished(user / "a", *TINY, "--config-dir=conf", "logger=csv")
+    both = finished(user / "b", *TINY, "--config-dir=conf", "logger=[offline,csv]", "logger.csv.file=other.csv")
+    assert alone.name == both.name and (alone / "metrics.jsonl").read_bytes() == (both / "metrics.jsonl").read_bytes()
+    with (alone / "rows.csv").open(newline="") as file:
+        found = [(int(step), name, value) for step, name, value in csv.reader(file)]
+    assert found == [
+        (row["step"], name, "" if value is None else str(value))
+        for row in rows(alone)
+        for name, value in row.items()
+        if name != "step"
+    ]
+    assert (both / "other.csv").read_text() == (alone / "rows.csv").read_text()
+    assert len(list((both / "wandb").glob("offline-run-*"))) == 1 and not (alone / "wandb").exists()
+
+
+@pytest.mark.parametrize("fault", ["raise OSError('no luck')", "time.sleep(60)"])
+def test_a_logger_that_raises_or_hangs_leaves_the_run_as_it_is(
+    user: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwae_cli.record.loggers.CLOSE_SECONDS", 0.1)
+    module = "import time\n" + CSV.replace(
+        "        self.writer.writerows", f"        {fault}\n        self.writer.writerows"
+    )
+    (user / "my_loggers.py").write_text(module)
+    sys.modules.pop("my_loggers", None)
+    code, _, err = run(*TINY, "schedule.passes=1", "--config-dir=conf", "logger=csv", f"output_dir={user / 'c'}")
+    (folder,) = run_folders(user / "c")
+    assert (code, read_json(folder / "status.json")["status"]) == (0, "finished")
+    assert len(rows(folder)) == 1 and err.count("CsvLogger ") == 1
 
 
 class Broken(Logger):
@@ -140,21 +211,21 @@ class Essential(Broken):
     essential = True
 
 
-def use(sink: Logger, folder: Path) -> None:
-    sink.open(info(folder), [])
+def use(logger: Logger, folder: Path) -> None:
+    logger.open(info(folder), [])
     for step in (1, 2):
-        sink.log(step, {"a": 1})
-    sink.image(2, "samples", folder / "samples.png")
-    sink.histogram(2, "log_w", [1.0])
-    sink.summary({"nll": 1.0})
-    sink.close("finished")
+        logger.log(step, {"a": 1})
+    logger.image(2, "samples", folder / "samples.png")
+    logger.histogram(2, "log_w", [1.0])
+    logger.summary({"nll": 1.0})
+    logger.close("finished")
 
 
 CALLS = ["open", "log", "log", "image", "histogram", "summary", "close"]
 
 
 @pytest.mark.parametrize("where", sorted(set(CALLS)))
-def test_one_failing_sink_stops_neither_the_others_nor_the_run(
+def test_one_failing_logger_stops_neither_the_others_nor_the_run(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, other = Broken(where), Broken("nowhere")
@@ -165,17 +236,44 @@ def test_one_failing_sink_stops_neither_the_others_nor_the_run(
     assert rows(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 1}]
     assert (tmp_path / "metrics.csv").exists()
     assert [record.getMessage() for record in caplog.records] == [
-        "Broken failed and is left out: RuntimeError: no luck"
+        "Broken failed and is left out; the local record is whole: RuntimeError: no luck"
     ]
+
+
+def test_only_the_end_waits_for_a_slow_logger(tmp_path: Path) -> None:
+    may_open = threading.Event()
+
+    class Slow(Broken):
+        def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
+            assert may_open.wait(60)
+            super().open(run, history)
+
+        def log(self, step: int, metrics: Metrics) -> None:
+            super().log(step, metrics)
+            assert metrics == {"a": 1}
+
+    slow = Slow("nowhere")
+    both = FanOut([slow])
+    row = {"a": 1}
+    both.open(info(tmp_path), [])
+    both.log(1, row)
+    row["a"] = 2
+    assert slow.calls == []
+    may_open.set()
+    both.close("finished")
+    assert slow.calls == ["open", "log", "close"]
 
 
 @pytest.mark.parametrize("where", sorted(set(CALLS)))
 def test_the_failure_of_the_essential_record_is_the_failure_of_the_run(tmp_path: Path, where: str) -> None:
     other = Broken("nowhere")
+    both = FanOut([other, Essential(where)])
     with pytest.raises(RuntimeError, match="no luck"):
-        use(FanOut([other, Essential(where)]), tmp_path)
-    # Where the local record could not be written, nothing else may claim to have it.
-    assert other.calls == (CALLS if where == "close" else CALLS[: CALLS.index(where)])
+        use(both, tmp_path)
+    if where != "close":
+        both.close("failed")
+    # Where the local record could not be written, no other logger may claim to have it.
+    assert other.calls == [*CALLS[: CALLS.index(where)], "close"]
 
 
 def test_a_run_that_ends_in_a_failure_is_finished_nowhere(tmp_path: Path) -> None:
@@ -184,20 +282,20 @@ def test_a_run_that_ends_in_a_failure_is_finished_nowhere(tmp_path: Path) -> Non
             self.calls.append(status)
 
     other = Remote("nowhere")
-    sink = FanOut([other, Essential("close")])
-    sink.open(info(tmp_path), [])
+    logger = FanOut([other, Essential("close")])
+    logger.open(info(tmp_path), [])
     with pytest.raises(RuntimeError):
-        sink.close("finished")
+        logger.close("finished")
     assert other.calls == ["open", "failed"]
 
 
-def test_a_signal_is_not_taken_for_the_failure_of_a_sink(tmp_path: Path) -> None:
+def test_a_signal_is_raised(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        use(FanOut([Broken("log", Interrupted(15))]), tmp_path)
+        use(FanOut([Essential("log", Interrupted(15))]), tmp_path)
 
 
-def test_processes_that_keep_no_record_have_no_sinks(tmp_path: Path) -> None:
-    sink = FanOut([])
-    use(sink, tmp_path)
-    assert sink.sync_command() is None
+def test_processes_that_keep_no_record_have_no_loggers(tmp_path: Path) -> None:
+    logger = FanOut([])
+    use(logger, tmp_path)
+    assert logger.sync_command() is None
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders
 
-from iwae_cli.cli import train as cli
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.core.errors import Interrupted
 from iwae_cli.core.files import RunLock
 from iwae_cli.core.noise import generator
@@ -99,7 +99,7 @@ def test_a_look_at_an_unfinished_run_is_not_taken_for_its_result(
         context.setattr(Runner, "on_step", lambda session, step: step == 20 and signal.raise_signal(signal.SIGTERM))
         assert run(*overrides)[0] == 143
     (folder,) = run_folders(tmp_path / "outputs")
-    assert cli.evaluate([str(folder)]) == 0
+    assert iwae_eval([str(folder)]) == 0
     (look,) = folder.glob("evaluations/*/result.json")
     assert (read_json(look)["status"], read_json(look)["steps"]) == ("unfinished", 20)
     assert run(*overrides)[0] == 0
@@ -164,7 +164,7 @@ def test_what_a_run_begins_from_must_be_finished(folder: Path) -> None:
 def test_data_that_has_changed_is_refused(folder: Path) -> None:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save({**state, "data_sha256": "0" * 64}, folder / "checkpoint.pt")
-    assert cli.evaluate([str(folder), "evaluation.k=60"]) == 2
+    assert iwae_eval([str(folder), "evaluation.k=60"]) == 2
     assert [path.name for path in folder.glob("evaluations/*")] == [arrays_of(folder)]
 
 

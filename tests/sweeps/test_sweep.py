@@ -18,9 +18,10 @@ from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_f
 
 from iwae_cli.cli.train import train
 from iwae_cli.core.device import Device
-from iwae_cli.core.errors import RunFailed
+from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock
 from iwae_cli.runs.experiment import Experiment
+from iwae_cli.sweeps.launchers import LAUNCHERS, adapter
 from iwae_cli.sweeps.sweep import Planned, Sweep
 
 QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
@@ -113,7 +114,7 @@ def test_the_folder_says_what_was_asked_for_and_how_it_stands(runs: Any, tmp_pat
     for seed, job in enumerate(sweep["jobs"]):
         assert job["overrides"] == [f"seed={seed}", "objective.k=1", "output_dir=there"]
         assert job["path"] == (tmp_path / "there" / job["identity"]).resolve()
-        assert job["identity"].startswith(f"digits-one_layer-iwae-k1-seed{seed}-")
+        assert job["identity"].startswith(f"digits-gaussian_mlp_50-iwae-k1-seed{seed}-")
     out, err = capsys.readouterr()
     assert "1 finished, 2 failed" in out and "it diverged" in out
     assert err.splitlines()[-1] == "iwae-train: not all runs are finished: 2 failed"
@@ -189,12 +190,12 @@ def test_two_sweeps_share_a_run_and_the_order_of_jobs_does_not_matter(tmp_path: 
 
 
 def test_a_sweep_waits_for_a_run_that_somebody_else_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iwae_cli.cli.train.LOCKED_SECONDS", 0.1)
+    monkeypatch.setattr("iwae_cli.sweeps.jobs.LOCKED_SECONDS", 0.1)
     folder = finished(tmp_path, *QUICK)
     lock = RunLock(folder)
     lock.__enter__()
-    monkeypatch.setattr("iwae_cli.cli.train.time.sleep", lambda seconds: lock.__exit__(None, None, None))
-    code, _, err = run("-m", "seed=0", *QUICK, f"output_dir={tmp_path}")
+    monkeypatch.setattr("iwae_cli.sweeps.jobs.time.sleep", lambda seconds: lock.__exit__(None, None, None))
+    code, _, err = run("-m", "seed=0", *QUICK, "evaluation.k=6", f"output_dir={tmp_path}")
     assert code == 0 and "waiting:" in err and str(os.getpid()) in err
 
 
@@ -232,7 +233,7 @@ def test_killed_and_stopped_a_sweep_goes_on_by_the_same_command(engine: list[str
     """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left."""
     # Side by side, the first has to last until the second has begun.
     passes = 30 if engine else 15
-    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "evaluation.validation_every=40"]
+    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "validation.every=40"]
     line += [*engine, f"output_dir={tmp_path}"]
     process, since, left = start(*line), 0.0, 2
     if engine and "ray" not in engine[0]:
@@ -300,17 +301,14 @@ def test_gpus_are_dealt_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(on_cpu.resolve()) == "cpu"
 
 
-def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iwae_cli.cli.compose import workers_each
-
-    joblib = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs": 4}
-    basic = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
-    ray = {"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}
-    local = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"}
-    assert workers_each({"launcher": joblib, "sweeper": {}}, 12, 16) == 4
-    assert workers_each({"launcher": joblib, "sweeper": {}}, 2, 16) == 8
-    assert workers_each({"launcher": joblib, "sweeper": {"n_jobs": 3}}, None, 16) == 5
-    assert workers_each({"launcher": joblib, "sweeper": {}}, 12, 2) == 1
-    assert workers_each({"launcher": local, "sweeper": {}}, 8, 16) == 2
-    assert workers_each({"launcher": ray, "sweeper": {}}, 8, 16) == 3
-    assert workers_each({"launcher": basic, "sweeper": {}}, 8, 16) is None
+def test_cores_are_divided() -> None:
+    joblib, local, ray = (LAUNCHERS[name] for name in ("joblib", "submitit_local", "ray"))
+    assert joblib.workers({"n_jobs": 4}, 12, 16) == 4
+    assert joblib.workers({"n_jobs": 4}, 2, 16) == 8
+    assert joblib.workers({"n_jobs": 4}, 3, 16) == 5
+    assert joblib.workers({"n_jobs": 4}, 12, 2) == 1
+    assert local.workers({}, 8, 16) == 2
+    assert ray.workers({"ray": {"remote": {"num_cpus": 3}}}, 8, 16) == 3
+    assert adapter("basic").workers({}, 8, 16) is None
+    with pytest.raises(UserError, match="n_jobs"):
+        joblib.workers({"n_jobs": 0}, 12, 16)

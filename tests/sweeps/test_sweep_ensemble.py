@@ -209,7 +209,7 @@ def test_a_run_that_somebody_else_has_is_waited_for(tmp_path: Path, monkeypatch:
     held.mkdir(parents=True)
     lock = RunLock(held)
     lock.__enter__()
-    monkeypatch.setattr("iwae_cli.cli.train.time.sleep", lambda seconds: lock.__exit__(None, None, None))
+    monkeypatch.setattr("iwae_cli.sweeps.jobs.time.sleep", lambda seconds: lock.__exit__(None, None, None))
     code, _, err = sweep(tmp_path / "second", "seed=0,1,2", BATCHED)
     assert code == 0 and "waiting:" in err and "training 2 runs" in err
     assert at_once(tmp_path / "second") == [1, 2, 2]

@@ -1,0 +1,46 @@
+"""The command ``iwae-eval``: evaluate the model of a run folder again, or by another estimator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from iwae_cli.cli.command import Parser, answer
+from iwae_cli.cli.help import evaluate_help, own_folder
+from iwae_cli.core.errors import UserError
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """``iwae-eval``; returns the exit code, as ``iwae-train``."""
+    return answer("iwae-eval", lambda: _evaluate(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _evaluate(argv: list[str]) -> bool:
+    """Return whether anything but standard output was written."""
+    parser = Parser("iwae-eval")
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-cd", "--config-dir")
+    if {"-h", "--help"} & set(argv):
+        asked, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+        print(evaluate_help([own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []), end="")
+        return False
+    asked = parser.parse_intermixed_args(argv)
+    if asked.folder is None:
+        raise UserError("which run? Write iwae-eval RUN_FOLDER")
+    folder = Path(asked.folder)
+    if not (folder / "config.yaml").is_file():
+        problem = "is no run folder (it holds no config.yaml)" if folder.is_dir() else "is not there"
+        raise UserError(f"{asked.folder} {problem}; run folders are in output_dir (default: outputs)")
+
+    from iwae_cli.cli.compose import evaluation_config
+    from iwae_cli.config.build import convert
+
+    config = evaluation_config(folder, asked.overrides, asked.config_dir)
+    convert(config["data_dir"], str, "data_dir")
+
+    from iwae_cli.runs.evaluate import evaluate_run
+
+    evaluate_run(folder, config)
+    return True

@@ -1,0 +1,257 @@
+"""From composed jobs to runs: start a sweep, train its jobs as one program where asked, run one job of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iwae_cli.config.build import BASES, call, check_arguments, construct, one_line
+from iwae_cli.core.errors import Interrupted, RunLocked, UserError
+from iwae_cli.sweeps.launchers import BATCHED, adapter, request_requeue
+from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
+
+if TYPE_CHECKING:
+    from iwae_cli.runs.experiment import Experiment
+
+LOCKED_SECONDS = 2.0
+"""Pause before a job asks again for a run that another process has."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as composed.
+
+    Attributes:
+        config: plain values.
+        names: chosen name of every group.
+        overrides: the command line of this run.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    overrides: list[str]
+
+    def experiment(self, group: str | None = None) -> Experiment:
+        """Return the experiment, all its objects built and checked; ``group`` is the name of its sweep.
+
+        Raises:
+            UserError: a wrong value, or parts that do not go together.
+        """
+        from iwae_cli.runs.experiment import Experiment
+
+        objects = construct(self.config)
+        objects["loggers"] = objects.pop("logger")
+        record = {"config": self.config, "names": self.names, "overrides": self.overrides, "group": group}
+        values = {key: value for key, value in self.config.items() if key not in BASES}
+        scalars = check_arguments(Experiment, values, "", given={*objects, *record})
+        experiment: Experiment = call(Experiment, {**objects, **scalars, **record}, "")
+        return experiment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything one command line asks for.
+
+    Attributes:
+        jobs: one, or those of a sweep; for a search, which decides its jobs itself, one that it may try.
+        multirun: whether it is a sweep.
+        varied: keys that differ between jobs.
+        is_grid: whether ``jobs`` are all that there will be.
+        overrides: the command line, as parsed.
+        stop_on_error: whether the first failure ends the sweep.
+        choices: Hydra's choices: ``hydra/launcher``, ``hydra/sweeper`` and the groups.
+        launcher, sweeper: Hydra's nodes, resolved.
+    """
+
+    jobs: list[Job]
+    multirun: bool
+    varied: list[str]
+    is_grid: bool
+    overrides: list[str]
+    stop_on_error: bool
+    choices: Mapping[str, Any]
+    launcher: Mapping[str, Any]
+    sweeper: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep, the same for the same command: the varied keys, and a hash of all its runs."""
+        runs = [[o for o in job.overrides if not o.startswith("restart=")] for job in self.jobs]
+        # More trials, other workers or another way to treat errors continue the same search.
+        settings = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
+        outside = (*settings, "on_error=", "restart=")
+        searched = [] if self.is_grid else [o for o in self.overrides if not o.lstrip("+").startswith(outside)]
+        readable = re.sub(r"[^\w.+-]", "_", "+".join(self.varied))[:60] or "sweep"
+        return f"{readable}-{hashlib.sha256(json.dumps([runs, searched]).encode()).hexdigest()[:8]}"
+
+
+_sweep: Sweep | None = None
+"""The sweep that this process started; None in a process that runs one job of a sweep started elsewhere."""
+
+
+def run_sweep(plan: Plan, command: str, engine: Callable[[Path, list[str]], None]) -> None:
+    """Check every job, then have ``engine`` run them.
+
+    Args:
+        plan: with ``multirun``.
+        command: the command line, for the record.
+        engine: Hydra's sweeper: called with the folder of the sweep and further overrides; calls ``run_job``.
+
+    Raises:
+        UserError: a job that cannot run; nothing has been written.
+        Stopped, SweepFailed: see ``Sweep.run``.
+    """
+    global _sweep
+    from iwae_cli.evaluation.workers import available_cores
+    from iwae_cli.record.identity import evaluation_name
+
+    name = str(plan.choices["hydra/launcher"])
+    launcher = adapter(name)
+    if name == BATCHED and not plan.is_grid:
+        raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
+    planned, together = [], []
+    for job in plan.jobs:
+        experiment = job.experiment(plan.name)
+        experiment.check()
+        # Only these are kept: a large sweep would hold every job's objects.
+        together += [experiment] if name == BATCHED else []
+        folder = experiment.folder().path
+        planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
+    if not plan.is_grid and "validation" not in experiment.evaluation.splits:
+        raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
+    path = Path(experiment.output_dir) / "sweeps" / plan.name
+    at_once = len(planned) if plan.is_grid else plan.sweeper.get("n_jobs")
+    facts = {
+        "command": command,
+        "group": plan.name,
+        "launcher": name,
+        "sweeper": plan.choices["hydra/sweeper"],
+        "workers": launcher.workers(plan.launcher, at_once, available_cores()),
+    }
+
+    def work() -> None:
+        _train_together(together, SweepFolder(path), plan.stop_on_error)
+        engine(path, _remaining(plan, path))
+
+    launcher.start(plan.launcher)
+    _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
+    try:
+        _sweep.run(work)
+    finally:
+        _sweep = None
+
+
+def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:
+    """Run one job of a sweep, perhaps in another process; its outcome is in its record and is not raised.
+
+    Returns:
+        What a search minimizes: the NLL of the validation split, nats; None if there is none.
+
+    Raises:
+        Stopped: the sweep was started by this process and ends here.
+    """
+    folder = SweepFolder(sweep_folder)
+    if folder.stop.exists():
+        return None
+    attempt = Attempt(folder, number, job.overrides)
+    if attempt.before == "failed" and launcher == BATCHED:
+        # It failed, and was reported, while it trained with the others.
+        return None
+    attempt.begins()
+    try:
+        result = _run(job, attempt, folder, number)
+    except (Interrupted, KeyboardInterrupt) as error:
+        received = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+        attempt.ends("interrupted", error)
+        if _sweep is not None:
+            raise Stopped(128 + received) from None
+        request_requeue(adapter(launcher), received)
+        return None
+    except Exception as error:
+        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
+        if _sweep is not None:
+            _sweep.failed_here()
+        return None
+    except BaseException as error:
+        attempt.ends("interrupted", error)
+        raise
+    attempt.ends("finished")
+    nll: float | None = result.get("validation", {}).get("nll")
+    return nll
+
+
+def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
+    from iwae_cli.record.identity import evaluation_name
+    from iwae_cli.runs.runner import run
+
+    if job.config["restart"] and attempt.before in ("running", "pending"):
+        # The interrupted command has restarted this run already: resume it.
+        job = replace(job, config={**job.config, "restart": False})
+    experiment = job.experiment(folder.path.name)
+    if _sweep is None:
+        experiment.device.assign_gpu(number)
+    if experiment.evaluation.workers is None:
+        experiment.evaluation.workers = folder.read().get("workers")
+    attempt.is_run(experiment.folder().path, evaluation_name(job.config))
+    waiting = False
+    while True:
+        try:
+            return run(experiment)
+        except RunLocked as error:
+            # Another sweep shares this run, or a job has survived the process that started it.
+            if not waiting:
+                print(f"iwae-train: waiting: {one_line(error)}", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(LOCKED_SECONDS)
+
+
+def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop_on_error: bool) -> None:
+    """Train the jobs that can be one program; what is left of each is done when its turn comes."""
+    if not experiments:
+        return
+    from iwae_cli.record.identity import evaluation_name
+    from iwae_cli.sweeps.ensemble import batches, train_together
+
+    numbers = {id(experiment): number for number, experiment in enumerate(experiments)}
+    attempts: dict[int, Attempt] = {}
+
+    def begins(experiment: Experiment) -> None:
+        number = numbers[id(experiment)]
+        attempts[number] = Attempt(folder, number, experiment.overrides)
+        attempts[number].is_run(experiment.folder().path, evaluation_name(experiment.config))
+
+    def failed(experiment: Experiment, error: BaseException) -> None:
+        attempt = attempts.pop(numbers[id(experiment)])
+        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
+
+    for batch in batches(experiments):
+        try:
+            any_failed = train_together(batch, begins, failed, stop_on_error)
+            for attempt in attempts.values():
+                attempt.ends("interrupted" if any_failed and stop_on_error else "pending")
+        except BaseException as error:
+            for attempt in attempts.values():
+                attempt.ends("interrupted", error if isinstance(error, Interrupted) else None)
+            if isinstance(error, Interrupted):
+                raise Stopped(error.exit_code) from None
+            raise
+        attempts.clear()
+        if any_failed and _sweep is not None:
+            _sweep.failed_here()
+
+
+def _remaining(plan: Plan, folder: Path) -> list[str]:
+    """Return overrides that make a search continue where it was stopped."""
+    if not str(plan.sweeper["_target_"]).endswith(".OptunaSweeper"):
+        return []
+    from iwae_cli.sweeps.optuna import remaining
+
+    return remaining(plan.sweeper, folder)

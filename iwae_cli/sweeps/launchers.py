@@ -1,0 +1,116 @@
+"""One adapter per engine that runs the jobs of a sweep: its extra, its start-up, how it shares cores, preemption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from iwae_cli.core import signals
+from iwae_cli.core.errors import UserError
+
+BATCHED = "batched"
+"""The launcher that trains jobs of the same shapes as one program, then evaluates one job after the other."""
+
+
+class Launcher:
+    """Jobs one after the other in this process, or on machines of their own.
+
+    Attributes:
+        extra: extra of this package that installs the engine; None where it needs none.
+    """
+
+    extra: str | None = None
+
+    def start(self, node: Mapping[str, Any]) -> None:
+        """Prepare the engine; ``node`` is Hydra's node of the launcher, resolved."""
+
+    def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
+        """Return how many evaluation workers each job may have so that parallel jobs share the cores; None: all.
+
+        Args:
+            node: Hydra's node of the launcher, resolved.
+            jobs: how many there are at most at a time, where that is known.
+            cores: of this machine.
+        """
+        return None
+
+    def preemption(self) -> int | None:
+        """Return the signal that tells a job to save its state and end, to be queued again by the engine."""
+        return None
+
+
+class Joblib(Launcher):
+    """Processes of this machine."""
+
+    def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
+        """See ``Launcher``."""
+        from joblib import effective_n_jobs
+
+        try:
+            parallel = effective_n_jobs(node["n_jobs"])
+        except ValueError as error:
+            raise UserError(f"hydra.launcher.n_jobs must be 1 or more, or -1 for all cores: {error}") from None
+        return max(1, cores // min(parallel, jobs or parallel))
+
+
+class Submitit(Launcher):
+    """SLURM, which gives every job cores of its own."""
+
+    extra = "slurm"
+
+    def preemption(self) -> int | None:
+        """See ``Launcher``."""
+        return signals.preemption()
+
+
+class SubmititLocal(Submitit):
+    """Submitit's processes of this machine, all jobs at once."""
+
+    def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
+        """See ``Launcher``."""
+        return max(1, cores // (jobs or 1))
+
+
+class Ray(Launcher):
+    """Ray, which gives every job the cores it asks for."""
+
+    extra = "ray"
+
+    def start(self, node: Mapping[str, Any]) -> None:
+        """Start Ray before the sweep sets its signal handlers: Ray installs one for SIGTERM."""
+        import ray
+
+        init = node["ray"]["init"]
+        if "address" not in init and "RAY_ADDRESS" not in os.environ:
+            # Hardly anything is sent through its memory, of which it would take a third of the machine's.
+            init = {"object_store_memory": 78_643_200, **init}
+        ray.init(**init)
+
+    def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
+        """See ``Launcher``."""
+        return max(1, int((node["ray"].get("remote") or {}).get("num_cpus") or 1))
+
+
+LAUNCHERS: Mapping[str, Launcher] = {
+    "basic": Launcher(),
+    BATCHED: Launcher(),
+    "joblib": Joblib(),
+    "ray": Ray(),
+    "ray_aws": Ray(),
+    "submitit_local": SubmititLocal(),
+    "submitit_slurm": Submitit(),
+}
+"""Choice of ``hydra/launcher`` -> adapter; an engine that is not listed runs its jobs as ``Launcher`` says."""
+
+
+def adapter(name: str) -> Launcher:
+    """Return the adapter of a choice of ``hydra/launcher``."""
+    return LAUNCHERS.get(name) or Launcher()
+
+
+def request_requeue(launcher: Launcher, number: int) -> None:
+    """Raise the engine's own preemption signal again if that is ``number``: the state is saved, it may requeue."""
+    if number == launcher.preemption():
+        signal.raise_signal(number)
