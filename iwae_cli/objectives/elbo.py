@@ -58,7 +58,7 @@ class ELBO(BoundObjective):
         if not self.analytic_kl:
             return super().losses(model, x, particles, noise)
         log_likelihood = particles.log_p - model.generative.log_prior(particles.latents)
-        bound = log_likelihood.mean(0) - model.inference.kl_to_prior(x)
+        bound = log_likelihood.mean(0) - model.kl(x)
         loss = -bound.mean()
         return Losses(loss, loss, bound.detach())
 

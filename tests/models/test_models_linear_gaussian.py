@@ -52,7 +52,7 @@ class Joint:
                 layer.linear.bias.detach().numpy(),
                 layer.log_scale.detach().exp().numpy(),
             )
-            for layer in model.generative.layers
+            for layer in (model.generative.observation, *model.generative.layers)
         ]
         sizes = [w.shape[0] for w, _, _ in layers] + [layers[-1][0].shape[1]]
         edges = np.cumsum([0, *sizes])
@@ -217,7 +217,7 @@ def test_the_closed_form_kl(sizes: list[int]) -> None:
     q = torch.distributions.MultivariateNormal(layer.linear(x), scale_tril=layer.cholesky())
     prior = torch.distributions.MultivariateNormal(torch.zeros(sizes[0]).double(), torch.eye(sizes[0]).double())
     expected = torch.distributions.kl_divergence(q, prior)
-    torch.testing.assert_close(model.inference.kl_to_prior(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.kl(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def wide_posterior(model: LatentVariableModel) -> None:

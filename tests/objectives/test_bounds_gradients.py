@@ -467,6 +467,7 @@ class FrozenDistributions:
 
     def __init__(self, model: LatentVariableModel) -> None:
         self.generative, self.inference, self._model = model.generative, model.inference, model
+        self.kl, self.has_kl, self.shared = model.kl, model.has_kl, model.shared
 
     def draw(self, x, k, noise):
         particles = self._model.draw(x, k, noise)

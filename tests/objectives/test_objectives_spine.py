@@ -24,8 +24,8 @@ def test_fixture_a_is_what_it_says():
     model, x = fixture_a(1)
     chain = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        chain.generative.layers[0].linear.weight.fill_(1.3)
-        chain.generative.layers[0].log_scale.fill_(0.5 * np.log(0.5))
+        chain.generative.observation.linear.weight.fill_(1.3)
+        chain.generative.observation.log_scale.fill_(0.5 * np.log(0.5))
     assert chain.generative.exact_log_px(x).item() == pytest.approx(LOG_PX_A, abs=1e-9)
     h = torch.linspace(-2, 2, 7, dtype=torch.float64).view(7, 1, 1)
     torch.testing.assert_close(model.generative(x, (h,)), chain.generative(x, (h,)), rtol=1e-12, atol=0)
