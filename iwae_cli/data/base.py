@@ -52,7 +52,7 @@ class Data:
         levels: number of grey levels (2 for data that is binary already); None for real-valued data.
         binarization: ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation),
             ``fixed`` (binary already) or ``none`` (values are used as they are).
-        image_shape: shape of one observation, such as (28, 28).
+        image_shape: (height, width), (channels, height, width), or (pixels,) of observations that are no images.
         facts: further facts for the record (plain JSON values), such as the generator's own entropy.
     """
 
@@ -69,6 +69,8 @@ class Data:
     def __post_init__(self) -> None:
         if self.binarization == "dynamic" and self.levels is None:
             raise ValueError(f"levels of {self.name} must be a number: dynamic binarization needs the white level")
+        if not 1 <= len(self.image_shape) <= 3:
+            raise ValueError(f"image_shape of {self.name} must have one to three sizes, got {self.image_shape}")
         pixels = math.prod(self.image_shape)
         for name in SPLITS:
             images = getattr(self, name)

@@ -72,6 +72,8 @@ CASES = {
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
     "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
     "conv grey": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (4, 4), [3], levels=17),
+    "conv colour": Case(GaussianConvolutional(3, [2, 3], 6), (3, 4, 8), [3]),
+    "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (2, 4, 4), [3], levels=5),
     "discrete": Case(SigmoidBeliefNetwork([4]), (3, 2), [4]),
     "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
     "categorical": Case(Categorical(4), (3, 2), [4]),
