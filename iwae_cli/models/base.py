@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, final
 
@@ -138,6 +139,16 @@ class Architecture(ABC):
         with torch.no_grad():
             output_bias.copy_(torch.from_numpy(start))
         return model
+
+    @final
+    def outline(self, image_shape: tuple[int, ...], levels: int | None) -> LatentVariableModel:
+        """Return the networks for such data with arbitrary weights, to check what fits them.
+
+        Raises:
+            UserError: observations of this shape cannot be modelled.
+        """
+        mean = np.full(math.prod(image_shape), 0.5)
+        return LatentVariableModel(*self.networks(image_shape, mean, levels)[:2])
 
 
 def _initialize(module: nn.Module, generator: torch.Generator) -> None:
