@@ -15,19 +15,21 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.exact import exact_log_px
 
+Images = Float[Tensor, "batch pixels"]
+
 
 class GenerativeNetwork(nn.Module, ABC):
     """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L), with parameters theta."""
 
     @abstractmethod
-    def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+    def log_likelihood(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log p(x|h), nats."""
 
     @abstractmethod
     def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log p(h), nats."""
 
-    def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log p(x, h), nats."""
         return self.log_likelihood(x, latents) + self.log_prior(latents)
 
@@ -39,7 +41,7 @@ class GenerativeNetwork(nn.Module, ABC):
     def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
         """Return E[x|h] in the units of x, for pictures."""
 
-    def exact_log_px(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"] | None:
+    def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
         """Return log p(x), nats, where it has a closed form; None where it has none."""
         return None
 
@@ -54,19 +56,15 @@ class InferenceNetwork(nn.Module, ABC):
     reparameterized: bool = True
 
     @abstractmethod
-    def sample(
-        self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
-    ) -> tuple[Latents, Float[Tensor, "k batch"]]:
+    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
         """Return ``k`` draws h ~ q(h|x) for every x, and log q(h|x) in nats, in one pass."""
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log q(h|x) of given latents, nats."""
 
     @abstractmethod
-    def posterior_means(
-        self, x: Float[Tensor, "batch pixels"], draws: int, noise: Noise
-    ) -> tuple[Float[Tensor, "batch _"], ...] | None:
+    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
         """Return E_q[h_l|x] for every layer; None for discrete layers, for which active units are not defined.
 
         A layer above the first averages its mean over ``draws`` of the layer below.
@@ -89,7 +87,7 @@ class GenerativeChain(GenerativeNetwork):
         self.observation = observation
         self.layers = cast(Sequence[Conditional], nn.ModuleList(layers))
 
-    def log_likelihood(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+    def log_likelihood(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log p(x|h_1), nats."""
         return self.observation.log_prob(x, latents[0])
 
@@ -113,7 +111,7 @@ class GenerativeChain(GenerativeNetwork):
         """Return E[x|h_1], in the units of x."""
         return self.observation.mean(latents[0])
 
-    def exact_log_px(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"] | None:
+    def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
         """Return log p(x) in float64, nats, for linear-Gaussian chains and for few discrete states; else None."""
         return exact_log_px(x, self.prior, self.observation, list(self.layers))
 
@@ -143,9 +141,7 @@ class InferenceChain(InferenceNetwork):
         self.white = white
         self.reparameterized = all(layer.reparameterized for layer in layers)
 
-    def sample(
-        self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
-    ) -> tuple[Latents, Float[Tensor, "k batch"]]:
+    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
         """Return draws from the bottom layer up, and log q."""
         latents: list[Tensor] = []
         log_q, given = x.new_zeros(()), x / self.white
@@ -155,16 +151,14 @@ class InferenceChain(InferenceNetwork):
             latents.append(given)
         return tuple(latents), log_q
 
-    def forward(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
         """Return log q(h_1|x) + log q(h_2|h_1) + ..., nats."""
         log_q = x.new_zeros(())
         for layer, given, h in zip(self.layers, (x / self.white, *latents), latents, strict=False):
             log_q = log_q + layer.log_prob(h, given)
         return log_q
 
-    def posterior_means(
-        self, x: Float[Tensor, "batch pixels"], draws: int, noise: Noise
-    ) -> tuple[Float[Tensor, "batch _"], ...] | None:
+    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
         """See the base class; exact for the first layer and where means are linear."""
         if not self.reparameterized:
             return None

@@ -23,6 +23,8 @@ from iwae_cli.models.networks import (
 
 Given = Float[Tensor, "*#n i"] | None
 """(batch, i) or (k, batch, i); None for a prior."""
+Draws = tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]
+"""h and log p(h|given), nats."""
 
 
 class Conditional(nn.Module, ABC):
@@ -37,17 +39,8 @@ class Conditional(nn.Module, ABC):
     linear_mean: ClassVar[bool] = False
 
     @abstractmethod
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
-        """Return ``k`` draws h for each of ``batch`` rows, and their log-probabilities in nats.
-
-        Args:
-            given: (batch, i) or (k, batch, i).
-            k, batch: numbers of draws and of rows.
-            level: layer that the noise is drawn for; 0 is x.
-            noise: standard draws.
-        """
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return ``k`` draws for each of ``batch`` rows, from the noise of layer ``level``, and log-probabilities."""
 
     @abstractmethod
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
@@ -64,9 +57,7 @@ class Conditional(nn.Module, ABC):
 class DiagonalGaussian(Conditional):
     """N(loc, diag(exp(log_scale))^2), both from ``forward``, which a subclass implements."""
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return reparameterized draws (Kingma and Welling 2014, arXiv 1312.6114) and their log-densities."""
         loc, log_scale = self(given)
         h = loc + log_scale.exp() * noise.normal(level, k, batch, loc.shape[-1])
@@ -137,9 +128,7 @@ class CholeskyConditional(Conditional):
         """Return L."""
         return torch.tril(self.below_diagonal, -1) + torch.diag(self.log_diagonal.exp())
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return reparameterized draws and their log-densities."""
         standard = noise.normal(level, k, batch, self.linear.out_features)
         h = self.linear(given) + standard @ self.cholesky().T
@@ -161,9 +150,7 @@ class Bits(Conditional):
 
     reparameterized: ClassVar[bool] = False
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws in {0, 1} and their log-probabilities, whose gradient is the score."""
         logits = self(given)
         h = bernoulli_draw(logits.expand(k, batch, -1), level, noise)
@@ -183,9 +170,7 @@ class OneHot(Conditional):
 
     reparameterized: ClassVar[bool] = False
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return one-hot draws and their log-probabilities, whose gradient is the score."""
         log_probability = torch.log_softmax(self(given), -1)
         h = categorical_draw(log_probability.expand(k, batch, -1), level, noise)

@@ -12,7 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
-from iwae_cli.models.conditionals import CholeskyConditional, DiagonalGaussian, GaussianConditional, LinearConditional
+from iwae_cli.models.conditionals import (
+    CholeskyConditional,
+    DiagonalGaussian,
+    GaussianConditional,
+    Given,
+    LinearConditional,
+)
 from iwae_cli.models.priors import StandardNormal
 
 KL = Callable[[Any, Any, Tensor], Tensor]
@@ -48,18 +54,14 @@ def find_kl(q: nn.Module, p: nn.Module) -> Callable[[Float[Tensor, "batch pixels
 
 @register_kl(GaussianConditional, StandardNormal)
 @register_kl(LinearConditional, StandardNormal)
-def diagonal_to_standard_normal(
-    q: DiagonalGaussian, p: StandardNormal, given: Float[Tensor, "batch i"]
-) -> Float[Tensor, " batch"]:
+def diagonal_to_standard_normal(q: DiagonalGaussian, p: StandardNormal, given: Given) -> Float[Tensor, " batch"]:
     """Return KL(N(loc, diag(scale)^2) || N(0, I)), nats."""
     loc, log_scale = q(given)
     return 0.5 * (loc.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(-1)
 
 
 @register_kl(CholeskyConditional, StandardNormal)
-def cholesky_to_standard_normal(
-    q: CholeskyConditional, p: StandardNormal, given: Float[Tensor, "batch i"]
-) -> Float[Tensor, " batch"]:
+def cholesky_to_standard_normal(q: CholeskyConditional, p: StandardNormal, given: Given) -> Float[Tensor, " batch"]:
     """Return KL(N(loc, L L^T) || N(0, I)), nats."""
     loc, cholesky = q.linear(given), q.cholesky()
     return 0.5 * (loc.square().sum(-1) + cholesky.square().sum() - loc.shape[-1]) - q.log_diagonal.sum()

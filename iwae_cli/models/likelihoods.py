@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import Noise
-from iwae_cli.models.conditionals import Conditional, Given
+from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
@@ -149,9 +149,7 @@ class Pixels(Conditional):
         super().__init__()
         self.likelihood = likelihood
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws of x and their log-probabilities; ``level`` must be 0."""
         values = self(given)
         x = self.likelihood.sample(values, noise)
@@ -188,11 +186,7 @@ class TanhPixels(Pixels):
 
 
 def likelihood_observation(name: LikelihoodName) -> Observation:
-    """Return the kind of pixels that the likelihood ``name`` is for.
-
-    Raises:
-        ValueError: no such likelihood.
-    """
+    """Return the kind of pixels that a likelihood is for; raise ValueError if there is none of that name."""
     if name not in get_args(LikelihoodName):
         raise ValueError(f"likelihood must be one of {', '.join(get_args(LikelihoodName))}, got {name!r}")
     return "binary" if name == "bernoulli" else "grey"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwae_cli.core.noise import Noise
-from iwae_cli.models.conditionals import Bits, Conditional, Given, OneHot
+from iwae_cli.models.conditionals import Bits, Conditional, Draws, Given, OneHot
 from iwae_cli.models.networks import standard_normal_log_prob
 
 
@@ -32,9 +32,7 @@ class StandardNormal(Conditional):
         super().__init__()
         self._size = size
 
-    def sample(
-        self, given: Given, k: int, batch: int, level: int, noise: Noise
-    ) -> tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]:
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return the noise itself, and its log-density in nats."""
         h = noise.normal(level, k, batch, self._size)
         return h, standard_normal_log_prob(h)
