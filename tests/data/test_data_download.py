@@ -1,4 +1,4 @@
-"""Downloads from a server in this process: complete or not at all, once, and with an error where there is no network."""
+"""Downloads from a server in this process: complete or not at all, once, and an error without a network."""
 
 from __future__ import annotations
 
@@ -199,9 +199,8 @@ def test_processes_that_race_download_once(server: Server, monkeypatch: pytest.M
     root = tmp_path / "data"
     other = process(server, root)
     assert other.stdout is not None
-    assert (
-        other.stdout.readline() == "[]\n"
-    )  # the digits are read without scikit-learn, and nothing needs torchvision yet
+    # The digits are read without scikit-learn, and nothing needs torchvision yet.
+    assert other.stdout.readline() == "[]\n"
     until(lambda: server.asked)
     with ThreadPoolExecutor() as pool:
         mine = pool.submit(FixedMNIST(str(root)).load)

@@ -1,4 +1,4 @@
-"""What a user adds in a package of their own: priors, a model whose networks share parameters, pictures in colour."""
+"""A user's own package: priors, a model whose networks share parameters, pictures in colour."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_every_parameter_gets_a_gradient_and_no_network_gets_the_others(name: st
         assert reached(particles.log_q, phi) == set(phi)
         return
     assert reached(particles.log_p, phi) == set(phi)
-    # Frozen weights: what is left goes through the latents, to every parameter that moves them.
+    # With frozen weights the gradient goes through the latents, to every parameter that moves them.
     assert reached(particles.log_w_frozen, phi) == set(phi)
 
 
@@ -247,6 +247,29 @@ def test_shared_parameters_are_named() -> None:
     assert model.shared == ()
     model.inference.layers[0].loc.weight = model.generative.observation.body[0].weight
     assert model.shared == ("observation.body.0.weight",)
+
+
+@pytest.mark.parametrize(
+    ("name", "former"),
+    [
+        ("linear gaussian chain", "p.0.log_scale p.0.linear.weight p.0.linear.bias p.1.log_scale p.1.linear.weight "
+         "p.1.linear.bias q.0.log_diagonal q.0.below_diagonal q.0.linear.weight q.0.linear.bias q.1.log_diagonal "
+         "q.1.below_diagonal q.1.linear.weight q.1.linear.bias"),
+        ("discrete, three layers", "generative.prior_logits p.0.weight p.0.bias p.1.weight p.1.bias p.2.weight "
+         "p.2.bias q.0.weight q.0.bias q.1.weight q.1.bias q.2.weight q.2.bias"),
+        ("categorical", "generative.prior_logits generative.observation.weight generative.observation.bias "
+         "inference.logits.weight inference.logits.bias"),
+    ],
+)  # fmt: skip
+def test_checkpoints_of_version_0_2_0_are_loaded(name: str, former: str) -> None:
+    """Its names in the order of its parameters, which has not changed: the optimizer's state relies on it."""
+    names = former.replace("p.", "generative.layers.").replace("q.", "inference.layers.").split()
+    model, other = CASES[name].build(), CASES[name].build(seed=5)
+    other.load_state_dict(dict(zip(names, model.state_dict().values(), strict=True)))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})
 
 
 @every_model

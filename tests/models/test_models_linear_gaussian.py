@@ -142,7 +142,7 @@ def test_with_the_exact_posterior_every_log_weight_is_log_p(sizes: list[int]) ->
 
 @every_chain
 def test_with_the_exact_posterior_the_path_derivative_is_zero_for_every_sample(sizes: list[int]) -> None:
-    """T2: STL and DReG have no variance left, whatever the weights; the total derivative keeps the score's."""
+    """T2: STL and DReG have no variance left for any weights; the total derivative keeps that of the score."""
     model = build(sizes)
     x = observations(model, 3)
     set_exact_posterior(model)

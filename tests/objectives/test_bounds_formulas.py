@@ -1,4 +1,4 @@
-"""What is true of every bound as a function of log-weights: identities, derivatives, invariances, extremes."""
+"""Properties of every bound as a function of log-weights: identities, derivatives, invariances, extremes."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_common_factor_of_the_weights_is_a_shift_of_the_bound(objective):
 
 
 @every
-def test_the_order_of_exchangeable_draws_is_nothing(objective):
+def test_the_order_of_exchangeable_draws_does_not_matter(objective):
     log_w = random_log_w()
     if isinstance(objective, MIWAE):
         groups = log_w.unflatten(0, (objective.m, objective.k))
@@ -248,7 +248,7 @@ def test_the_order_of_exchangeable_draws_is_nothing(objective):
         torch.testing.assert_close(objective.bound(permuted), objective.bound(log_w), rtol=1e-13, atol=1e-13)
 
 
-def test_images_do_not_meet():
+def test_images_are_independent():
     log_w = random_log_w()
     for objective in EVERY.values():
         torch.testing.assert_close(objective.bound(log_w)[7:9], objective.bound(log_w[:, 7:9]), rtol=1e-14, atol=0)
@@ -366,7 +366,7 @@ def test_float32_is_close_to_float64(objective):
     torch.testing.assert_close(objective.bound(log_w.float()).double(), objective.bound(log_w), rtol=1e-5, atol=1e-4)
 
 
-# Words
+# Messages
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_what_is_a_lower_bound():
         assert any("not a lower bound" in line for line in objective.caveats) != objective.lower_bound
 
 
-def test_a_biased_gradient_is_said_and_an_unbiased_one_is_not():
+def test_caveats_name_biased_gradients_only():
     biased = [IWAE(2, "stl"), VR(2, 0.5, "stl"), CIWAE(2, 0.9, "stl"), MIWAE(2, 2, "stl"), PIWAE(2, 2, "stl"),
               TVO(2, gradient="stl"), JVI(2, "stl"), TVO(2, gradient="covariance")]  # fmt: skip
     for objective in biased:
@@ -425,7 +425,7 @@ def test_a_biased_gradient_is_said_and_an_unbiased_one_is_not():
         assert objective.caveats == (), objective
 
 
-def test_pathwise_objectives_refuse_discrete_latents_by_their_own_name():
+def test_pathwise_objectives_refuse_discrete_latents():
     class Discrete(LinearGaussianModel):
         discrete = True
 

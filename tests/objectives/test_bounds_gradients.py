@@ -501,7 +501,7 @@ def test_dreg_is_unbiased_with_two_layers_and_not_with_frozen_distributions(name
     assert wrong > 0.04
 
 
-def test_frozen_distributions_cannot_be_told_at_one_draw():
+def test_frozen_distributions_are_unbiased_at_one_draw():
     # Why the test above has two draws: the expected score of q(h_2 | h_1) is zero when nothing weighs it.
     assert two_layer_bias(lambda gradient: IWAE(1, gradient), wrong=True, k=1, points=60) < 1e-8
 
@@ -610,7 +610,7 @@ def test_every_yaml_names_an_objective_with_all_its_arguments(file):
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     objective = build(dict(node), Objective, "objective")
     assert ["_target_", *inspect.signature(type(objective)).parameters] == list(node)
-    # A gradient that goes by a name of its own is the IWAE with that gradient.
+    # dreg.yaml and stl.yaml are the IWAE with that gradient.
     module, gradient = ("iwae", file.stem) if file.stem in ("dreg", "stl") else (file.stem, node.get("gradient"))
     assert (type(objective).__module__.rpartition(".")[2], node.get("gradient")) == (module, gradient)
     assert (objective.caveats == ()) == (objective.lower_bound and gradient != "stl")

@@ -19,7 +19,7 @@ from iwae_cli.objectives.base import Objective
 
 
 class GivenNoise:
-    """Noise that was decided beforehand: one tensor (k, batch, size) per layer."""
+    """Given noise: one tensor (k, batch, size) per layer."""
 
     def __init__(self, values: dict[int, Tensor]) -> None:
         self._values = values
