@@ -165,8 +165,14 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
 def test_a_model_with_a_prior_of_its_user_is_trained_and_evaluated(
     own: tuple[str, ...], tmp_path: Path, model: str
 ) -> None:
-    result = read_json(finished(tmp_path / "runs", *own, f"model={model}", "objective=iwae") / "result.json")
-    assert np.isfinite(result["test"]["nll"])
+    folder = finished(tmp_path / "runs", *own, f"model={model}", "objective=iwae")
+    assert np.isfinite(read_json(folder / "result.json")["test"]["nll"])
+    if model == "vamp":
+        again = (*own, f"model={model}", "train=inference", f"init_from={folder}", f"output_dir={tmp_path / 'again'}")
+        code, _, err = run(*again)
+        assert code == 2
+        assert "train=inference keeps p, but p and q of this model share parameters" in err
+        assert not (tmp_path / "again").exists()
 
 
 def test_a_run_on_pictures_in_colour(own: tuple[str, ...], tmp_path: Path) -> None:
