@@ -11,6 +11,84 @@ from rich.console import Console
 from rich.text import Text
 
 SPLITS = ("test", "validation", "train")
+COLUMNS = (*SPLITS, "inference", "generative")
+"""Parts of a key that become a column: rows with one label and different columns are printed side by side."""
+
+Row = tuple[str, str, str]
+"""(label, dotted key in ``result.json``, format); a list of them is ``result["rows"]``."""
+
+SPLIT_ROWS: Sequence[Row] = (
+    ("NLL_{k}, nats", "nll", "{:.2f}"),
+    ("NLL_AIS, nats", "nll_ais", "{:.2f}"),
+    ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
+    ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
+    ("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
+    ("  products of bfloat16: bf16_shift", "bf16_shift", "{:+.4f}"),
+    ("    measured on some images", "bf16_shift_stderr", "± {:.4f}"),
+    ("exact NLL, nats", "exact_nll", "{:.2f}"),
+    ("jackknife of NLL_{k}, nats", "nll_jackknife", "{:.2f}"),
+    ("bound L_{level}, nats", "bounds", "{:.2f}"),
+    ("mean log p(x), {level} temperatures", "by_temperatures", "{:.2f}"),
+    ("bits per dimension", "bits_per_dim", "{:.4f}"),
+    ("images", "n", "{:,}"),
+    ("effective sample size, median", "ess_median", "{:,.1f}"),
+    ("effective sample size, least", "ess_min", "{:,.1f}"),
+    ("  images below 10", "ess_share_below_10", "{:.1%}"),
+    ("images with k-hat above 0.7", "khat_share_above_0.7", "{:.1%}"),
+    ("images with a top weight above 0.5", "top_weight_share_above_0.5", "{:.1%}"),
+    ("acceptance", "acceptance", "{:.2f}"),
+)
+"""Labels and formats of all numbers that estimators of log p(x) report for each split."""
+
+
+def split_rows(numbers: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of an estimator of log p(x): those of ``SPLIT_ROWS`` whose numbers a split holds.
+
+    A number for each level, such as ``bounds``, gives a row for each level.
+
+    Args:
+        numbers: ``{"test": {"nll": ..., "k": ..., "bounds": {"1": ..., "50": ...}}}``; other keys are ignored.
+    """
+    rows = []
+    for label, key, form in SPLIT_ROWS:
+        for split in SPLITS:
+            held = numbers.get(split) or {}
+            if key not in held:
+                continue
+            levels = list(held[key]) if isinstance(held[key], Mapping) else [""]
+            for level in levels:
+                named = label.format(k=held.get("k"), level=level)
+                rows.append((named, f"{split}.{key}.{level}".rstrip("."), form))
+    return rows
+
+
+def number_at(numbers: Mapping[str, Any], key: str) -> Any:
+    """Return the number at a dotted key, None if there is none; names may contain dots, as ``khat_share_above_0.7``."""
+    if key in numbers:
+        return numbers[key]
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        inner = numbers.get(".".join(parts[:n]))
+        if isinstance(inner, Mapping):
+            return number_at(inner, ".".join(parts[n:]))
+    return None
+
+
+def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the headings of the columns of numbers, and for every label its formatted numbers.
+
+    Args:
+        result: the content of ``result.json``, of any estimator; before 0.3 it has no ``rows``.
+    """
+    rows = result.get("rows") or split_rows(result)
+    parts = [next((part for part in key.split(".") if part in COLUMNS), "") for _, key, _ in rows]
+    columns = [name for name in COLUMNS if name in parts] or [""]
+    lines: dict[str, list[str]] = {}
+    for (label, key, form), part in zip(rows, parts, strict=True):
+        value = number_at(result, key)
+        cells = lines.setdefault(label, [""] * len(columns))
+        cells[columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
+    return columns, lines
 
 
 def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:

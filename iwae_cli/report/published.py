@@ -1,4 +1,4 @@
-"""Published test NLLs, and which runs they may stand beside."""
+"""Published test NLLs, and the runs they apply to."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RECALLED = "*"
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper says of one cell.
+    """The value of a paper for one cell.
 
     Attributes:
         nll: NLL_5000 on the test split, nats.
-        units: active units, nearest to x first; None where the paper gives none. All are quoted from memory.
+        units: active units, nearest to x first, quoted from memory; None where the paper gives none.
         source: the paper.
         nll_recalled: whether the NLL is quoted from memory too.
     """
@@ -36,11 +36,11 @@ class Published:
 
 
 Key = tuple[str, int, str, int]
-"""Data, stochastic layers, what was trained, k."""
+"""Data, stochastic layers, objective, k."""
 
 
 def _cells(data: str, table: str, *, recalled: bool) -> dict[Key, Published]:
-    """``layers objective k nll units``, one cell a line."""
+    """Parse lines of ``layers objective k nll units``."""
     cells = {}
     for line in table.strip().splitlines():
         layers, objective, k, nll, *units = line.split()
@@ -109,28 +109,27 @@ TRAINING = {
     "schedule.stages": 8,
     "batch_size": 20,
 }
-"""How the papers trained, by dotted keys; of optimizer and schedule the class."""
+"""Training of the papers by dotted key; the class for optimizer and schedule."""
 SWAP = {"optimizer.lr": 1e-4, "schedule": "Constant", "schedule.passes": 2187, "with_optimizer": True}
-"""The second stage of Table 2, where it differs."""
+"""Second stage of Table 2, where it differs."""
 
 
 def published(run: Run, score: Score, split: str) -> Published | None:
-    """The published value of exactly this: data and binarization, networks, objective, k, L_5000 of the test split."""
+    """Return the published value for this data, binarization, networks, objective, k, and L_5000 on the test split."""
     if split != "test" or score.k != K or score.weights != "last":
         return None
     keys = run.keys
     layers = NETWORKS.get((keys.get("model.latent_sizes", ""), keys.get("model.hidden_sizes", "")))
     plain = keys.get("model.likelihood") == "bernoulli" and keys["train"] == "all" and keys.get("data.path") is None
-    # The class, since a choice of the user's own may carry any name.
+    # The class, since a user may give any name to a choice.
     if layers is None or not plain or class_name(keys["model._target_"]) != "GaussianMLP":
         return None
     return TABLE.get((run.dataset, layers, _trained(run), int(keys.get("objective.k", 0))))
 
 
 def deviations(run: Run) -> list[str]:
-    """How a run was trained otherwise than in the paper, such as ``schedule.stages = 3 (paper: 8)``."""
+    """Return how the training differs from the paper's, such as ``schedule.stages = 3 (paper: 8)``."""
     wanted = TRAINING
-    # A choice of the user's own may carry any name.
     classes = {group: class_name(run.keys[f"{group}._target_"]) for group in ("optimizer", "schedule")}
     keys = {**run.keys, **classes}
     if keys["init_from"]:
@@ -147,7 +146,7 @@ def deviations(run: Run) -> list[str]:
 
 
 def _trained(run: Run) -> str:
-    """The objective as ``TABLE`` has it."""
+    """Return the objective as named in ``TABLE``."""
     keys = run.keys
     name = class_name(keys["objective._target_"]).lower()
     if name in ("miwae", "piwae"):
@@ -161,6 +160,6 @@ def _trained(run: Run) -> str:
     ancestor = keys["init_from"]
     if ancestor is None:
         return name
-    # Folder names say what a run was: <data>-<model>-<objective>-k<k>.
+    # A folder name begins with <data>-<model>-<objective>-k<k>.
     first = {"mnist-one_layer-elbo-k1": "elbo1", "mnist-one_layer-iwae-k50": "iwae50"}.get(ancestor, "other")
     return f"{first}>{name}"

@@ -15,7 +15,10 @@ from report_runs import change, config, values, write
 from small_runs import TINY, finished, snapshot
 
 from iwae_cli.cli.report import HELP, report
-from iwae_cli.report.table import MISSING
+from iwae_cli.report.cells import tables
+from iwae_cli.report.reader import read
+from iwae_cli.report.selection import MISSING, comparable
+from iwae_cli.report.writers import Report, terminal
 
 Said = tuple[int, str, str]
 
@@ -104,10 +107,6 @@ def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: i
 
 
 def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
-    from iwae_cli.report.reader import read
-    from iwae_cli.report.table import comparable, tables
-    from iwae_cli.report.writers import Report, terminal
-
     found = read([runs])
     made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
     wide, narrow = terminal(made), terminal(made, width=90)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_runs import TINY, read_json, run, run_folders
 
-from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
+from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
@@ -25,7 +25,6 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
     "training": lambda path: plot_training(path, CURVES, label="bound"),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
-    "units": lambda path: plot_units(path, {"iwae": (26.0, 7.5), "elbo": (17.0, 5.0)}),
 }
 
 

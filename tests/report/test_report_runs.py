@@ -57,7 +57,7 @@ def test_what_is_not_finished_is_listed_with_the_reason(tmp_path: Path) -> None:
     found = states(tmp_path)
     assert found[folders[0].name] == (
         "interrupted",
-        "at step 7: interrupted by signal 15; the same command goes on from there",
+        "at step 7: interrupted by signal 15; the same command resumes it",
     )
     assert found[folders[1].name] == ("failed", "at step 9: RunFailed: diverged")
     assert found[folders[2].name][0] == "running"
@@ -133,7 +133,7 @@ def test_a_finished_run_counts_while_it_is_evaluated_anew(tmp_path: Path) -> Non
     folder = write(tmp_path, config(), values(85.0))
     change(folder / "status.json", status="running")
     found = read([tmp_path])
-    assert len(found.runs) == 1 and "evaluated anew" in found.notes[0]
+    assert len(found.runs) == 1 and "evaluated again" in found.notes[0]
 
 
 def test_a_sweep_is_its_jobs(tmp_path: Path) -> None:

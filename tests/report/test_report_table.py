@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from report_runs import change, config, values, write
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.report.cells import Cell, Table, tables
 from iwae_cli.report.published import TABLE
 from iwae_cli.report.reader import read
-from iwae_cli.report.table import Cell, Table, comparable, tables
+from iwae_cli.report.selection import comparable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted([*CONF.glob("experiment/burda/*_[12]l_*.yaml"), *CONF.glob("experiment/rainforth/*.yaml")])
@@ -57,7 +58,7 @@ def test_rows_and_columns_by_any_key(tmp_path: Path) -> None:
     made = table(tmp_path, ["objective.k"], ["model"])
     assert made.row_labels == [("1",), ("5",), ("50",)], "numbers by size"
     assert made.column_labels == [("one_layer",), ("two_layer",)]
-    assert made.grid[("5",), ("two_layer",)].nll == pytest.approx(85)
+    assert dict(made.grid)["5",][1].nll == pytest.approx(85)
     made = table(tmp_path, ["model.latent_sizes"], ["objective.k"])
     assert made.row_labels == [("[100, 50]",), ("[50]",)]
 
