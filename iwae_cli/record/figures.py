@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from iwae_cli.core.files import atomic_path
+from iwae_cli.record.folder import drawable
 
-Images = Shaped[np.ndarray, "n height width"] | Shaped[np.ndarray, "n channels height width"]
+Images = Shaped[np.ndarray, "n *image"]
 
 COLOURS = (
     "#2f5d9e", "#d9822b", "#3d8f6e", "#8a5fa8", "#b5473c", "#3f9bb3", "#94802f", "#c46a9b", "#6b7885", "#7a5238",
@@ -41,6 +42,35 @@ class Curve(NamedTuple):
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
+
+
+def plot_run(
+    folder: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    bounds: Mapping[str, Mapping[str, float]],
+    samples: Shaped[np.ndarray, "samples *image"] | None = None,
+    originals: Images | None = None,
+    reconstructions: Images | None = None,
+) -> dict[str, Path]:
+    """Draw the figures of a run folder and return their files by name.
+
+    Args:
+        folder: the folder of figures.
+        curves: as for ``plot_training``.
+        bounds: as for ``plot_bounds``.
+        samples, originals, reconstructions: as for ``plot_samples`` and ``plot_reconstructions``; None if the
+            observations are no images.
+    """
+    made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k")}
+    plot_training(made["training"], curves, label="bound")
+    plot_bounds(made["bound_vs_k"], bounds)
+    if samples is not None:
+        made["samples"] = folder / "samples.png"
+        plot_samples(made["samples"], samples)
+    if originals is not None and reconstructions is not None:
+        made["reconstructions"] = folder / "reconstructions.png"
+        plot_reconstructions(made["reconstructions"], originals, reconstructions)
+    return made
 
 
 def plot_samples(path: str | Path, images: Images) -> None:
@@ -178,11 +208,11 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
         title: name of the figure for screen readers.
     """
     figure.set_size_inches(5, 3.3)
-    for part in (figure, *figure.axes):
-        part.patch.set_visible(False)
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})  # type: ignore[no-untyped-call]
     text = out.getvalue()
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
@@ -202,16 +232,11 @@ def _curve_tag(curve: Curve) -> str:
     return f' class="line c{curve.colour}"><title>{name}</title>'
 
 
-def is_image(shape: Sequence[int]) -> bool:
-    """Return whether observations of this shape can be drawn: (height, width), or with 1 or 3 channels in front."""
-    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
-
-
 def _rows(images: Images, columns: int) -> Shaped[np.ndarray, "rows columns height width colours"]:
     """Arrange images in rows, the last one filled up with NaN, which is drawn as nothing; 1 or 3 colours."""
     if not len(images):
         raise ValueError("images must hold at least one image")
-    if not is_image(images.shape[1:]):
+    if not drawable(images.shape[1:]):
         raise ValueError(f"images must have 1 or 3 channels, got shape {images.shape}")
     if not (np.min(images) >= 0 and np.max(images) <= 1):
         raise ValueError(f"images must lie in [0, 1], got {np.min(images)} to {np.max(images)}")

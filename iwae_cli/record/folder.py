@@ -153,3 +153,8 @@ def _whole(path: Path) -> bool:
             return False
     end = b"IEND\xaeB`\x82" if path.suffix == ".png" else b"\n"
     return path.read_bytes().endswith(end)
+
+
+def drawable(image_shape: Sequence[int]) -> bool:
+    """Return whether observations of this shape are images: (height, width), or with 1 or 3 channels in front."""
+    return len(image_shape) == 2 or (len(image_shape) == 3 and image_shape[0] in (1, 3))
