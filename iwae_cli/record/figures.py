@@ -208,6 +208,8 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
         title: name of the figure for screen readers.
     """
     figure.set_size_inches(5, 3.3)
+    for axes in figure.axes:
+        axes.yaxis.labelpad = 9  # the text of a narrow page is larger
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     out = io.StringIO()
