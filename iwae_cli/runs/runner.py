@@ -25,6 +25,7 @@ from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation import workers
 from iwae_cli.evaluation.distributed import Ranks
+from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder, drawable
@@ -128,9 +129,7 @@ class Runner:
             self._train()
             result = evaluate(
                 folder,
-                self.model,
-                self.data,
-                experiment.evaluation,
+                EstimatorInput(self.model, self.data, experiment.evaluation),
                 experiment.device,
                 experiment.config,
                 self.state,
