@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.identity import training_config
 from iwae_cli.record.summary import SPLITS, table_of
 
@@ -26,7 +26,6 @@ SWEEP = "sweep.json"
 GROUPS = ("model", "objective", "optimizer", "schedule")
 """Groups whose chosen name is in ``result.json``."""
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
-SET_ASIDE = re.compile(r"\.old-\d+$")
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 """Errors from reading a file that does not hold what it should."""
 
@@ -132,9 +131,6 @@ class Run:
             # Results of older versions have no name for optimizer and schedule: use the class.
             named = group in self.result or group in ("model", "objective")
             keys[group] = str(self.result[group]["name"]) if named else class_name(keys[f"{group}._target_"])
-        for key in ("k", "every"):  # configurations of 0.2.0
-            if f"evaluation.validation_{key}" in keys:
-                keys.setdefault(f"validation.{key}", keys.pop(f"evaluation.validation_{key}"))
         keys.setdefault("training.backward", "all")  # the only choice of older versions
         keys["init_from"] = _ancestor(self.config.get("init_from"))
         keys["init_from.training"] = _training_hash(self.config.get("init_from"))
@@ -144,10 +140,9 @@ class Run:
     def training(self) -> dict[str, Any]:
         """The part of ``keys`` that decides the trained weights, without the seed: equal for seeds of one setting."""
         decides = training_config(self.config, {})
-        for key in ("seed", "precision", "validation", "fingerprints"):
-            decides.pop(key, None)
+        for key in ("seed", "precision", "fingerprints"):
+            del decides[key]
         names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
-        names |= {"validation.k", "validation.every"}  # decide best.pt only; see `selection.training`
         return {key: value for key, value in self.keys.items() if key in names}
 
 
