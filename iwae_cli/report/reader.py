@@ -17,7 +17,7 @@ from typing import Any
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.identity import training_config
-from iwae_cli.record.summary import SPLITS, table_of
+from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
 MARKS = ("status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock")
 """A folder with one of these files is a run folder, complete or not."""
@@ -63,13 +63,17 @@ class Estimate:
 
     Attributes:
         name: folder in ``evaluations/``.
-        result: its ``result.json``.
+        estimator: name of the estimator.
+        weights: ``last`` or ``best``.
+        numbers: by dotted key of ``result.json``.
         columns: headings of the columns of numbers.
         lines: for every label its numbers as printed, one per column.
     """
 
     name: str
-    result: Mapping[str, Any]
+    estimator: str
+    weights: str
+    numbers: Mapping[str, Any]
     columns: Sequence[str]
     lines: Mapping[str, Sequence[str]]
 
@@ -319,7 +323,9 @@ def _evaluations(folder: RunFolder, top: Mapping[str, Any], found: Found) -> Ite
             if result["evaluation"].get("k") is not None:
                 yield _score(result, path / "log_likelihood.npz")
             elif "estimator" in result:
-                yield Estimate(path.name, result, *table_of(result))
+                numbers = {key: number_at(result, key) for _, key, _ in result.get("rows") or split_rows(result)}
+                estimator, weights = str(result["estimator"]["name"]), str(result["weights"])
+                yield Estimate(path.name, estimator, weights, numbers, *table_of(result))
         except MALFORMED as error:
             why = f"evaluations/{path.name} is damaged ({_reason(error)}) and is left out"
             found.notes.append(f"{folder.identity}: {why}")

@@ -15,7 +15,7 @@ from rich.table import Table as Sheet
 from rich.text import Text
 
 from iwae_cli.core.files import dump_json
-from iwae_cli.record.summary import Row, number_at, reliability_warnings, split_rows
+from iwae_cli.record.summary import reliability_warnings
 from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN_BIAS, Cell, Table
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
@@ -246,9 +246,9 @@ def json_text(report: Report) -> str:
                 "path": str(run.path),
                 "seed": run.seed,
                 "evaluation": estimate.name,
-                "estimator": estimate.result["estimator"]["name"],
-                "weights": estimate.result["weights"],
-                "numbers": {key: number_at(estimate.result, key) for _, key, _ in _rows(estimate)},
+                "estimator": estimate.estimator,
+                "weights": estimate.weights,
+                "numbers": estimate.numbers,
             }
             for run, estimate in report.estimates
         ],
@@ -257,10 +257,6 @@ def json_text(report: Report) -> str:
         "warnings": report.warnings,
     }
     return dump_json(value, "the report", indent=2) + "\n"
-
-
-def _rows(estimate: Estimate) -> Sequence[Row]:
-    return estimate.result.get("rows") or split_rows(estimate.result)
 
 
 def _cell(table: Table, cell: Cell) -> dict[str, Any]:

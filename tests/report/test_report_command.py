@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import change, config, values, write
+from report_runs import change, config, values, write, write_estimate
 from small_runs import TINY, finished, snapshot
 
 from iwae_cli.cli.report import HELP, report
@@ -133,6 +133,30 @@ def test_real_runs_to_the_last_digit(tmp_path: Path, said) -> None:  # type: ign
     assert paired["stderr_images"] == pytest.approx((a - b).std(ddof=1) / len(a) ** 0.5)
     assert (paired["wins_a"], paired["wins_b"]) == ((a > b).sum(), (a < b).sum())
     assert [snapshot(folder) for folder in folders] == before, "runs are read only"
+
+
+def test_the_numbers_of_every_estimator_are_shown(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+    """From the rows in result.json: AIS with a column per split, and an estimator that no version has."""
+    folder = next(runs.glob("*-iwae-k50-seed1-*"))
+    write_estimate(folder, "ais", {"test": {"nll_ais": 84.123}, "validation": {"nll_ais": None}}, [
+        ["NLL_AIS, nats", "test.nll_ais", "{:.2f}"], ["NLL_AIS, nats", "validation.nll_ais", "{:.2f}"],
+    ])  # fmt: skip
+    write_estimate(folder, "mine", {"entropy": 1.5}, [["entropy, nats", "entropy", "{:.3f}"]])
+    write_estimate(folder, "stale", {"entropy": 2.5}, [["entropy, nats", "entropy", "{:.3f}"]], steps=7)
+    code, out, _ = said(runs, "--html", runs.parent / "page.html")
+    lines = out.splitlines()
+    assert code == 0
+    ais, mine = (lines.index(f"{folder.name}, {name}-last-01234567:") for name in ("ais", "mine"))
+    assert lines[ais + 1] == f"  NLL_AIS, nats: test 84.12, validation {MISSING}"
+    assert lines[mine + 1] == "  entropy, nats: 1.500" and "stale" not in out
+    text = (runs.parent / "page.html").read_text()
+    for part in ("ais-last-01234567", "<th>validation</th>", "<td>84.12</td>", "<td>1.500</td>"):
+        assert text.count(part) == 1
+    for form in ("markdown", "latex"):
+        assert "84.12" in said(runs, "--format", form)[1]
+    first, second = json.loads(said(runs, "--format", "json")[1])["estimates"]
+    assert (first["estimator"], first["seed"]) == ("ais", 1) and second["numbers"] == {"entropy": 1.5}
+    assert first["numbers"] == {"test.nll_ais": 84.123, "validation.nll_ais": None}
 
 
 def test_groups_are_chosen_by_keys(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
