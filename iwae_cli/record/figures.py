@@ -222,7 +222,7 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
     body = re.sub(r"font: [^;\"]*;? ?|font-size: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), body)
     body = re.sub(r' id="curve(\d+)">', lambda match: _curve_tag(curves[int(match[1])]), body)
-    body = re.sub(r' id="[a-z]\w*_\w+"', "", body)  # not unique in a page with several figures
+    body = re.sub(r' id="[a-z][\w.]*_\w+"', "", body)  # not unique in a page with several figures
     for colour, variable in {INK: "var(--soft)", FAINT: "var(--rule)", **dict.fromkeys(COLOURS, "var(--c)")}.items():
         body = body.replace(colour, variable)
     return f'<svg {box[0]} role="img" aria-label="{html.escape(title)}">\n{body}'

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_runs import change, config, values, write, write_estimate
-from small_runs import TINY, finished, snapshot
+from small_runs import snapshot
 
 from iwae_cli.cli.report import HELP, report
 from iwae_cli.report.cells import tables
@@ -115,11 +115,10 @@ def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
         assert number in wide and number in narrow
 
 
-def test_real_runs_to_the_last_digit(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
-    place = tmp_path / "outputs"
-    folders = [finished(place, *TINY, f"seed={seed}") for seed in range(2)]
+def test_real_runs_to_the_last_digit(real_runs: list[Path], said) -> None:  # type: ignore[no-untyped-def]
+    folders = real_runs
     before = [snapshot(folder) for folder in folders]
-    code, out, err = said(place, "--format", "json", "--compare", *folders)
+    code, out, err = said(folders[0].parent, "--format", "json", "--compare", *folders)
     assert (code, err) == (0, "")
     value = json.loads(out)
     (cell,) = value["tables"][0]["cells"]
