@@ -158,13 +158,11 @@ class Found:
         runs: finished runs, sorted by path.
         left_out: all other runs.
         notes: remarks on runs that count, one line each.
-        sweep: the sweep folder, if exactly one was named and nothing else.
     """
 
     runs: list[Run] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    sweep: Path | None = None
 
 
 def read(paths: Sequence[str | Path]) -> Found:
@@ -179,8 +177,6 @@ def read(paths: Sequence[str | Path]) -> Found:
         if not path.is_dir():
             what = "is a file" if path.exists() else "is not there"
             raise UserError(f"{path} {what}; name a folder of runs, such as outputs")
-        if len(paths) == 1 and (path / SWEEP).is_file():
-            found.sweep = path
         folders.update(_walk(path, found, set()))
     first: dict[str, Run] = {}
     for folder in sorted(folders):

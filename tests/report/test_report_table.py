@@ -62,7 +62,7 @@ def test_rows_and_columns_by_any_key(tmp_path: Path) -> None:
 
 
 def test_only_seeds_are_averaged(tmp_path: Path) -> None:
-    """Asked for objective.k alone: what else differs becomes a row of its own, and is said."""
+    """Asked for objective.k alone: what else differs is added to the rows, with a note."""
     for lr in (0.001, 0.0003):
         for seed in range(2):
             write(tmp_path, config(seed=seed, optimizer__lr=lr), values(85 + lr * 100))
@@ -106,7 +106,7 @@ def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -
     assert [len(cell.runs) for cell in table(tmp_path / "second").cells] == [1, 1]
 
 
-def test_groups_are_called_as_they_were_typed(tmp_path: Path) -> None:
+def test_groups_have_the_names_that_were_typed(tmp_path: Path) -> None:
     smoke: dict[str, Any] = {"schedule": {"_target_": "iwae_cli.training.schedule.Constant", "passes": 3}}
     write(tmp_path, config(), values(85.0))
     write(tmp_path, config(seed=1, **smoke), values(90.0), choices=("burda_code", "smoke"))
@@ -140,7 +140,7 @@ def test_one_name_of_two_classes_is_two_cells(tmp_path: Path) -> None:
     assert {"objective._target_", "schedule._target_"} <= set(made.rows) and len(made.cells) == 3
 
 
-def test_gradients_are_told_apart_however_they_were_chosen(tmp_path: Path) -> None:
+def test_gradients_have_cells_of_their_own_under_any_name(tmp_path: Path) -> None:
     """objective=dreg is IWAE's class with gradient=dreg; neither is ever shown as, or averaged with, plain IWAE."""
     for seed, (name, gradient) in enumerate((("iwae", "total"), ("iwae", "dreg"), ("dreg", "dreg"), ("stl", "stl"))):
         write(tmp_path, config(seed=seed, objective__gradient=gradient), values(85.0), names=("one_layer", name))
@@ -153,7 +153,7 @@ def test_gradients_are_told_apart_however_they_were_chosen(tmp_path: Path) -> No
     assert all(len(cell.runs) == 1 for cell in made.cells) and len(made.cells) == 4
 
 
-def test_a_roulette_is_told_apart_from_none(tmp_path: Path) -> None:
+def test_a_roulette_has_a_cell_of_its_own(tmp_path: Path) -> None:
     """Without one its other keys decide nothing, and older runs, which have none of them, were trained by all."""
     target = "iwae_cli.training.settings.Training"
     for seed, training in enumerate((None, ("all", 0.01), ("all", 0.05), ("roulette", 0.01), ("roulette", 0.01))):
@@ -184,7 +184,7 @@ def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
         ({}, "another binarization", "other images (sha256 "),
     ],
 )
-def test_what_was_evaluated_otherwise_is_left_out_and_said(
+def test_another_kind_of_evaluation_is_left_out_with_a_reason(
     tmp_path: Path, changed: dict[str, Any], images: str | None, why: str
 ) -> None:
     for seed in range(2):
@@ -241,7 +241,7 @@ def test_a_preset_has_the_published_value_that_its_yaml_quotes(tmp_path: Path, p
 
 @pytest.mark.parametrize("data", ["mnist", "omniglot", "mnist_fixed"])
 def test_every_cell_of_burda_is_reached(tmp_path: Path, data: str) -> None:
-    """Whatever a run is called, and not marked as trained otherwise."""
+    """Under any name of the run, and not marked as trained otherwise."""
     cells = {key: value for key, value in TABLE.items() if key[0] == data and key[2] in ("iwae", "elbo")}
     assert len(cells) >= 6
     for _, layers, objective, k in cells:
