@@ -30,6 +30,7 @@ from iwae_cli.cli.help import choices, conf_folder, config_files, own_folder, su
 from iwae_cli.config.build import BASES, nearest, one_line, resolve, unknown_key
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import write_text
+from iwae_cli.record.former import translated
 
 VERSION_BASE = "1.3"
 ESTIMATOR = "estimator"
@@ -228,7 +229,8 @@ def evaluation_config(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
-    if not isinstance(saved, dict) or not {*BASES, *own} <= saved.keys():
+    saved = translated(saved) if isinstance(saved, dict) else {}
+    if not {*BASES, *own} <= saved.keys():
         raise UserError(f"{file} is not the configuration of a run")
     with _hydra(None, ()) as composer:
         parsed = composer.parse(overrides)

@@ -30,8 +30,8 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(evaluation, dict) and "validation_k" in evaluation:
         validation = {"k": evaluation.pop("validation_k"), "every": evaluation.pop("validation_every", None)}
         config["validation"] = {"_target_": "iwae_cli.training.settings.Validation", **validation}
-    if isinstance(logger, dict) and "_target_" in logger:
-        config["logger"] = {} if logger.get("mode") == "disabled" else {"wandb": logger}
+        if isinstance(logger, dict) and "_target_" in logger:
+            config["logger"] = {} if logger.get("mode") == "disabled" else {"wandb": logger}
     return config
 
 

@@ -113,7 +113,7 @@ def test_the_folder_says_what_was_asked_for_and_how_it_stands(runs: Any, tmp_pat
     for seed, job in enumerate(sweep["jobs"]):
         assert job["overrides"] == [f"seed={seed}", "objective.k=1", "output_dir=there"]
         assert job["path"] == (tmp_path / "there" / job["identity"]).resolve()
-        assert job["identity"].startswith(f"digits-gaussian_mlp_3-iwae-k1-seed{seed}-")
+        assert job["identity"].startswith(f"digits-gaussian_mlp_50-iwae-k1-seed{seed}-")
     out, err = capsys.readouterr()
     assert "1 finished, 2 failed" in out and "it diverged" in out
     assert err.splitlines()[-1] == "iwae-train: not all runs are finished: 2 failed"
@@ -194,7 +194,7 @@ def test_a_sweep_waits_for_a_run_that_somebody_else_has(tmp_path: Path, monkeypa
     lock = RunLock(folder)
     lock.__enter__()
     monkeypatch.setattr("iwae_cli.cli.train.time.sleep", lambda seconds: lock.__exit__(None, None, None))
-    code, _, err = run("-m", "seed=0", *QUICK, f"output_dir={tmp_path}")
+    code, _, err = run("-m", "seed=0", *QUICK, "evaluation.k=6", f"output_dir={tmp_path}")
     assert code == 0 and "waiting:" in err and str(os.getpid()) in err
 
 
