@@ -83,9 +83,9 @@ def installed(built: tuple[Built, Built], tmp_path_factory: pytest.TempPathFacto
 
 def test_sdist_and_wheel_carry_every_source_and_config(built: tuple[Built, Built]) -> None:
     sdist, wheel = (b.files for b in built)
-    code = sources("iwae_cli", "*.py") | sources("iwae_cli", "page.[cj]s*")
+    code = sources("iwae_cli", "*.py") | sources("iwae_cli/report/html", "*")
     conf, tests = sources("conf", "*"), sources("tests", "*.py")
-    assert {"iwae_cli/report/page.css", "iwae_cli/report/page.js"} <= code.keys()
+    assert {f"iwae_cli/report/html/page.{end}" for end in ("css", "js", "html.jinja")} <= code.keys()
     assert len(code) > 10 and len(conf) > 5 and len(tests) > 2
     for part in (code, conf, tests):
         assert part.items() <= sdist.items()

@@ -1,4 +1,7 @@
-"""The command ``iwae-report``: finished runs as a table, a page, a paired comparison. Knows neither Hydra nor torch."""
+"""The command ``iwae-report``: finished runs as a table, a page, a paired comparison. Imports neither Hydra nor torch.
+
+What it needs is imported where it is used: ``--help`` and wrong options need none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,9 +19,8 @@ from iwae_cli.cli.stdio import exit_code, forgiving
 from iwae_cli.core.errors import UserError
 
 if TYPE_CHECKING:
-    from iwae_cli.report.paired import Paired
+    from iwae_cli.report.cells import Table
     from iwae_cli.report.reader import Found, Run
-    from iwae_cli.report.table import Table
     from iwae_cli.report.writers import Report
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "json")
@@ -26,24 +28,23 @@ HELP = """\
 iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
 
 usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--against A] [--compare A B] [--format F] [--html FILE]
-                   [--wandb]
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. A cell holds the runs that differ by their seed alone: NLL (mean and standard error over seeds),
 active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Runs that are
-unfinished, failed, damaged, or evaluated otherwise than most are listed with the reason.
+unfinished, failed, damaged, or evaluated otherwise than most are listed with the reason. Numbers of other estimators
+(iwae-eval RUN estimator=ais) follow below the table, run by run.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
                          table without columns has stderr_images, stderr_mc and bias_mc beside every NLL
   --split SPLIT          test (default), validation or train
   --format FORMAT        terminal (default), markdown, csv, latex, json; to standard output
-  --html FILE            write one page that needs no network: tables, curves, active units, samples
+  --html FILE            write one page that needs no network: tables, curves, active units, pictures
   --against A            paired difference of every cell from the cell A, in nats, with its standard error over images
                          and over seeds; of several such cells, from the one in the same row or column
   --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or chosen among
                          the runs of PATH; may be given more than once
   A and B are chosen as typed for iwae-train: "objective=iwae objective.k=50" (any key; quoted where there are several)
-  --wandb [online]       table, figures and page as one W&B run in the group of the sweep; offline by default
   --version, --help, -h
 
 examples:
@@ -60,7 +61,7 @@ exit codes: 0 done, 1 the output cannot be written, 2 wrong input
 
 
 def report(argv: Sequence[str] | None = None) -> int:
-    """``iwae-report``; returns the exit code (0 done, 1 not written, 2 wrong input)."""
+    """Run ``iwae-report`` and return the exit code (0 done, 1 not written, 2 wrong input)."""
     with forgiving() as out:
         try:
             _report(list(sys.argv[1:] if argv is None else argv))
@@ -76,87 +77,78 @@ def _report(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return
-    asked = _parser().parse_args(argv)
-    if asked.html is not None and asked.html.is_dir():
-        raise UserError(f"--html {asked.html} is a folder; name a file, such as {asked.html / 'report.html'}")
+    options = _parser().parse_args(argv)
+    if options.html is not None and options.html.is_dir():
+        raise UserError(f"--html {options.html} is a folder; name a file, such as {options.html / 'report.html'}")
 
-    from iwae_cli.report import writers as formats
+    from iwae_cli.report.cells import tables
+    from iwae_cli.report.paired import compare
     from iwae_cli.report.reader import read
-    from iwae_cli.report.table import comparable, tables
+    from iwae_cli.report.selection import comparable
+    from iwae_cli.report.writers import Report
 
-    paths = asked.paths or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"]
-    found = read(paths)
-    scored, incomparable = comparable(found.runs, asked.split)
-    made = formats.Report(
+    found = read(options.paths or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"])
+    scored, incomparable = comparable(found.runs, options.split)
+    made = Report(
         found,
         [*found.left_out, *incomparable],
-        _against(asked.against, tables(scored, asked.rows, asked.columns), found),
-        [_compared(a, b, found, asked.split) for a, b in asked.compare],
+        _against(options.against, tables(scored, options.rows, options.columns), found),
+        [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare],
     )
-    if asked.html is not None:
-        from iwae_cli.core.files import write_text
-        from iwae_cli.report.page import page
+    if options.html is not None:
+        _write_page(made, options.html)
+    _print(made, options.format)
+    if options.html is not None:
+        print(f"iwae-report: wrote {options.html}", file=sys.stderr)
 
-        try:
-            asked.html.parent.mkdir(parents=True, exist_ok=True)
-            write_text(asked.html, page(made))
-        except OSError as error:
-            raise UserError(f"--html {asked.html} cannot be written: {error.strerror}") from None
-    _print(made, asked.format)
-    if asked.html is not None:
-        print(f"iwae-report: wrote {asked.html}", file=sys.stderr)
-    if asked.wandb is not None:
-        from iwae_cli.report.upload import upload
 
-        line = upload(made, Path(paths[0]), asked.wandb)
-        if line:
-            print(f"iwae-report: {line}", file=sys.stderr)
+def _write_page(made: Report, path: Path) -> None:
+    from iwae_cli.core.files import write_text
+    from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page(made))
+    except OSError as error:
+        raise UserError(f"--html {path} cannot be written: {error.strerror}") from None
 
 
 def _print(made: Report, form: str) -> None:
-    from iwae_cli.report import writers as formats
+    from iwae_cli.report import writers
 
     if form == "terminal":
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(formats.terminal(made, width), end="")
+        print(writers.terminal(made, width), end="")
         return
-    write = {
-        "markdown": formats.markdown,
-        "csv": formats.comma_separated,
-        "latex": formats.latex,
-        "json": formats.json_text,
-    }[form]
-    print(write(made), end="")
+    write: dict[str, Callable[[Report], str]] = {
+        "markdown": writers.markdown,
+        "csv": writers.comma_separated,
+        "latex": writers.latex,
+        "json": writers.json_text,
+    }
+    print(write[form](made), end="")
     if form == "csv":
-        # A program reads the table; what is not in it must still be seen.
-        lines = [line for paired in made.comparisons for line in formats.paired_lines(paired)]
-        for line in (*lines, *formats.after(made)):
-            print(line, file=sys.stderr)
-
-
-def _compared(a: str, b: str, found: Found, split: str) -> Paired:
-    from iwae_cli.report.paired import compare
-
-    return compare(a, _chosen(a, found), b, _chosen(b, found), split)
+        # A program reads the table; a person should still see what is not in it.
+        print("".join(f"{line}\n" for line in made.below()), file=sys.stderr, end="")
 
 
 def _against(text: str | None, made: list[Table], found: Found) -> list[Table]:
-    """The tables with what ``--against`` adds to them."""
+    """Return the tables with the differences of ``--against``."""
     if text is None:
         return made
-    from iwae_cli.report.paired import against
+    from iwae_cli.report.cells import against
 
     wanted = _wanted("--against", text, found)
     compared = [against(table, wanted, text) for table in made]
     if not any(compared):
-        raise UserError(f"--against {text}: no cell of a table is that{_there(wanted, found)}")
+        raise UserError(f"--against {text}: no cell of a table is that{_values(wanted, found)}")
     return [new or table for new, table in zip(compared, made, strict=True)]
 
 
 def _chosen(text: str, found: Found) -> list[Run]:
-    """The finished runs that one side of ``--compare`` names."""
+    """Return the finished runs that one side of ``--compare`` names."""
     from iwae_cli.report.reader import read
-    from iwae_cli.report.table import agrees
+    from iwae_cli.report.selection import agrees
 
     if Path(text).exists():
         there = read([text])
@@ -166,26 +158,26 @@ def _chosen(text: str, found: Found) -> list[Run]:
     wanted = _wanted("--compare", text, found)
     runs = [run for run in found.runs if agrees(run, wanted)]
     if not runs:
-        raise UserError(f"--compare {text}: no finished run is that{_there(wanted, found)}")
+        raise UserError(f"--compare {text}: no finished run is that{_values(wanted, found)}")
     return runs
 
 
 def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
-    """Keys and values of ``"KEY=VALUE KEY=VALUE"``; a comma between them does as well."""
-    from iwae_cli.report.table import known_key
+    """Return keys and values of ``"KEY=VALUE KEY=VALUE"``; a comma separates them too."""
+    from iwae_cli.report.selection import known_key
 
-    # Not at what is inside of a value: model.latent_sizes=[100, 50].
+    # Not inside a value: model.latent_sizes=[100, 50].
     wanted = [part.partition("=") for part in re.split(r"[,\s]+(?=[^\s,=\[\]]+=)", text.strip())]
     if not all(sign for _, sign, _ in wanted):
         raise UserError(f"{option} {text} is neither a folder nor KEY=VALUE, such as objective=elbo")
     return {known_key(key, found.runs): value for key, _, value in wanted}
 
 
-def _there(wanted: Mapping[str, str], found: Found) -> str:
-    """What there is of the keys, for a message that there is not what was wanted."""
-    from iwae_cli.report.table import shown
+def _values(keys: Mapping[str, str], found: Found) -> str:
+    """Return the values that the runs have of these keys, for a message."""
+    from iwae_cli.report.selection import shown
 
-    values = {key: sorted({shown(run.keys.get(key)) for run in found.runs}) for key in wanted}
+    values = {key: sorted({shown(run.keys.get(key)) for run in found.runs}) for key in keys}
     return "".join(f"; {key} is {', '.join(there)}" for key, there in values.items())
 
 
@@ -205,7 +197,6 @@ def _parser() -> _Parser:
     parser.add_argument("--html", type=Path)
     parser.add_argument("--against")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
-    parser.add_argument("--wandb", nargs="?", choices=["offline", "online"], const="offline")
     return parser
 
 

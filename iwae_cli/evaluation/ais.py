@@ -28,6 +28,7 @@ from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
 from iwae_cli.evaluation.workers import available_cores, map_batches, processes
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.priors import OneHotPrior
+from iwae_cli.record.summary import split_rows
 
 SIGMOID_SPAN = 4.0
 """The schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most."""
@@ -39,6 +40,14 @@ FIRST_STEP = 0.1
 ADAPTATION = 0.2
 WARM_UP = 30
 """Step sizes begin at 0.1, move by exp(0.2 (acceptance - 0.65)), 30 times before the path begins."""
+
+SIMULATED_ROWS = (
+    ("lower", "lower", "{:.2f}"),
+    ("upper", "upper", "{:.2f}"),
+    ("exact", "exact", "{:.2f}"),
+    ("upper - lower", "gap", "{:.2f}"),
+    ("stderr_gap", "stderr_gap", "± {:.3f}"),
+)
 
 Start = Literal["prior", "inference"]
 _Scores = Callable[[Latents], tuple[Tensor, Tensor]]
@@ -492,7 +501,12 @@ class AIS(Estimator):
             numbers["simulated"], missing = _summary_of(found)
             reasons |= {f"simulated.{key}": reason for key, reason in missing.items()}
             arrays |= {"simulated_lower": found.lower, "simulated_upper": found.upper}
-        return Estimates(numbers, hashes, reasons, arrays)
+        simulated = [
+            (f"simulated: {label}, nats", f"simulated.{key}", form)
+            for label, key, form in SIMULATED_ROWS
+            if key in numbers.get("simulated", {})
+        ]
+        return Estimates(numbers, split_rows(numbers) + simulated, hashes, reasons, arrays, self._notes(numbers))
 
     def _summary(
         self, levels: Sequence[Annealed], exact: np.ndarray | None, pixels: int
@@ -520,50 +534,16 @@ class AIS(Estimator):
             numbers["exact_nll"] = -float(exact.mean())
         return _without_nan(numbers, "one image has no standard error" if n == 1 else "a log-weight is not finite")
 
-    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
-        """One column for each split; below, in the first one, what was found of simulated observations."""
-        splits = {name: numbers[name] for name in SPLITS if name in numbers}
-
-        def row(label: str, key: str, form: str) -> list[str]:
-            return [label, *("\N{EN DASH}" if s[key] is None else form.format(s[key]) for s in splits.values())]
-
-        table = [
-            ["", *splits],
-            row("NLL_AIS, nats", "nll_ais", "{:.2f}"),
-            row("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
-            row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
-            row("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
-        ]
-        if all("exact_nll" in split for split in splits.values()):
-            table.append(row("exact NLL, nats", "exact_nll", "{:.2f}"))
-        for level in dict.fromkeys(level for split in splits.values() for level in split["by_temperatures"]):
-            values = [split["by_temperatures"].get(level) for split in splits.values()]
-            cells = ["\N{EN DASH}" if value is None else f"{value:.2f}" for value in values]
-            table.append([f"mean log p(x), {level} temperatures", *cells])
-        table += [
-            row("images", "n", "{:,}"),
-            row("effective chains, median", "ess_median", "{:.1f}"),
-            row("effective chains, least", "ess_min", "{:.1f}"),
-            row("acceptance", "acceptance", "{:.2f}"),
-        ]
-        if "simulated" in numbers:
-            s = numbers["simulated"]
-            for label, key in (("lower", "lower"), ("upper", "upper"), ("exact", "exact"), ("upper - lower", "gap")):
-                if s.get(key) is not None:
-                    error = f" ± {s['stderr_gap']:.3f}" if key == "gap" and s["stderr_gap"] is not None else ""
-                    table.append([f"simulated: {label}, nats", f"{s[key]:.2f}{error}"])
-        return table
-
-    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
-        """Where the numbers are not to be trusted, and in which direction they err."""
+    def _notes(self, numbers: Mapping[str, Any]) -> list[str]:
+        """Return where the numbers are not reliable, and in which direction they err."""
         notes = []
         for name in (name for name in SPLITS if name in numbers):
             split = numbers[name]
             if not split["converged"]:
                 notes.append(
-                    f"{name}: it is not seen that {split['temperatures']} temperatures are enough (their doubling "
-                    f"changed the mean by {self.tolerance:g} nats or more, or was not tried): NLL_AIS is probably too "
-                    f"high; write estimator.max_temperatures={4 * split['temperatures']}"
+                    f"{name}: {split['temperatures']} temperatures are not shown to be enough (their doubling changed "
+                    f"the mean by {self.tolerance:g} nats or more, or was not tried): NLL_AIS is probably too high; "
+                    f"write estimator.max_temperatures={4 * split['temperatures']}"
                 )
             bias = split["bias_mc"]
             if bias is not None and abs(bias) > 0.05:

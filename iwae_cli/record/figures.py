@@ -1,184 +1,261 @@
-"""The pictures of a run, as PNG files that appear whole or not at all.
+"""Figures of runs: PNG files for run folders, SVG for pages.
 
-Built from ``Figure`` objects: pyplot keeps every figure in one global list, which leaks between runs of a process.
+Built from ``Figure`` objects: pyplot keeps every figure in a global list, which leaks between runs of a process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import Shaped
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from iwae_cli.core.files import atomic_path
+from iwae_cli.record.folder import drawable
 
-T = TypeVar("T")
-Images = Shaped[np.ndarray, "n height width"]
+Images = Shaped[np.ndarray, "n *image"]
 
 COLOURS = (
     "#2f5d9e", "#d9822b", "#3d8f6e", "#8a5fa8", "#b5473c", "#3f9bb3", "#94802f", "#c46a9b", "#6b7885", "#7a5238",
 )  # fmt: skip
-"""The first three are told apart by people with any colour vision, and in grey."""
+"""The first three are distinguishable with any colour vision, and in grey."""
 INK = "#33373d"
 FAINT = "#e3e6ea"
 DPI = 150
+MARKED = 12
+"""Curves of an SVG with at most this many points have a marker at each."""
+
+
+class Curve(NamedTuple):
+    """One curve: its name in the legend, its points (x, y), and the number of its colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+
+
+def plot_run(
+    folder: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    bounds: Mapping[str, Mapping[str, float]],
+    samples: Shaped[np.ndarray, "samples *image"] | None = None,
+    originals: Images | None = None,
+    reconstructions: Images | None = None,
+) -> dict[str, Path]:
+    """Draw the figures of a run folder and return their files by name.
+
+    Args:
+        folder: the folder of figures.
+        curves: as for ``plot_training``.
+        bounds: as for ``plot_bounds``.
+        samples, originals, reconstructions: as for ``plot_samples`` and ``plot_reconstructions``; None if the
+            observations are no images.
+    """
+    made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k")}
+    plot_training(made["training"], curves, label="bound")
+    plot_bounds(made["bound_vs_k"], bounds)
+    if samples is not None:
+        made["samples"] = folder / "samples.png"
+        plot_samples(made["samples"], samples)
+    if originals is not None and reconstructions is not None:
+        made["reconstructions"] = folder / "reconstructions.png"
+        plot_reconstructions(made["reconstructions"], originals, reconstructions)
+    return made
 
 
 def plot_samples(path: str | Path, images: Images) -> None:
-    """Samples from the prior in a grid as square as can be.
+    """Draw samples from the prior in a grid that is nearly square.
 
     Args:
-        path: the PNG file.
-        images: (n, height, width), n >= 1; 0 is paper, 1 is ink.
+        path: PNG file.
+        images: (n, height, width) or (n, channels, height, width) with 1 or 3 channels, n >= 1, in [0, 1]; with one
+            channel 0 is paper and 1 is ink.
 
     Raises:
-        ValueError: no image, or values outside [0, 1].
+        ValueError: no image, values outside [0, 1], or another number of channels.
     """
-    _check(images)
     rows = _rows(images, int(np.ceil(np.sqrt(len(images)))))
     _save_grid(path, rows, "Samples from the prior", group=len(rows))
 
 
 def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images, columns: int = 10) -> None:
-    """Rows in pairs: observations above, what the model makes of them below.
+    """Draw pairs of rows: observations above, their reconstructions below.
 
     Args:
-        path: the PNG file.
-        originals: (n, height, width), n >= 1, in [0, 1].
+        path: PNG file.
+        originals: images as for ``plot_samples``.
         reconstructions: the same shape and order.
-        columns: pairs a row.
+        columns: pairs per row.
 
     Raises:
-        ValueError: no image, values outside [0, 1], or shapes that differ.
+        ValueError: as ``plot_samples``, or the shapes differ.
     """
     if originals.shape != reconstructions.shape:
         raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
-    _check(originals)
-    _check(reconstructions)
     columns = min(columns, len(originals))
     pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
     _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), "Observed above, reconstructed below", group=2)
 
 
 def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str) -> None:
-    """Bounds against passes over the training data.
+    """Draw bounds against passes over the training data into a PNG file.
 
     Args:
-        path: the PNG file.
+        path: PNG file.
         curves: such as ``{"train": [(pass, nats), ...], "validation": [...]}``.
-        label: what the vertical axis shows, such as ``"bound, IWAE k = 50"``; nats are added.
+        label: title of the vertical axis without the unit (nats), such as ``"bound, IWAE k = 50"``.
     """
-    figure, axes = _figure(f"{label} (nats)", "passes over the training data")
-    for colour, (name, points) in _coloured(curves.items()):
-        if not points:
-            continue
-        x, y = np.asarray(points, dtype=np.float64).T
-        end = f"{name}: {_nats(y[-1])} at the end"
-        axes.plot(x, y, color=colour, lw=1.6, marker="o" if len(x) <= 40 else "", ms=3.5, label=end)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # The schedules of the field grow by powers of three: a straight axis would show the last stage alone.
-    passes = [x for points in curves.values() for x, _ in points if x > 0]
+    named = (
+        Curve(f"{name}: {_nats(points[-1][1])} at the end", points, i)
+        for i, (name, points) in enumerate(curves.items())
+        if len(points)
+    )
+    _save(training_figure(list(named), f"{label} (nats)", marked=40), path)
+
+
+def training_figure(curves: Sequence[Curve], label: str, focus: bool = False, marked: int = MARKED) -> Figure:
+    """Return a figure of bounds against passes over the training data; logarithmic where passes span more than 100.
+
+    Args:
+        curves: points (pass, nats).
+        label: title of the vertical axis.
+        focus: cut off the first steep part of the curves.
+        marked: curves with at most so many points have a marker at each.
+    """
+    figure, axes = _figure(label, "passes over the training data")
+    for curve in curves:
+        _line(axes, curve, marked)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    passes = [x for curve in curves for x, _ in curve.points if x > 0]
+    # The usual schedules grow by powers of three: a linear axis would show the last stage only.
     if passes and max(passes) / min(passes) > 100:
         axes.set_xscale("log", nonpositive="mask")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-    _legend(axes)
-    _save(figure, path)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+    if focus and max((len(curve.points) for curve in curves), default=0) > 10:
+        ys = sorted(y for curve in curves for _, y in curve.points)
+        # The last point of every curve stays visible.
+        low = min(ys[len(ys) // 5], *(curve.points[-1][1] for curve in curves if curve.points))
+        axes.set_ylim(low - 0.06 * (ys[-1] - low or 1.0), ys[-1] + 0.06 * (ys[-1] - low or 1.0))
+    return figure
 
 
 def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> None:
-    """Mean bound L_k of each split against k, as ``result.json`` has them.
+    """Draw the mean bound L_k of each split against k into a PNG file, with the values written beside the points.
 
     Args:
-        path: the PNG file.
-        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; of up to two lines the values are written
-            in, of three those of the first.
+        path: PNG file.
+        bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; with three splits only the values of the
+            first are written.
     """
-    figure, axes = _figure("mean bound $L_k$ (nats)", "samples k")
-    ticks: set[int] = set()
-    lines = {
-        name: sorted((int(k), value) for k, value in levels.items() if value is not None)
-        for name, levels in bounds.items()
-    }
-    lines = {name: points for name, points in lines.items() if points}
-    for row, (colour, (name, points)) in enumerate(_coloured(lines.items())):
-        ticks.update(k for k, _ in points)
-        # Where lines coincide the first is seen, which is the one that is spoken of.
-        axes.plot(
-            *zip(*points, strict=True), color=colour, lw=1.6, marker="o", ms=5, label=name, zorder=3 - row / len(lines)
-        )
-        for k, value in points if len(lines) <= 2 or (row == 0 and len(lines) == 3) else ():
-            # Bounds rise with k and flatten: no line is above and to the left of a point, nor below and to the right.
-            beside = [(dict(other).get(k, value), -i) for i, other in enumerate(lines.values())]
+    lines = {name: sorted((int(k), y) for k, y in levels.items() if y is not None) for name, levels in bounds.items()}
+    curves = [Curve(name, points, i) for i, (name, points) in enumerate(lines.items()) if points]
+    figure = bounds_figure(curves)
+    (axes,) = figure.axes
+    for row, curve in enumerate(curves):
+        for k, value in curve.points if len(curves) <= 2 or row == 0 else ():
+            # Bounds rise with k and flatten: no curve is above and left of a point, nor below and right of it.
+            beside = [(dict(other.points).get(k, value), -i) for i, other in enumerate(curves)]
             above = (value, -row) == max(beside)
-            offset, side = ((-3, 6), "right") if above or len(lines) == 3 else ((3, -13), "left")
+            offset, side = ((-3, 6), "right") if above or len(curves) == 3 else ((3, -13), "left")
+            colour = COLOURS[curve.colour]
             axes.annotate(
                 _nats(value), (k, value), offset, textcoords="offset points", ha=side, color=colour, fontsize=9
             )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    # Room for the values beside the first and the last point.
-    axes.margins(x=0.2, y=0.15)
-    _legend(axes)
+    axes.margins(x=0.2, y=0.15)  # room for the values beside the first and the last point
     _save(figure, path)
 
 
-def plot_units(path: str | Path, units: Mapping[str, Sequence[float]]) -> None:
-    """Active units of every layer as bars, nearest to x first.
+def bounds_figure(curves: Sequence[Curve]) -> Figure:
+    """Return a figure of mean bounds against k, points (k, nats)."""
+    figure, axes = _figure("mean bound L\N{LATIN SUBSCRIPT SMALL LETTER K} (nats)", "samples k")
+    for i, curve in enumerate(curves):
+        # Where curves coincide the first one is visible.
+        _line(axes, curve, marked=10**9, zorder=3 - i / len(curves))
+    axes.set_xscale("log")
+    ticks, last = [], float("inf")
+    for k in sorted({k for curve in curves for k, _ in curve.points}, reverse=True):
+        if k <= last / 1.6:  # closer labels overlap
+            ticks.append(k)
+            last = k
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+    return figure
+
+
+def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
+    """Return a figure as an ``svg`` element for an HTML page, without the legend.
+
+    Text takes the font of the page. Colours are the CSS variables ``--ink``, ``--rule`` and, on ``<g class="line cN">``
+    of a curve with colour N, ``--c``, so that one element serves light and dark pages. Ids begin with ``title``, which
+    must be unique in the page.
 
     Args:
-        path: the PNG file.
-        units: such as ``{"iwae, k = 50": (26.0, 7.0)}``; at least one.
+        figure: from ``training_figure`` or ``bounds_figure``.
+        curves: as given there.
+        title: name of the figure for screen readers.
     """
-    figure, axes = _figure("", "active units")
-    figure.set_size_inches(6, 0.9 + 0.32 * len(units))
-    for row, (colour, (_, layers)) in enumerate(_coloured(units.items())):
-        left = 0.0
-        for depth, n in enumerate(layers):
-            axes.barh(row, n, left=left, color=colour, alpha=0.6**depth, height=0.6)
-            left += n
-        axes.text(left, row, f" {'+'.join(f'{n:g}' for n in layers)}", va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(units)), list(units))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.15)
-    _save(figure, path)
+    figure.set_size_inches(5, 3.3)
+    for axes in figure.axes:
+        axes.yaxis.labelpad = 9  # the text of a narrow page is larger
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    text = out.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    body = text[text.index("<g id=") :]
+    body = re.sub(r"font: [^;\"]*;? ?|font-size: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", body)
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), body)
+    body = re.sub(r' id="curve(\d+)">', lambda match: _curve_tag(curves[int(match[1])]), body)
+    body = re.sub(r' id="[a-z][\w.]*_\w+"', "", body)  # not unique in a page with several figures
+    for colour, variable in {INK: "var(--soft)", FAINT: "var(--rule)", **dict.fromkeys(COLOURS, "var(--c)")}.items():
+        body = body.replace(colour, variable)
+    return f'<svg {box[0]} role="img" aria-label="{html.escape(title)}">\n{body}'
 
 
-def _coloured(items: Iterable[T]) -> Iterator[tuple[str, T]]:
-    return zip(cycle(COLOURS), items, strict=False)
+def _curve_tag(curve: Curve) -> str:
+    values = "; ".join(f"{y:.2f} at {x:,.10g}" for x, y in curve.points) if len(curve.points) <= MARKED else ""
+    name = html.escape(f"{curve.name}: {values}" if values else curve.name)
+    return f' class="line c{curve.colour}"><title>{name}</title>'
 
 
-def _check(images: Images) -> None:
+def _rows(images: Images, columns: int) -> Shaped[np.ndarray, "rows columns height width colours"]:
+    """Arrange images in rows, the last one filled up with NaN, which is drawn as nothing; 1 or 3 colours."""
     if not len(images):
         raise ValueError("images must hold at least one image")
+    if not drawable(images.shape[1:]):
+        raise ValueError(f"images must have 1 or 3 channels, got shape {images.shape}")
     if not (np.min(images) >= 0 and np.max(images) <= 1):
         raise ValueError(f"images must lie in [0, 1], got {np.min(images)} to {np.max(images)}")
-
-
-def _rows(images: Images, columns: int) -> Shaped[np.ndarray, "rows columns height width"]:
-    """Images in rows; where the last row is not full there is NaN, which is drawn as nothing."""
-    n, height, width = images.shape
-    filled = np.full((-(-n // columns) * columns, height, width), np.nan)
-    filled[:n] = images
-    return filled.reshape(-1, columns, height, width)
+    pixels = images[..., None] if images.ndim == 3 else np.moveaxis(images, 1, -1)  # (n, height, width, colours)
+    filled = np.full((-(-len(pixels) // columns) * columns, *pixels.shape[1:]), np.nan)
+    filled[: len(pixels)] = pixels
+    return filled.reshape(-1, columns, *pixels.shape[1:])
 
 
 def _save_grid(
-    path: str | Path, images: Shaped[np.ndarray, "rows columns height width"], title: str, group: int
+    path: str | Path, images: Shaped[np.ndarray, "rows columns height width colours"], title: str, group: int
 ) -> None:
     """Draw a grid with a wider gap after every ``group`` rows."""
-    rows, columns, height, width = images.shape
+    rows, columns, height, width, colours = images.shape
     gap = max(1, height // 14)
     tops = [row * (height + gap) + row // group * 2 * gap for row in range(rows)]
-    sheet = np.full((tops[-1] + height, columns * (width + gap) - gap), np.nan)
+    sheet = np.full((tops[-1] + height, columns * (width + gap) - gap, colours), np.nan)
     for top, row in zip(tops, images, strict=True):
         for column, image in enumerate(row):
             left = column * (width + gap)
@@ -188,9 +265,12 @@ def _save_grid(
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(title, fontsize=10, color=INK)
-    # Paper is a little darker than the page, so that the gaps show where an image ends.
-    axes.imshow(-0.08 - 0.92 * sheet, cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
-    _save(figure, path)
+    if colours == 3:
+        axes.imshow(np.nan_to_num(sheet, nan=1.0), interpolation="nearest")
+    else:
+        # Paper is slightly darker than the page, so that the gaps show where an image ends.
+        axes.imshow(-0.08 - 0.92 * sheet[..., 0], cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
+    _save(figure, path, legend=False)
 
 
 def _figure(y: str, x: str) -> tuple[Figure, Axes]:
@@ -206,17 +286,28 @@ def _figure(y: str, x: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _line(axes: Axes, curve: Curve, marked: int, zorder: float = 2) -> None:
+    axes.plot(
+        *np.asarray(curve.points, dtype=np.float64).reshape(-1, 2).T,
+        color=COLOURS[curve.colour % len(COLOURS)],
+        lw=1.6,
+        marker="o" if len(curve.points) <= marked else "",
+        ms=4,
+        label=curve.name,
+        zorder=zorder,
+        gid=f"curve{len(axes.lines)}",
+    )
+
+
 def _nats(value: float) -> str:
     return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _legend(axes: Axes) -> None:
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
-
-
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, legend: bool = True) -> None:
+    for axes in figure.axes if legend else ():
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
     Path(path).parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        # No version of matplotlib inside: the same run makes the same file.
+        # Without the version of matplotlib: the same run makes the same file.
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

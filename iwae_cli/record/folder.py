@@ -119,7 +119,7 @@ class RunFolder:
         """Return the derived files of a finished run that are missing or not whole; its checkpoint regenerates them."""
         result = self.result() or {}
         # Results of 0.2.0 do not hold the shape of an image.
-        images = len(result.get("dataset", {}).get("image_shape", ())) > 1
+        images = drawable(result.get("dataset", {}).get("image_shape", ()))
         files = [*DERIVED, *(OF_IMAGES if images else ())]
         if "figures" in (result.get("reasons") or {}):
             # Drawing them failed, and would fail again.
@@ -176,3 +176,8 @@ def _whole(path: Path) -> bool:
             return False
     end = b"IEND\xaeB`\x82" if path.suffix == ".png" else b"\n"
     return path.read_bytes().endswith(end)
+
+
+def drawable(image_shape: Sequence[int]) -> bool:
+    """Return whether observations of this shape are images: (height, width), or with 1 or 3 channels in front."""
+    return len(image_shape) == 2 or (len(image_shape) == 3 and image_shape[0] in (1, 3))

@@ -1,4 +1,4 @@
-"""Run folders read back: what is finished, and of all the rest why it is not in a table. Changes nothing."""
+"""Read run folders: the finished runs, and the reason for every other one. Nothing is written."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.identity import training_config
+from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
 MARKS = ("status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock")
-"""A folder that has one of these is a run folder, whole or not."""
+"""A folder with one of these files is a run folder, complete or not."""
 SWEEP = "sweep.json"
-"""What a sweep folder knows of its jobs: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
+"""File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
 GROUPS = ("model", "objective", "optimizer", "schedule")
-"""Groups of which a result says what was chosen."""
-SET_ASIDE = re.compile(r"\.old-\d+$")
+"""Groups whose chosen name is in ``result.json``."""
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
+MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""Errors from reading a file that does not hold what it should."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation of one run by L_k.
+    """One evaluation of a run by L_k.
 
     Attributes:
-        name: what the evaluation is called in ``evaluations/``.
+        name: folder in ``evaluations/``.
         k: samples per image.
         weights: ``last`` or ``best``.
         precision: of the weights.
         sha256: hash of the images by split.
-        splits: numbers by split, nats, as in ``result.json``; None stands for what could not be had.
-        reasons: why, by ``"<split>.<name>"``.
-        active_units: one number a layer, nearest to x first; None where they are not defined.
-        arrays: the file of per-image values.
+        splits: numbers by split, nats, as in ``result.json``; None for a missing number.
+        reasons: reason for each missing number, by ``"<split>.<name>"``.
+        active_units: one number per layer, nearest to x first; None where they are not defined.
+        arrays: path of the per-image values.
     """
 
     name: str
@@ -56,11 +58,32 @@ class Score:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A run that no table has.
+class Estimate:
+    """One evaluation of a run by another estimator than L_k.
 
     Attributes:
-        path: its folder; of a job that never began, where it would be.
+        name: folder in ``evaluations/``.
+        estimator: name of the estimator.
+        weights: ``last`` or ``best``.
+        numbers: by dotted key of ``result.json``.
+        columns: headings of the columns of numbers.
+        lines: for every label its numbers as printed, one per column.
+    """
+
+    name: str
+    estimator: str
+    weights: str
+    numbers: Mapping[str, Any]
+    columns: Sequence[str]
+    lines: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is in no table.
+
+    Attributes:
+        path: run folder; for a job that has not started, where it would be.
         state: one or two words, such as ``interrupted``, ``failed``, ``damaged``, ``not comparable``.
         why: one line.
     """
@@ -75,16 +98,18 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: its folder.
-        config: as resolved.
-        result: ``result.json``.
-        scores: its evaluations by L_k, that of ``result.json`` first.
+        path: run folder.
+        config: resolved configuration.
+        result: content of ``result.json``.
+        scores: evaluations by L_k, the one in ``result.json`` first.
+        estimates: evaluations by other estimators.
     """
 
     path: Path
     config: Mapping[str, Any]
     result: Mapping[str, Any]
     scores: tuple[Score, ...]
+    estimates: tuple[Estimate, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -93,87 +118,82 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """Name of the data, which says how they are binarized."""
+        """Name of the data, including the binarization."""
         return str(self.result["dataset"]["name"])
 
     @property
     def seed(self) -> int:
-        """Of the training."""
+        """Training seed."""
         return int(self.config["seed"])
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """Every dotted key of the configuration, and what was typed for a group: ``schedule`` is ``burda``.
-
-        The class is ``schedule._target_``. Of the data the name says how they are binarized.
-        """
-        flat = _flat(self.config)
-        flat["data"] = self.dataset
+        """Every dotted key of the configuration, and the chosen name of each group (``schedule`` is ``burda``)."""
+        keys = flatten(self.config)
+        keys["data"] = self.dataset
         for group in GROUPS:
-            # Older results know the class alone of an optimizer and a schedule.
+            # Results of older versions have no name for optimizer and schedule: use the class.
             named = group in self.result or group in ("model", "objective")
-            flat[group] = str(self.result[group]["name"]) if named else class_name(flat[f"{group}._target_"])
-        flat.setdefault("training.backward", "all")  # older runs had no other way
-        flat["init_from"] = _ancestor(self.config.get("init_from"))
-        flat["init_from.training"] = _training_of(self.config.get("init_from"))
-        return flat
+            keys[group] = str(self.result[group]["name"]) if named else class_name(keys[f"{group}._target_"])
+        keys.setdefault("training.backward", "all")  # the only choice of older versions
+        keys["init_from"] = _ancestor(self.config.get("init_from"))
+        keys["init_from.training"] = _training_hash(self.config.get("init_from"))
+        return keys
 
     @cached_property
     def training(self) -> dict[str, Any]:
-        """Of ``keys``, what decides the weights at the end of the training, but for the seed.
-
-        Two runs that agree in it differ by their seed alone.
-        """
+        """The part of ``keys`` that decides the trained weights, without the seed: equal for seeds of one setting."""
         decides = training_config(self.config, {})
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
-        names = {*_flat(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
+        names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
         return {key: value for key, value in self.keys.items() if key in names}
 
 
 @dataclass
 class Found:
-    """What some paths hold.
+    """Content of some paths.
 
     Attributes:
-        runs: those that are finished, in the order of their paths.
-        left_out: the others.
-        notes: what should be known of runs that count, one line each.
-        sweep: the sweep folder, if one was asked for and nothing else.
+        runs: finished runs, sorted by path.
+        left_out: all other runs.
+        notes: remarks on runs that count, one line each.
     """
 
     runs: list[Run] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    sweep: Path | None = None
 
 
 def read(paths: Sequence[str | Path]) -> Found:
-    """Everything that lies in ``paths``: run folders, sweep folders, or folders that hold some at any depth.
+    """Return every run in ``paths``: run folders, sweep folders, or folders that hold some at any depth.
 
     Raises:
-        UserError: a path is not there, or there is not a single run in any of them.
+        UserError: a path is missing, or none of them holds a run.
     """
     found = Found()
-    folders: dict[Path, None] = {}
+    folders: set[Path] = set()
     for path in map(Path, paths):
         if not path.is_dir():
             what = "is a file" if path.exists() else "is not there"
             raise UserError(f"{path} {what}; name a folder of runs, such as outputs")
-        if len(paths) == 1 and (path / SWEEP).is_file():
-            found.sweep = path
-        for folder in _walk(path, found, set()):
-            folders.setdefault(folder)
+        folders.update(_walk(path, found, set()))
+    first: dict[str, Run] = {}
     for folder in sorted(folders):
-        _read_one(folder, found)
-    _once_each(found)
+        run = _read_run(folder, found)
+        if run is None:
+            continue
+        counted = first.setdefault(run.identity, run)
+        if counted is not run:
+            found.left_out.append(LeftOut(run.path, "copy", f"the same training as {counted.path}, which counts"))
+    found.runs = list(first.values())
     if not found.runs and not found.left_out:
         raise UserError(f"no run in {', '.join(map(str, paths))}; iwae-train writes them into output_dir=")
     return found
 
 
 def _walk(path: Path, found: Found, seen: set[Path]) -> Iterator[Path]:
-    """Run folders in ``path``; nothing is looked for inside of one."""
+    """Yield the run folders in ``path``, without descending into one."""
     place = path.resolve()
     if place in seen:
         return
@@ -194,85 +214,70 @@ def _walk(path: Path, found: Found, seen: set[Path]) -> Iterator[Path]:
 
 
 def _jobs(sweep: Path, found: Found) -> Iterator[Path]:
-    """Run folders of a sweep's jobs; those that never began are put down as left out."""
+    """Yield the run folders of a sweep's jobs; record jobs without a folder as left out."""
+    outputs = sweep.parent.parent
     try:
-        jobs = json.loads((sweep / SWEEP).read_text())["jobs"]
-        for job in jobs:
+        for job in json.loads((sweep / SWEEP).read_text())["jobs"]:
             names = [Path(str(job[key])) for key in ("folder", "identity") if job.get(key)]
-            places = [base / name for name in names for base in (Path(), sweep, sweep.parent.parent)]
+            places = [base / name for name in names for base in (Path(), sweep, outputs)]
             place = next((p for p in places if p.is_dir() and any((p / mark).exists() for mark in MARKS)), None)
             if place is not None:
                 yield place.resolve()
                 continue
-            wanted = sweep.parent.parent / names[-1] if names else sweep
-            line = job.get("overrides") or []
-            asked = line if isinstance(line, str) else " ".join(map(str, line))
-            state = str(job.get("status") or "not begun")
-            state, why = ("gone", "its run folder is not there") if state == "finished" else (state, job.get("error"))
-            which = f"job of sweep {sweep.name}" + (f" ({asked})" if asked else "")
+            overrides = job.get("overrides") or []
+            typed = overrides if isinstance(overrides, str) else " ".join(map(str, overrides))
+            state, why = str(job.get("status") or "not begun"), job.get("error")
+            if state == "finished":
+                state, why = "gone", "its run folder is not there"
             why = why or "has no run folder; the command of the sweep starts it"
-            found.left_out.append(LeftOut(wanted, state, f"{which}: {why}"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found.left_out.append(LeftOut(sweep, "damaged", f"{SWEEP} cannot be read: {_said(error)}"))
+            which = f"job of sweep {sweep.name}" + (f" ({typed})" if typed else "")
+            found.left_out.append(LeftOut(outputs / names[-1] if names else sweep, state, f"{which}: {why}"))
+    except MALFORMED as error:
+        found.left_out.append(LeftOut(sweep, "damaged", f"{SWEEP} cannot be read: {_reason(error)}"))
 
 
-def _read_one(path: Path, found: Found) -> None:
+def _read_run(path: Path, found: Found) -> Run | None:
+    """Return a finished run, or record why it is none."""
     folder = RunFolder(path)
     try:
         if SET_ASIDE.search(path.name):
             found.left_out.append(LeftOut(path, "set aside", "by restart=true; the run that took its place counts"))
-            return
+            return None
         result = folder.result()
         if result is None:
             found.left_out.append(_unfinished(folder))
-            return
-        config = folder.config()
-        score = _score(result, path / "log_likelihood.npz")
-        run = Run(path, config, result, (score, *_others(folder, result, score, found)))
-        assert run.keys and run.training  # whatever they lack is found here
+            return None
+        others = list(_evaluations(folder, result, found))
+        scores = (_score(result, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
+        run = Run(path, folder.config(), result, scores, tuple(x for x in others if isinstance(x, Estimate)))
+        assert run.keys and run.training  # raises here if a key is missing
         status = _status(folder).get("status")
         if status != "finished":
-            what = {"running": "being evaluated anew", None: "without status.json"}.get(status, f"{status} since")
+            what = {"running": "being evaluated again", None: "without status.json"}.get(status, f"{status} since")
             found.notes.append(f"{run.identity} is {what}; its last result counts")
-        found.runs.append(run)
+        return run
     except UserError as error:
         found.left_out.append(LeftOut(path, "damaged", str(error).replace(f"{path}{os.sep}", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found.left_out.append(LeftOut(path, "damaged", _said(error)))
-
-
-def _once_each(found: Found) -> None:
-    """One training counts once, however many copies of its folder there are."""
-    first: dict[str, Run] = {}
-    for run in found.runs:
-        if run.identity in first:
-            why = f"the same training as {first[run.identity].path}, which counts"
-            found.left_out.append(LeftOut(run.path, "copy", why))
-        else:
-            first[run.identity] = run
-    found.runs = list(first.values())
+    except MALFORMED as error:
+        found.left_out.append(LeftOut(path, "damaged", _reason(error)))
+    return None
 
 
 def _unfinished(folder: RunFolder) -> LeftOut:
     status = _status(folder)
     state, step, error = status.get("status"), status.get("step"), status.get("error")
-    again = "the same command goes on from there"
-    if state == "finished":
-        return LeftOut(folder.path, "damaged", "status.json says finished and there is no result.json")
-    if state == "running":
-        if status.get("host") == socket.gethostname() and not _alive(status.get("pid")):
-            return LeftOut(
-                folder.path, "killed", f"at step {step} or later, process {status.get('pid')} is gone; {again}"
-            )
-        where = f"process {status.get('pid')} on {status.get('host')}"
-        return LeftOut(folder.path, "running", f"step {step} or later, {where}")
-    if state == "interrupted":
-        return LeftOut(folder.path, "interrupted", f"at step {step}: {error}; {again}")
-    if state == "failed":
-        return LeftOut(folder.path, "failed", f"at step {step}: {error}")
-    if state is None:
-        return LeftOut(folder.path, "not begun", "there is neither status.json nor result.json")
-    return LeftOut(folder.path, "damaged", f"status.json says {state!r}")
+    resume = "the same command resumes it"
+    where = f"process {status.get('pid')}"
+    states = {
+        None: ("not begun", "there is neither status.json nor result.json"),
+        "finished": ("damaged", "status.json says finished and there is no result.json"),
+        "running": ("running", f"step {step} or later, {where} on {status.get('host')}"),
+        "interrupted": ("interrupted", f"at step {step}: {error}; {resume}"),
+        "failed": ("failed", f"at step {step}: {error}"),
+    }
+    if state == "running" and not process_alive(status.get("host"), status.get("pid")):
+        return LeftOut(folder.path, "killed", f"at step {step} or later, {where} is gone; {resume}")
+    return LeftOut(folder.path, *states.get(state, ("damaged", f"status.json says {state!r}")))
 
 
 def _status(folder: RunFolder) -> dict[str, Any]:
@@ -281,45 +286,55 @@ def _status(folder: RunFolder) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError("status.json cannot be read") from None
+        status = None
     if not isinstance(status, dict):
         raise ValueError("status.json cannot be read")
     return status
 
 
-def _alive(pid: Any) -> bool:
+def process_alive(host: Any, pid: Any) -> bool:
+    """Return whether a process may still exist; processes of other hosts are assumed to."""
+    if host != socket.gethostname():
+        return True
     try:
         os.kill(int(pid), 0)
+        # A zombie is dead too; only Linux shows it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (ProcessLookupError, ValueError, TypeError):
         return False
-    except OSError:
-        pass  # another user's
-    return True
+    except (OSError, IndexError):
+        return True  # the process of another user, or no /proc
 
 
-def _others(folder: RunFolder, top: Mapping[str, Any], score: Score, found: Found) -> Iterator[Score]:
-    """Evaluations of the same weights that ``result.json`` is not about."""
+def _evaluations(folder: RunFolder, top: Mapping[str, Any], found: Found) -> Iterator[Score | Estimate]:
+    """Yield the evaluations of the same weights other than the one in ``result.json``."""
     place = folder.path / "evaluations"
     for path in sorted(place.iterdir()) if place.is_dir() else ():
-        if path.name == score.name or not (path / "result.json").exists():
+        if path.name == top["evaluation"]["name"] or not (path / "result.json").exists():
             continue
         try:
             result = json.loads((path / "result.json").read_text())
-            if "estimator" not in result and result["steps"] == top["steps"]:
+            if result["steps"] != top["steps"]:
+                continue
+            if result["evaluation"].get("k") is not None:
                 yield _score(result, path / "log_likelihood.npz")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found.notes.append(
-                f"{folder.identity}: evaluations/{path.name} is damaged ({_said(error)}) and is left out"
-            )
+            elif "estimator" in result:
+                numbers = {key: number_at(result, key) for _, key, _ in result.get("rows") or split_rows(result)}
+                estimator, weights = str(result["estimator"]["name"]), str(result["weights"])
+                yield Estimate(path.name, estimator, weights, numbers, *table_of(result))
+        except MALFORMED as error:
+            why = f"evaluations/{path.name} is damaged ({_reason(error)}) and is left out"
+            found.notes.append(f"{folder.identity}: {why}")
 
 
 def _score(result: Mapping[str, Any], arrays: Path) -> Score:
-    """Raises ValueError, KeyError, TypeError or AttributeError where ``result`` is none."""
+    """Raises an error of ``MALFORMED`` where ``result`` is not a result of L_k."""
     evaluation = result["evaluation"]
-    splits = {name: result[name] for name in ("test", "validation", "train") if result.get(name)}
+    splits = {name: result[name] for name in SPLITS if result.get(name)}
     for name, split in splits.items():
-        levels = {f"bounds.{level}": value for level, value in split["bounds"].items() if int(level)}
-        for key, value in [("nll", split["nll"]), *((key, split[key]) for key in NUMBERS), *levels.items()]:
+        numbers = {key: split[key] for key in ("nll", *NUMBERS)}
+        numbers |= {f"bounds.{level}": value for level, value in split["bounds"].items() if int(level)}
+        for key, value in numbers.items():
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"result.json: {name}.{key} must be finite or null, got {value}")
         if split["k"] != evaluation["k"] or split["n"] < 1:
@@ -338,31 +353,31 @@ def _score(result: Mapping[str, Any], arrays: Path) -> Score:
     )
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; a list is one value."""
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values by dotted key; a list is one value, as JSON."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
     return flat
 
 
 def class_name(target: str) -> str:
-    """Of a class's dotted name the last part."""
+    """Return the last part of a dotted name."""
     return target.rpartition(".")[2]
 
 
 def _ancestor(path: str | None) -> str | None:
-    """The run that this one began from, without its seed: what the seeds of one experiment have in common."""
+    """Return the name of the run that this one started from, without its seed and hash."""
     return None if path is None else re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(path).name)
 
 
-def _training_of(path: str | None) -> str | None:
-    """A hash of what decided the weights that this run began from, but for the seed; None where it cannot be read.
+def _training_hash(path: str | None) -> str | None:
+    """Return a hash of the settings, without the seed, that decided the initial weights; None if unreadable.
 
-    Its name alone would make seeds of one experiment out of runs that began from different trainings.
+    The name of the ancestor alone would mix second stages of different first trainings.
     """
     if path is None:
         return None
@@ -374,7 +389,7 @@ def _training_of(path: str | None) -> str | None:
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"the key {error.args[0]!r} is missing"
     if isinstance(error, OSError):

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation import workers
 from iwae_cli.evaluation.distributed import Ranks
+from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
-from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.folder import RunFolder, drawable
 from iwae_cli.record.identity import evaluation_name
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
@@ -129,9 +129,7 @@ class Runner:
             self._train()
             result = evaluate(
                 folder,
-                self.model,
-                self.data,
-                experiment.evaluation,
+                EstimatorInput(self.model, self.data, experiment.evaluation),
                 experiment.device,
                 experiment.config,
                 self.state,
@@ -406,48 +404,43 @@ class Runner:
         }
 
     def _pictures(self, result: Mapping[str, Any]) -> None:
-        # matplotlib takes half a second to import, which would come before the first step.
-        from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training
+        """Draw the figures of the run folder and give them to the loggers."""
+        # Imported here: matplotlib takes half a second, which would come before the first step.
+        from iwae_cli.record.figures import plot_run
 
-        figures, step = self.folder.figures, self.state.step
-        made: dict[str, Path] = {}
-        names = self.experiment.names
-        history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
+        objective = self.experiment.objective
         shown = {
-            f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
+            f"training, {self.experiment.names['objective']} k = {objective.num_samples}": "train/bound",
             f"validation, $L_{{{self.experiment.validation.k}}}$": "validation/bound",
         }
+        history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
         curves = {
             name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
             for name, key in shown.items()
         }
-        made["training"] = figures / "training.png"
-        plot_training(made["training"], curves, label="bound")
-        made["bound_vs_k"] = figures / "bound_vs_k.png"
-        plot_bounds(made["bound_vs_k"], {s: result[s]["bounds"] for s in summary.SPLITS if s in result})
+        bounds = {split: result[split]["bounds"] for split in summary.SPLITS if split in result}
         test = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
         x = test.to(device=self.device, dtype=self.experiment.device.dtype)
+        images = {}
         with torch.no_grad():
-            particles = self.model.draw(
-                x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)
-            )
-            if len(self.data.image_shape) == 2:
-                noise = GeneratorNoise(generator(self.device, VALIDATION_SEED, "pictures"), x.dtype)
-                latents, _ = self.model.generative.sample(100, noise)
-                made["samples"] = figures / "samples.png"
-                plot_samples(made["samples"], self._images(self.model.generative.mean(latents)[0]))
-                made["reconstructions"] = figures / "reconstructions.png"
-                means = self.model.generative.mean(tuple(h[:1, :20] for h in particles.latents))[0]
-                plot_reconstructions(made["reconstructions"], self._images(x[:20]), self._images(means))
-        for name, path in made.items():
-            self.sink.image(step, name, path)
-        spread = particles.log_w - particles.log_w.mean(0)
-        self.sink.histogram(step, "log_w minus its mean", spread.flatten().tolist())
-
-    def _images(self, values: torch.Tensor) -> np.ndarray:
-        """Between 0 and 1: grey levels that are not binarized are numbers up to the white one."""
+            noise = KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)
+            particles = self.model.draw(x, 50, noise)
+            if drawable(self.data.image_shape):
+                generative = self.model.generative
+                prior_noise = GeneratorNoise(generator(self.device, VALIDATION_SEED, "pictures"), x.dtype)
+                images["samples"] = generative.mean(generative.sample(100, prior_noise)[0])[0]
+                images["originals"] = x[:20]
+                images["reconstructions"] = generative.mean(tuple(h[:1, :20] for h in particles.latents))[0]
+        # Grey levels that are not binarized are numbers up to white.
         white = self.data.levels - 1 if self.data.binarization == "none" and self.data.levels else 1
-        return (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)
+        arrays = {
+            name: (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)
+            for name, values in images.items()
+        }
+        for name, path in plot_run(self.folder.figures, curves, bounds, **arrays).items():
+            self.sink.image(self.state.step, name, path)
+        spread = particles.log_w - particles.log_w.mean(0)  # (k, batch)
+        self.sink.histogram(self.state.step, "log_w minus its mean", spread.flatten().tolist())
 
 
 @oom_as_run_failed()

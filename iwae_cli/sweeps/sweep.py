@@ -32,6 +32,7 @@ from rich.text import Text
 from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
 from iwae_cli.core.signals import REPEATED_SECONDS
+from iwae_cli.report.reader import process_alive
 
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
 POLL_SECONDS = 0.5
@@ -414,17 +415,7 @@ def _place(sweep: Path, folder: Path, evaluation: str) -> dict[str, str]:
 
 
 def _alive(record: Mapping[str, Any]) -> bool:
-    """Whether the process of a job may be there; of other machines nothing is known."""
-    if record["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(record["pid"], 0)
-        # What nobody has waited for yet is dead too; only Linux tells.
-        return Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except (OSError, IndexError):
-        return True
+    return process_alive(record["host"], record["pid"])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,76 +1,20 @@
+"""The table of a result: from its rows alone, with warnings, notes and reasons."""
+
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import sys
 from typing import Any
 
 import pytest
 
-from iwae_cli.core import progress
+from iwae_cli.record import summary
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(console, "monotonic", lambda: self.now)
-
-
-def test_without_a_terminal_there_is_a_plain_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
-    with progress.Progress("training", total=10, images_per_unit=1000) as shown:
-        for second in range(1, 13):
-            clock.now = second
-            shown.update(second / 2, bound=-100.0 + second)
-    lines = file.getvalue().splitlines()
-    assert lines == [
-        "training  pass 2.5/10  -95.00 nats  500 images/s  0:15 left",
-        "training  pass 5.0/10  -90.00 nats  500 images/s  0:10 left",
-        "training  pass 6.0/10  -88.00 nats  500 images/s  0:08 left",
-    ]
-    assert "\r" not in file.getvalue()
-    assert "\x1b" not in file.getvalue()
-
-
-def test_speed_and_time_left_count_from_where_a_resumed_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
-    with progress.Progress("training", total=7300, images_per_unit=1, start=100.0) as shown:
-        clock.now = 10.0
-        shown.update(120.0)
-    assert file.getvalue() == "training  pass 120.0/7,300  2 images/s  59:50 left\n"
-
-
-def test_work_that_was_done_already_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = errors(monkeypatch, io.StringIO())
-    with progress.Progress("test, k=5000", total=250, unit="image"):
-        pass
-    assert file.getvalue() == ""
-
-
-def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    file = errors(monkeypatch, Terminal())
-    with progress.Progress("training", total=4, images_per_unit=1000) as shown:
-        shown.update(4, bound=-85.5)
-    assert "training" in file.getvalue()
-    assert "pass 4/4  -85.50 nats" in file.getvalue()
-    assert "images/s" in file.getvalue()
-    assert "\r" in file.getvalue()
-
-
-def errors(monkeypatch: pytest.MonkeyPatch, file: io.StringIO) -> io.StringIO:
-    """``file`` in place of standard error."""
-    monkeypatch.setattr(sys, "stderr", file)
-    return file
 
 
 def split(**changed: Any) -> dict[str, Any]:
@@ -119,7 +63,7 @@ def test_the_table_has_the_number_with_its_three_errors_and_everything_beside_it
         "NLL_5000, nats 86.55",
         "another test set: stderr_images ± 0.27",
         "other noise: stderr_mc ± 0.0043",
-        "Jensen's bias of L_k: bias_mc -0.0102",
+        "Jensen's bias: bias_mc -0.0102",
         "bound L_1, nats -91.20",
         "bound L_50, nats -86.90",
         "bound L_5000, nats -86.55",
@@ -134,6 +78,21 @@ def test_the_table_has_the_number_with_its_three_errors_and_everything_beside_it
     ):
         assert line in lines
     assert not any("warning" in line or "exact" in line for line in lines)
+
+
+def test_rows_of_any_estimator_are_printed_from_the_file_alone() -> None:
+    rows = [
+        ("mean", "test.mean_above_0.5", "{:.2f}"),
+        ("mean", "train.mean_above_0.5", "{:.2f}"),
+        ("k = 2", "mine.inference.2", "{:.1%}"),
+        ("missing", "mine.nothing", "{:.2f}"),
+    ]
+    numbers = {"test": {"mean_above_0.5": 1}, "train": {"mean_above_0.5": None}, "mine": {"inference": {"2": 0.5}}}
+    assert summary.table_of({"rows": rows, **numbers}) == (
+        ["test", "train", "inference"],
+        {"mean": ["1.00", "\N{EN DASH}", ""], "k = 2": ["", "", "50.0%"], "missing": ["\N{EN DASH}", "", ""]},
+    )
+    assert "a note" in table(notes=["a note"]).splitlines()
 
 
 def test_splits_stand_side_by_side() -> None:

@@ -7,24 +7,28 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import change, config, values, write
-from small_runs import TINY, finished, snapshot
+from report_runs import change, config, values, write, write_estimate
+from small_runs import snapshot
 
 from iwae_cli.cli.report import HELP, report
-from iwae_cli.report.table import MISSING
+from iwae_cli.report.cells import tables
+from iwae_cli.report.reader import read
+from iwae_cli.report.selection import MISSING, comparable
+from iwae_cli.report.writers import Report, terminal
 
-Said = tuple[int, str, str]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs the command: exit code, standard output, standard error."""
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run iwae-report; return its exit code, standard output and standard error."""
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = report([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -48,8 +52,8 @@ def runs(tmp_path: Path) -> Path:
     return place
 
 
-def test_the_table_of_a_terminal(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = said(runs)
+def test_the_table_of_a_terminal(runs: Path, command: Command) -> None:
+    code, out, err = command(runs)
     assert (code, err) == (0, "")
     one_layer = next(line for line in out.splitlines() if line.strip().startswith("one_layer"))
     # 84.85 and .3 / sqrt(2) / sqrt(2)
@@ -62,8 +66,8 @@ def test_the_table_of_a_terminal(runs: Path, said) -> None:  # type: ignore[no-u
     assert "40 images" in out and "NLL_5000 in nats on test" in out
 
 
-def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
-    made = {form: said(runs, "--format", form) for form in ("markdown", "csv", "latex", "json")}
+def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None:
+    made = {form: command(runs, "--format", form) for form in ("markdown", "csv", "latex", "json")}
     assert all(code == 0 for code, _, _ in made.values())
 
     value = json.loads(made["json"][1], parse_constant=pytest.fail)
@@ -86,7 +90,7 @@ def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: i
     assert float(rows["iwae", "one_layer"]["nll"]) == iwae["nll"]
     assert rows["elbo", "one_layer"]["paper_training"] == "schedule.stages = 3 (paper: 8)"
     assert rows["iwae", "two_layer"]["stderr_seeds"] == "" and rows["iwae", "two_layer"]["active_units"] == "26+7"
-    assert "1 failed" in made["csv"][2], "beside a table for programs people are told"
+    assert "1 failed" in made["csv"][2], "people see it beside a table for programs"
 
     table = [line for line in made["markdown"][1].splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
@@ -104,10 +108,6 @@ def test_every_format_has_the_same_numbers(runs: Path, said) -> None:  # type: i
 
 
 def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
-    from iwae_cli.report.reader import read
-    from iwae_cli.report.table import comparable, tables
-    from iwae_cli.report.writers import Report, terminal
-
     found = read([runs])
     made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
     wide, narrow = terminal(made), terminal(made, width=90)
@@ -116,11 +116,10 @@ def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
         assert number in wide and number in narrow
 
 
-def test_real_runs_to_the_last_digit(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
-    place = tmp_path / "outputs"
-    folders = [finished(place, *TINY, f"seed={seed}") for seed in range(2)]
+def test_real_runs_to_the_last_digit(real_runs: list[Path], command: Command) -> None:
+    folders = real_runs
     before = [snapshot(folder) for folder in folders]
-    code, out, err = said(place, "--format", "json", "--compare", *folders)
+    code, out, err = command(folders[0].parent, "--format", "json", "--compare", *folders)
     assert (code, err) == (0, "")
     value = json.loads(out)
     (cell,) = value["tables"][0]["cells"]
@@ -136,8 +135,32 @@ def test_real_runs_to_the_last_digit(tmp_path: Path, said) -> None:  # type: ign
     assert [snapshot(folder) for folder in folders] == before, "runs are read only"
 
 
-def test_groups_are_chosen_by_keys(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = said(
+def test_the_numbers_of_every_estimator_are_shown(runs: Path, command: Command) -> None:
+    """From the rows in result.json: AIS with a column per split, and an estimator that no version has."""
+    folder = next(runs.glob("*-iwae-k50-seed1-*"))
+    write_estimate(folder, "ais", {"test": {"nll_ais": 84.123}, "validation": {"nll_ais": None}}, [
+        ["NLL_AIS, nats", "test.nll_ais", "{:.2f}"], ["NLL_AIS, nats", "validation.nll_ais", "{:.2f}"],
+    ])  # fmt: skip
+    write_estimate(folder, "mine", {"entropy": 1.5}, [["entropy, nats", "entropy", "{:.3f}"]])
+    write_estimate(folder, "stale", {"entropy": 2.5}, [["entropy, nats", "entropy", "{:.3f}"]], steps=7)
+    code, out, _ = command(runs, "--html", runs.parent / "page.html")
+    lines = out.splitlines()
+    assert code == 0
+    ais, mine = (lines.index(f"{folder.name}, {name}-last-01234567:") for name in ("ais", "mine"))
+    assert lines[ais + 1] == f"  NLL_AIS, nats: test 84.12, validation {MISSING}"
+    assert lines[mine + 1] == "  entropy, nats: 1.500" and "stale" not in out
+    text = (runs.parent / "page.html").read_text()
+    for part in ("ais-last-01234567", "<th>validation</th>", "<td>84.12</td>", "<td>1.500</td>"):
+        assert text.count(part) == 1
+    for form in ("markdown", "latex"):
+        assert "84.12" in command(runs, "--format", form)[1]
+    first, second = json.loads(command(runs, "--format", "json")[1])["estimates"]
+    assert (first["estimator"], first["seed"]) == ("ais", 1) and second["numbers"] == {"entropy": 1.5}
+    assert first["numbers"] == {"test.nll_ais": 84.123, "validation.nll_ais": None}
+
+
+def test_groups_are_chosen_by_keys(runs: Path, command: Command) -> None:
+    code, out, err = command(
         runs, "--compare", "objective=iwae,model.latent_sizes=[50]", "objective=elbo,objective.k=50.0"
     )
     assert (code, err) == (0, "")
@@ -145,19 +168,19 @@ def test_groups_are_chosen_by_keys(runs: Path, said) -> None:  # type: ignore[no
     assert "0.2121 over seeds" in out
 
 
-def test_keys_are_typed_as_for_a_run(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
-    """Blanks between them, as on the command line of iwae-train, and the names that were chosen there."""
+def test_keys_are_typed_as_for_a_run(runs: Path, command: Command) -> None:
+    """Separated by spaces, as on the command line of iwae-train, with the names chosen there."""
     pairs = ["objective=iwae  schedule=burda model.latent_sizes=[50]", "objective=elbo optimizer=burda"]
-    blanks = said(runs, "--compare", *pairs)
+    blanks = command(runs, "--compare", *pairs)
     assert blanks[0] == 0 and "A - B = +2.0000 nats" in blanks[1]
-    commas = said(runs, "--compare", *(re.sub(r" +", ",", pair) for pair in pairs))
+    commas = command(runs, "--compare", *(re.sub(r" +", ",", pair) for pair in pairs))
     assert [line for line in commas[1].splitlines() if line.startswith("A - B")] == [
         line for line in blanks[1].splitlines() if line.startswith("A - B")
     ]
 
 
-def test_what_a_comparison_lacks_is_said_as_it_is_typed(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
-    """Quick runs beside smoke ones, which are evaluated otherwise too; what the message says works."""
+def test_an_ambiguous_side_is_answered_with_overrides_that_work(tmp_path: Path, command: Command) -> None:
+    """Quick runs beside smoke ones, which are evaluated differently too."""
     place = tmp_path / "outputs"
     for objective in ("iwae", "elbo"):
         names = ("one_layer", objective)
@@ -165,15 +188,15 @@ def test_what_a_comparison_lacks_is_said_as_it_is_typed(tmp_path: Path, said) ->
         smoke = {"schedule": {"_target_": "iwae_cli.training.schedule.Constant", "passes": 3}, "evaluation__k": 500}
         for choice, settings in (("quick", quick), ("smoke", smoke)):
             write(place, config(objective=objective, **settings), values(85.0), names=names, choices=("adam", choice))
-    code, _, err = said(place, "--compare", "objective=iwae", "objective=elbo")
+    code, _, err = command(place, "--compare", "objective=iwae", "objective=elbo")
     assert code == 2
     first, second = re.findall(r'"(objective=iwae schedule=\w+)"', err)
     assert (first, second) == ("objective=iwae schedule=quick", "objective=iwae schedule=smoke")
     for choice in (first, second):
-        assert said(place, "--compare", choice, choice.replace("iwae", "elbo"))[0] == 0
+        assert command(place, "--compare", choice, choice.replace("iwae", "elbo"))[0] == 0
 
 
-def test_differences_of_a_whole_table(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
     """Two seeds of ELBO and IWAE at two values of k, and one of VR that has no ELBO at its k; by hand."""
     place, shift = tmp_path / "outputs", {("elbo", 5): 0.0, ("elbo", 50): 1.0, ("iwae", 5): 0.5, ("iwae", 50): 1.25}
     noise = np.array([-1.0, 1.0, 0.0, 0.0])
@@ -185,7 +208,7 @@ def test_differences_of_a_whole_table(tmp_path: Path, said) -> None:  # type: ig
     alone = config("one_layer", "vr", k=8)
     write(place, alone, np.full(4, -89.0), names=("one_layer", "vr"), units=[20], data="digits")
     asked = (place, "--rows", "objective,objective.k", "--against", "objective=elbo")
-    code, out, err = said(*asked)
+    code, out, err = command(*asked)
     assert (code, err) == (0, "")
     rows = [line for line in out.splitlines() if line.startswith((" elbo", " iwae", " vr"))]
     table = [re.sub(r"  +", " ", line.strip()) for line in rows]
@@ -197,38 +220,38 @@ def test_differences_of_a_whole_table(tmp_path: Path, said) -> None:  # type: ig
         "iwae 50 88.70 ± 0.05 2 +0.300 0.408 0.050 0.41 0.0040 -0.0020 20",
         f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20",
     ]
-    value = json.loads(said(*asked, "--format", "json")[1])
+    value = json.loads(command(*asked, "--format", "json")[1])
     cells = {tuple(cell["keys"].values()): cell for cell in value["tables"][0]["cells"]}
     assert cells["iwae", "50"]["against"]["difference"] == pytest.approx(0.3)
     assert cells["iwae", "50"]["against"]["stderr_images"] == pytest.approx((2 / 3 / 4) ** 0.5)
     assert cells["elbo", "50"]["against"] is None and cells["vr", "8"]["against"] is None
-    read = list(csv.DictReader(io.StringIO(said(*asked, "--format", "csv")[1])))
+    read = list(csv.DictReader(io.StringIO(command(*asked, "--format", "csv")[1])))
     assert [row["against"] for row in read] == ["", "", "objective=elbo", "objective=elbo", ""]
     assert float(read[2]["difference_stderr_seeds"]) == pytest.approx(0.05)
     assert [float(row["bias_mc"]) for row in read] == [-0.002] * 5
-    one = said(place, "--rows", "objective,objective.k", "--against", "objective=elbo objective.k=5")[1]
-    assert "+1.000" in one and "+1.300" in one, "from one cell, whatever k"
+    one = command(place, "--rows", "objective,objective.k", "--against", "objective=elbo objective.k=5")[1]
+    assert "+1.000" in one and "+1.300" in one, "from one cell for every k"
 
 
-def test_a_difference_within_the_bias_is_marked(tmp_path: Path, said) -> None:  # type: ignore[no-untyped-def]
+def test_a_difference_within_the_bias_is_marked(tmp_path: Path, command: Command) -> None:
     for objective, nll in (("elbo", 85.0), ("iwae", 84.995)):
         write(tmp_path, config(objective=objective), values(nll), names=("one_layer", objective))
     asked = (tmp_path, "--rows", "objective", "--against", "objective=elbo")
-    code, out, _ = said(*asked)
+    code, out, _ = command(*asked)
     assert code == 0 and "+0.005‡" in out and "‡ below three times the bias" in out
     assert "caution: one seed on a side" in out
-    assert r"+0.005$^\ddagger$" in said(*asked, "--format", "latex")[1]
+    assert r"+0.005$^\ddagger$" in command(*asked, "--format", "latex")[1]
 
 
-def test_the_default_is_where_iwae_train_writes(runs: Path, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs.parent)
-    expected = said(runs)
+    expected = command(runs)
     assert expected[0] == 0
-    assert said() == expected
+    assert command() == expected
     monkeypatch.chdir(runs)
-    assert said()[0] == 2
+    assert command()[0] == 2
     monkeypatch.setenv("IWAE_OUTPUT_DIR", str(runs))
-    assert said() == expected
+    assert command() == expected
 
 
 @pytest.mark.parametrize(
@@ -256,21 +279,23 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, said, monkeypatch: p
         ([".", "--split", "tests"], "invalid choice: 'tests'"),
     ],
 )
-def test_wrong_input_is_one_line(runs: Path, said, monkeypatch, arguments: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_input_is_one_line(
+    runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(runs)
-    code, out, err = said(*arguments)
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert words in err and err.startswith("iwae-report: ") and err.count("\n") == 1
 
 
-def test_nothing_finished_is_no_error(runs: Path, said) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_finished_is_no_error(runs: Path, command: Command) -> None:
     (bad,) = (path for path in runs.iterdir() if not (path / "result.json").exists())
     for form in ("terminal", "markdown", "csv", "latex", "json"):
-        code, out, err = said(bad, "--format", form, "--rows", "model")
+        code, out, err = command(bad, "--format", form, "--rows", "model")
         assert code == 0 and "failed" in out + err
 
 
-def test_every_example_of_the_help_works(tmp_path: Path, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_every_example_of_the_help_works(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "outputs"
     a = write(place, config(), values(85.0))
@@ -284,13 +309,13 @@ def test_every_example_of_the_help_works(tmp_path: Path, said, monkeypatch: pyte
     examples = HELP.split("examples:")[1].split("exit codes")[0].strip().splitlines()
     assert len(examples) > 4
     for line in examples:
-        command, *arguments = shlex.split(line.split(">")[0])
-        assert command == "iwae-report"
-        assert said(*arguments)[0] == 0, line
+        program, *arguments = shlex.split(line.split(">")[0])
+        assert program == "iwae-report"
+        assert command(*arguments)[0] == 0, line
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_torch_and_hydra_stay_asleep(runs: Path) -> None:
+def test_neither_torch_nor_hydra_is_imported(runs: Path) -> None:
     """The whole command, page included, in a process that cannot import them."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'hydra', 'omegaconf', 'wandb']));"
@@ -302,9 +327,9 @@ def test_torch_and_hydra_stay_asleep(runs: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_and_version(said, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    assert said("--help") == (0, HELP, "")
-    assert said("nowhere", "-h")[0] == 0
+def test_help_and_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--help") == (0, HELP, "")
+    assert command("nowhere", "-h")[0] == 0
     with pytest.raises(SystemExit, match="0"):
         report(["--version"])
     assert capsys.readouterr().out.startswith("iwae-report ")

@@ -50,7 +50,7 @@ def test_two_groups_of_seeds_by_hand(tmp_path: Path) -> None:
     assert found.seeds_a == (0, 1, 2) and "fewer than 3 seeds" in found.cautions[0]
 
 
-def test_what_noise_of_the_estimate_may_explain_is_said(tmp_path: Path) -> None:
+def test_a_difference_within_the_noise_of_the_estimate_has_a_caution(tmp_path: Path) -> None:
     for seed in range(3):
         write(tmp_path, config(seed=seed), np.array([-80.0, -90.0]) + seed * 1e-3, names=IWAE)
         write(tmp_path, config(objective="elbo", seed=seed), np.array([-80.0, -90.004]), names=ELBO)
@@ -74,7 +74,7 @@ def test_other_images_or_another_estimate_are_refused(
         paired(tmp_path)
 
 
-def test_groups_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_groups_of_several_trainings_are_refused(tmp_path: Path) -> None:
     write(tmp_path, config(), np.array([-80.0, -90.0]), names=IWAE)
     write(tmp_path, config(seed=1, objective__k=5), np.array([-80.0, -90.0]), names=IWAE)
     write(tmp_path, config(objective="elbo"), np.array([-80.0, -91.0]), names=ELBO)
@@ -123,7 +123,7 @@ def test_an_evaluation_that_both_have_is_found(tmp_path: Path) -> None:
     assert (found.k, found.difference) == (5000, 0.5)
 
 
-def test_status_has_no_say(tmp_path: Path) -> None:
+def test_the_status_of_a_finished_run_does_not_matter(tmp_path: Path) -> None:
     folder = write(tmp_path, config(), np.array([-80.0, -90.0]), names=IWAE)
     change(folder / "status.json", status="running")
     write(tmp_path, config(objective="elbo"), np.array([-80.0, -91.0]), names=ELBO)

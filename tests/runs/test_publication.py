@@ -81,7 +81,7 @@ def test_a_finished_run_stays_finished_if_another_evaluation_is_not(
     def stopped(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("iwae_cli.runs.evaluate.log_likelihood", stopped)
+    monkeypatch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", stopped)
     if isinstance(error, Interrupted):
         assert again(folder, "evaluation.k=60")[0] == 130
     else:

@@ -206,7 +206,7 @@ def test_a_damaged_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
             RunFolder(folder).result()
     assert f"{folder / 'result.json'} is damaged" in refused(folder.parent)
     (folder / "result.json").unlink()
-    monkeypatch.setattr("iwae_cli.runs.evaluate.log_likelihood", forbidden)
+    monkeypatch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", forbidden)
     assert again(folder.parent)[0] == 0
     assert bits(folder) == before
 
@@ -248,7 +248,7 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
     (folder / "log_likelihood.npz").unlink()
     (folder / "metrics.csv").unlink()
     (folder / "figures" / "samples.png").unlink()
-    monkeypatch.setattr("iwae_cli.runs.evaluate.log_likelihood", forbidden)
+    monkeypatch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", forbidden)
     monkeypatch.setattr("iwae_cli.training.trainer.train_step", forbidden)
     code, out, err = again(folder.parent)
     assert code == 0 and "NLL_50" in out

@@ -1,4 +1,4 @@
-"""A real headless chromium, spoken to over a pipe in its own protocol (Chrome DevTools); Debian's ``chromium``."""
+"""Drive a headless chromium (Debian: ``chromium``) over a pipe with the Chrome DevTools protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 SECONDS = 60
 LAUNCHER = """
 import fcntl, os, sys
-# The browser reads from 3 and writes to 4; copies far away first, since either may be 3 or 4 already.
+# The browser reads from 3 and writes to 4. First copy to high numbers: either may be 3 or 4 already.
 far = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 100) for number in sys.argv[1:3]]
 for copy, number in zip(far, (3, 4)):
     os.dup2(copy, number)
@@ -27,7 +27,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One page of one browser; ``requests``: every address it asked for; ``errors``: what its scripts threw."""
+    """One page of one browser; ``requests`` are the addresses it loaded, ``errors`` the errors of its scripts."""
 
     def __init__(self, profile: Path) -> None:
         assert PROGRAM is not None
@@ -81,13 +81,13 @@ class Browser:
             self._take(end)
 
     def run(self, script: str) -> Any:
-        """The value of an expression, which must be one that JSON has."""
+        """Return the value of an expression, which must be JSON."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """All of the page, however long."""
+        """Write a picture of the whole page."""
         size = self._call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self._call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
@@ -111,7 +111,7 @@ class Browser:
             ready, _, _ = select.select([self._read], [], [], max(0.0, end - monotonic()))
             part = os.read(self._read, 1 << 20) if ready else b""
             if not part:
-                raise TimeoutError(f"the browser said nothing for {SECONDS} s or is gone")
+                raise TimeoutError(f"the browser was silent for {SECONDS} s or is gone")
             self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(line)

@@ -1,4 +1,4 @@
-"""Run folders made by hand, as those of real runs (a test compares the two), with numbers that a test may choose."""
+"""Write run folders with chosen numbers; a test compares them with real ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ MODELS = {"one_layer": ([50], [[200, 200]]), "two_layer": ([100, 50], [[200, 200
 
 
 def config(model: str = "one_layer", objective: str = "iwae", k: int = 50, seed: int = 0, **changed: Any) -> Any:
-    """As resolved; ``changed`` has dotted keys with ``__`` for dots."""
+    """Return a resolved configuration; ``changed`` has dotted keys with ``__`` for dots."""
     made = json.loads(json.dumps(CONFIG))
     made["model"]["latent_sizes"], made["model"]["hidden_sizes"] = MODELS[model]
     made["objective"]["k"], made["seed"] = k, seed
@@ -92,7 +92,7 @@ def write(
     images: str = "one binarization",
     arrays: bool = True,
 ) -> Path:
-    """A finished run whose test images have these values.
+    """Write a finished run whose test images have these log p(x); return its folder.
 
     ``names`` were chosen for model and objective, ``choices`` for optimizer and schedule.
     """
@@ -152,6 +152,9 @@ def write(
         "test": split,
         "active_units": units,
         "active_units_authors_rule": units,
+        "rows": [],
+        "notes": [],
+        "arrays": ["log_px"],
         "reasons": {},
         "seconds": {"train": 1.0, "evaluate": 1.0},
     }
@@ -166,12 +169,20 @@ def write(
     return folder
 
 
+def write_estimate(folder: Path, name: str, numbers: dict[str, Any], rows: list[list[str]], steps: int = 100) -> None:
+    """Write the evaluation of a run by another estimator than L_k."""
+    place = folder / "evaluations" / f"{name}-last-01234567"
+    place.mkdir(parents=True)
+    facts = {"steps": steps, "weights": "last", "evaluation": {"name": place.name}, "estimator": {"name": name}}
+    (place / "result.json").write_text(json.dumps({**facts, **numbers, "rows": rows}))
+
+
 def change(path: Path, **values: Any) -> None:
-    """Change a JSON file at the top."""
+    """Change top-level values of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def values(nll: float, n: int = 40, seed: int = 0) -> np.ndarray:
-    """Per-image values whose mean is exactly -``nll``, nearly."""
+    """Return per-image log p(x) whose mean is -``nll`` up to rounding."""
     spread = np.random.default_rng(seed).normal(size=n)
     return -nll + spread - spread.mean()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_runs import TINY, read_json, run, run_folders
 
-from iwae_cli.record.figures import plot_bounds, plot_reconstructions, plot_samples, plot_training, plot_units
+from iwae_cli.record.figures import (
+    Curve,
+    bounds_figure,
+    plot_bounds,
+    plot_reconstructions,
+    plot_samples,
+    plot_training,
+    svg,
+    training_figure,
+)
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
@@ -25,12 +35,11 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
     "training": lambda path: plot_training(path, CURVES, label="bound"),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
-    "units": lambda path: plot_units(path, {"iwae": (26.0, 7.5), "elbo": (17.0, 5.0)}),
 }
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_a_picture_is_whole_small_the_same_each_time_and_leaves_no_trace(tmp_path: Path, name: str) -> None:
+def test_a_figure_is_whole_small_reproducible_and_leaves_no_trace(tmp_path: Path, name: str) -> None:
     first, second = tmp_path / "figures" / "a.png", tmp_path / "figures" / "b.png"
     for path in (first, second):
         PLOTS[name](path)
@@ -57,7 +66,28 @@ def test_ink_is_dark_and_paper_is_light(tmp_path: Path, plot: str) -> None:
     assert darkness(tmp_path / "1.png") > 0.6
 
 
-def test_a_reconstruction_stands_below_its_original(tmp_path: Path) -> None:
+def test_one_channel_is_drawn_like_none(tmp_path: Path) -> None:
+    for images, name in ((IMAGES, "none"), (IMAGES[:, None], "one")):
+        plot_samples(tmp_path / f"{name}.png", images)
+        plot_reconstructions(tmp_path / f"{name}-r.png", images, 1 - images)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "none.png").read_bytes()
+    assert (tmp_path / "one-r.png").read_bytes() == (tmp_path / "none-r.png").read_bytes()
+
+
+def test_three_channels_are_red_green_and_blue(tmp_path: Path) -> None:
+    images = np.zeros((3, 3, 8, 8))
+    for colour in range(3):
+        images[colour, colour] = 1
+    plot_samples(tmp_path / "s.png", images)
+    plot_reconstructions(tmp_path / "r.png", images, images[[1, 2, 0]])
+    for name in ("s.png", "r.png"):
+        pixels = imread(tmp_path / name)[..., :3].reshape(-1, 3)
+        areas = [int((np.abs(pixels - colour) < 0.01).all(1).sum()) for colour in np.eye(3)]
+        assert min(areas) > 1000 and max(areas) - min(areas) < 0.1 * max(areas)
+        assert (pixels[0] == 1).all() and not (pixels == 0).all(1).any(), "gaps are white"
+
+
+def test_a_reconstruction_is_below_its_original(tmp_path: Path) -> None:
     black, white = np.ones((4, 8, 8)), np.zeros((4, 8, 8))
     plot_reconstructions(tmp_path / "r.png", black, white)
     sheet = imread(tmp_path / "r.png")[..., 0]
@@ -69,8 +99,11 @@ def test_a_reconstruction_stands_below_its_original(tmp_path: Path) -> None:
     assert dark.max() < light.max()
 
 
-@pytest.mark.parametrize("images", [IMAGES - 1, IMAGES * 2, IMAGES * np.nan, IMAGES[:0]])
-def test_what_is_no_image_is_refused_and_no_file_is_made(tmp_path: Path, images: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    "images", [IMAGES - 1, IMAGES * 2, IMAGES * np.nan, IMAGES[:0], np.zeros((4, 2, 8, 8))],
+    ids=["negative", "above 1", "NaN", "none", "two channels"],
+)  # fmt: skip
+def test_arrays_that_are_no_images_are_refused_and_no_file_is_made(tmp_path: Path, images: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"^images must"):
         plot_samples(tmp_path / "a.png", images)
     with pytest.raises(ValueError, match=r"^images must"):
@@ -78,8 +111,8 @@ def test_what_is_no_image_is_refused_and_no_file_is_made(tmp_path: Path, images:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reconstructions_of_other_images_are_refused(tmp_path: Path) -> None:
-    # Where shapes are checked, as in these tests, by that check; otherwise by the function itself.
+def test_reconstructions_of_another_shape_are_refused(tmp_path: Path) -> None:
+    # By the shape checks of these tests, or by the function itself.
     with pytest.raises((ValueError, TypeError), match="reconstructions"):
         plot_reconstructions(tmp_path / "a.png", IMAGES, IMAGES[:-1])
 
@@ -93,18 +126,27 @@ def test_curves_may_be_short_long_or_missing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_dozen_lines_are_all_drawn(tmp_path: Path) -> None:
-    """A report has as many as it has cells; the colours begin again."""
-    lines = {f"cell {i}": {"1": -90.0 - i, "5": -85.0 - i, "50": -84.0 - i} for i in range(12)}
-    some = dict(list(lines.items())[:10])
-    plot_bounds(tmp_path / "some.png", some)
-    plot_bounds(tmp_path / "more.png", lines)
-    assert darkness(tmp_path / "more.png") > darkness(tmp_path / "some.png")
+def test_an_svg_has_its_curves_and_no_colour_of_its_own() -> None:
+    curves = [Curve(f"cell {i} <b>", [(1.0, -90.0 - i), (50.0, -84.0 - i)], i) for i in range(10)]
+    text = svg(bounds_figure(curves), curves, "Bounds")
+    assert text == svg(bounds_figure(curves), curves, "Bounds")
+    assert sorted(re.findall(r'class="line (c\d)"', text)) == [f"c{i}" for i in range(10)]
+    assert "#" not in re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", text), "colours are those of the page"
+    assert "cell 3 &lt;b&gt;: -93.00 at 1; -87.00 at 50" in text
+    long = [Curve("long", [(i / 2, -100.0 - 200 / i) for i in range(1, 6560)], 0)]
+    assert len(svg(training_figure(long, "nats"), long, "Training")) < 20_000
+
+
+def test_a_focused_figure_shows_the_end_of_every_curve() -> None:
+    curves = [Curve("good", [(i, -100 - 400 / i) for i in range(1, 40)], 0), Curve("bad", [(1, -500), (2, -300)], 1)]
+    (axes,) = training_figure(curves, "nats", focus=True).axes
+    low, high = axes.get_ylim()
+    assert -500 < low < -300 and high > -111
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
+    """Figures that were saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -140,7 +182,7 @@ def test_every_value_of_both_splits_is_written_where_it_can_be_read(
         assert not box.overlaps(axes.get_legend().get_window_extent())
 
 
-def test_the_legend_says_where_training_ended(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_legend_shows_the_last_value(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_training(tmp_path / "t.png", {"training, iwae k = 5": [(1.0, -30.0), (2.0, -25.96)]}, label="bound")
     (axes,) = drawn[0].axes
     (text,) = axes.get_legend().get_texts()
@@ -148,8 +190,8 @@ def test_the_legend_says_where_training_ended(tmp_path: Path, drawn: list[Figure
     assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("no font"), KeyError("tick")], ids=["no matplotlib", "a", "b"])
-def test_pictures_that_fail_do_not_fail_a_run(
+@pytest.mark.parametrize("error", [None, KeyError("tick")], ids=["no matplotlib", "savefig"])
+def test_figures_that_fail_do_not_fail_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -173,10 +215,11 @@ def test_pictures_that_fail_do_not_fail_a_run(
     assert result["test"]["nll"] > 0
     assert result["reasons"]["figures"].startswith(f"{name}: ")
     log = (folder / "train.log").read_text()
-    assert "how they failed\nTraceback" in log
-    assert "begin at step 0 of 26; asked for: 'model.latent_sizes=[3]' 'model.hidden_sizes=[[8]]' schedule=" in log
+    assert "Traceback" in log
     assert f"output_dir={tmp_path}\n" in log
-    # The same again does not try for ever; what it is to draw once it can is said.
+    if error is None:
+        return
+    # The same command does not try again; without result.json it does.
     changed = (folder / "status.json").stat().st_mtime_ns
     assert run(*TINY, f"output_dir={tmp_path}")[::2] == (0, "")
     assert (folder / "status.json").stat().st_mtime_ns == changed

@@ -1,0 +1,335 @@
+"""The grid of a report: rows and columns by any configuration key, one cell for runs that differ by their seed only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.paired import Paired, difference
+from iwae_cli.report.published import RECALLED, Published, deviations, published
+from iwae_cli.report.selection import MISSING, Label, Scored, agrees, known_key, label, number, telling_apart
+
+ROWS = ("model", "objective.k")
+COLUMNS = ("objective",)
+OTHERWISE = "\N{DAGGER}"
+"""Behind a published value whose runs were trained otherwise."""
+WITHIN_BIAS = "\N{DOUBLE DAGGER}"
+"""Behind a difference that the bias of the estimates may explain."""
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+WAYS = 4
+"""Ways of training otherwise that a footnote lists."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ by their seed only, sorted by seed.
+
+    Attributes:
+        row, column: values of the table's keys, as printed.
+        runs: at least one.
+        published: value of a paper for exactly this setting, if any.
+        deviations: how the training differs from the paper's.
+        against: paired difference from the table's reference cell, if any.
+    """
+
+    row: Label
+    column: Label
+    runs: tuple[Scored, ...]
+    published: Published | None
+    deviations: tuple[str, ...]
+    against: Paired | None = None
+
+    @property
+    def name(self) -> str:
+        """One line for legends and lists."""
+        return " ".join((*self.column, *self.row))
+
+    @property
+    def nll(self) -> float:
+        """Mean over seeds, nats."""
+        return statistics.fmean(scored.numbers["nll"] for scored in self.runs)
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the mean over seeds, nats: sd / sqrt(n), n - 1 in the variance; None for one seed."""
+        values = [scored.numbers["nll"] for scored in self.runs]
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean over seeds of a number in ``result.json``, such as ``bias_mc``; None if a run lacks it."""
+        values = [scored.numbers[key] for scored in self.runs]
+        return None if None in values else statistics.fmean(values)
+
+    @property
+    def units(self) -> tuple[float, ...] | None:
+        """Mean number of active units, one per layer; None if a run lacks it."""
+        units = [scored.score.active_units for scored in self.runs]
+        known = [u for u in units if u is not None]
+        if len(known) < len(units) or len({len(u) for u in known}) != 1:
+            return None
+        return tuple(map(statistics.fmean, zip(*known, strict=True)))
+
+    @property
+    def units_text(self) -> str:
+        """``26+7``, with one decimal where seeds differ."""
+        if self.units is None:
+            return MISSING
+        return "+".join(f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in self.units)
+
+    @property
+    def bounds(self) -> dict[int, float]:
+        """Mean bound of each level that all runs have, nats."""
+        levels = [scored.numbers["bounds"] for scored in self.runs]
+        shared = [m for m in levels[0] if all(level.get(m) is not None for level in levels)]
+        return {int(m): statistics.fmean(level[m] for level in levels) for m in sorted(shared, key=int)}
+
+
+class Field(NamedTuple):
+    """One printed number of every cell: heading, text, and the value to sort by."""
+
+    name: str
+    text: Callable[[Cell], str]
+    value: Callable[[Cell], float | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that may be compared: one data set (or a key that names it), one split, k and kind of weights.
+
+    Attributes:
+        title: the data.
+        split, k, weights: the evaluation.
+        images: number of images by data set.
+        rows, columns: keys.
+        cells: sorted by row, then column.
+        notes: remarks, one line each.
+        against: name of the reference of the paired differences; None if there is none.
+    """
+
+    title: str
+    split: str
+    k: int
+    weights: str
+    images: Mapping[str, int]
+    rows: Label
+    columns: Label
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...]
+    against: str | None = None
+
+    @property
+    def row_labels(self) -> list[Label]:
+        """Labels of the rows, in order."""
+        return list(dict.fromkeys(cell.row for cell in self.cells))
+
+    @property
+    def column_labels(self) -> list[Label]:
+        """Labels of the columns, in order."""
+        return sorted({cell.column for cell in self.cells}, key=_order)
+
+    @property
+    def grid(self) -> list[tuple[Label, list[Cell | None]]]:
+        """Rows: label, and a cell per column label; None where there is no run."""
+        at = {(cell.row, cell.column): cell for cell in self.cells}
+        return [(row, [at.get((row, column)) for column in self.column_labels]) for row in self.row_labels]
+
+    @property
+    def fields(self) -> list[Field]:
+        """The numbers printed for every cell."""
+        found = [Field(f"NLL_{self.k}", _nll_text, lambda cell: cell.nll)]
+        if self._seeds != {1}:
+            found.append(_number_field("seeds", "{}", lambda cell: len(cell.runs)))
+        if self.against is not None:
+            found.append(Field(f"over {self.against}", _difference_text, _paired("difference")))
+            found.append(_number_field(f"{PLUS_MINUS} images", "{:.3f}", _paired("stderr_images")))
+            if any(cell.against is not None and cell.against.stderr_seeds is not None for cell in self.cells):
+                found.append(_number_field(f"{PLUS_MINUS} seeds", "{:.3f}", _paired("stderr_seeds")))
+        if not self.columns:  # otherwise a row has no room for the errors of all its cells
+            for key, form in (("stderr_images", "{:.2f}"), ("stderr_mc", "{:.4f}"), ("bias_mc", "{:+.4f}")):
+                found.append(_number_field(key, form, lambda cell, key=key: cell.mean(key)))  # type: ignore[misc]
+        if any(cell.units is not None for cell in self.cells):
+            total = lambda cell: None if cell.units is None else sum(cell.units)  # noqa: E731
+            found.append(Field("active units", lambda cell: cell.units_text, total))
+        if any(cell.published for cell in self.cells):
+            found.append(Field("paper", _published_text, lambda cell: cell.published.nll if cell.published else None))
+        return found
+
+    @property
+    def body(self) -> list[list[str]]:
+        """Text of every row: its label, then the fields of every column."""
+        fields = self.fields
+        empty = [MISSING, *[""] * (len(fields) - 1)]
+        return [
+            [*row, *(t for cell in cells for t in (empty if cell is None else [f.text(cell) for f in fields]))]
+            for row, cells in self.grid
+        ]
+
+    @property
+    def notes_below(self) -> list[str]:
+        """What the numbers are, and what the marks behind them mean, one line each."""
+        seeds = self._seeds
+        images = ", ".join(
+            f"{n:,} images" + (f" of {name}" * (len(self.images) > 1)) for name, n in self.images.items()
+        )
+        errors = "mean and standard error over" + (f" {min(seeds)} seeds" if len(seeds) == 1 else " seeds")
+        errors = "one seed each" if seeds == {1} else errors
+        notes = [f"NLL_{self.k} in nats on {self.split} ({images}), lower is better; {self.weights} weights; {errors}"]
+        notes += _published_notes([cell for cell in self.cells if cell.published is not None])
+        if self.against is not None:
+            notes.append(
+                f"over {self.against}: how much higher log p(x) is than there, paired image by image, nats; beside it "
+                "the standard errors over images and over seeds"
+            )
+        if not self.columns:
+            of_seeds = "; their mean over seeds" * (seeds != {1})
+            notes.append(f"stderr_images, stderr_mc, bias_mc: nats, of one run{of_seeds}")
+        paired = [cell.against for cell in self.cells if cell.against is not None]
+        if any(p.within_bias for p in paired):
+            notes.append(
+                f"{WITHIN_BIAS} below three times the bias of the estimate: a better fit of q may be all of it; "
+                "estimator=ais tells p and q apart"
+            )
+        notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
+        return notes + list(self.notes)
+
+    @property
+    def _seeds(self) -> set[int]:
+        return {len(cell.runs) for cell in self.cells}
+
+    def keyed(self, cell: Cell) -> dict[str, str]:
+        """Return the values of the keys at a cell."""
+        return dict(zip((*self.rows, *self.columns), (*cell.row, *cell.column), strict=True))
+
+
+def tables(
+    scored: Sequence[Scored], rows: Sequence[str] | None = None, columns: Sequence[str] | None = None
+) -> list[Table]:
+    """Return one table per data set, or one for all where a key names the data.
+
+    Where ``rows`` and ``columns`` leave runs in one cell that differ by more than their seed, the keys that tell
+    them apart are added to the rows: nothing but seeds is averaged.
+
+    Args:
+        scored: from ``comparable``.
+        rows, columns: keys; None takes ``ROWS`` without those among the columns, and ``COLUMNS``.
+
+    Raises:
+        UserError: a key that no run has, or one that is in both.
+    """
+    runs = [s.run for s in scored]
+    if columns is None:
+        columns = [key for key in COLUMNS if key not in (rows or ())]
+    if rows is None:
+        rows = [key for key in ROWS if key not in columns]
+    for key in (*rows, *columns) if runs else ():
+        known_key(key, runs)
+    for key in rows:
+        if key in columns:
+            raise UserError(f"{key} is in --rows and in --columns; write it in one")
+    groups: dict[str, list[Scored]] = {}
+    for s in scored:
+        groups.setdefault("" if "data" in (*rows, *columns) else s.run.dataset, []).append(s)
+    return [_table(group, tuple(rows), tuple(columns)) for group in groups.values()]
+
+
+def _table(scored: Sequence[Scored], rows: Label, columns: Label) -> Table:
+    added = telling_apart(scored, (*rows, *columns))
+    rows += added
+    members: dict[tuple[Label, Label], list[Scored]] = {}
+    for s in scored:
+        members.setdefault((label(s.run, rows), label(s.run, columns)), []).append(s)
+    cells = []
+    for row, column in sorted(members, key=lambda place: (_order(place[0]), _order(place[1]))):
+        group = tuple(sorted(members[row, column], key=lambda s: s.run.seed))
+        beside = published(group[0].run, group[0].score, group[0].split)
+        cells.append(Cell(row, column, group, beside, tuple(deviations(group[0].run)) if beside else ()))
+    notes = [f"rows also by {key}: runs of one cell differ by their seed alone" for key in added]
+    first = scored[0]
+    images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
+    for what, values in (("k", {s.score.k for s in scored}), ("weights", {s.score.weights for s in scored})):
+        if len(values) > 1:
+            notes.append(f"the data sets differ in {what}: {', '.join(map(str, sorted(values)))}")
+    return Table(
+        ", ".join(images), first.split, first.score.k, first.score.weights, images, rows, columns, tuple(cells),
+        tuple(notes),
+    )  # fmt: skip
+
+
+def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
+    """Return the table with the difference of every cell from the cell whose runs are ``wanted``; None without one.
+
+    Of several such cells, the reference is the one with the cell's own values of the keys that tell them apart:
+    objectives at three values of k against the ELBO at the same k.
+
+    Raises:
+        UserError: as ``paired.difference``.
+    """
+    references = [cell for cell in table.cells if all(agrees(s.run, wanted) for s in cell.runs)]
+    if not references:
+        return None
+
+    def values(cell: Cell, keys: Sequence[str]) -> Label:
+        return label(cell.runs[0].run, keys)
+
+    # Always by data: other data are other images.
+    apart = ["data"]
+    apart += [key for key in (*table.rows, *table.columns) if len({values(cell, [key]) for cell in references}) > 1]
+
+    def paired(cell: Cell) -> Paired | None:
+        same = [r for r in references if values(r, apart) == values(cell, apart)]
+        if not same or same[0] is cell:
+            return None
+        return difference(cell.name, cell.runs, name, same[0].runs)
+
+    return replace(table, against=name, cells=tuple(replace(cell, against=paired(cell)) for cell in table.cells))
+
+
+def _order(values: Label) -> list[tuple[int, float, str]]:
+    """Return a sort key: numbers by size before words by letter."""
+    return [(1, 0.0, n) if isinstance(n := number(text), str) else (0, n, text) for text in values]
+
+
+def _nll_text(cell: Cell) -> str:
+    return f"{cell.nll:.2f}" + ("" if cell.stderr is None else f" {PLUS_MINUS} {cell.stderr:.2f}")
+
+
+def _difference_text(cell: Cell) -> str:
+    if cell.against is None:
+        return MISSING
+    return f"{cell.against.difference:+.3f}{WITHIN_BIAS * cell.against.within_bias}"
+
+
+def _published_text(cell: Cell) -> str:
+    return "" if cell.published is None else f"{cell.published}{OTHERWISE if cell.deviations else ''}"
+
+
+def _published_notes(cells: Sequence[Cell]) -> list[str]:
+    notes = []
+    if cells:
+        sources = dict.fromkeys(cell.published.source for cell in cells if cell.published)
+        notes.append(f"paper: NLL_5000 / active units; {'; '.join(sources)}")
+    if any(RECALLED in str(cell.published) for cell in cells):
+        notes.append(f"{RECALLED} quoted from memory of the paper")
+    ways = Counter(way for cell in cells for way in cell.deviations)
+    if ways:
+        parts = [way if n == len(cells) else f"{way} in {n} of {len(cells)} cells" for way, n in ways.most_common(WAYS)]
+        parts += [f"and in {len(ways) - WAYS} more ways"] if len(ways) > WAYS else []
+        notes.append(f"{OTHERWISE} trained otherwise than in the paper: {', '.join(parts)}")
+    return notes
+
+
+def _paired(key: str) -> Callable[[Cell], float | None]:
+    return lambda cell: None if cell.against is None else getattr(cell.against, key)
+
+
+def _number_field(name: str, form: str, value: Callable[[Cell], float | None]) -> Field:
+    def text(cell: Cell) -> str:
+        found = value(cell)
+        return MISSING if found is None else form.format(found)
+
+    return Field(name, text, value)

@@ -1,0 +1,168 @@
+"""Which runs may be compared, and the configuration keys that tell them apart."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iwae_cli.core.errors import UserError
+from iwae_cli.report.reader import LeftOut, Run, Score
+
+MISSING = "\N{EN DASH}"
+Label = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run with the evaluation that its table shows."""
+
+    run: Run
+    score: Score
+    split: str
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """Numbers of the split, as in ``result.json``."""
+        return self.score.splits[self.split]
+
+
+class Kind(NamedTuple):
+    """What two evaluations must share to be comparable; ``images`` is the hash of the split."""
+
+    k: int
+    weights: str
+    precision: str
+    images: str
+
+
+def kind(score: Score, split: str) -> Kind | None:
+    """Return the kind of an evaluation; None if it lacks the split."""
+    if split not in score.splits or split not in score.sha256:
+        return None
+    return Kind(score.k, score.weights, score.precision, score.sha256[split])
+
+
+def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[LeftOut]]:
+    """Return, for each data set, the runs with the most common kind of evaluation; and the runs without it."""
+    kept, left_out = [], []
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        group = [run for run in runs if run.dataset == dataset]
+        counts = Counter(found for run in group for found in {kind(score, split) for score in run.scores} if found)
+        # A tie goes to more samples; the other fields make the choice deterministic.
+        wanted = max(counts, key=lambda found: (counts[found], found), default=None)
+        for run in group:
+            score = next((score for score in run.scores if wanted and kind(score, split) == wanted), None)
+            if wanted is None or score is None:
+                left_out.append(LeftOut(run.path, "not comparable", _why(run, split, wanted)))
+            elif score.splits[split]["nll"] is None:
+                reason = score.reasons.get(f"{split}.nll") or score.reasons.get("nll") or "result.json says null"
+                left_out.append(LeftOut(run.path, "no number", f"NLL_{score.k} of {split}: {reason}"))
+            else:
+                kept.append(Scored(run, score, split))
+    return kept, left_out
+
+
+def _why(run: Run, split: str, wanted: Kind | None) -> str:
+    """Return why a run is not comparable, by its nearest evaluation, and the command that makes it so."""
+    here = Path.cwd()
+    path = shlex.quote(str(run.path.relative_to(here) if run.path.is_relative_to(here) else run.path))
+    kinds = [found for score in run.scores if (found := kind(score, split))]
+    if wanted is None or not kinds:
+        has = ", ".join(run.scores[0].splits) or "none"
+        return f"its {split} split was not evaluated (but {has}); iwae-eval {path} evaluation.splits=[{split}]"
+    nearest = max(kinds, key=lambda found: sum(a == b for a, b in zip(found, wanted, strict=True)))
+    differing = [
+        f"other {name} ({_short(mine)}, most have {_short(theirs)})"
+        for name, mine, theirs in zip(Kind._fields, nearest, wanted, strict=True)
+        if mine != theirs
+    ]
+    repair = f"; iwae-eval {path} evaluation.k={wanted.k} evaluation.weights={wanted.weights}"
+    return ", ".join(differing) + (repair if nearest[2:] == wanted[2:] else "")
+
+
+def _short(value: object) -> str:
+    return f"sha256 {value[:8]}" if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def shown(value: Any) -> str:
+    """Return the value of a key as it is printed and as ``--compare`` accepts it."""
+    if value is None:
+        return MISSING
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def number(text: str) -> float | str:
+    """Return ``text`` as a number if it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def agrees(run: Run, wanted: Mapping[str, str]) -> bool:
+    """Return whether a run has these values; numbers are compared as numbers, lists without spaces."""
+
+    def same(value: str, given: str) -> bool:
+        return value.replace(" ", "") == given.replace(" ", "") or number(value) == number(given)
+
+    return all(same(shown(run.keys.get(key)), value) for key, value in wanted.items())
+
+
+def known_key(key: str, runs: Iterable[Run]) -> str:
+    """Return ``key`` if any run has it.
+
+    Raises:
+        UserError: no run has it.
+    """
+    keys = dict.fromkeys(name for run in runs for name in run.keys)
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, 1)
+        hint = f"; did you mean {near[0]}?" if near else "; such as model, objective.k, optimizer.lr"
+        raise UserError(f"no run has the key {key}{hint}")
+    return key
+
+
+def label(run: Run, keys: Sequence[str]) -> Label:
+    """Return the run's values of ``keys`` as printed."""
+    return tuple(shown(run.keys.get(key)) for key in keys)
+
+
+def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
+    """Return keys to add to ``keys`` such that runs which agree in all of them differ by their seed only."""
+    added: Label = ()
+    while True:
+        cells: dict[Label, list[Scored]] = {}
+        for s in scored:
+            cells.setdefault(label(s.run, (*keys, *added)), []).append(s)
+        differing = next((found for group in cells.values() if (found := _varying(group))), None)
+        if differing is None:
+            return added
+        # A name says more than the sizes behind it, and k more than a constant of the optimizer.
+        added += (min(differing, key=_rank),)
+
+
+def _rank(key: str) -> tuple[bool, ...]:
+    return ("." in key, not key.startswith("objective"), not key.startswith("model"), key.endswith("._target_"))
+
+
+def _varying(scored: Sequence[Scored]) -> list[str]:
+    """Return the keys in which the trainings differ, other than the seed."""
+    # A key that decides nothing for one run (training.tau without a roulette) may decide for another.
+    keys = dict.fromkeys(key for s in scored for key in _training(s))
+    found = [key for key in keys if len({shown(s.run.keys.get(key)) for s in scored}) > 1]
+    # Two names of the same settings are no difference: schedule=smoke is schedule=constant with three passes.
+    same = [group for group in ("optimizer", "schedule") if not any(key.startswith(f"{group}.") for key in found)]
+    return [key for key in found if key not in same]
+
+
+def _training(scored: Scored) -> dict[str, Any]:
+    """Return what decides the evaluated weights, without the seed; validation decides only the best ones."""
+    decides = {"data": scored.run.dataset, **scored.run.training}
+    if scored.score.weights == "last":
+        decides = {key: value for key, value in decides.items() if not key.startswith("validation.")}
+    return decides
