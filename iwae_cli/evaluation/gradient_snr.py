@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.summary import Row
@@ -255,10 +255,8 @@ class GradientSNR(Estimator):
             f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
             f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
         )
-        fewer = {"draws": (self.draws, 50), "images": (self.images, 5)}
-        cheaper = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few]
-        cheaper += [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
-        return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
+        shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
+        return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
 
 
 def _slope(ratios: dict[int, float]) -> float:
