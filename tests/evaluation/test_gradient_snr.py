@@ -123,7 +123,7 @@ def test_slopes_over_k(
     The values are known for one observation; n copies of it have a ratio sqrt(n) times larger.
     """
     model, x = fixture_a(copies)
-    ratios = [gradient_snr(model, IWAE(k, gradient), x, draws=200, seed=k)[network].per_parameter for k in ks]
+    ratios = [gradient_snr(model, IWAE(k, gradient), x, draws=100, seed=k)[network].per_parameter for k in ks]
     found = np.polyfit(np.log(ks), np.log(ratios), 1)[0]
     assert found == pytest.approx(slope, abs=0.15), ratios
     if one_copy is not None:
