@@ -41,7 +41,7 @@ class Ours:
             f"seed={job.seed}",
             "schedule=constant",
             "schedule.passes=1000",
-            "evaluation.validation_every=1000",
+            "validation.every=1000",
             "device=cpu",
             "logger=disabled",
             f"output_dir={tempfile.gettempdir()}",

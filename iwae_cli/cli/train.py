@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -122,11 +123,9 @@ def _train(argv: list[str]) -> bool:
         _run_sweep(plan, argv)
         return True
     (job,) = plan.jobs
-    experiment = _experiment(job, None)
-    experiment.check()
     from iwae_cli.runs.runner import run
 
-    run(experiment)
+    run(_experiment(job, None))
     return True
 
 
@@ -154,7 +153,7 @@ def _run_sweep(plan: Plan, argv: list[str]) -> None:
         )
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
-    path = experiment.output_dir / "sweeps" / group
+    path = Path(experiment.output_dir) / "sweeps" / group
     hydra = cli_compose.hydra_node(plan, path)
     if launcher == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it goes, hydra/launcher={BATCHED} needs to know them before")
@@ -285,8 +284,9 @@ def _run_job(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> di
     from iwae_cli.runs.runner import run
 
     experiment = _experiment(job, folder.path.name)
-    # What this very command has begun is gone on with.
-    experiment.restart &= attempt.before not in ("running", "pending")
+    if attempt.before in ("running", "pending"):
+        # This command has restarted the run already: resume it.
+        experiment = replace(experiment, restart=False)
     if _sweep is None:
         # Side by side with others.
         experiment.device.assign_gpu(number)

@@ -28,6 +28,7 @@ BASES = {
     "objective": "iwae_cli.objectives.base.Objective",
     "optimizer": "torch.optim.Optimizer",
     "schedule": "iwae_cli.training.schedule.Schedule",
+    "validation": "iwae_cli.training.settings.Validation",
     "evaluation": "iwae_cli.evaluation.settings.Evaluation",
     "device": "iwae_cli.core.device.Device",
     "logger": "iwae_cli.record.wandb.WandbLogger",
@@ -50,7 +51,7 @@ _PLAIN_MANY = {int: "integers", float: "numbers", bool: "true or false", str: "t
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
     """The object of every group of a resolved, plain ``config``.
 
-    ``optimizer`` is a ``functools.partial`` that wants the parameters; it has been tried as by ``try_optimizer``.
+    ``optimizer`` is a ``functools.partial`` that wants the parameters.
 
     Raises:
         UserError: anything that cannot be as written.
@@ -239,8 +240,6 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
-
-    try_optimizer(cls, arguments, path, on_cpu=False)
     return functools.partial(cls, **arguments)
 
 

@@ -13,7 +13,7 @@ MAX_WORKERS = 1024
 
 
 class Evaluation:
-    """The protocol of a final evaluation and of the validation during training.
+    """The settings of a final evaluation. This is what a yaml of ``conf/evaluation`` names.
 
     Args:
         k: samples per image of the final estimate -L_k (5000 in the paper).
@@ -23,8 +23,6 @@ class Evaluation:
         binarization_seed: seed of the one binarization of every evaluated split.
         rows: bound on images x samples computed at once by one worker, and so on the memory used, whatever k is.
         workers: threads that share the images; null is one per available core.
-        validation_k: samples of the validation bound during training, the same for all objectives.
-        validation_every: passes between two validations.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
         precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with
             float32 sums, for Gaussian models of binary pixels on a processor, faster where it has instructions for
@@ -43,17 +41,13 @@ class Evaluation:
         binarization_seed: int,
         rows: int,
         workers: int | None,
-        validation_k: int,
-        validation_every: int,
         jackknife: bool = False,
         precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
-        at_least_one = {"k": k, "validation_k": validation_k, "validation_every": validation_every}
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        at_most = {"k": (k, MAX_K), "validation_k": (validation_k, MAX_K), "rows": (rows, MAX_ROWS)}
-        for name, (value, most) in {**at_most, "workers": (workers or 1, MAX_WORKERS)}.items():
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        at_most = {"k": (k, MAX_K), "rows": (rows, MAX_ROWS), "workers": (workers or 1, MAX_WORKERS)}
+        for name, (value, most) in at_most.items():
             if value > most:
                 raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
         for name, value in {"seed": seed, "binarization_seed": binarization_seed}.items():
@@ -83,7 +77,5 @@ class Evaluation:
         self.binarization_seed = binarization_seed
         self.rows = rows
         self.workers = workers
-        self.validation_k = validation_k
-        self.validation_every = validation_every
         self.jackknife = jackknife
         self.precision = precision

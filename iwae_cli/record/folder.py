@@ -1,13 +1,16 @@
-"""The run folder: which file holds what. A contract that reports, sweeps and notebooks build on; needs no torch."""
+"""The run folder: which file holds what. Reports, sweeps and notebooks rely on it; needs no torch."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +18,42 @@ import yaml
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import write_json, write_text
+from iwae_cli.record import former
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is: a report reads a thousand of these files."""
+"""libyaml's where it is installed: a report reads a thousand of these files."""
 
 DERIVED = ("metrics.csv", "log_likelihood.npz", "figures/training.png", "figures/bound_vs_k.png")
 OF_IMAGES = ("figures/samples.png", "figures/reconstructions.png")
+SET_ASIDE = re.compile(r"\.old-\d+$")
 
 
 class RunFolder:
     """Paths and small files of one run.
 
     Attributes:
-        path: absolute path of the folder; its name is the identity of the training.
+        path: absolute path of the folder.
+        identity: its name, which ends with the hash of the training.
+        checkpoint: state after the last saved step.
+        best: weights with the best validation bound.
+        figures: folder of the pictures.
+        log: what was done when, and what went wrong.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-
-    @property
-    def identity(self) -> str:
-        """Name of the training."""
-        return self.path.name
-
-    @property
-    def checkpoint(self) -> Path:
-        """State after the last saved step."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def best(self) -> Path:
-        """State with the best validation bound."""
-        return self.path / "best.pt"
-
-    @property
-    def figures(self) -> Path:
-        """Pictures."""
-        return self.path / "figures"
-
-    @property
-    def log(self) -> Path:
-        """What was done when, and what went wrong."""
-        return self.path / "train.log"
+        self.identity = self.path.name
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.best = self.path / "best.pt"
+        self.figures = self.path / "figures"
+        self.log = self.path / "train.log"
 
     def evaluation(self, name: str) -> Path:
-        """Folder of one evaluation."""
+        """Return the folder of one evaluation."""
         return self.path / "evaluations" / name
 
     def begin(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-        """Write what was asked for: ``config.yaml`` and ``overrides.yaml``."""
+        """Write the settings: ``config.yaml`` and ``overrides.yaml``."""
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         write_text(self.path / "overrides.yaml", yaml.safe_dump(list(overrides)))
 
@@ -79,14 +69,14 @@ class RunFolder:
         write_json(self.path / "status.json", value)
 
     def status(self) -> str | None:
-        """running, interrupted, failed or finished; None where it cannot be read."""
+        """Return running, interrupted, failed or finished; None where it cannot be read."""
         try:
             return str(json.loads((self.path / "status.json").read_text())["status"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of the run.
+        """Return the resolved configuration, that of a run of 0.2.0 with the class paths and keys of this version.
 
         Raises:
             UserError: this is not a run folder.
@@ -105,10 +95,14 @@ class RunFolder:
         for group in ("data", "model", "objective", "optimizer"):
             if not isinstance(config.get(group), dict):
                 raise UserError(f"{path} is damaged: it names no {group}")
-        return config
+        return former.translated(config)
 
     def result(self) -> dict[str, Any] | None:
-        """``result.json`` of a finished run; None where there is none."""
+        """Return ``result.json`` of a finished run, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         path = self.path / "result.json"
         try:
             result: dict[str, Any] = json.loads(path.read_text())
@@ -121,28 +115,57 @@ class RunFolder:
             raise UserError(f"{path} is damaged ({error}); remove it, the same command evaluates again") from None
         return result
 
-    def lacks(self, pictures: bool) -> list[str]:
-        """Which files are not there, or not whole, that a finished run has and that can be made of the others.
-
-        Args:
-            pictures: whether its observations are images.
-        """
-        files = [*DERIVED, *(OF_IMAGES if pictures else ())]
-        if "figures" in ((self.result() or {}).get("reasons") or {}):
-            # They could not be drawn when they were to be: another try would come to the same.
+    def lacks(self) -> list[str]:
+        """Return the derived files of a finished run that are missing or not whole; its checkpoint regenerates them."""
+        result = self.result() or {}
+        # Results of 0.2.0 do not hold the shape of an image.
+        images = len(result.get("dataset", {}).get("image_shape", ())) > 1
+        files = [*DERIVED, *(OF_IMAGES if images else ())]
+        if "figures" in (result.get("reasons") or {}):
+            # Drawing them failed, and would fail again.
             files = [name for name in files if not name.startswith("figures/")]
         return [name for name in files if not _whole(self.path / name)]
 
     def set_aside(self) -> Path:
-        """Rename the folder to the first free ``<identity>.old-N``; nothing is deleted."""
+        """Rename the folder to the first free ``<identity>.old-N`` and return that; nothing is deleted."""
         n = 1
         while (aside := self.path.with_name(f"{self.identity}.old-{n}")).exists():
             n += 1
         return self.path.rename(aside)
 
 
+def folder_ending(output_dir: Path, digest: str, first: str) -> RunFolder | None:
+    """Return the folder in ``output_dir`` whose name ends with ``-digest``; of several the one named ``first``."""
+    if os.path.lexists(output_dir / first):
+        return RunFolder(output_dir / first)
+    try:
+        names = sorted(entry.name for entry in os.scandir(output_dir) if entry.is_dir())
+    except OSError:
+        return None
+    return next((RunFolder(output_dir / name) for name in names if name.endswith(f"-{digest}")), None)
+
+
+def folders_recording(output_dir: Path, text: str) -> list[RunFolder]:
+    """Return the run folders in ``output_dir`` whose config.yaml holds ``text``."""
+    try:
+        return [RunFolder(path) for path in _recording(output_dir, text, output_dir.stat().st_mtime_ns)]
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=4)
+def _recording(output_dir: Path, text: str, changed: int) -> list[Path]:
+    # Cached until a folder is added, for the jobs of a sweep.
+    found = []
+    for path in sorted(output_dir.glob("*/config.yaml")):
+        with suppress(OSError, UnicodeDecodeError):
+            if not SET_ASIDE.search(path.parent.name) and text in path.read_text():
+                found.append(path.parent)
+    return found
+
+
 def _whole(path: Path) -> bool:
-    """Whether a file is there, and ends as what was written whole does; of arrays, whether every bit is right."""
+    """Return whether a file is there and ends as a complete one does; of arrays, whether every checksum is right."""
     if not path.is_file():
         return False
     if path.suffix == ".npz":

@@ -1,52 +1,61 @@
-"""What makes two runs the same run, and two evaluations the same evaluation."""
+"""Decide whether two runs are one training, and two evaluations one evaluation."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+PACKAGE = "iwae_cli"
+LONGEST_PART = 40
+"""Characters of one readable part of a folder's name."""
 
-def training_name(
-    config: Mapping[str, Any], names: Mapping[str, str], samples: int, fingerprints: Mapping[str, str]
-) -> str:
-    """Name of a run folder: readable parts, and a hash of all that decides the trained weights.
+
+def training_name(parts: Sequence[str], config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
+    """Return the name of a run folder: readable parts, and a hash of everything that decides the trained weights.
 
     Args:
-        config: the resolved configuration.
-        names: chosen name of every group.
-        samples: draws of q per observation and step.
-        fingerprints: hashes of what a path names: ``data`` and ``init_from``, where there is one.
+        parts: the readable parts; the hash does not depend on them.
+        config: the resolved configuration, whose classes have been imported.
+        fingerprints: hashes of the content of files, where there are any: ``data`` and ``init_from``.
     """
-    # A choice of one's own may lie deeper, as in model=mine/small; a run folder may not.
-    chosen = [names[group].replace("/", "_") for group in ("data", "model", "objective")]
-    parts = [*chosen, f"k{samples}", f"seed{config['seed']}"]
-    return "-".join([*parts, _digest(training_config(config, fingerprints))])
+    readable = (re.sub(r"[^\w.+]", "_", part)[:LONGEST_PART] for part in parts)
+    return "-".join([*readable, _digest(training_config(config, fingerprints))])
 
 
 def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What of a configuration decides the trained weights and ``best.pt``.
+    """Return the part of a configuration that decides the trained weights and ``best.pt``.
 
-    Left out: paths (a hash of what they name stands for it), the device kind and threads, the logger, and
-    the final evaluation. Training precision and the cadence of validation belong to it.
+    Left out are paths (the fingerprints stand for the content), device kind and threads, loggers and the final
+    evaluation. Training precision and validation are part of it.
     """
-    data = {key: value for key, value in config["data"].items() if key not in ("data_dir", "path")}
-    evaluation = config["evaluation"]
     return {
         **{key: config[key] for key in ("model", "objective", "optimizer", "schedule", "seed", "batch_size")},
-        "data": data,
+        "data": {key: value for key, value in config["data"].items() if key not in ("data_dir", "path")},
         "precision": config["device"]["precision"],
-        "validation": {key: evaluation[key] for key in ("validation_k", "validation_every")},
+        "validation": {key: config["validation"][key] for key in ("k", "every")},
         "fingerprints": dict(fingerprints),
         **{key: config[key] for key in ("with_optimizer", "train")},
-        # Only where it is not what all runs had before there was a choice.
+        # Only where it differs from the runs that had no such choice.
         **{key: config[key] for key in ("training",) if config.get(key, {}).get("backward", "all") != "all"},
     }
 
 
+def recorded_as(config: Mapping[str, Any]) -> str:
+    """Return a hash of a training in which the paths of its files stand for their content.
+
+    It compares configurations whose files are gone, or that were hashed by another version.
+    """
+    paths = {"data": config["data"].get("path"), "init_from": config["init_from"]}
+    return _digest(training_config(config, {key: str(path) for key, path in paths.items() if path is not None}))
+
+
 def evaluation_name(config: Mapping[str, Any]) -> str:
-    """Name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
+    """Return the name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
     evaluation = config["evaluation"]
     if "estimator" in config:
         parts = {key: evaluation[key] for key in ("weights", "seed", "binarization_seed")}
@@ -58,24 +67,55 @@ def evaluation_name(config: Mapping[str, Any]) -> str:
 
 
 def evaluation_precision(config: Mapping[str, Any]) -> str:
-    """Of the products of L_k: that of the device, or bf16 by name."""
-    asked = config["evaluation"].get("precision", "float32")  # older records do not say
+    """Return the precision of the matrix products of L_k: that of the device, or bf16."""
+    asked = config["evaluation"].get("precision", "float32")  # missing in older records
     return str(config["device"]["precision"] if asked == "float32" else asked)
 
 
 def estimator_name(config: Mapping[str, Any]) -> str:
-    """What another estimate than L_k is called: the module of its class."""
-    return str(config["estimator"]["_target_"].split(".")[-2])
+    """Return the name of an estimator other than L_k, from its class: ``GradientSNR`` is ``gradient_snr``."""
+    return words(str(config["estimator"]["_target_"]).rpartition(".")[2])
+
+
+def words(name: str) -> str:
+    """Return the name of a class in lower case with underscores: ``GaussianMLP`` is ``gaussian_mlp``."""
+    return re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(_canonical(value), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(one_spelling(value), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _canonical(value: Any) -> Any:
-    """One spelling for one number: 0 and 0.0 are the same training."""
-    if isinstance(value, Mapping):
-        return {key: _canonical(inner) for key, inner in value.items()}
+def one_spelling(value: Any) -> Any:
+    """Return ``value`` in its one spelling.
+
+    Whole floats are integers. A class of this package is known by its name alone, so that code may move, and a key
+    that holds the default of its class is left out, so that a class may gain a key. The default itself must then never
+    change.
+    """
     if isinstance(value, list | tuple):
-        return [_canonical(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return [one_spelling(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    node = {key: one_spelling(inner) for key, inner in value.items()}
+    cls = _imported(node.get("_target_"))
+    if cls is None:
+        return node
+    own = cls.__module__.partition(".")[0] == PACKAGE
+    node["_target_"] = cls.__name__ if own else f"{cls.__module__}.{cls.__name__}"
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in node and _text(node[name]) == _text(one_spelling(parameter.default)):
+            del node[name]
+    return node
+
+
+def _imported(target: Any) -> type | None:
+    """Return the class that ``target`` names, if its module has been imported."""
+    module, _, name = str(target).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if inspect.isclass(found) else None
+
+
+def _text(value: Any) -> str:
+    # As JSON, since Python holds 1 and True to be equal; a default may be any object.
+    return json.dumps(value, sort_keys=True, default=repr)

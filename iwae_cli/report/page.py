@@ -183,7 +183,7 @@ def _training(cells: Sequence[Cell]) -> str:
             except (UserError, OSError, ValueError, TypeError) as error:
                 damaged.append(f"{run.identity}: {error}")
                 continue
-            of_k = validation.setdefault((run.dataset, int(run.keys["evaluation.validation_k"])), [])
+            of_k = validation.setdefault((run.dataset, int(run.keys["validation.k"])), [])
             for key, lines in (("validation/bound", of_k), ("train/bound", training)):
                 points = [(x, values[key]) for x, values in history if key in values]
                 if points:

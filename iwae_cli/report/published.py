@@ -162,5 +162,7 @@ def _trained(run: Run) -> str:
     if ancestor is None:
         return name
     # Folder names say what a run was: <data>-<model>-<objective>-k<k>.
-    first = {"mnist-one_layer-elbo-k1": "elbo1", "mnist-one_layer-iwae-k50": "iwae50"}.get(ancestor, "other")
+    models = ("gaussian_mlp_50", "one_layer")  # the second was the name in version 0.2.0
+    names = {f"mnist-{model}-{o}-k{k}": f"{o}{k}" for model in models for o, k in (("elbo", 1), ("iwae", 50))}
+    first = names.get(ancestor, "other")
     return f"{first}>{name}"

@@ -125,10 +125,9 @@ class Run:
         Two runs that agree in it differ by their seed alone.
         """
         decides = training_config(self.config, {})
-        # The cadence of validation decides best.pt alone; `keys` has it with the evaluation.
-        parts = {key: decides.pop(key) for key in ("seed", "precision", "validation", "fingerprints")}
+        for key in ("seed", "precision", "fingerprints"):
+            del decides[key]
         names = {*_flat(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
-        names |= {f"evaluation.{key}" for key in parts["validation"]}
         return {key: value for key, value in self.keys.items() if key in names}
 
 

@@ -278,7 +278,7 @@ def training(scored: Scored) -> dict[str, Any]:
     """What decides the evaluated weights, but for the seed; how often it was validated decides only the best ones."""
     decides = {"data": scored.run.dataset, **scored.run.training}
     if scored.score.weights == "last":
-        decides = {key: value for key, value in decides.items() if not key.startswith("evaluation.")}
+        decides = {key: value for key, value in decides.items() if not key.startswith("validation.")}
     return decides
 
 

@@ -86,7 +86,7 @@ def _figures(table: Table, folder: Path) -> dict[str, Path]:
 def _validated(cell: Cell) -> tuple[str, int]:
     """On what, and by which L_k, the first seed was validated."""
     run = cell.runs[0].run
-    return run.dataset, int(run.keys["evaluation.validation_k"])
+    return run.dataset, int(run.keys["validation.k"])
 
 
 def _validation(cell: Cell) -> list[tuple[float, float]]:

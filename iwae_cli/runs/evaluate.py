@@ -219,6 +219,7 @@ def _facts(
             "name": data.name,
             "protocol": data.protocol,
             "sizes": {s: len(getattr(data, s)) for s in ("train", "validation", "test")},
+            "image_shape": list(data.image_shape),
             "evaluation_sha256": {},
             **data.facts,
         },

@@ -1,9 +1,10 @@
-"""What a run is, and the ways to it: train and evaluate, evaluate again, load into a notebook."""
+"""The settings of one run: checked, and the folder that belongs to them."""
 
 from __future__ import annotations
 
+import inspect
 import json
-import logging
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,125 +19,101 @@ from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import Architecture
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import training_name
+from iwae_cli.record.folder import RunFolder, folder_ending, folders_recording
+from iwae_cli.record.former import MARK
+from iwae_cli.record.identity import one_spelling, recorded_as, training_name, words
 from iwae_cli.record.wandb import WandbLogger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
-from iwae_cli.training.settings import Training
-
-log = logging.getLogger("iwae_cli")
+from iwae_cli.training.settings import Training, Validation
 
 MAX_DRAWS = 10_000_000
 """Draws of q in one step; each takes some kilobytes of memory."""
 
+MODELS_FOR = {
+    "real": "model=linear_gaussian",
+    "binary": "model=one_layer or model=two_layer, with model.likelihood=bernoulli",
+    "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
+}
+"""What to type for data of each kind of observation."""
 
+
+@dataclass(frozen=True)
 class Experiment:
     """One training and its evaluation.
 
-    Args:
-        data, model, objective, optimizer, schedule, evaluation, device, logger: what the groups of the configuration
-            name; ``optimizer`` still wants its parameters.
+    Attributes:
+        data, model, objective, optimizer, schedule, validation, evaluation, device, logger: the objects of the groups;
+            ``optimizer`` lacks its parameters.
         seed: of the weights, the order of the images and the training noise.
-        batch_size: images a step.
-        data_dir: where files of data sets lie (used by ``data``; recorded).
-        output_dir: where run folders go; made if need be.
-        init_from: a run folder whose last weights this run begins from, instead of random ones.
-        with_optimizer: begin from its optimizer's memory too (Adam's moments), as the authors did for Table 2.
+        batch_size: images per step.
+        data_dir: folder with the files of data sets (used by ``data``; recorded).
+        output_dir: folder of the run folders, absolute.
+        init_from: a run folder whose last weights this run starts from, instead of random ones.
+        with_optimizer: also start from its optimizer's state (Adam's moments), as the authors did for Table 2.
         train: ``all``, or ``inference`` to train the inference network with the generative network frozen, so that two
             generative networks can be compared under equally good posteriors.
-        training: how a step goes back through its draws.
-        restart: set an existing folder of this run aside and begin again.
-        config: the resolved configuration, plain dicts, lists and scalars.
-        names: chosen name of every group, for the name of the folder.
+        training: how a step differentiates through its draws.
+        restart: rename an existing folder of this run and begin again.
+        config: the resolved configuration, plain dicts, lists and scalars, its paths absolute.
+        names: chosen name of every group, for messages and the record.
         overrides: the command line, for the record.
         group: name of the sweep, if any.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or settings that contradict each other.
     """
 
-    def __init__(
-        self,
-        data: Dataset,
-        model: Architecture,
-        objective: Objective,
-        optimizer: partial[torch.optim.Optimizer],
-        schedule: Schedule,
-        evaluation: Evaluation,
-        device: Device,
-        logger: WandbLogger,
-        seed: int,
-        batch_size: int,
-        data_dir: str,
-        output_dir: str,
-        init_from: str | None,
-        with_optimizer: bool,
-        train: Literal["all", "inference"],
-        training: Training,
-        restart: bool,
-        config: dict[str, Any],
-        names: dict[str, str],
-        overrides: list[str],
-        group: str | None = None,
-    ) -> None:
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        if batch_size * objective.num_samples > MAX_DRAWS:
+    data: Dataset
+    model: Architecture
+    objective: Objective
+    optimizer: partial[torch.optim.Optimizer]
+    schedule: Schedule
+    validation: Validation
+    evaluation: Evaluation
+    device: Device
+    logger: WandbLogger
+    seed: int
+    batch_size: int
+    data_dir: str
+    output_dir: str
+    init_from: str | None
+    with_optimizer: bool
+    train: Literal["all", "inference"]
+    training: Training
+    restart: bool
+    config: dict[str, Any]
+    names: dict[str, str]
+    overrides: list[str]
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        if self.batch_size * self.objective.num_samples > MAX_DRAWS:
             raise ValueError(
-                f"batch_size={batch_size:,} with {objective.num_samples:,} draws for each image (objective.k) is more "
-                f"than the {MAX_DRAWS:,} draws that a step may have"
+                f"batch_size={self.batch_size:,} with {self.objective.num_samples:,} draws for each image "
+                f"(objective.k) is more than the {MAX_DRAWS:,} draws that a step may have"
             )
-        for name, folder in (("output_dir", output_dir), ("init_from", init_from)):
-            if folder == "":
+        for name in ("output_dir", "init_from"):
+            if getattr(self, name) == "":
                 raise ValueError(f"{name} must name a folder, got ''")
-        if with_optimizer and (init_from is None or train == "inference"):
+        if self.with_optimizer and (self.init_from is None or self.train == "inference"):
             raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
-        if train == "inference" and init_from is None:
+        if self.train == "inference" and self.init_from is None:
             raise ValueError("train=inference needs init_from=RUN_FOLDER: the run whose generative network is kept")
-        self.data = data
-        self.model = model
-        self.objective = objective
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.evaluation = evaluation
-        self.device = device
-        self.logger = logger
-        self.seed = seed
-        self.batch_size = batch_size
-        self.output_dir = Path(output_dir).absolute()
-        self.with_optimizer = with_optimizer
-        self.train = train
-        self.training = training
-        self.restart = restart
-        self.source = None if init_from is None else RunFolder(Path(init_from))
-        self.config = _with_absolute_paths(config)
-        self.names = names
-        self.overrides = overrides
-        self.group = group
+        object.__setattr__(self, "output_dir", str(Path(self.output_dir).absolute()))
+        object.__setattr__(self, "config", _with_absolute_paths(self.config))
 
     def check(self) -> None:
-        """Refuse what cannot be, before any work.
+        """Refuse what cannot run, before any work.
 
         Raises:
-            UserError: data, model and objective that do not go together, or a device that is not there.
+            UserError: data, model, objective, optimizer, device or ``init_from`` that do not go together.
         """
-        if self.data.observation != self.model.observation:
-            right = {
-                "real": "model=linear_gaussian",
-                "binary": "model=one_layer or model=two_layer, with model.likelihood=bernoulli",
-                "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
-            }
-            if self.model.observation == "grey":
-                right["binary"] += ", or data.binarization=none"
-            raise UserError(
-                f"data={self.names['data']} holds {self.data.observation} observations and model="
-                f"{self.names['model']} is for {self.model.observation} ones; "
-                f"with this data use {right[self.data.observation]}"
-            )
-        refusal = self.objective.check(self.model) or self.training.check(self.objective)
+        refusal = self._observations() or self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
             raise UserError(refusal)
         on_cpu = self.device.resolve().type == "cpu"
@@ -145,46 +122,116 @@ class Experiment:
         if self.device.compile == "on" and compiler() is None:
             raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
         if self.source is not None:
-            try:
-                source, initial = self.source.config(), self.initial
-            except UserError as error:
-                raise UserError(f"init_from: {error}") from error
-            groups = ("model", "optimizer") if self.with_optimizer else ("model",)
-            for group in groups:
-                mine, theirs = self.config[group], source[group]
-                if mine != theirs if group == "model" else mine["_target_"] != theirs.get("_target_"):
-                    differences = _differences(group, theirs, mine)
-                    raise UserError(f"init_from={self.source.path} was run with another {group}: {differences}")
-            if initial is not None and initial.step < initial.total_steps:
+            self._check_source(self.source)
+
+    def _observations(self) -> str | None:
+        """Return why the data do not fit the model, if so."""
+        holds, wants = self.data.observation, self.model.observation
+        if holds == wants:
+            return None
+        instead = MODELS_FOR[holds]
+        if holds == "binary" and wants == "grey":
+            instead += ", or data.binarization=none"
+        return (
+            f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
+            f"ones; with this data use {instead}"
+        )
+
+    def _check_source(self, source: RunFolder) -> None:
+        try:
+            config, initial = source.config(), self.initial
+        except UserError as error:
+            raise UserError(f"init_from: {error}") from error
+        for group in ("model", "optimizer") if self.with_optimizer else ("model",):
+            here, there = one_spelling(self.config[group]), one_spelling(config[group])
+            if here != there if group == "model" else here["_target_"] != there.get("_target_"):
                 raise UserError(
-                    f"init_from={self.source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
-                    "finish it first: its command again goes on"
+                    f"init_from={source.path} was run with another {group}: {_differences(group, there, here)}"
                 )
+        if initial is not None and initial.step < initial.total_steps:
+            raise UserError(
+                f"init_from={source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
+                "finish it first: its command resumes it"
+            )
+
+    @property
+    def source(self) -> RunFolder | None:
+        """The run that this one starts from, if any."""
+        return None if self.init_from is None else RunFolder(Path(self.init_from))
 
     @cached_property
     def initial(self) -> checkpoint.State | None:
-        """The checkpoint this run begins from, if any; read once, so that what is hashed is what is used."""
+        """The checkpoint that this run starts from, if any; read once, so that what is hashed is what is used."""
         return None if self.source is None else checkpoint.load(self.source.checkpoint)
 
     def identity(self) -> str:
-        """Name of the run folder."""
-        initial = self.initial
-        prints = {
-            "data": self.data.fingerprint(),
-            "init_from": None if initial is None else checkpoint.fingerprint(initial, self.with_optimizer),
-        }
-        known = {key: value for key, value in prints.items() if value is not None}
-        return training_name(self.config, self.names, self.objective.num_samples, known)
-
-    def folder(self) -> RunFolder:
-        """Where the run goes, or lies."""
-        return RunFolder(self.output_dir / self.identity())
-
-    def load(self) -> Data:
-        """The data that it is run on.
+        """Return the name of the training: what can be read from its objects, and a hash of what decides its weights.
 
         Raises:
-            UserError: they are not there, or not of the shape of what this run begins from.
+            UserError: a file whose content belongs to it is missing.
+        """
+        fingerprints = {"data": self.data.fingerprint()}
+        if self.initial is not None:
+            fingerprints["init_from"] = checkpoint.fingerprint(self.initial, self.with_optimizer)
+        known = {key: value for key, value in fingerprints.items() if value is not None}
+        model = "_".join([words(type(self.model).__name__), *map(str, self._sizes())])
+        gradient = getattr(self.objective, "gradient", "total")
+        objective = words(type(self.objective).__name__) + ("" if gradient == "total" else f"_{gradient}")
+        parts = (self.data.name, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
+        return training_name(parts, self.config, known)
+
+    def _sizes(self) -> list[int]:
+        """Return the first argument of the model that is a size or a list of sizes, such as ``latent_sizes``."""
+        for name in inspect.signature(type(self.model)).parameters:
+            value = self.config["model"].get(name)
+            sizes = value if isinstance(value, list) else [value]
+            if sizes and all(type(size) is int for size in sizes):
+                return sizes
+        return []
+
+    def folder(self) -> RunFolder:
+        """Return the folder of this training: an existing one under any readable name, or the place of a new one.
+
+        It is found by the hash that ends its name. Where there is no hash to compare, the recorded configuration
+        decides: without the file that ``data.path`` names a finished run still has its result, and version 0.2.0
+        hashed the same training otherwise.
+
+        Raises:
+            UserError: a file that belongs to the identity is missing and no finished run was made with it, or version
+                0.2.0 has begun this training and not finished it.
+        """
+        output_dir = Path(self.output_dir)
+        try:
+            place = output_dir / self.identity()
+        except UserError:
+            finished = self._recorded(f"\nseed: {self.seed}\n", finished=True)
+            if finished is None:
+                raise
+            return finished
+        existing = folder_ending(output_dir, place.name.rpartition("-")[2], first=place.name)
+        former = None if existing or self.restart else self._recorded(MARK, finished=False)
+        if former is not None and former.result() is None:
+            raise UserError(
+                f"{former.path} is this training, begun by iwae-cli 0.2.0 and not finished: finish it with that "
+                "version, or write restart=true to train it here from the beginning"
+            )
+        return existing or former or RunFolder(place)
+
+    def _recorded(self, text: str, finished: bool) -> RunFolder | None:
+        """Return a run that recorded this training, among those whose config.yaml holds ``text``."""
+        for run in folders_recording(Path(self.output_dir), text):
+            try:
+                if recorded_as(run.config()) == recorded_as(self.config) and not (finished and run.result() is None):
+                    return run
+            except (UserError, KeyError, TypeError, AttributeError):
+                continue  # damaged
+        return None
+
+    def load(self) -> Data:
+        """Return the data.
+
+        Raises:
+            UserError: they are missing, or their shape is not that of the run this one starts from.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:
@@ -196,17 +243,17 @@ class Experiment:
 
 
 def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Which keys of a group are not the same in two runs."""
+    """Return the keys of a group that differ between two runs; a key left out holds its default."""
 
     def shown(node: dict[str, Any], key: str) -> str:
-        return json.dumps(node[key], separators=(",", ":")).replace('"', "") if key in node else "nothing"
+        return json.dumps(node[key], separators=(",", ":")).replace('"', "") if key in node else "the default"
 
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     return "; ".join(f"{group}.{key}={shown(there, key)} there, {shown(here, key)} here" for key in keys)
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """What is recorded must mean the same from any folder; identity does not look at paths."""
+    """Return a record that means the same from any folder."""
     config = {**config, "data": dict(config["data"])}
     for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], ("data_dir", "path"))):
         node.update({key: str(Path(node[key]).absolute()) for key in keys if node.get(key) is not None})

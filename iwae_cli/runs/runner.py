@@ -92,7 +92,7 @@ class Runner:
             seed=experiment.seed,
             batch_size=experiment.batch_size,
             validate=self._validate,
-            validation_every=experiment.evaluation.validation_every,
+            validation_every=experiment.validation.every,
             tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
         )
         self.state.total_steps = self.trainer.total_steps
@@ -348,16 +348,15 @@ class Runner:
         self.state.seconds += time.monotonic() - started
 
     def _validate(self) -> float:
-        evaluation = self.experiment.evaluation
         if self._validation is None:
             self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
         likelihood = log_likelihood(
             self.model,
             self._validation,
-            k=evaluation.validation_k,
+            k=self.experiment.validation.k,
             seed=VALIDATION_SEED,
             rows=VALIDATION_ROWS,
-            workers=evaluation.workers,
+            workers=self.experiment.evaluation.workers,
             stream="validation during training",
             check=self.signals.check,
             plain=True,  # few samples gain little, and the bits of a run stay what they are
@@ -415,7 +414,7 @@ class Runner:
         history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
         shown = {
             f"training, {names['objective']} k = {self.experiment.objective.num_samples}": "train/bound",
-            f"validation, $L_{{{self.experiment.evaluation.validation_k}}}$": "validation/bound",
+            f"validation, $L_{{{self.experiment.validation.k}}}$": "validation/bound",
         }
         curves = {
             name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
@@ -452,82 +451,83 @@ class Runner:
 
 @oom_as_run_failed()
 def run(experiment: Experiment) -> dict[str, Any]:
-    """Train (or go on, or skip what is done), evaluate, write the result, print it.
+    """Train, resume or skip what is done; evaluate; write, print and return the result.
+
+    A finished run answers from its folder: it needs neither data nor a lock.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
-        UserError: bad input, found before anything is written, or an ``output_dir`` that cannot be written to.
-        RunLocked: another process has this run.
+        UserError: wrong input, found before anything is written, or an ``output_dir`` that cannot be written to.
+        RunLocked: another process works on this run.
         RunFailed: training diverged, or ``output_dir`` could no longer be written to.
-        Interrupted: by a signal; the state has been saved and the same command goes on from there.
+        Interrupted: by a signal; the state is saved and the same command resumes.
     """
     experiment.check()
-    experiment.device.setup()
-    data = experiment.load()
     folder = experiment.folder()
+    since, sync = _trained_at(folder), left_to_upload(folder.path)
     with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
-        if experiment.restart and folder.path.exists():
-            with RunLock(folder.path):
-                aside = folder.set_aside()
-            log.warning("restart: the old run is kept as %s", aside.name)
-        since, sync = _trained_at(folder), left_to_upload(folder.path)
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
-                result = _finished(experiment, folder)
-                lacking = _lacking(folder, result, pictures=len(data.image_shape) == 2)
-                if result is None or lacking:
-                    result = Runner(experiment, data, folder, caught).run()
-                    sync = experiment.logger.sync_command()
-        except OSError as error:
-            # What cannot be written to may still be read.
-            result = _finished(experiment, folder)
-            if result is None:
-                raise
-            log.warning("%s cannot be written to (%s); this is what it holds", folder.path, error.strerror)
+        result = None if experiment.restart else _finished(experiment, folder)
+        lacking = _lacking(folder, result)
+        if result is None or lacking:
+            try:
+                result, sync = _work(experiment, folder, lacking)
+            except (UserError, OSError) as error:
+                if result is None:
+                    raise
+                progress.announce(f"not regenerated: {error}")
     summary.result_table(result, folder=shown(folder.path), sync=sync, since=since)
     return result
 
 
+def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tuple[dict[str, Any], str | None]:
+    """Return the result, and the command that uploads what a logger left on disk."""
+    experiment.device.setup()
+    data = experiment.load()
+    if experiment.restart and folder.path.exists():
+        with RunLock(folder.path):
+            aside = folder.set_aside()
+        log.warning("restart: the old run is kept as %s", aside.name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
+        if lacking:
+            log.warning("regenerated, since it was gone or damaged: %s", ", ".join(lacking))
+        result = Runner(experiment, data, folder, caught).run()
+    return result, experiment.logger.sync_command()
+
+
 def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | None:
-    """The result, if the run is finished and was evaluated as it is asked for."""
-    result = folder.result()
-    asked = evaluation_name(experiment.config)
-    as_asked = result is not None and result["evaluation"]["name"] == asked and folder.status() == "finished"
-    return result if as_asked else None
-
-
-def _lacking(folder: RunFolder, result: dict[str, Any] | None, pictures: bool) -> list[str]:
-    """What is to be made again of a finished run, ``result`` being what was asked for; it trains nothing anew.
+    """Return the result if the run is finished and was evaluated as asked for.
 
     Raises:
-        UserError: it was trained to its end and is to be evaluated in another way, without a checkpoint.
+        UserError: it is finished and another evaluation is asked for, without a checkpoint.
     """
-    there = folder.checkpoint.exists()
-    if result is None:
-        if not there and (folder.status() == "finished" or folder.result() is not None):
-            raise UserError(
-                f"{folder.path} is finished, and for another evaluation it needs its checkpoint.pt, which is gone; "
-                "restart=true trains anew and keeps the old folder under another name"
-            )
-        return []
-    lacking = folder.lacks(pictures)
-    if lacking and not there:
-        log.warning(
-            "gone or damaged: %s; to be made again they need checkpoint.pt, which is gone too "
-            "(restart=true trains anew)",
-            ", ".join(lacking),
+    result, finished = folder.result(), folder.status() == "finished"
+    if result is not None and finished and result["evaluation"]["name"] == evaluation_name(experiment.config):
+        return result
+    if (result is not None or finished) and not folder.checkpoint.exists():
+        raise UserError(
+            f"{folder.path} is finished, and for another evaluation it needs its checkpoint.pt, which is gone; "
+            "restart=true retrains and keeps the old folder under another name"
+        )
+    return None
+
+
+def _lacking(folder: RunFolder, result: dict[str, Any] | None) -> list[str]:
+    """Return the files of a finished run that are to be regenerated."""
+    lacking = [] if result is None else folder.lacks()
+    if lacking and not folder.checkpoint.exists():
+        progress.announce(
+            f"gone or damaged: {', '.join(lacking)}; only checkpoint.pt regenerates them, which is gone too "
+            "(restart=true retrains)"
         )
         return []
-    if lacking:
-        log.warning("made again, since it was gone or damaged: %s", ", ".join(lacking))
     return lacking
 
 
 def _trained_at(folder: RunFolder) -> str | None:
-    """The time of day at which the training of a finished run ended; None if there is anything to train."""
+    """Return the time of day at which the training of a finished run ended; None if there is anything to train."""
     if folder.status() != "finished" or not folder.checkpoint.exists():
         return None
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
@@ -535,7 +535,7 @@ def _trained_at(folder: RunFolder) -> str | None:
 
 @contextmanager
 def logging_to(folder: RunFolder) -> Iterator[None]:
-    """Meanwhile everything that is logged goes to ``train.log`` with the time of day, and warnings to the terminal."""
+    """Send log messages to ``train.log`` with the time of day, and warnings to the terminal too."""
     file = _LogFile(folder.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
@@ -556,4 +556,4 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: where there is no room for a line of the log, the run itself fails and says so."""
+        """Ignore it: where there is no room for a line of the log, the run itself fails and says so."""

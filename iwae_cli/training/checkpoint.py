@@ -135,7 +135,8 @@ def _read(path: Path, made: Callable[[dict[str, Any]], T]) -> T:
 
 
 def _require(path: Path, identity: str, wanted: str | None) -> None:
-    if wanted is not None and identity != wanted:
+    # The hash decides: another version, or a user, may give the folder another readable name.
+    if wanted is not None and identity.rpartition("-")[2] != wanted.rpartition("-")[2]:
         raise UserError(f"{path} is a checkpoint of {identity}, not of {wanted}")
 
 

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from iwae_cli.objectives.base import BoundObjective, Objective
 
 Backward = Literal["all", "roulette"]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """L_k of the validation split during training. This is what a yaml of ``conf/validation`` names.
+
+    Args:
+        k: samples per image, the same for every objective.
+        every: passes between two validations; the last pass is always validated.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    k: int
+    every: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("k", 100_000_000), ("every", sys.maxsize)):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+            if value > most:
+                raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
 
 
 class Training:

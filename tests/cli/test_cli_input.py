@@ -83,7 +83,7 @@ WRONG = {
     "objective.k=1000000000": "batch_size=20 with 1,000,000,000 draws for each image (objective.k) is more than",
     "batch_size=10000000": "batch_size=10,000,000 with 5 draws",
     "evaluation.k=1000000000000": "evaluation.k must be <= 100,000,000, got 1,000,000,000,000",
-    "evaluation.validation_k=1000000000000": "evaluation.validation_k must be <= 100,000,000",
+    "validation.k=1000000000000": "validation.k must be <= 100,000,000",
     "evaluation.rows=1000000000000": "evaluation.rows must be <= 10,000,000",
     "evaluation.workers=100000": "evaluation.workers must be <= 1,024",
     "optimizer.betas=[0.9,1.5]": "optimizer.betas=[0.9, 1.5] is refused by Adam",

@@ -26,7 +26,14 @@ from iwae_cli.evaluation.likelihood import log_likelihood
 COMMAND = last_of_each(*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
 REAL = (
     *("data=linear_gaussian", "data.n_train=200", "data.n_validation=50", "data.n_test=60", "model=linear_gaussian"),
-    *("schedule=smoke", "batch_size=50", "evaluation=smoke", "logger=disabled", "optimizer.lr=0.01"),
+    *(
+        "schedule=smoke",
+        "batch_size=50",
+        "validation=smoke",
+        "evaluation=smoke",
+        "logger=disabled",
+        "optimizer.lr=0.01",
+    ),
 )
 
 

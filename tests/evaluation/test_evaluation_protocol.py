@@ -16,8 +16,6 @@ GOOD: dict[str, Any] = {
     "binarization_seed": 0,
     "rows": 2000,
     "workers": None,
-    "validation_k": 50,
-    "validation_every": 5,
 }
 
 
@@ -29,8 +27,6 @@ def test_arguments_are_kept() -> None:
     ("change", "message"),
     [
         ({"k": 0}, "k must be >= 1, got 0"),
-        ({"validation_k": 0}, "validation_k must be >= 1, got 0"),
-        ({"validation_every": -1}, "validation_every must be >= 1, got -1"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"binarization_seed": -1}, "binarization_seed must be >= 0, got -1"),
         ({"rows": 63}, r"rows must be >= 64 \(one block of samples\), got 63"),

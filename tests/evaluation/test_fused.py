@@ -181,8 +181,6 @@ def test_bf16_is_refused_where_it_cannot_be() -> None:
 
 EVALUATION = {"k": 5, "splits": ["test"], "weights": "last", "seed": 0, "binarization_seed": 0, "rows": 64} | {
     "workers": None,
-    "validation_k": 1,
-    "validation_every": 1,
 }
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from scipy.io import savemat
 from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders, snapshot
 
 from iwae_cli.cli import train as cli
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.help import conf_folder
-from iwae_cli.record.identity import evaluation_name
+from iwae_cli.core.errors import UserError
+from iwae_cli.data.digits import Digits
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.record.identity import evaluation_name, one_spelling
 from iwae_cli.training.trainer import Trainer
 
 
@@ -23,14 +33,6 @@ def identity(*overrides: str) -> str:
 
 def evaluation(*overrides: str) -> str:
     return evaluation_name(plan(list(overrides), False, None).jobs[0].config)
-
-
-def test_a_choice_that_lies_deeper_makes_no_deeper_folder(tmp_path: Path) -> None:
-    own = tmp_path / "own" / "model" / "mine"
-    own.mkdir(parents=True)
-    shutil.copyfile(conf_folder() / "model" / "one_layer.yaml", own / "small.yaml")
-    job = plan(["model=mine/small"], False, str(tmp_path / "own")).jobs[0]
-    assert cli._experiment(job, None).identity() == identity().replace("-one_layer-", "-mine_small-")
 
 
 OF_THE_WEIGHTS = [
@@ -48,11 +50,11 @@ OF_THE_WEIGHTS = [
     "schedule.passes=99",
     "schedule.final=0.2",
     "device.precision=float64",
-    "evaluation.validation_k=51",
-    "evaluation.validation_every=4",
+    "validation.k=51",
+    "validation.every=4",
 ]
 OF_THE_EVALUATION = [
-    "evaluation.k=500",
+    "evaluation=smoke",
     "evaluation.splits=[test]",
     "evaluation.weights=best",
     "evaluation.seed=1",
@@ -91,21 +93,75 @@ def test_what_decides_the_numbers_makes_another_evaluation() -> None:
     assert evaluation("evaluation.splits=[test,validation]") == evaluation("evaluation.splits=[validation,test]")
 
 
-def test_the_name_can_be_read() -> None:
-    name = identity("objective=iwae", "objective.k=50", "model=two_layer", "seed=3")
-    assert name.startswith("digits-two_layer-iwae-k50-seed3-")
+def test_the_readable_part_names_the_objects(tmp_path: Path) -> None:
+    deeper = ("model.latent_sizes=[100,50,20]", "model.hidden_sizes=[[9],[8],[7]]")
+    assert identity(*deeper, "seed=3").startswith("digits-gaussian_mlp_100_50_20-iwae-k5-seed3-")
+    assert identity("objective=dreg", "objective.k=50").startswith("digits-gaussian_mlp_50-iwae_dreg-k50-seed0-")
+    assert identity("model=conv").startswith("digits-gaussian_convolutional_50-iwae-k5-")
     assert evaluation("evaluation.splits=[test]").startswith("k5000-test-last-")
+
+
+def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
+    assert identity("objective=dreg") == identity("objective.gradient=dreg") != identity()
+    assert identity("model.latent_sizes=[100,50]", "model.hidden_sizes=[[200,200],[100,100]]") == identity(
+        "model=two_layer"
+    )
+    assert identity("schedule=constant", "schedule.passes=5") == identity("schedule=smoke", "schedule.passes=5")
+    assert identity("optimizer.lr=1", "optimizer.weight_decay=0") == identity("optimizer.lr=1.0")
+    node = yaml.safe_load((conf_folder() / "model" / "one_layer.yaml").read_text())
+    short = {key: value for key, value in node.items() if key != "likelihood"}
+    (tmp_path / "model" / "mine").mkdir(parents=True)
+    (tmp_path / "model" / "mine" / "short.yaml").write_text(yaml.safe_dump(short))
+    (job,) = plan(["model=mine/short"], False, str(tmp_path)).jobs
+    assert "likelihood" not in job.config["model"]
+    assert cli._experiment(job, None).identity() == identity()
+
+
+def test_a_class_of_this_package_may_move_and_one_of_a_user_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash holds the name of the one, and the dotted path of the other."""
+    node = {"_target_": "iwae_cli.objectives.iwae.IWAE", "k": 5}
+    for package in ("iwae_cli", "mine"):
+        twin = type("IWAE", (IWAE,), {"__module__": f"{package}.objectives.elsewhere"})
+        monkeypatch.setitem(sys.modules, twin.__module__, types.ModuleType(twin.__module__))
+        sys.modules[twin.__module__].IWAE = twin
+        spelled = one_spelling({**node, "_target_": f"{twin.__module__}.IWAE"})
+        assert (spelled == one_spelling(node)) == (package == "iwae_cli")
+
+
+def test_names_of_classes_are_unique_within_the_package() -> None:
+    """Otherwise two trainings might have one hash."""
+    targets = {
+        node["_target_"]
+        for path in conf_folder().rglob("*.yaml")
+        if isinstance(node := yaml.safe_load(path.read_text()), dict) and "_target_" in node
+    }
+    names = [target.rpartition(".")[2] for target in targets if target.startswith("iwae_cli.")]
+    assert len(set(names)) == len(names) > 20
 
 
 def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     """data.path is a path; what it names decides."""
-    from scipy.io import savemat
 
     for name, value in (("a", 0.25), ("b", 0.25), ("c", 0.5)):
         images = torch.full((784, 20), value).numpy()
         savemat(tmp_path / f"{name}.mat", {"data": images, "testdata": images})
     a, b, c = (identity("data=omniglot", f"data.path={tmp_path / name}.mat") for name in "abc")
     assert a == b != c
+
+
+def test_data_whose_file_is_gone(tmp_path: Path) -> None:
+    """A finished run has its result; a training that would need the file has the error of the data."""
+    images = np.random.default_rng(0).integers(0, 256, (784, 60)) / 255.0
+    savemat(tmp_path / "a.mat", {"data": images[:, :40], "testdata": images[:, 40:]})
+    command = (*TINY, "data=omniglot", f"data.path={tmp_path / 'a.mat'}", "evaluation.k=5")
+    folder = finished(tmp_path / "outputs", *command)
+    (tmp_path / "a.mat").rename(tmp_path / "b.mat")
+    code, out, err = run(*command, f"output_dir={tmp_path / 'outputs'}")
+    assert (code, err) == (0, "") and folder.name in out
+    for other in ("seed=1", "evaluation.k=6", "optimizer.lr=0.01", "restart=true"):
+        code, _, err = run(*command, f"output_dir={tmp_path / 'outputs'}", other)
+        assert code == 2 and err.count("\n") == 1 and f"data.path names {tmp_path / 'a.mat'}" in err, other
+    assert run_folders(tmp_path / "outputs") == [folder]
 
 
 # Runs that are there already. Each test has a copy of one finished run.
@@ -141,6 +197,56 @@ def test_the_same_command_again_prints_the_result_and_touches_nothing(outputs: P
     assert snapshot(only(outputs)) == before
     result = read_json(only(outputs) / "result.json")
     assert f"{result['test']['nll']:.2f}" in out and only(outputs).name in out
+
+
+def test_a_finished_run_needs_no_data(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Digits, "load", lambda _: pytest.fail("it reads the data"))
+    code, out, err = run(*TINY, f"output_dir={outputs}")
+    assert (code, err) == (0, "") and only(outputs).name in out
+
+    def missing(_: Digits) -> None:
+        raise UserError("the data are missing")
+
+    monkeypatch.setattr(Digits, "load", missing)
+    (only(outputs) / "metrics.csv").unlink()
+    code, out, err = run(*TINY, f"output_dir={outputs}")
+    assert code == 0 and only(outputs).name in out
+    assert err == "not regenerated: the data are missing\n"
+    assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 2
+    assert [path.name for path in outputs.iterdir()] == [only(outputs).name], "nothing is set aside for a new run"
+
+
+def test_a_check_and_a_trial_of_the_optimizer_for_each_run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("iwae_cli.runs.experiment.Experiment.check", "iwae_cli.runs.experiment.try_optimizer"):
+        original = pkgutil.resolve_name(name)
+
+        def counted(*args: Any, name: str = name, original: Callable[..., None] = original) -> None:
+            calls.append(name.rpartition(".")[2])
+            original(*args)
+
+        monkeypatch.setattr(name, counted)
+    assert run(*TINY, f"output_dir={outputs}")[0] == 0
+    assert calls == ["check", "try_optimizer"]
+
+
+def test_a_run_is_found_whatever_its_folder_is_called(outputs: Path, no_training: None) -> None:
+    """As under a name of another version, or of a user."""
+    folder = only(outputs)
+    named = folder.rename(folder.with_name(f"mine-{folder.name.rpartition('-')[2]}"))
+    for overrides in ((), ("evaluation.k=60",), ("objective.gradient=total",)):
+        code, out, err = run(*TINY, f"output_dir={outputs}", *overrides)
+        assert code == 0 and f"outputs/{named.name}" in out, err
+    assert run_folders(outputs) == [named]
+
+
+def test_restart_and_init_from_follow_the_identity(outputs: Path) -> None:
+    folder = only(outputs)
+    named = folder.rename(folder.with_name(f"mine-{folder.name.rpartition('-')[2]}"))
+    assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 0
+    assert [path.name for path in run_folders(outputs)] == [named.name, f"{named.name}.old-1"]
+    second = [identity(*TINY, f"init_from={outputs / name}") for name in (named.name, f"{named.name}.old-1")]
+    assert second[0] == second[1], "the weights are the same"
 
 
 def test_another_evaluation_skips_training_and_both_are_kept(outputs: Path, no_training: None) -> None:

@@ -53,7 +53,7 @@ def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
     """Nor validation on different data, where a table has both."""
     place = tmp_path / "outputs"
     for seed, k in enumerate((5, 50, 50)):
-        write(place, config(seed=seed, evaluation__validation_k=k), values(85.0))
+        write(place, config(seed=seed, validation__k=k), values(85.0))
     write(place, config(), values(100.0), data="omniglot", images="omniglot")
     charts = re.findall(r"<figcaption><b>(Validation[^<]*)</b>.*?</figure>", written(place).read_text())
     assert charts == ["Validation, L_5", "Validation, L_50", "Validation, L_50"], "two of mnist, one of omniglot"

@@ -82,7 +82,7 @@ def test_what_cannot_change_the_weights_makes_no_other_cell(tmp_path: Path) -> N
             {"logger__mode": "online"},
             {"device__kind": "cuda"},
             {"data__data_dir": "x"},
-            {"evaluation__validation_k": 5},
+            {"validation__k": 5},
         ]
     ):
         write(tmp_path, config(seed=seed, **changed), values(85.0))

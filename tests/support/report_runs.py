@@ -29,6 +29,7 @@ CONFIG: dict[str, Any] = {
         "fused": True,
     },
     "schedule": {"_target_": f"{PACKAGE}.training.schedule.Burda", "stages": 8},
+    "validation": {"_target_": f"{PACKAGE}.training.settings.Validation", "k": 50, "every": 5},
     "evaluation": {
         "_target_": f"{PACKAGE}.evaluation.protocol.Evaluation",
         "k": 5000,
@@ -38,8 +39,6 @@ CONFIG: dict[str, Any] = {
         "binarization_seed": 0,
         "rows": 2000,
         "workers": None,
-        "validation_k": 50,
-        "validation_every": 5,
         "jackknife": False,
     },
     "device": {"_target_": f"{PACKAGE}.device.Device", "kind": "auto", "precision": "float32", "threads": 1},

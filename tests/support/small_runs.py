@@ -19,6 +19,7 @@ TINY = (
     "schedule=constant",
     "schedule.passes=2",
     "batch_size=100",
+    "validation=smoke",
     "evaluation=smoke",
     "evaluation.k=50",
     "evaluation.splits=[test]",

@@ -113,7 +113,7 @@ def test_the_folder_says_what_was_asked_for_and_how_it_stands(runs: Any, tmp_pat
     for seed, job in enumerate(sweep["jobs"]):
         assert job["overrides"] == [f"seed={seed}", "objective.k=1", "output_dir=there"]
         assert job["path"] == (tmp_path / "there" / job["identity"]).resolve()
-        assert job["identity"].startswith(f"digits-one_layer-iwae-k1-seed{seed}-")
+        assert job["identity"].startswith(f"digits-gaussian_mlp_3-iwae-k1-seed{seed}-")
     out, err = capsys.readouterr()
     assert "1 finished, 2 failed" in out and "it diverged" in out
     assert err.splitlines()[-1] == "iwae-train: not all runs are finished: 2 failed"
@@ -232,7 +232,7 @@ def test_killed_and_stopped_a_sweep_goes_on_by_the_same_command(engine: list[str
     """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left."""
     # Side by side, the first has to last until the second has begun.
     passes = 30 if engine else 15
-    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "evaluation.validation_every=40"]
+    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "validation.every=40"]
     line += [*engine, f"output_dir={tmp_path}"]
     process, since, left = start(*line), 0.0, 2
     if engine and "ray" not in engine[0]:
