@@ -156,6 +156,7 @@ def _gradient(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> Fl
 
 
 @final
+@dataclass(frozen=True)
 class GradientSNR(Estimator):
     """Signal-to-noise ratios over k, for the run's objective or another one, on the first training images.
 
@@ -170,18 +171,19 @@ class GradientSNR(Estimator):
         ValueError: a number out of range, or ``ks`` that do not rise.
     """
 
-    def __init__(self, ks: list[int], draws: int = 200, images: int = 20) -> None:
-        if not ks:
+    ks: list[int]
+    draws: int = 200
+    images: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.ks:
             raise ValueError("ks must hold at least one k, got []")
-        if ks[0] < 1 or sorted(set(ks)) != ks:
-            raise ValueError(f"ks must be >= 1 and rise, got {ks}")
-        if draws < 8:
-            raise ValueError(f"draws must be >= 8, got {draws}")
-        if images < 1:
-            raise ValueError(f"images must be >= 1, got {images}")
-        self.ks = ks
-        self.draws = draws
-        self.images = images
+        if self.ks[0] < 1 or sorted(set(self.ks)) != self.ks:
+            raise ValueError(f"ks must be >= 1 and rise, got {self.ks}")
+        if self.draws < 8:
+            raise ValueError(f"draws must be >= 8, got {self.draws}")
+        if self.images < 1:
+            raise ValueError(f"images must be >= 1, got {self.images}")
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the ratios for every k, and the slope of log ratio against log k."""

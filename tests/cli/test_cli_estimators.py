@@ -105,6 +105,42 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
+MINE = """
+from iwae_cli.evaluation.estimator import Estimates, Estimator
+
+class Brightness(Estimator):
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def estimate(self, subject, check):
+        split = subject.data.evaluation_split("test", subject.evaluation.binarization_seed)
+        x = split.x[: self.images].double()
+        numbers = {"test": {"brightness": x.mean().item()}, "mine": {"k": subject.objective(3).num_samples}}
+        rows = [("mean pixel", "test.brightness", "{:.3f}"), ("samples", "mine.k", "{:,}")]
+        return Estimates(numbers, rows, {"test": split.sha256}, arrays={"brightness": x.mean(1).numpy()})
+"""
+
+
+def test_an_estimator_from_outside_is_a_file_and_a_yaml(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "estimators_of_a_user.py").write_text(MINE)
+    choice = tmp_path / "conf" / "estimator" / "mine.yaml"
+    choice.parent.mkdir(parents=True)
+    choice.write_text("_target_: estimators_of_a_user.Brightness\nobjective: null\nimages: 5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "estimators_of_a_user")
+    line = [str(run_folder), "--config-dir", str(tmp_path / "conf"), "estimator=mine"]
+    assert evaluate(line) == 0
+    out = capsys.readouterr().out
+    result = read_json(kept(run_folder, "brightness")[0] / "result.json")
+    assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
+    printed = [row.split() for row in out.splitlines()]
+    assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
+    assert evaluate([*line, "objective=elbo", "estimator.images=6"]) == 0
+    assert len(kept(run_folder, "brightness")) == 2
+
+
 def test_training_has_no_estimator(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["estimator=ais"]) == 2
     assert capsys.readouterr().err == (
@@ -126,7 +162,7 @@ def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixtur
         assert name in out
 
 
-def test_the_work_is_told_before_it_and_while_it_is_done(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_work_is_announced_and_counted(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again."""
     assert evaluate([str(run_folder), *AIS, *FEW, "estimator.chains=5"]) == 0
     first, *_, last = capsys.readouterr().err.splitlines()

@@ -72,6 +72,7 @@ class Sandwich:
 
 
 @final
+@dataclass(frozen=True)
 class AIS(Estimator):
     """Annealed importance sampling with parallel chains, along f_beta = start^(1-beta) p(x, h)^beta.
 
@@ -97,37 +98,26 @@ class AIS(Estimator):
         ValueError: a number out of range.
     """
 
-    def __init__(
-        self,
-        chains: int = 16,
-        temperatures: int = 500,
-        max_temperatures: int = 4000,
-        tolerance: float = 0.1,
-        leapfrog_steps: int = 10,
-        start: Start = "prior",
-        images: int | None = 100,
-        simulated: int = 100,
-    ) -> None:
-        least = {"chains": (chains, 2), "temperatures": (temperatures, 1), "leapfrog_steps": (leapfrog_steps, 1)}
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"{name} must be >= {minimum}, got {value}")
-        if max_temperatures < temperatures:
-            raise ValueError(f"max_temperatures must be >= temperatures = {temperatures}, got {max_temperatures}")
-        if not (math.isfinite(tolerance) and tolerance > 0):
-            raise ValueError(f"tolerance must be finite and > 0, got {tolerance}")
-        if images is not None and images < 1:
-            raise ValueError(f"images must be >= 1 or null, got {images}")
-        if simulated < 0:
-            raise ValueError(f"simulated must be >= 0, got {simulated}")
-        self.chains = chains
-        self.temperatures = temperatures
-        self.max_temperatures = max_temperatures
-        self.tolerance = tolerance
-        self.leapfrog_steps = leapfrog_steps
-        self.start: Start = start
-        self.images = images
-        self.simulated = simulated
+    chains: int = 16
+    temperatures: int = 500
+    max_temperatures: int = 4000
+    tolerance: float = 0.1
+    leapfrog_steps: int = 10
+    start: Start = "prior"
+    images: int | None = 100
+    simulated: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in {"chains": 2, "temperatures": 1, "leapfrog_steps": 1, "simulated": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        first, last = self.temperatures, self.max_temperatures
+        if last < first:
+            raise ValueError(f"max_temperatures must be >= temperatures = {first}, got {last}")
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise ValueError(f"tolerance must be finite and > 0, got {self.tolerance}")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images must be >= 1 or null, got {self.images}")
 
     def anneal(
         self,
