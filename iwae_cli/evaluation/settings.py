@@ -23,7 +23,7 @@ class Evaluation:
         weights: the weights of the last step (as in the paper) or the best ones by the validation bound.
         seed: seed of the evaluation noise; not the training seed, and the same for every run that is compared.
         binarization_seed: seed of the one binarization of every evaluated split.
-        rows: bound on images x samples computed at once by one worker, and so on the memory used, whatever k is.
+        rows: bound on images x samples computed at once by one worker, and so on the memory, for any k.
         workers: threads that share the images; null is one per available core.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
         precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with

@@ -45,7 +45,7 @@ def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert arrays["validation_log_px"].shape == (6,)
     after = snapshot(run_folder)
     assert {path: after[path] for path in before} == before
-    # Asked for again it is read, not computed.
+    # The second time it is read, not computed.
     assert evaluate([str(run_folder), *AIS, *FEW]) == 0
     assert snapshot(run_folder) == after
     assert capsys.readouterr().out == out
@@ -71,7 +71,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         ("iwae_cli.objectives.elbo.ELBO", "total"),
         ("iwae_cli.objectives.iwae.IWAE", "dreg"),
     }
-    # What was trained stays what it was; what was found differs.
+    # The record of the training is the same in all; the numbers differ.
     assert {r["objective"]["name"] for r in results.values()} == {"iwae"}
     found = [json.dumps(r["gradient_snr"]["inference"]) for r in results.values()]
     assert len(set(found)) == 3
@@ -79,29 +79,26 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["estimator=asi"], "estimator must be one of ais, gradient_snr, got asi; did you mean ais?"),
         (["estimator.images=5"], "estimator.images belongs to an estimator: write estimator=ais or"),
         (["estimator=ais", "estimator.chain=5"], "estimator.chain is unknown; did you mean estimator.chains?"),
         (["estimator=ais", "estimator.chains=1"], "estimator.chains must be >= 2, got 1"),
-        (["estimator=ais", "estimator.start=post"], "estimator.start must be one of prior, inference, got post"),
         (["estimator=ais", "estimator._target_=os.system"], "estimator._target_ must name a class"),
         (["estimator=ais", "objective=elbo"], "objective cannot be changed after training"),
         (["estimator=ais,gradient_snr"], "estimator=ais,gradient_snr: iwae-eval does one evaluation"),
-        (["estimator=gradient_snr", "estimator.ks=[]"], "estimator.ks must hold at least one k, got []"),
         (["estimator=gradient_snr", "objective=wiae"], "objective must be one of"),
-        (["estimator=gradient_snr", "objective.gradient=drge"], "objective.gradient must be one of total, stl, dreg"),
         (["estimator=gradient_snr", "objective=vimco", "estimator.ks=[1,2]"], "objective.k must be >= 2"),
     ],
 )
 def test_wrong_input_is_one_line(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     before = snapshot(run_folder)
     assert evaluate([str(run_folder), *overrides]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {said}")
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {message}")
     assert snapshot(run_folder) == before
 
 

@@ -219,7 +219,7 @@ def test_a_sweep_leaves_its_target_invariant_and_its_reversal_undoes_its_order()
 
 
 def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured chains use the tuned step sizes, whatever their own acceptance is."""
+    """Measured chains use the tuned step sizes and do not adapt them."""
     model, x = linear_gaussian(2)
     used: list[Tensor] = []
     move = hamiltonian_move
