@@ -15,7 +15,8 @@ from iwae_cli.config.build import build
 from iwae_cli.evaluation.estimator import Estimator
 
 AIS = ("estimator=ais", "estimator.temperatures=4", "estimator.max_temperatures=4", "estimator.leapfrog_steps=2")
-FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]")
+FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]", "evaluation.workers=1")
+ONE_SPLIT = ("evaluation.splits=[test]", "evaluation.workers=1")
 SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
 
 
@@ -171,7 +172,13 @@ def test_the_work_is_announced_and_counted(run_folder: Path, capsys: pytest.Capt
 
 
 def test_doublings_are_more_work(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("estimator.images=3", "estimator.simulated=2", "evaluation.splits=[test]", "estimator.tolerance=1e-12")
+    few = (
+        "estimator.images=3",
+        "estimator.simulated=2",
+        "evaluation.splits=[test]",
+        "estimator.tolerance=1e-12",
+        "evaluation.workers=1",
+    )
     path = ("estimator=ais", "estimator.temperatures=2", "estimator.max_temperatures=8", "estimator.leapfrog_steps=1")
     assert evaluate([str(run_folder), *path, *few]) == 0
     first, *_, last = capsys.readouterr().err.splitlines()
