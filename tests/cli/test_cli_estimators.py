@@ -16,7 +16,6 @@ from iwae_cli.evaluation.estimator import Estimator
 
 AIS = ("estimator=ais", "estimator.temperatures=4", "estimator.max_temperatures=4", "estimator.leapfrog_steps=2")
 FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]", "evaluation.workers=1")
-ONE_SPLIT = ("evaluation.splits=[test]", "evaluation.workers=1")
 SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
 
 
@@ -103,42 +102,6 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
-MINE = """
-from iwae_cli.evaluation.estimator import Estimates, Estimator
-
-class Brightness(Estimator):
-    def __init__(self, images: int) -> None:
-        self.images = images
-
-    def estimate(self, subject, check):
-        split = subject.data.evaluation_split("test", subject.evaluation.binarization_seed)
-        x = split.x[: self.images].double()
-        numbers = {"test": {"brightness": x.mean().item()}, "mine": {"k": subject.objective(3).num_samples}}
-        rows = [("mean pixel", "test.brightness", "{:.3f}"), ("samples", "mine.k", "{:,}")]
-        return Estimates(numbers, rows, {"test": split.sha256}, arrays={"brightness": x.mean(1).numpy()})
-"""
-
-
-def test_an_estimator_from_outside_is_a_file_and_a_yaml(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "estimators_of_a_user.py").write_text(MINE)
-    choice = tmp_path / "conf" / "estimator" / "mine.yaml"
-    choice.parent.mkdir(parents=True)
-    choice.write_text("_target_: estimators_of_a_user.Brightness\nobjective: null\nimages: 5\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "estimators_of_a_user")
-    line = [str(run_folder), "--config-dir", str(tmp_path / "conf"), "estimator=mine"]
-    assert evaluate(line) == 0
-    out = capsys.readouterr().out
-    result = read_json(kept(run_folder, "brightness")[0] / "result.json")
-    assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
-    printed = [row.split() for row in out.splitlines()]
-    assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
-    assert evaluate([*line, "objective=elbo", "estimator.images=6"]) == 0
-    assert len(kept(run_folder, "brightness")) == 2
-
-
 def test_training_has_no_estimator(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["estimator=ais"]) == 2
     assert capsys.readouterr().err == (
@@ -192,3 +155,39 @@ def test_the_gradients_are_counted_by_their_samples(run_folder: Path, capsys: py
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "gradients: 9 draws at each k of 2, 4, on 5 images: 270 samples, each with its gradient"
     assert last.startswith("gradients, k = 4  sample 54/54") and last.endswith("samples/s")
+
+
+MINE = """
+from iwae_cli.evaluation.estimator import Estimates, Estimator
+
+class Brightness(Estimator):
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def estimate(self, subject, check):
+        split = subject.data.evaluation_split("test", subject.evaluation.binarization_seed)
+        x = split.x[: self.images].double()
+        numbers = {"test": {"brightness": x.mean().item()}, "mine": {"k": subject.objective(3).num_samples}}
+        rows = [("mean pixel", "test.brightness", "{:.3f}"), ("samples", "mine.k", "{:,}")]
+        return Estimates(numbers, rows, {"test": split.sha256}, arrays={"brightness": x.mean(1).numpy()})
+"""
+
+
+def test_an_estimator_from_outside_is_a_file_and_a_yaml(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "estimators_of_a_user.py").write_text(MINE)
+    choice = tmp_path / "conf" / "estimator" / "mine.yaml"
+    choice.parent.mkdir(parents=True)
+    choice.write_text("_target_: estimators_of_a_user.Brightness\nobjective: null\nimages: 5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "estimators_of_a_user")
+    line = [str(run_folder), "--config-dir", str(tmp_path / "conf"), "estimator=mine"]
+    assert evaluate(line) == 0
+    out = capsys.readouterr().out
+    result = read_json(kept(run_folder, "brightness")[0] / "result.json")
+    assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
+    printed = [row.split() for row in out.splitlines()]
+    assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
+    assert evaluate([*line, "objective=elbo", "estimator.images=6"]) == 0
+    assert len(kept(run_folder, "brightness")) == 2
