@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.summary import Row
@@ -156,6 +156,7 @@ def _gradient(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> Fl
 
 
 @final
+@dataclass(frozen=True)
 class GradientSNR(Estimator):
     """Signal-to-noise ratios over k, for the run's objective or another one, on the first training images.
 
@@ -170,18 +171,19 @@ class GradientSNR(Estimator):
         ValueError: a number out of range, or ``ks`` that do not rise.
     """
 
-    def __init__(self, ks: list[int], draws: int = 200, images: int = 20) -> None:
-        if not ks:
+    ks: list[int]
+    draws: int = 200
+    images: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.ks:
             raise ValueError("ks must hold at least one k, got []")
-        if ks[0] < 1 or sorted(set(ks)) != ks:
-            raise ValueError(f"ks must be >= 1 and rise, got {ks}")
-        if draws < 8:
-            raise ValueError(f"draws must be >= 8, got {draws}")
-        if images < 1:
-            raise ValueError(f"images must be >= 1, got {images}")
-        self.ks = ks
-        self.draws = draws
-        self.images = images
+        if self.ks[0] < 1 or sorted(set(self.ks)) != self.ks:
+            raise ValueError(f"ks must be >= 1 and rise, got {self.ks}")
+        if self.draws < 8:
+            raise ValueError(f"draws must be >= 8, got {self.draws}")
+        if self.images < 1:
+            raise ValueError(f"images must be >= 1, got {self.images}")
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the ratios for every k, and the slope of log ratio against log k."""
@@ -255,10 +257,8 @@ class GradientSNR(Estimator):
             f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
             f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
         )
-        fewer = {"draws": (self.draws, 50), "images": (self.images, 5)}
-        cheaper = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few]
-        cheaper += [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
-        return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
+        shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
+        return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
 
 
 def _slope(ratios: dict[int, float]) -> float:

@@ -39,7 +39,7 @@ def split(**changed: Any) -> dict[str, Any]:
 def table(**changed: Any) -> str:
     result = {
         "identity": "digits-one_layer-iwae-k50-s0-1a2b3c4d",
-        "dataset": {"name": "digits", "protocol": "1,297/250/250, binarized anew at every access [8x8]"},
+        "dataset": {"name": "digits", "protocol": "1,297/250/250, binarized at every access [8x8]"},
         "active_units": [20, 5],
         "seconds": {"train": 12.34, "evaluate": 4.5},
         "test": split(),
@@ -72,7 +72,7 @@ def test_the_table_has_the_number_with_its_three_errors_and_everything_beside_it
         "images with k-hat above 0.7 4.0%",
         "active units 20 + 5",
         "seconds train 12.3, evaluate 4.5",
-        "data 1,297/250/250, binarized anew at every access [8x8]",
+        "data 1,297/250/250, binarized at every access [8x8]",
         "folder outputs/" + "x" * 100,
         "upload wandb sync outputs/" + "y" * 100,
     ):
@@ -110,19 +110,19 @@ def test_splits_stand_side_by_side() -> None:
         ({"top_weight_share_above_0.5": 0.011}, "warning: test: for 1.1% of the images one sample has more than half"),
     ],
 )
-def test_a_number_that_is_not_to_be_trusted_says_so_in_words(changed: dict[str, float], words: str) -> None:
+def test_an_unreliable_number_has_a_warning(changed: dict[str, float], words: str) -> None:
     warnings = [line for line in table(test=split(**changed)).splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(words)
 
 
-def test_what_one_sample_is_by_definition_is_no_warning() -> None:
+def test_one_sample_has_no_warnings() -> None:
     shares = {"ess_share_below_10": 1.0, "top_weight_share_above_0.5": 1.0}
     assert len(summary.reliability_warnings("test", split(**shares))) == 2
     assert summary.reliability_warnings("test", split(k=1, bias_mc=None, **shares)) == []
 
 
-def test_what_is_not_available_says_why() -> None:
+def test_a_missing_number_has_its_reason() -> None:
     text = table(
         test=split(**{"khat_share_above_0.7": None, "bits_per_dim": None}),
         active_units=None,
@@ -134,7 +134,7 @@ def test_what_is_not_available_says_why() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_warning_is_a_whole_sentence_broken_between_words_at_a_terminal(
+def test_a_warning_is_broken_between_words_at_a_terminal_and_is_one_line_in_a_file(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "70")

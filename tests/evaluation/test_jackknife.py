@@ -48,7 +48,7 @@ def test_it_is_less_biased_than_the_bound(model: LatentVariableModel) -> None:
     assert abs(left) < abs(bias) / 2
 
 
-def test_what_has_no_value_is_null_with_the_reason(model: LatentVariableModel) -> None:
+def test_a_missing_value_is_null_with_the_reason(model: LatentVariableModel) -> None:
     x = torch.full((1, 3), 60.0, dtype=torch.float64)
     found = log_likelihood(model, Split("test", x, ""), k=64, seed=4, rows=64, with_jackknife=True)
     assert found.jackknife is not None
