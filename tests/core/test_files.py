@@ -216,24 +216,3 @@ def test_a_forked_child_that_exits_keeps_its_parents_lock(tmp_path: Path) -> Non
         assert child.exitcode == 0
         with pytest.raises(RunLocked):
             RunLock(tmp_path).__enter__()
-
-
-def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, [0] * 1000)
-    writer = start(
-        "import sys; from iwae_cli.core.files import write_json; print('ready', flush=True)\n"
-        "for i in range(10**9): write_json(sys.argv[1], [i] * 1000)",
-        path,
-    )
-    try:
-        seen = set()
-        stop = time.monotonic() + 20
-        while len(seen) < 20 and time.monotonic() < stop:
-            values = json.loads(path.read_text())
-            assert len(values) == 1000
-            assert len(set(values)) == 1
-            seen.add(values[0])
-        assert len(seen) == 20
-    finally:
-        end(writer)

@@ -64,13 +64,13 @@ def test_an_evaluation_of_an_unfinished_run_is_not_its_result(tmp_path: Path, mo
 
 def test_the_source_of_a_run_must_be_the_same_model_and_finished(folder: Path) -> None:
     code, _, err = again(folder, f"init_from={folder}", "model.latent_sizes=[4]", "seed=1")
-    assert code == 2 and err.endswith(" was run with another model: model.latent_sizes=[3] there, [4] here\n")
+    assert code == 2 and "model.latent_sizes=[3] there, [4] here" in err
     code, _, err = again(folder, f"init_from={folder}", "model=two_layer", *TINY_TWO_LAYERS[1:3], "seed=1")
     assert code == 2 and "model.latent_sizes=[3] there, [4,3] here; model.hidden_sizes=[[8]] there, [[12],[8]]" in err
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save({**state, "step": 13}, folder / "checkpoint.pt")
     code, _, err = again(folder, f"init_from={folder}", "seed=1")
-    assert code == 2 and "is not finished (step 13 of 26)" in err
+    assert code == 2 and "step 13 of 26" in err
     assert run_folders(folder.parent) == [folder]
 
 

@@ -63,7 +63,7 @@ def finish(output_dir: Path, *overrides: str) -> Path:
     step = saved_step(only_folder(output_dir)) if list(output_dir.glob("*/checkpoint.pt")) else 0
     code, _, err = command(output_dir, *overrides)
     assert code == 0, err
-    assert (f"from step {step} of 39" in err) == (0 < step < 39)
+    assert (f"from step {step}" in err) == (0 < step < 39)
     folder = only_folder(output_dir)
     assert not list(folder.rglob(".tmp-*"))
     status = read_json(folder / "status.json")
@@ -157,7 +157,7 @@ def test_a_signal_at_every_moment(output_dir: Path, reference: dict[str, Any], m
         assert (status["status"], status["step"], saved_step(folder)) == ("interrupted", step, step), name
         assert not (folder / "result.json").exists()
     code, _, err = command(output_dir)
-    assert code == 0 and "has no row" not in err, err
+    assert code == 0 and "metrics.jsonl" not in err, err
     assert bits(only_folder(output_dir)) == reference
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_at_every_moment(output_dir: Path, reference: dict[str, Any]
         folder = only_folder(output_dir)
         line = err.splitlines()[-1]
         assert (code, out) == (1, ""), (name, err)
-        assert f"{folder} cannot be written to (No space left on device)" in line and "output_dir=..." in line
+        assert all(part in line for part in (str(folder), "No space left on device", "output_dir=")), line
         check_whole(folder)
         assert not list(folder.rglob(".tmp-*"))
         assert read_json(folder / "status.json")["status"] == "running", name
@@ -189,7 +189,7 @@ def test_a_folder_that_is_gone_is_not_created_again(output_dir: Path, fault: Any
     with Fault(fault, ["best.pt"], output_dir):
         code, _, err = command(output_dir)
     assert code == 1
-    assert " is gone: it was renamed or removed" in err.splitlines()[-1]
+    assert str(output_dir) in err.splitlines()[-1] and "Traceback" not in err
     assert [path.name for path in output_dir.iterdir()] == left
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted: Path, output_dir: P
     torch.save(state | {"identity": "digits-4567"}, interrupted / "checkpoint.pt")
     code, _, err = command(output_dir)
     assert code == 2
-    assert f"is a checkpoint of digits-4567, not of {interrupted.name}" in err
+    assert "digits-4567" in err and interrupted.name in err
 
 
 def test_another_place_and_other_threads_give_the_same_bits(
@@ -299,7 +299,7 @@ def test_another_version_and_lost_rows_are_reported(
     rows.write_bytes(b'{"step": 13, "pa')
     code, _, err = command(output_dir)
     assert code == 0, err
-    assert f"resuming is not exact: torch was 2.0.0 and is {torch.__version__}" in caplog.text
-    warning = "metrics.jsonl has no row of 1 of the 1 passes that are done, the first of them pass 1"
-    assert warning in err and warning in (interrupted / "train.log").read_text()
+    assert any("2.0.0" in line and torch.__version__ in line for line in caplog.messages)
+    for text in (err, (interrupted / "train.log").read_text()):
+        assert any("metrics.jsonl" in line and "pass 1" in line for line in text.splitlines())
     assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == [26, 39]

@@ -106,9 +106,7 @@ def test_an_empty_name_is_not_the_current_folder(key: str, tmp_path: Path) -> No
 # A disk that cannot be written to.
 
 
-def test_a_finished_run_can_be_read_where_nothing_can_be_written(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_can_be_read_where_nothing_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 
     def read_only(path: Any, flags: int, *rest: Any, **more: Any) -> int:
@@ -119,7 +117,6 @@ def test_a_finished_run_can_be_read_where_nothing_can_be_written(
     monkeypatch.setattr("os.open", read_only)
     code, out, _ = again(folder.parent)
     assert code == 0 and f"{read_json(folder / 'result.json')['test']['nll']:.2f}" in out
-    assert f"{folder} cannot be written to (Read-only file system)" in caplog.text
     assert f"(Read-only file system: {folder / '.lock'})" in refused(folder.parent, "evaluation.k=60")
     assert f"(Read-only file system: {folder / '.lock'})" in refused(folder.parent, "restart=true")
 
@@ -142,8 +139,8 @@ def test_a_damaged_result(folder: Path) -> None:
         (folder / "result.json").write_text(content)
         with pytest.raises(UserError) as refusal:
             RunFolder(folder).result()
-        assert str(refusal.value).startswith(f"{folder / 'result.json'} is damaged")
-    assert f"{folder / 'result.json'} is damaged" in refused(folder.parent)
+        assert str(folder / "result.json") in str(refusal.value)
+    assert str(folder / "result.json") in refused(folder.parent)
     (folder / "result.json").unlink()
     with nothing_computed(folder):
         assert again(folder.parent)[0] == 0
@@ -204,10 +201,10 @@ def test_without_a_checkpoint_nothing_is_retrained(folder: Path) -> None:
         assert code == 0 and "NLL_50" in out and err.count("\n") == 1
         assert "figures/samples.png" in err and "checkpoint.pt" in err and "restart=true" in err
         line = refused(folder.parent, "evaluation.k=51")
-        assert str(folder) in line and "needs its checkpoint.pt" in line and "restart=true" in line
+        assert str(folder) in line and "checkpoint.pt" in line and "restart=true" in line
         assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
         (folder / "result.json").unlink()
-        assert "needs its checkpoint.pt" in refused(folder.parent)
+        assert "checkpoint.pt" in refused(folder.parent)
 
 
 def test_files_where_folders_belong(folder: Path) -> None:
@@ -220,35 +217,35 @@ def test_files_where_folders_belong(folder: Path) -> None:
     (folder / "evaluations").unlink()
     (folder / "figures").write_text("mine")
     code, out, err = again(folder.parent)
-    assert code == 0 and "NLL_50" in out and "figures are missing: " in err and "Traceback" not in err
+    assert code == 0 and "NLL_50" in out and "figures" in err and "Traceback" not in err
     assert (folder / "figures").read_text() == "mine"
 
 
 def test_missing_and_damaged_best_weights_differ(folder: Path) -> None:
     (folder / "best.pt").write_bytes((folder / "best.pt").read_bytes()[:-500])
     code, _, err = evaluate(folder, "evaluation.weights=best")
-    assert code == 2 and err.count("\n") == 1 and f"{folder / 'best.pt'} cannot be read" in err
+    assert code == 2 and err.count("\n") == 1 and str(folder / "best.pt") in err
     (folder / "best.pt").unlink()
     code, _, err = evaluate(folder, "evaluation.weights=best")
-    assert code == 2 and err.count("\n") == 1 and "best.pt is gone; evaluation.weights=last" in err
+    assert code == 2 and err.count("\n") == 1 and "evaluation.weights=last" in err
 
 
 # Files outside the run folder.
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("damage", "named"),
     [
-        (lambda source: source / "config.yaml", "config.yaml is not a run folder: it has no config.yaml"),
-        (lambda source: source.parent / "nowhere", "nowhere is not a run folder: it has no config.yaml"),
-        (lambda source: rewritten(source, "model"), "config.yaml is damaged: it names no model"),
-        (lambda source: (source / "checkpoint.pt").unlink() or source, "checkpoint.pt is not there"),
-        (lambda source: (source / "checkpoint.pt").write_bytes(b"x") and source, "the command of the run with restart"),
+        (lambda source: source / "config.yaml", "config.yaml"),
+        (lambda source: source.parent / "nowhere", "nowhere"),
+        (lambda source: rewritten(source, "model"), "config.yaml"),
+        (lambda source: (source / "checkpoint.pt").unlink() or source, "checkpoint.pt"),
+        (lambda source: (source / "checkpoint.pt").write_bytes(b"x") and source, "restart=true"),
     ],
 )
-def test_an_invalid_source(folder: Path, damage: Callable[[Path], Path], reason: str) -> None:
+def test_an_invalid_source(folder: Path, damage: Callable[[Path], Path], named: str) -> None:
     line = refused(folder.parent.parent / "new", f"init_from={damage(folder)}")
-    assert line.startswith(f"iwae-train: init_from: {folder.parent}") and reason in line
+    assert line.startswith(f"iwae-train: init_from: {folder.parent}") and named in line
     assert not (folder.parent.parent / "new").exists()
 
 
@@ -277,9 +274,9 @@ def test_data_that_were_moved(tmp_path: Path) -> None:
     assert read_json(kept)["test"] == read_json(folder / "result.json")["test"]
     savemat(tmp_path / "new.mat", {"data": images[:, :40] / 255.0, "testdata": images[:, 30:] / 255.0})
     code, _, err = evaluate(folder, f"data.path={tmp_path / 'new.mat'}", "evaluation.k=6")
-    assert code == 2 and "are not those that" in err
+    assert code == 2 and err.count("\n") == 1
     code, _, err = evaluate(folder, "data.binarization=none")
-    assert code == 2 and "data.binarization cannot be changed after training" in err
+    assert code == 2 and "data.binarization" in err
 
 
 def test_one_sample_has_no_error_estimate(folder: Path) -> None:
@@ -288,7 +285,5 @@ def test_one_sample_has_no_error_estimate(folder: Path) -> None:
     (kept,) = (r for path in folder.glob("evaluations/*/result.json") if (r := read_json(path))["test"]["k"] == 1)
     assert kept["test"]["stderr_mc"] is kept["test"]["bias_mc"] is None
     assert kept["test"]["nll"] == -kept["test"]["bounds"]["1"]
-    for name in ("stderr_mc", "bias_mc"):
-        reason = kept["reasons"][f"test.{name}"]
-        assert reason.startswith("one sample says nothing of its own error")
-        assert f"test.{name} not available: {reason}" in out
+    for name in ("test.stderr_mc", "test.bias_mc"):
+        assert kept["reasons"][name] and name in out
