@@ -1,4 +1,4 @@
-"""What every test stands on: shapes are checked, randomness is seeded, nothing is written or read outside."""
+"""For every test: shapes are checked, randomness is seeded, nothing outside a temporary folder is read or written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import install_import_hook
 from matplotlib.figure import Figure
 
-# Before anything imports the package: its annotations, shapes included, are then checked at every call.
+# Before the package is imported: annotations, shapes included, are then checked at every call.
 install_import_hook("iwae_cli", "shape_checks.checked")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,13 +25,13 @@ _savefig = Figure.savefig
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One home for the session, so that matplotlib builds its list of fonts once and not once a test."""
+    """One home for the session, so that matplotlib lists its fonts once."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(autouse=True)
 def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> None:
-    """Neither the user's settings nor the user's folders: also in the processes that a test starts."""
+    """Hide the user's settings and folders, also from processes that a test starts."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "IWAE_", "XDG_", "HYDRA_")):
             monkeypatch.delenv(name)
@@ -45,36 +45,37 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> No
 
 
 @pytest.fixture(scope="session", autouse=True)
-def blank_pictures() -> Iterator[None]:
-    """Every picture is the same small one: to draw them is a third of a small run, and few tests look at them."""
+def shortcuts() -> Iterator[None]:
+    """Save one small blank picture for every figure, which few tests look at, and never wait for the disk."""
     blank = io.BytesIO()
     Figure(figsize=(0.1, 0.1)).savefig(blank, format="png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).write_bytes(blank.getvalue()))
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 @pytest.fixture
 def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures as they are, for a test that looks at them."""
+    """Real pictures."""
     monkeypatch.setattr(Figure, "savefig", _savefig)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """torch's own generator, for tests that do not ask for one."""
+    """Seed torch's global generator, for tests without ``generator``."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A seeded generator; torch's default dtype stays float32, as in production: tests ask for float64 by name."""
+    """A seeded generator; the default dtype stays float32, as in production: tests name float64."""
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data sets, read-only; a test skips where it, or the set that it asks for, is missing."""
+    """The folder of real data sets, read-only; tests skip where it, or their data set, is missing."""
     if not DATA.is_dir():
         pytest.skip(f"no real data: {DATA} is not a folder (IWAE_DATA_DIR names another)")
     return DATA

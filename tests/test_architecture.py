@@ -1,4 +1,4 @@
-"""What the import contracts in pyproject.toml cannot say: light imports, one name for one class, checked shapes."""
+"""Rules that the import contracts in pyproject.toml cannot express."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Errors that are answers: each is one line for the person at the keyboard, never a traceback."""
+"""Errors that end a command with one line on standard error and an exit code, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was asked for cannot be done as asked; the message says what, where and what to type instead."""
+    """The request cannot be carried out; the message names the override or file and what to type instead."""
 
     exit_code = 2
 
@@ -16,7 +16,7 @@ class RunLocked(UserError):
 
 
 class RunFailed(UserError):
-    """The run began and could not be finished, for a reason the message names (divergence, a full disk)."""
+    """The run started and could not finish; the message gives the reason (divergence, a full disk)."""
 
     exit_code = 1
 

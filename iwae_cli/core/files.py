@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the lock that keeps two processes off one run."""
+"""Atomic writes, and the lock that keeps two processes from working on one run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from typing import Any
 from iwae_cli.core.errors import RunLocked, UserError
 
 TEMPORARY = ".tmp-"
-"""How the name of an unfinished file begins; such a file may be removed by whoever holds the lock of its folder."""
+"""Prefix of unfinished files; the holder of a folder's lock may remove them."""
 
-
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
 def trouble(error: OSError, folder: Path) -> str | None:
-    """What ``error`` says of ``folder``, which should be read and written; None if it is about something else."""
-    if not isinstance(error.filename, str):  # a write or a sync has no name to tell
-        return error.strerror if error.errno in _OF_A_DISK else None
+    """Return a description of ``error`` if it concerns reading or writing ``folder``, else None."""
+    if not isinstance(error.filename, str):  # write and fsync name no file
+        return error.strerror if error.errno in _DISK_ERRORS else None
     place = Path(re.sub(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-(?=[^/]*$)", "", error.filename))
     if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
         return None
@@ -37,11 +36,7 @@ def trouble(error: OSError, folder: Path) -> str | None:
 
 @contextmanager
 def as_user_error(folder: Path, advice: str) -> Iterator[None]:
-    """Errors of the operating system that are about ``folder`` become one line that ends with what to type instead.
-
-    Raises:
-        UserError: in place of such an OSError.
-    """
+    """Re-raise OSErrors about ``folder`` as UserError, with ``advice`` at the end of its one line."""
     try:
         yield
     except OSError as error:
@@ -53,12 +48,11 @@ def as_user_error(folder: Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path to write to instead of ``path``; what lies there at the end takes the place of ``path`` in one step.
+    """Yield a temporary path to write to; on success fsync it and rename it to ``path``.
 
-    It is in the same folder, which must be there: one that somebody has renamed meanwhile is not made again. It ends
-    with the same name, so that writers that look at or add a suffix (``np.savez``) do the same as ever. After a crash,
-    at any moment, ``path`` is the old file or the new one. If the block raises, the old file stays and the temporary
-    one is removed.
+    After a crash at any moment ``path`` is the old file or the new one. If the block raises, the old file stays and the
+    temporary one is removed. The folder must exist, so that one renamed by the user is not created again. The temporary
+    name ends like ``path``, for writers such as ``np.savez`` that add a missing suffix.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
@@ -67,10 +61,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # what was raised says more
+        with suppress(OSError):  # the first error matters more
             temporary.unlink(missing_ok=True)
         raise
-    # Without this a power cut may bring the old name back although the new bytes are on the disk.
+    # Without this a power cut may undo the rename although the new bytes are on the disk.
     _sync(path.parent, os.O_RDONLY)
 
 
@@ -89,16 +83,19 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON, atomically.
 
     Raises:
-        ValueError: a number is NaN or infinite, or something is no plain JSON value; the message names its key.
+        ValueError: a number is NaN or infinite, or a value is not a plain JSON value; the message names its key.
     """
     write_text(path, dump_json(value, Path(path).name, indent=2) + "\n")
 
 
 def dump_json(value: Any, name: str, indent: int | None = None) -> str:
-    """``value`` as standard JSON, which knows neither NaN nor Infinity; ``name`` is for the error message.
+    """Return ``value`` as standard JSON, which has neither NaN nor Infinity.
+
+    Args:
+        name: names the value in errors.
 
     Raises:
-        ValueError: as for ``write_json``.
+        ValueError: as ``write_json``.
     """
     for key, leaf in _leaves(value, ""):
         if isinstance(leaf, float) and not math.isfinite(leaf):
@@ -109,16 +106,16 @@ def dump_json(value: Any, name: str, indent: int | None = None) -> str:
 
 
 class RunLock:
-    """Held while a process works on a run folder; given up when the block ends or the process dies in any way.
+    """Lock on a run folder for the length of a block; entering it removes leftover temporary files.
 
-    A lock of the kernel's on ``<folder>/.lock``, so kill -9 leaves nothing stale. Child processes do not keep it
-    alive: those that execute another program lose the descriptor then (close-on-exec), forked ones at the fork.
+    A kernel lock (flock) on ``<folder>/.lock``: it ends with the process, so kill -9 leaves nothing stale. Children do
+    not inherit it: the descriptor is closed on exec and after a fork.
 
     Args:
-        folder: the run folder; exists.
+        folder: the run folder; it must exist.
 
     Raises:
-        RunLocked: on entering, another process (or another lock in this one) has it; the message says who.
+        RunLocked: on entering, another process (or another lock in this one) holds it; the message names the holder.
         OSError: on entering, the folder cannot be written to, or its file system has no locks.
     """
 
@@ -130,11 +127,11 @@ class RunLock:
         path = self._folder / ".lock"
         while True:
             descriptor = self._locked(path)
-            # While this waited at the door, the folder may have been renamed: then the lock is on what it was.
+            # If the folder was renamed between open and flock, the lock is on the old one: try again.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
             os.close(descriptor)
-        with suppress(OSError):  # the name is a courtesy, and a full disk has no room for it
+        with suppress(OSError):  # a full disk has no room for the name, which is only for the message
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
@@ -161,7 +158,7 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A forked child that leaves the block finds its copy closed already, and must not close a reused number.
+        # In a forked child the descriptor is closed already, and its number may have been reused.
         if self._descriptor in _held:
             _held.discard(self._descriptor)
             os.close(self._descriptor)
@@ -171,13 +168,13 @@ class RunLock:
 _held: set[int] = set()
 
 
-def _let_go_after_fork() -> None:
+def _close_after_fork() -> None:
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_after_fork)
+os.register_at_fork(after_in_child=_close_after_fork)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -189,7 +186,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no container, with its dotted key."""
+    """Yield every value that is not a container, with its dotted key."""
     if isinstance(value, Mapping):
         children = [(str(name), child) for name, child in value.items()]
     elif isinstance(value, (list, tuple)):

@@ -1,8 +1,7 @@
-"""Random numbers derived from keys, so that there is no generator state to save or to lose.
+"""Random numbers derived from hashed keys, so that there is no generator state to save.
 
-Every number is a function of (seed, stream, index, ...). Training derives one generator per step; evaluation
-derives its noise per image and block of samples, so that the value of a bound cannot depend on how the work
-was cut into chunks, batches, workers or sessions.
+Every number is a function of (seed, stream, index, ...). Training derives one generator per step. Evaluation derives
+its noise per image and block of samples, so that a bound does not depend on chunks, batches, workers or processes.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 64
-"""Samples drawn together: a block is always drawn whole, then sliced."""
+"""Samples per block; a block is always drawn whole, then sliced."""
 
 
 def derive(*key: int | str) -> int:
-    """A 128-bit integer that is a hash of ``key``; different keys never share a stream in practice.
+    """Return a 128-bit hash of ``key``.
 
     Adding an index to a seed would make (seed 0, index 1) collide with (seed 1, index 0); hashing does not.
     """
@@ -29,53 +28,53 @@ def derive(*key: int | str) -> int:
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A torch generator on ``device`` seeded from ``key`` (63 bits; torch's CPU generator keeps 32 of them)."""
+    """Return a torch generator on ``device`` seeded from ``key`` (63 bits, of which torch's CPU generator keeps 32)."""
     return torch.Generator(device).manual_seed(derive(*key) >> 65)
 
 
 def numpy_generator(*key: int | str) -> np.random.Generator:
-    """A counter-based (Philox) numpy generator that keeps all 128 bits of the key."""
+    """Return a counter-based (Philox) numpy generator, which uses all 128 bits of ``derive(*key)``."""
     return np.random.Generator(np.random.Philox(key=derive(*key)))
 
 
 @runtime_checkable
 class Noise(Protocol):
-    """Where a model's randomness comes from: standard draws for one stochastic layer at a time."""
+    """Source of a model's randomness: standard draws for one stochastic layer at a time."""
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Standard normal draws."""
+        """Return standard normal draws, (k, batch, size)."""
         ...
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Uniform draws on [0, 1)."""
+        """Return uniform draws on [0, 1), (k, batch, size)."""
         ...
 
 
 class GeneratorNoise:
-    """Noise read from one torch generator in the order of the calls: for training steps and for pictures."""
+    """Noise from one torch generator in the order of the calls, for training and figures; ``layer`` is ignored."""
 
     def __init__(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> None:
         self._generator = generator
         self._dtype = dtype
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Standard normal draws; ``layer`` is not used, the order of the calls decides."""
+        """Return standard normal draws, (k, batch, size)."""
         return torch.randn(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Uniform draws on [0, 1); ``layer`` is not used, the order of the calls decides."""
+        """Return uniform draws on [0, 1), (k, batch, size)."""
         return torch.rand(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
 
 
 class KeyedNoise:
     """Noise for evaluation: a function of (seed, stream, layer, image, sample index) alone.
 
-    Drawn in float32 whatever ``dtype`` is, so that two precisions can be compared on the same noise.
+    Always drawn in float32, so that two precisions can be compared on the same noise.
 
     Args:
-        seed: the evaluation seed (not the training seed).
-        stream: what the draws are for, such as ``"test"``.
-        images: index of each image of the batch within its split.
+        seed: evaluation seed, not the training seed.
+        stream: purpose of the draws, such as ``"test"``.
+        images: index within its split of each image of the batch.
         start: index of the first sample; a multiple of ``BLOCK``.
         dtype, device: of the returned tensors.
 
@@ -101,11 +100,11 @@ class KeyedNoise:
         self._device = device
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Standard normal draws for samples ``start`` to ``start + k`` of every image."""
+        """Return standard normal draws, (k, batch, size), for samples ``start`` to ``start + k - 1``."""
         return self._draw("normal", layer, k, batch, size)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Uniform draws on [0, 1) for samples ``start`` to ``start + k`` of every image."""
+        """Return uniform draws on [0, 1), (k, batch, size), for samples ``start`` to ``start + k - 1``."""
         return self._draw("uniform", layer, k, batch, size)
 
     def _draw(self, kind: str, layer: int, k: int, batch: int, size: int) -> Tensor:
@@ -113,16 +112,16 @@ class KeyedNoise:
             raise ValueError(f"batch must be the {len(self._images)} images of this noise, got {batch}")
         blocks = -(-k // BLOCK)
         out = np.empty((batch, blocks * BLOCK, size), dtype=np.float32)
-        for image, of_image in zip(self._images, out.reshape(batch, blocks, BLOCK, size), strict=True):
+        for image, blocks_of_image in zip(self._images, out.reshape(batch, blocks, BLOCK, size), strict=True):
             philox = np.random.Philox(key=derive(*self._key, kind, layer, int(image)))
             random = np.random.Generator(philox)
             fill = random.standard_normal if kind == "normal" else random.random
-            begun = philox.state  # as it is before the first number
-            counter = begun["state"]["counter"]
-            for block, whole in enumerate(of_image, start=self._block):
-                # The third word of the 256-bit counter numbers the block: 2^128 numbers lie between two blocks.
+            initial = philox.state
+            counter = initial["state"]["counter"]
+            for block, whole in enumerate(blocks_of_image, start=self._block):
+                # The third word of the 256-bit counter is the block's number: blocks are 2^128 numbers apart.
                 counter[2] = block
-                philox.state = begun
+                philox.state = initial
                 fill(out=whole, dtype=np.float32)
         drawn = torch.from_numpy(out).transpose(0, 1)[:k]
         return drawn.to(device=self._device, dtype=self._dtype)

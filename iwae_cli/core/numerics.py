@@ -1,6 +1,6 @@
-"""Numbers that objectives and evaluation share: log-mean-exp, effective sample size, streaming sums, Pareto k-hat.
+"""Functions of log-weights shared by objectives and evaluation: log-mean-exp, ESS, streaming sums, Pareto k-hat.
 
-The sample axis comes first (dim 0) everywhere; logarithms are natural, so every value is in nats.
+The sample axis is dim 0 everywhere. Logarithms are natural: log-weights and bounds are in nats.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
-    """log (1/k sum_i exp(log_w_i)) over the samples, stable for any offset.
+    """Return log (1/k sum_i exp(log_w_i)), (*batch,), nats; stable for any offset.
 
     All -inf gives -inf (with zero gradient, not NaN); NaN and +inf propagate.
     """
     top = log_w.detach().amax(0)
-    # Without this, inf - inf would turn "every weight is zero" and "a weight is infinite" into NaN.
+    # Otherwise inf - inf would turn "every weight is zero" and "a weight is infinite" into NaN.
     offset = torch.where(top.isinf(), torch.zeros_like(top), top)
     total = (log_w - offset).exp().sum(0)
     empty = total == 0
@@ -28,16 +28,16 @@ def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
 
 
 def normalized_weights(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k *batch"]:
-    """w~ = softmax(log w) over the samples; 1/k each where every weight is zero (all log w = -inf)."""
+    """Return w~ = softmax(log w), (k, *batch); 1/k each where every weight is zero (all log w = -inf)."""
     top = log_w.amax(0, keepdim=True)
     safe = torch.where(top == -math.inf, torch.zeros_like(log_w), log_w)
     return torch.softmax(safe, dim=0)
 
 
 def log_mean_exp_of_others(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k *batch"]:
-    """log (1/(k-1) sum_{j != i} exp(log_w_j)) for every i, stable for any offset, in memory that grows with k alone.
+    """Return log (1/(k-1) sum_{j != i} exp(log_w_j)) for every i, (k, *batch), nats; stable, in O(k) memory.
 
-    The sum of all minus w_i loses nothing but for the largest weight, whose others are summed anew.
+    Subtracting w_i from the sum is accurate except for the largest weight, for which the others are summed again.
 
     Raises:
         ValueError: k < 2.
@@ -54,20 +54,21 @@ def log_mean_exp_of_others(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k
 
 
 def effective_sample_size(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
-    """1 / sum_i w~_i^2, between 1 and k (Kong 1992)."""
+    """Return 1 / sum_i w~_i^2, (*batch,), between 1 and k (Kong 1992)."""
     return 1 / normalized_weights(log_w).square().sum(0)
 
 
 def accumulator_device(device: torch.device) -> torch.device:
-    """Where float64 sums are kept for work done on ``device``: there, or on the CPU for mps, which has no float64."""
+    """Return the device for float64 sums of values on ``device``: itself, or the CPU for mps, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def grid_levels(k: int) -> list[int]:
-    """Sample sizes m at which bounds are reported for an evaluation of k samples: 1, 5, 50, 500, ... and k.
+    """Return the sample sizes m at which an evaluation of k samples reports L_m: 1, 5, 50, 500, ... and k.
 
     Only levels that divide k are kept. Each then divides the next, which orders the averages over disjoint groups:
-    L_m <= L_m' for every image, deterministically, because the mean of logs never exceeds the log of the mean.
+    L_m <= L_m' holds for every image, not only in expectation, because the mean of logs never exceeds the log of the
+    mean.
 
     Raises:
         ValueError: k < 1.
@@ -84,9 +85,9 @@ def grid_levels(k: int) -> list[int]:
 
 
 class _Groups:
-    """Mean over all disjoint consecutive groups of ``size`` values of their log-mean-exp, fed in pieces.
+    """Mean over disjoint consecutive groups of ``size`` values of their log-mean-exp; values arrive in pieces.
 
-    The values may arrive in any cut; a group is always reduced from the same values in the same order.
+    A group is always reduced from the same values in the same order, however the pieces are cut.
     """
 
     def __init__(self, size: int, batch: int, device: torch.device) -> None:
@@ -96,32 +97,33 @@ class _Groups:
         self._count = 0
 
     def add(self, values: Float[Tensor, "n batch"]) -> Float[Tensor, "m batch"]:
-        """Take ``n`` values, return the log-mean-exp of every group they complete."""
+        """Add ``n`` values; return the log-mean-exp of each of the ``m`` groups that they complete."""
         joined = torch.cat([self._rest, values])
         whole = joined.shape[0] // self._size
         groups = joined[: whole * self._size].view(whole, self._size, joined.shape[1]).transpose(0, 1)
         self._rest = joined[whole * self._size :].clone()
         means = log_mean_exp(groups)
-        # A cumulative sum adds one after the other, so that its rounding does not depend on the cut.
+        # A cumulative sum adds sequentially, so that its rounding does not depend on the cut.
         self._sum = torch.cat([self._sum[None], means]).cumsum(0)[-1]
         self._count += whole
         return means
 
     def mean(self) -> Float[Tensor, " batch"]:
-        """Mean over the groups completed so far."""
+        """Return the mean over the groups completed so far, (batch,)."""
         return self._sum / self._count
 
 
 class StreamingLogWeights:
-    """Everything an evaluation needs of k log-weights per image, in memory that does not grow with k.
+    """Bounds and diagnostics of k log-weights per image, in memory that does not grow with k.
 
-    Fed with consecutive pieces of the sample axis; accumulates in float64. Whatever the cut (in multiples of
-    ``block`` but for the last piece), the results are the same to the last bit.
+    Consecutive pieces of the sample axis are added and accumulated in float64. The results have the same bits for every
+    cut into multiples of ``block`` (the last piece may be shorter).
 
     Args:
-        k: total number of samples that will be added.
+        k: number of samples that will be added in total.
         batch: number of images.
         block: samples summed together; pieces start at multiples of it.
+        device: of the sums; it must support float64.
     """
 
     def __init__(self, k: int, batch: int, *, block: int, device: torch.device | str = "cpu") -> None:
@@ -132,7 +134,7 @@ class StreamingLogWeights:
         minus_inf = torch.full((batch,), -math.inf, dtype=torch.float64, device=device)
         self._log_sum = minus_inf
         self._log_sum_squares = minus_inf
-        # 1 | 5 | 50 | 500 | ...: a group of one level is ten (at first five) groups of the level below.
+        # Levels 1, 5, 50, 500, ...: a group of one level is five or ten groups of the level below.
         self._levels = grid_levels(k)[:-1]
         below = 1
         self._groups: list[_Groups] = []
@@ -143,7 +145,7 @@ class StreamingLogWeights:
         self._tail = torch.empty(0, batch, dtype=torch.float64, device=device)
 
     def add(self, log_w: Float[Tensor, "n batch"]) -> None:
-        """Take the next ``n`` samples.
+        """Add the next ``n`` samples.
 
         Raises:
             ValueError: more than ``k`` samples, or a piece that starts off a block boundary.
@@ -158,7 +160,7 @@ class StreamingLogWeights:
         blocks, rest = log_w.split([whole * self._block, log_w.shape[0] - whole * self._block])
         for piece in (blocks.unflatten(0, (whole, self._block)).transpose(0, 1), rest[:, None]):
             if piece.numel():
-                # One block after the other, so that the rounding does not depend on the cut.
+                # Sequentially, so that the rounding does not depend on the cut.
                 for block in _log_sum_exp(piece):
                     self._log_sum = torch.logaddexp(self._log_sum, block)
                 for block in _log_sum_exp(2 * piece):
@@ -170,27 +172,27 @@ class StreamingLogWeights:
         self._tail = candidates.topk(min(self._tail_size, candidates.shape[0]), dim=0).values
 
     def log_px(self) -> Float[Tensor, " batch"]:
-        """L_k per image, nats."""
+        """Return L_k per image, (batch,), nats."""
         self._require_all()
         return self._log_sum - math.log(self.k)
 
     def bounds(self) -> dict[int, Float[Tensor, " batch"]]:
-        """L_m per image for every level m, ordered in m for every image, nats."""
+        """Return {m: L_m per image, (batch,), nats} for every level m; increasing in m for every image."""
         log_px = self.log_px()
         return {m: g.mean() for m, g in zip(self._levels, self._groups, strict=True)} | {self.k: log_px}
 
     def ess(self) -> Float[Tensor, " batch"]:
-        """Effective sample size per image, between 1 and k; NaN where every weight is zero."""
+        """Return the effective sample size per image, (batch,), between 1 and k; NaN where every weight is zero."""
         self._require_all()
         return (2 * self._log_sum - self._log_sum_squares).exp().clamp(1, self.k)
 
     def top_weight(self) -> Float[Tensor, " batch"]:
-        """Largest normalized weight per image; NaN where every weight is zero."""
+        """Return the largest normalized weight per image, (batch,); NaN where every weight is zero."""
         self._require_all()
         return (self._tail[0] - self._log_sum).exp()
 
     def khat(self) -> Float[Tensor, " batch"]:
-        """Pareto k-hat per image; NaN where it is not defined (see ``pareto_khat``)."""
+        """Return Pareto k-hat per image, (batch,); NaN where ``pareto_khat`` is not defined."""
         self._require_all()
         return pareto_khat(self._tail)
 
@@ -204,29 +206,29 @@ def _log_sum_exp(log_w: Float[Tensor, "n *batch"]) -> Float[Tensor, "*batch"]:
 
 
 def tail_size(k: int) -> int:
-    """M = min(k/5, 3 sqrt k), the number of largest weights that k-hat is fitted to (Vehtari et al. 2024)."""
+    """Return M = min(k/5, 3 sqrt k), the number of largest weights that k-hat is fitted to (Vehtari et al. 2024)."""
     return int(min(k / 5, 3 * math.sqrt(k)))
 
 
 SMALLEST_TAIL = 5
-"""Weights that k-hat is fitted to, at least."""
+"""Minimum number of weights for a fit of k-hat."""
 
 EQUAL = 1e-4
-"""Weights that differ by less, relative to the largest, are equal: float32 rounds log-weights of 100 nats to 1e-5."""
+"""Weights this close, relative to the largest, count as equal: float32 rounds log-weights of 100 nats to 1e-5."""
 
 
 def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
-    """Shape of a generalized Pareto distribution fitted to the largest log-weights of each column.
+    """Return the shape of a generalized Pareto distribution fitted to the largest weights of each column.
 
-    The fit is the empirical Bayes one of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson, Gelman,
-    Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5.
+    The fit is the empirical Bayes estimate of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson,
+    Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5.
 
     Args:
         largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
 
     Returns:
-        k-hat per column; NaN where fewer than five weights lie above the threshold or all of them are equal
-        (within ``EQUAL``: a tail fitted to rounding errors says nothing).
+        k-hat per column, (batch,); NaN where fewer than five weights lie above the threshold, or all of them are equal
+        within ``EQUAL`` (the fit would be to rounding errors).
     """
     m = largest.shape[0] - 1
     if m < SMALLEST_TAIL:

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, plain lines elsewhere."""
+"""Progress on standard error."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from rich import progress, table
 from rich.console import Console
 
 QUIET_SECONDS = 5.0
-"""Least time between two plain lines."""
+"""Minimum time between two plain lines."""
 
 
 class Progress:
-    """On standard error: a bar on a terminal; elsewhere (a log, a CI) a plain line every few seconds.
+    """A bar on a terminal; elsewhere (a log file, CI) a plain line every ``QUIET_SECONDS``.
 
     ::
 
-        with Progress("training", total=13, unit="pass", images_per_unit=59_600) as shown:
-            shown.update(2.5, bound=-92.1)
+        with Progress("training", total=13, unit="pass", images_per_unit=59_600) as progress:
+            progress.update(2.5, bound=-92.1)
 
     Args:
-        title: what is going on.
-        total: where it ends, in units.
-        unit: what is counted: ``"pass"`` or ``"image"``.
-        images_per_unit: for images per second.
-        start: where it begins, after a resume.
-        things: what the speed is told in, if not images.
-        may_grow: whether ``change`` may say that there is more to do, so that the time left is the least it can be.
+        title: start of the line.
+        total: units of the whole work.
+        unit: name of a unit, such as ``"pass"`` or ``"image"``.
+        images_per_unit: for the speed in images per second.
+        start: units done before, by a run that is resumed.
+        things: what the speed counts, if not images.
+        may_grow: whether ``change`` may raise the total, so that the time left is a lower bound.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress:
         may_grow: bool = False,
     ) -> None:
         self._things = things
-        self._least = "at least " if may_grow else ""
+        self._prefix = "at least " if may_grow else ""
         self._title = title
         self._total = total
         self._unit = unit
@@ -62,8 +62,8 @@ class Progress:
             )
 
     def __enter__(self) -> Progress:
-        self._began = self._spoke = monotonic()
-        self._said: str | None = None
+        self._started = self._printed = monotonic()
+        self._last_position: str | None = None
         if self._bar is not None:
             self._bar.start()
             task = self._bar.add_task(self._title, total=self._total, state="")
@@ -71,16 +71,16 @@ class Progress:
         return self
 
     def update(self, done: float, bound: float | None = None) -> None:
-        """Show that ``done`` units are done, and the latest ``bound`` in nats (None: the one shown before)."""
+        """Show that ``done`` units are done, and the latest ``bound`` in nats (None: keep the previous one)."""
         self._done = done
         self._bound = self._bound if bound is None else bound
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
-        elif monotonic() - self._spoke >= QUIET_SECONDS:
-            self._speak()
+            self._bar.update(self._bar.task_ids[0], completed=done, state=self._line())
+        elif monotonic() - self._printed >= QUIET_SECONDS:
+            self._print()
 
     def change(self, title: str, total: float) -> None:
-        """Go on under another ``title``, and to another end."""
+        """Replace the title and the total."""
         self._title, self._total = title, total
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=title, total=total)
@@ -90,35 +90,35 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._done > self._first and self._said != self._where():
-            self._speak()
+        elif self._done > self._first and self._last_position != self._position():
+            self._print()
 
-    def _speak(self) -> None:
-        self._spoke = monotonic()
-        self._said = self._where()
-        print(f"{self._title}  {self._state()}", file=sys.stderr, flush=True)
+    def _print(self) -> None:
+        self._printed = monotonic()
+        self._last_position = self._position()
+        print(f"{self._title}  {self._line()}", file=sys.stderr, flush=True)
 
-    def _where(self) -> str:
-        # Whole units are counted, but a fraction of a pass says that something happens.
+    def _position(self) -> str:
+        # A float counts fractions of a unit, to show movement within a pass.
         done = f"{self._done:.1f}" if isinstance(self._done, float) else f"{self._done:,}"
         parts = [f"{self._unit} {done}/{self._total:,}"]
         if self._bound is not None:
             parts.append(f"{self._bound:.2f} nats")
         return "  ".join(parts)
 
-    def _state(self) -> str:
-        parts = [self._where()]
-        elapsed = monotonic() - self._began
+    def _line(self) -> str:
+        parts = [self._position()]
+        elapsed = monotonic() - self._started
         moved = self._done - self._first
         if moved > 0 and elapsed > 0:
             parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} {self._things}/s")
             if self._done < self._total:
-                parts.append(f"{self._least}{_clock((self._total - self._done) * elapsed / moved)} left")
+                parts.append(f"{self._prefix}{_clock((self._total - self._done) * elapsed / moved)} left")
         return "  ".join(parts)
 
 
 def announce(plan: str) -> None:
-    """Say on standard error what is about to be done."""
+    """Print ``plan`` to standard error."""
     print(plan, file=sys.stderr, flush=True)
 
 

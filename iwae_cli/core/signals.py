@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that is looked at between two steps, so that the state can be saved."""
+"""SIGINT and SIGTERM as a flag that is read between two steps, so that the state can be saved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from types import FrameType
 from iwae_cli.core.errors import Interrupted
 
 REPEATED_SECONDS = 2.0
-"""Signals this close are one: a terminal tells all its processes, and so may whoever has started them."""
+"""Signals this close count as one: a terminal sends Ctrl-C to every process of a group, a parent may send it again."""
 
 SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Signals:
-    """The signal that has come, if any.
+    """The first signal received inside ``caught``.
 
     Attributes:
         number: SIGINT, SIGTERM or None.
@@ -28,20 +28,18 @@ class Signals:
     number: int | None = None
 
     def check(self, *_: object) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has arrived; arguments are ignored, so that it fits any callback."""
         if self.number is not None:
             raise Interrupted(self.number)
 
 
 @contextmanager
 def caught() -> Iterator[Signals]:
-    """Catch the first SIGINT or SIGTERM; a later one ends the process at once. Does nothing outside the main thread.
+    """Record the first SIGINT or SIGTERM instead of acting on it; outside the main thread, do nothing.
 
-    At once is as by kill -9, which every file of a run survives; Python's own KeyboardInterrupt would wait for the
-    threads at work and for the uploads of W&B.
-
-    In a job of submitit, the signal of preemption instead of SIGTERM, which it ignores: SLURM sends both. A later one
-    acts as ever.
+    A second signal terminates immediately, like SIGKILL, which every file of a run survives; Python's own
+    KeyboardInterrupt would wait for worker threads and W&B uploads. In a submitit job the preemption signal takes the
+    place of SIGTERM, which submitit ignores because SLURM sends both.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -64,7 +62,7 @@ def caught() -> Iterator[Signals]:
             if number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
                 if os.isatty(2):
-                    # A progress bar hides it.
+                    # A progress bar hides the cursor.
                     os.write(2, SHOW_CURSOR)
             signal.raise_signal(number)
 
@@ -80,7 +78,7 @@ def caught() -> Iterator[Signals]:
 
 
 def preemption() -> signal.Signals | None:
-    """The signal that submitit answers by putting its job into the queue again; None outside such a job."""
+    """Return the signal on which submitit puts its job back into the queue; None outside such a job."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return None
     number = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]

@@ -1,4 +1,4 @@
-"""Noise is a function of its key: no cut of the work, no neighbour and no order of calls may change it."""
+"""Noise is a function of its key: chunks, other images and the order of calls do not change it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_order_of_calls(kind: st
     assert torch.equal(backwards[:, [11 - image for image in IMAGES]], expected)
 
 
-def test_torch_cannot_be_sliced_so_blocks_are_needed() -> None:
-    # The reason for blocks: a shorter draw of torch's generator is no prefix of a longer one.
+def test_draws_of_torch_cannot_be_sliced() -> None:
+    # Therefore blocks: a shorter draw of torch's generator is not a prefix of a longer one.
     short, long = (torch.randn(n, generator=torch.Generator().manual_seed(0)) for n in (16, 24))
     assert not torch.equal(short, long[:16])
 
@@ -79,23 +79,23 @@ def test_another_key_is_another_stream(other: KeyedNoise, kind: str) -> None:
     assert abs(float(torch.corrcoef(pair)[0, 1])) < 4 / math.sqrt(here.numel())
 
 
-def test_layers_and_kinds_are_apart() -> None:
+def test_layers_and_kinds_are_independent() -> None:
     noise = KeyedNoise(4, "test", IMAGES)
     first, second = (draw(noise, "normal", K, len(IMAGES), layer=layer) for layer in (1, 2))
     assert (first == second).double().mean() < 1e-3
-    # A uniform must not be the normal of the same key in disguise.
+    # A uniform draw must not be a function of the normal draw of the same key.
     ranks = [v[:, 0, 0].argsort().argsort().double() for v in (first, draw(noise, "uniform", K, len(IMAGES)))]
     assert abs(float(torch.corrcoef(torch.stack(ranks))[0, 1])) < 4 / math.sqrt(K)
 
 
 def test_neighbouring_seeds_and_images_do_not_collide() -> None:
-    # What seed + index would do: (seed 0, image 1) and (seed 1, image 0) the same numbers.
+    # With seed + index, (seed 0, image 1) and (seed 1, image 0) would give the same numbers.
     draws = [draw(KeyedNoise(s, "test", [i]), "normal", BLOCK, 1) for s, i in ((0, 1), (1, 0), (0, 10), (1, 1))]
     assert len({d.numpy().tobytes() for d in draws}) == 4
 
 
 @pytest.mark.parametrize(("kind", "law"), [("normal", stats.norm), ("uniform", stats.uniform)])
-def test_the_draws_have_their_law(kind: str, law: stats.rv_continuous) -> None:
+def test_draws_have_their_distribution(kind: str, law: stats.rv_continuous) -> None:
     values = draw(KeyedNoise(0, "law", range(20)), kind, 640, 20, size=4).double().numpy()
     n = values.size
     sd = law.std()
@@ -125,7 +125,7 @@ def test_uniform_draws_lie_in_the_half_open_interval() -> None:
     assert values.max() < 1
 
 
-def test_two_precisions_get_the_same_numbers() -> None:
+def test_both_precisions_get_the_same_numbers() -> None:
     single = draw(KeyedNoise(0, "t", IMAGES), "normal", K, len(IMAGES))
     double = draw(KeyedNoise(0, "t", IMAGES, dtype=torch.float64), "normal", K, len(IMAGES))
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
@@ -143,9 +143,9 @@ def test_keys_have_128_bits_and_use_them() -> None:
     assert (int(words[1]) << 64 | int(words[0])) == keys[0]
 
 
-def test_keys_know_types_and_boundaries() -> None:
+def test_keys_distinguish_types_and_boundaries() -> None:
     assert len({derive("a", "bc"), derive("ab", "c"), derive("abc"), derive(1), derive("1"), derive(1, 1)}) == 6
-    # Never to change, or no recorded number can be had again. From `printf "(0, 'test')" | b2sum -l 128`:
+    # Fixed, or no recorded number could be reproduced. From `printf "(0, 'test')" | b2sum -l 128`:
     assert derive(0, "test") == int.from_bytes(bytes.fromhex("7f583dab6070fb8662d8ec26a43cbbc8"), "little")
 
 
@@ -168,8 +168,10 @@ def test_generator_noise_reads_the_generator_in_order(dtype: torch.dtype) -> Non
     assert torch.equal(noise.uniform(0, 2, 3, 4), torch.rand(2, 3, 4, generator=reference, dtype=dtype))
 
 
-def test_what_would_break_the_keys_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^start must be a multiple of 64, got 63$"):
+def test_invalid_blocks_and_batches_are_refused() -> None:
+    with pytest.raises(ValueError) as refusal:
         KeyedNoise(0, "test", IMAGES, start=63)
-    with pytest.raises(ValueError, match=r"^batch must be the 4 images of this noise, got 3$"):
+    assert str(refusal.value) == "start must be a multiple of 64, got 63"
+    with pytest.raises(ValueError) as refusal:
         draw(KeyedNoise(0, "test", IMAGES), "normal", 1, 3)
+    assert str(refusal.value) == "batch must be the 4 images of this noise, got 3"

@@ -1,4 +1,4 @@
-"""Numbers shared by objectives and evaluation, against direct computations, known laws and what must hold for any."""
+"""Functions of log-weights against direct computations, known distributions and exact properties."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_extreme_weights_have_their_value_and_gradient(
     [([math.nan, 0.0], math.nan), ([math.nan, INF], math.nan), ([INF, 0.0], INF), ([INF, -INF], INF), ([INF], INF)],
 )
 def test_nan_and_infinite_weights_propagate(values: list[float], expected: float) -> None:
-    # A neighbour in the batch is none the worse for it.
+    # The other image of the batch is not affected.
     log_w = torch.stack([torch.tensor(values), torch.zeros(len(values))], dim=1)
     found = log_mean_exp(log_w)
     assert found[0].item() == pytest.approx(expected, nan_ok=True)
     assert found[1] == 0
 
 
-def test_a_dead_column_leaves_the_gradient_of_its_neighbours_alone() -> None:
+def test_a_column_of_zero_weights_does_not_change_other_gradients() -> None:
     log_w = torch.tensor([[-INF, 1.0], [-INF, 3.0]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(log_mean_exp(log_w)[1], log_w)
     expected = special.softmax([1.0, 3.0])
@@ -100,7 +100,7 @@ def test_permutation_and_shape() -> None:
 # --- normalized weights and effective sample size -------------------------------------------------------------------
 
 
-def test_normalized_weights_are_a_softmax_even_of_nothing() -> None:
+def test_normalized_weights_are_a_softmax_also_of_zero_weights() -> None:
     log_w = torch.tensor([[0.0, -INF, 1e4], [math.log(3), -INF, -INF]], dtype=torch.float64)
     expected = torch.tensor([[0.25, 0.5, 1.0], [0.75, 0.5, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(normalized_weights(log_w), expected)
@@ -143,8 +143,9 @@ def test_every_level_divides_the_next() -> None:
         levels = grid_levels(k)
         assert (levels[0], levels[-1]) == (1, k)
         assert all(b % a == 0 for a, b in pairwise(levels)), (k, levels)
-    with pytest.raises(ValueError, match=r"^k must be >= 1, got 0$"):
+    with pytest.raises(ValueError) as refusal:
         grid_levels(0)
+    assert str(refusal.value) == "k must be >= 1, got 0"
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_the_levels_are_ordered_for_every_image_and_prefixes_are_not() -> None:
         assert (shorter > longer).sum() > images // 20
 
 
-def test_streaming_survives_dead_weights_and_tells_of_broken_ones() -> None:
+def test_streaming_of_zero_and_nan_weights() -> None:
     log_w = torch.zeros(128, 4, dtype=torch.float64)
     log_w[1:, 0] = -INF
     log_w[:, 1] = -INF
@@ -233,7 +234,7 @@ def test_streaming_survives_dead_weights_and_tells_of_broken_ones() -> None:
     assert found["ess"][2].isnan()
     assert found["log_px"][3] == 0
     assert found["ess"][3].item() == pytest.approx(128)
-    # One weight that carries all is the heaviest of tails; of none, of NaN and of equal weights there is no tail.
+    # A single weight is the heaviest tail; zero, NaN and equal weights have no tail.
     assert found["khat"][0] > 1
     assert found["khat"][1:].isnan().all()
 
@@ -259,15 +260,18 @@ def test_a_permutation_leaves_l_k_and_whole_groups_leave_every_level() -> None:
         torch.testing.assert_close(in_groups[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_wrong_feeding_is_refused() -> None:
+def test_wrong_pieces_are_refused() -> None:
     streaming = StreamingLogWeights(100, 1, block=64)
-    with pytest.raises(ValueError, match=r"^k must be reached .* 0 of 100 samples"):
+    with pytest.raises(ValueError) as refusal:
         streaming.log_px()
-    with pytest.raises(ValueError, match=r"^log_w must not exceed 100 samples, got 128"):
+    assert "0 of 100 samples" in str(refusal.value)
+    with pytest.raises(ValueError) as refusal:
         streaming.add(torch.zeros(128, 1))
+    assert str(refusal.value) == "log_w must not exceed 100 samples, got 128"
     streaming.add(torch.zeros(10, 1))
-    with pytest.raises(ValueError, match=r"^pieces must start at multiples of 64 samples, got 10"):
+    with pytest.raises(ValueError) as refusal:
         streaming.add(torch.zeros(10, 1))
+    assert str(refusal.value) == "pieces must start at multiples of 64 samples, got 10"
 
 
 # --- Pareto k-hat ---------------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def test_khat_finds_the_shape_of_known_samples(shape: float) -> None:
     assert 0.5 * error < found.std().item() < 2 * error
 
 
-def test_khat_does_not_see_the_scale_of_the_weights() -> None:
+def test_khat_does_not_depend_on_the_scale_of_the_weights() -> None:
     x = stats.genpareto.rvs(0.6, size=100, random_state=np.random.default_rng(0))
     largest = largest_log_weights(x)
     for shift in (-1e4, 1e3):

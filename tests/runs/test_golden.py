@@ -1,7 +1,4 @@
-"""T12: short runs on real digits give the numbers they always gave.
-
-If a change is meant to move them: ``python tests/support/regenerate_golden.py``, and say why in the commit.
-"""
+"""Short runs on the digits give the recorded numbers; after an intended change see support/regenerate_golden.py."""
 
 from __future__ import annotations
 
@@ -13,18 +10,17 @@ from regenerate_golden import FILE, RUNS, numbers
 
 GOLDEN = json.loads(FILE.read_text())
 
-# Other processors round and sum otherwise. Between torch's kernels without vectors, with AVX2 and with AVX-512 these
-# numbers moved by 2e-6 nats at most; a hundred times that leaves room for processors that were not tried, and is a
-# hundred times less than what tells one run from another.
+# Nats. Processors round differently: torch's kernels without vectors, with AVX2 and with AVX-512 differ by at most 2e-6
+# here. A hundred times that covers processors that were not tried, and is a hundredth of the gap between two runs.
 TOLERANCE = 2e-4
 
 
-def test_the_file_is_that_of_the_runs() -> None:
+def test_the_file_has_the_runs_and_they_differ() -> None:
     assert set(GOLDEN) == set(RUNS)
     values = [run["nll"] for run in GOLDEN.values()]
-    assert min(abs(a - b) for a in values for b in values if a != b) > 100 * TOLERANCE, "they can be told apart"
+    assert min(abs(a - b) for a in values for b in values if a != b) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_gives_its_number(name: str, tmp_path: Path) -> None:
+def test_a_run_gives_the_recorded_numbers(name: str, tmp_path: Path) -> None:
     assert numbers(name, tmp_path) == pytest.approx(GOLDEN[name], abs=TOLERANCE, rel=0)

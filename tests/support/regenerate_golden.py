@@ -1,6 +1,6 @@
-"""Rewrite golden.json after a change that is meant to change numbers: ``python tests/support/regenerate_golden.py``.
+"""Rewrite golden.json after an intended change of numbers: ``python tests/support/regenerate_golden.py``.
 
-The change belongs in the same commit, with the reason. Numbers in the file are never typed by hand.
+Commit it with that change and the reason. Never edit the numbers by hand.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RUNS = {
 
 
 def numbers(name: str, output_dir: Path) -> dict[str, float]:
-    """What one of the runs ends with, in nats: the training bound of the last pass, the validation bound, the NLL."""
+    """Return the last training bound, the last validation bound and the test NLL of run ``name``, all in nats."""
     from small_runs import finished, read_json
 
     folder = finished(output_dir, *SHORT, *RUNS[name])
@@ -38,7 +38,7 @@ def numbers(name: str, output_dir: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run all of them and write the file."""
+    """Run all and write the file."""
     with tempfile.TemporaryDirectory() as folder:
         found = {name: numbers(name, Path(folder)) for name in RUNS}
     FILE.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What checks the annotations of the package while its tests run; see ``conftest``."""
+"""The type checker of the package's annotations during tests; see ``conftest``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from beartype import BeartypeConf, beartype
 
 T = TypeVar("T")
 
-# An int is a float, as PEP 484 has it and beartype by itself has not.
+# Accept an int for a float, as PEP 484 does.
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(what: T) -> T:
-    """A class or function that checks what it is given; one inside another function is made, and left, as it is.
+    """Return ``what`` with its arguments and results checked; return definitions inside functions unchanged.
 
-    Beartype would write a new check for it whenever that other one is called, which takes longer than most of them do.
+    Beartype would compile their checks again at every call of the outer function.
     """
     return what if "<locals>" in getattr(what, "__qualname__", "") else _beartype(what)
