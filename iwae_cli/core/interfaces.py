@@ -1,19 +1,19 @@
-"""What passes between data, a model and an objective; none imports another, all know this page."""
+"""The types that data, models and objectives share; none of these three imports another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from iwae_cli.core.noise import Noise
 
 Observation = Literal["binary", "grey", "real"]
-"""What a pixel is: {0, 1}; an integer grey level; a real number."""
+"""Values of a pixel: {0, 1}; integer grey levels; real numbers."""
 
 Latents = tuple[Float[Tensor, "k batch _"], ...]
 """One draw per stochastic layer, nearest to x first; layer l has shape (k, batch, d_l)."""
@@ -29,7 +29,7 @@ class Particles:
         log_p: log p(x, h), (k, batch), nats.
         log_q: log q(h|x), (k, batch), nats.
         reparameterized: whether ``latents`` are smooth functions of the parameters of q (False for discrete).
-        rescore: gives log q(h|x) of the same draws under q with its *weights* frozen.
+        rescore: returns log q(h|x) of the same draws under q with its *weights* frozen.
     """
 
     latents: Latents
@@ -40,12 +40,12 @@ class Particles:
 
     @cached_property
     def log_w(self) -> Float[Tensor, "k batch"]:
-        """log w = log p(x, h) - log q(h|x), (k, batch), nats."""
+        """Return log w = log p(x, h) - log q(h|x), nats."""
         return self.log_p - self.log_q
 
     @cached_property
     def log_w_frozen(self) -> Float[Tensor, "k batch"]:
-        """log w with the weights of q frozen and h live: its gradient for phi is the path derivative alone.
+        """Return log w with the weights of q frozen and h live: its gradient for phi is the path derivative alone.
 
         Freezing the parameters of the *distributions* (loc, scale) instead would cut d loc_2 / d h_1 and bias
         every estimator whose weights depend on the latents as soon as there are two stochastic layers.
@@ -55,22 +55,28 @@ class Particles:
 
 @runtime_checkable
 class Model(Protocol):
-    """What an objective may ask of a model."""
+    """The part of a model that objectives use."""
 
     @property
-    def generative(self) -> Network: ...
+    def generative(self) -> Generative: ...
 
     @property
     def inference(self) -> Inference: ...
 
+    @property
+    def has_kl(self) -> bool: ...
+
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+
     def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles: ...
+
+    def kl(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"]: ...
 
 
 @runtime_checkable
-class Network(Protocol):
-    """The generative network, as far as objectives know it."""
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
+class Generative(Protocol):
+    """The part of the generative network that objectives use."""
 
     def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]: ...
 
@@ -81,18 +87,14 @@ class Network(Protocol):
 
 @runtime_checkable
 class Inference(Protocol):
-    """The inference network, as far as objectives know it."""
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-
-    def kl_to_prior(self, x: Float[Tensor, "batch pixels"]) -> Float[Tensor, " batch"]: ...
+    """The part of the inference network that objectives use."""
 
     def __call__(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]: ...
 
 
 @runtime_checkable
 class StochasticLayers(Protocol):
-    """The stochastic layers of a model, known before it is built: for refusing combinations that cannot be."""
+    """The stochastic layers of a model, known before it is built, for refusing combinations that cannot work."""
 
     @property
     def layers(self) -> int: ...

@@ -1,1 +1,1 @@
-"""Data sets: what is observed, how it is split, and how it is binarized."""
+"""Data sets: observations, splits, binarization."""

@@ -1,4 +1,4 @@
-"""The shape of every data set: three splits in memory, and one protocol for binarizing them."""
+"""Base classes of all data sets: three splits in memory, and one protocol for binarizing them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from iwae_cli.core.noise import numpy_generator
 SPLITS = ("train", "validation", "test")
 Binarization = Literal["dynamic", "fixed", "none"]
 GreyBinarization = Literal["dynamic", "none"]
-"""What can be asked of a data set of grey images."""
+"""The choices for grey images."""
 
 _CHUNK = 1000
-"""Images binarized at a time: bounds the memory, does not touch the values."""
+"""Images binarized in one call: bounds the memory and does not change the values."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Observations to be scored, the same for every model.
+    """Observations to score, the same for every model.
 
     Attributes:
         name: train, validation or test.
         x: (n, pixels); uint8 in {0, 1} for binary data, float32 for real-valued data.
-        sha256: hash of dtype, shape and values: two numbers are comparable when it is equal.
+        sha256: hash of dtype, shape and values; two results are comparable if it is equal.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Data:
         name: such as ``mnist``.
         protocol: one sentence: splits, binarization, source.
         train, validation, test: (n, pixels) each; uint8 grey values 0..``levels``-1, or float32 if ``levels`` is None.
-        levels: number of grey levels (2 for data that is binary already); None for real-valued data.
+        levels: number of grey levels (2 for data that is already binary); None for real-valued data.
         binarization: ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation),
-            ``fixed`` (binary already) or ``none`` (values are used as they are).
-        image_shape: shape of one observation, such as (28, 28).
-        facts: further facts for the record (plain JSON values), such as the generator's own entropy.
+            ``fixed`` (already binary) or ``none`` (values are used unchanged).
+        image_shape: (height, width), (channels, height, width), or (pixels,) of observations that are no images.
+        facts: further facts for the record, plain JSON values.
     """
 
     name: str
@@ -69,6 +69,8 @@ class Data:
     def __post_init__(self) -> None:
         if self.binarization == "dynamic" and self.levels is None:
             raise ValueError(f"levels of {self.name} must be a number: dynamic binarization needs the white level")
+        if not 1 <= len(self.image_shape) <= 3:
+            raise ValueError(f"image_shape of {self.name} must have one to three sizes, got {self.image_shape}")
         pixels = math.prod(self.image_shape)
         for name in SPLITS:
             images = getattr(self, name)
@@ -81,7 +83,7 @@ class Data:
     def batch(
         self, images: Shaped[Tensor, "batch pixels"], generator: torch.Generator
     ) -> Float[Tensor, "batch pixels"]:
-        """Training rows as a model sees them: float32, binarized anew where the protocol is dynamic."""
+        """Return training rows for a model: float32, with a fresh binarization if it is dynamic."""
         if self.binarization == "dynamic":
             assert self.levels is not None
             u = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float32)
@@ -89,32 +91,32 @@ class Data:
         return images.to(torch.float32)
 
     def mean(self) -> np.ndarray:
-        """Mean of every pixel over the training split, (pixels,), float64; a probability for binary data."""
+        """Return the mean of every pixel over the training split, (pixels,), float64; a probability for binary data."""
         scale = self.levels - 1 if self.binarization == "dynamic" and self.levels else 1
-        # Whole numbers are summed as such: exact, and without a copy of the split in float64.
+        # Integers are summed exactly, and without a copy of the split in float64.
         images = self.train.numpy()
         total = images.sum(0, dtype=np.float64 if self.levels is None else np.int64)
         return np.asarray(total / (len(images) * scale))
 
     def sha256(self) -> str:
-        """Hash of all three splits as they are stored."""
+        """Return a hash of all three splits."""
         digest = hashlib.sha256()
         for name in SPLITS:
             _add(digest, getattr(self, name).numpy())
         return digest.hexdigest()
 
     def evaluation_split(self, name: str, binarization_seed: int, first: int | None = None) -> Split:
-        """One split as every model is scored on it.
+        """Return one split as every model is scored on it.
 
         A dynamic split is binarized once, x_ij ~ Bernoulli(grey_ij / (levels - 1)), keyed by
-        (``binarization_seed``, split, image): apart from every run's seed and from the latent noise. Image i
-        owns numbers i * pixels to (i + 1) * pixels of the counter-based stream of its split, so that its draw
-        depends on no other image.
+        (``binarization_seed``, split, image), independently of a run's seed and of the latent noise. Image i
+        uses numbers i * pixels to (i + 1) * pixels of the counter-based stream of its split, so that its draw
+        does not depend on other images.
 
         Args:
             name: train, validation or test.
-            binarization_seed: of the one draw.
-            first: only so many images, from the first; None is all.
+            binarization_seed: seed of the draw.
+            first: number of images, from the first; None is all.
 
         Raises:
             ValueError: ``name`` is not a split.
@@ -142,29 +144,29 @@ def _add(digest: hashlib._Hash, values: np.ndarray) -> None:
 
 
 class Dataset(ABC):
-    """Where a data set comes from; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
+    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
 
     name: ClassVar[str]
     observation: Observation
 
     @abstractmethod
     def load(self) -> Data:
-        """Read (and where needed download, under a lock) the files.
+        """Return the data set, after a download under a lock if files are missing.
 
         Raises:
-            UserError: files are missing, truncated or altered; the message names them, says where they
-                belong and which data set needs none.
+            UserError: files are missing, truncated or altered; the message names them, their folder, and a data set
+                that needs none.
         """
 
     def fingerprint(self) -> str | None:
-        """What the identity of a run must know of a file that a path names: a hash of its content; else None."""
+        """Return a hash of the file that a path names, for the identity of a run; None without such a file."""
         return None
 
 
 class GreyDataset(Dataset, ABC):
-    """A data set of grey images, which a model sees binarized or, with ``binarization="none"``, as they are.
+    """A data set of grey images, binarized or, with ``binarization="none"``, unchanged.
 
-    Numbers of the two are not comparable, so the second has another name, ``<name>_grey``.
+    Their results are not comparable, so the second has another name, ``<name>_grey``.
 
     Args:
         binarization: ``dynamic`` or ``none``.
@@ -183,12 +185,12 @@ class GreyDataset(Dataset, ABC):
 
     @property
     def full_name(self) -> str:
-        """Name of the data as a model sees them."""
+        """Name of the data for the record."""
         return self.name if self.binarization == "dynamic" else f"{self.name}_grey"
 
     @property
     def sentence(self) -> str:
-        """What becomes of the grey levels, for the protocol."""
+        """Part of the protocol that says how grey levels are used."""
         if self.binarization == "dynamic":
             return "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
         return f"grey levels 0 to {self.levels - 1} as they are, not binarized"

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: real images that need no download."""
+"""The handwritten digits of scikit-learn: real images that need no download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE = 8
 LEVELS = 17
 SIZES = (1_297, 250, 250)
 SHA256 = "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
-"""Of the 1,797 x 64 values in the order of the file, one byte each."""
+"""Hash of the 1,797 x 64 values in the order of the file, one byte each."""
 _REINSTALL = "type pip install --force-reinstall scikit-learn"
 
 
@@ -30,15 +30,15 @@ class Digits(GreyDataset):
     """1,797 handwritten digits of 8x8 pixels with 17 grey levels.
 
     Alpaydin, Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), its test set as scikit-learn ships it.
-    One fixed permutation, keyed by nothing but this data set, puts them in order; then 1,297 are for training,
-    250 for validation, 250 for the test.
+    After one fixed permutation, which depends on nothing but this data set, 1,297 are for training, 250 for validation
+    and 250 for the test.
     """
 
     name = "digits"
     levels = LEVELS
 
     def load(self) -> Data:
-        """Read the file inside the installed scikit-learn, without importing the latter (1.3 s)."""
+        """Return the data, from the file of the installed scikit-learn, without importing it (1.3 s)."""
         path = _file()
         try:
             rows = gzip.decompress(read_bytes(path)).splitlines() or [b""]

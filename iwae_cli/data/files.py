@@ -1,4 +1,4 @@
-"""Files on disk: found, checked, or downloaded once however many processes ask for them."""
+"""Read, check and download the files of data sets; several processes that ask for one file download it once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import atomic_path
 
 TIMEOUT = 5.0
-"""Seconds without an answer from one address after which a server counts as not there."""
+"""Seconds without an answer from one address after which a server is given up."""
 
 AFRESH = "move it away and run again to download it afresh, or put a whole and unaltered copy in its place"
 
@@ -31,12 +31,12 @@ _kept: list[torch.library.Library] = []
 
 
 class Damaged(UserError):
-    """A file is there but is not what it should be: truncated, altered, or something else altogether.
+    """A file that is truncated, altered, or of another format.
 
     Args:
         path: the file.
-        what: what is wrong with it, after its name.
-        advice: what to do about it.
+        what: the fault, in words that follow its name.
+        advice: the remedy.
     """
 
     def __init__(self, path: Path, what: str, advice: str = AFRESH) -> None:
@@ -45,7 +45,7 @@ class Damaged(UserError):
 
 
 def directory(data_dir: str) -> Path:
-    """``data_dir`` as an absolute path.
+    """Return ``data_dir`` as an absolute path.
 
     Raises:
         ValueError: it is empty.
@@ -56,7 +56,7 @@ def directory(data_dir: str) -> Path:
 
 
 def read_bytes(path: Path) -> bytearray:
-    """The whole file, in memory that a tensor may share.
+    """Return the content of a file, in memory that a tensor may share.
 
     Raises:
         UserError: it cannot be read.
@@ -77,11 +77,7 @@ def check_hash(
     expected: str,
     advice: str = AFRESH,
 ) -> None:
-    """Compare ``content`` of ``path`` with a published hash.
-
-    Raises:
-        Damaged: they differ.
-    """
+    """Raise Damaged unless ``content`` of ``path`` has the published hash."""
     found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
     if found != expected:
         what = f"is altered or damaged: its {algorithm} is {found}, the published one is {expected}"
@@ -89,11 +85,10 @@ def check_hash(
 
 
 def import_torchvision(module: str) -> ModuleType:
-    """A module of torchvision, also where its compiled part does not match torch.
+    """Return a module of torchvision, also where its compiled part does not match torch.
 
-    Beside a CPU build of torch, torchvision may fail on import because the schemas of two operators that only
-    its detection models use are missing. They are declared then and only then: declaring them on a healthy
-    installation would clash.
+    Beside a CPU build of torch, the import may fail because the schemas of two operators of its detection models are
+    missing. Only then are they declared: on a healthy installation that would clash.
     """
     try:
         return importlib.import_module(module)
@@ -111,7 +106,7 @@ def import_torchvision(module: str) -> ModuleType:
 
 
 def download(url: str, folder: Path) -> Path:
-    """Fetch ``url`` into ``folder`` under its own name."""
+    """Download ``url`` into ``folder`` and return the file."""
     utils: Any = import_torchvision("torchvision.datasets.utils")
     utils.download_url(url, folder)
     return folder / url.rpartition("/")[2]
@@ -120,22 +115,21 @@ def download(url: str, folder: Path) -> Path:
 def obtain(
     data: str, data_dir: Path, wanted: Sequence[Path], what: str, fetch: Callable[[Path], Sequence[Path]]
 ) -> None:
-    """Download the files of a data set that are not there, once for all processes that ask.
+    """Download the missing files of a data set, once for all processes that ask.
 
-    One process holds a lock in ``data_dir`` while it fetches into a temporary folder beside the final one; what
-    is whole is flushed and renamed, so that a file under its final name is always complete. Those who waited
-    find the files.
+    One process holds a lock in ``data_dir`` while it downloads into a temporary folder beside the final one. Complete
+    files are flushed and renamed, so that a file under its final name is always complete.
 
     Args:
         data: the name on the command line, for messages.
         data_dir: where the lock is taken.
         wanted: the files under their final names, all in one folder.
         what: the files in words, for messages.
-        fetch: downloads into the folder it is given and checks; returns the files, under their final names.
+        fetch: downloads into a given folder, checks the files, and returns them, under their final names.
 
     Raises:
-        UserError: no network, no room, no permission, or a damaged download; in one line that says which files
-            are needed, where they belong, and which data set needs none.
+        UserError: no network, no room, no permission, or a damaged download; the message names the files, their folder,
+            and a data set that needs none.
     """
     folder = wanted[0].parent
     try:
@@ -144,7 +138,7 @@ def obtain(
                 return
             # On the file system of the final folder, which may be a link to another disk.
             temporary = next(place for place in (folder, *folder.parents) if place.exists()) / f".download-{data}"
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process, since this one holds the lock
             temporary.mkdir()
             try:
                 with _timeout(TIMEOUT):
@@ -169,14 +163,14 @@ def obtain(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock in ``folder``, made if need be; nothing is left behind if nothing was put there."""
+    """Hold an exclusive lock in ``folder``; remove lock and folders again if nothing was put there."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     path = folder / ".download.lock"
     file = _lock(path)
     try:
         yield
     finally:
-        # Removed while held: whoever waits on the removed file sees that and takes a new one.
+        # Removed while held: a process that waits on the removed file notices and takes a new one.
         path.unlink(missing_ok=True)
         file.close()
         with contextlib.suppress(OSError):  # not empty: the files, or another process at work
@@ -189,7 +183,7 @@ def _lock(path: Path) -> IO[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(path, "w")  # noqa: SIM115  (closed by the holder of the lock)
-        except FileNotFoundError:  # the folder was removed by a process that had made it
+        except FileNotFoundError:  # the process that made the folder has removed it
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +200,7 @@ def _lock(path: Path) -> IO[str]:
 
 @contextlib.contextmanager
 def _timeout(seconds: float) -> Iterator[None]:
-    """Bound the wait for any server: the downloader sets no limit of its own."""
+    """Limit the wait for a server, since the downloader has no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

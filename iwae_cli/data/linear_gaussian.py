@@ -14,10 +14,10 @@ from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import SPLITS, Data, Dataset
 
 MAX_PIXELS = 10_000
-"""Also of latents: the covariance of x is a dense matrix."""
+"""Largest number of pixels or latents: the covariance of x is a dense matrix."""
 MAX_OBSERVATIONS = 10_000_000
 NOISE_STDS = (1e-4, 1e6)
-"""Below, the covariance is singular beside W W' and float32 cannot hold the noise; above, nothing else is left."""
+"""Range of noise_std: below, the covariance is singular in float64; above, float32 holds nothing but the noise."""
 
 
 @final
@@ -25,7 +25,7 @@ class LinearGaussian(Dataset):
     """x = mean + W h + noise_std e with h ~ N(0, I), e ~ N(0, I) and fixed mean and W of standard normal entries.
 
     ``facts["generator_nll"]`` is the mean of -log N(x; mean, W W' + noise_std^2 I) over the test split, nats:
-    what no model can beat but by chance.
+    a floor for the NLL of any model, up to chance.
 
     Args:
         pixels: size of x.
@@ -77,12 +77,12 @@ class LinearGaussian(Dataset):
         self._seed = seed
 
     def parameters(self) -> tuple[Float[np.ndarray, " pixels"], Float[np.ndarray, "pixels latent_size"]]:
-        """Mean and W of the generator, float64."""
+        """Return mean and W of the generator, float64."""
         draw = numpy_generator("linear_gaussian", self._seed, "parameters")
         return draw.standard_normal(self._pixels), draw.standard_normal((self._pixels, self._latent_size))
 
     def load(self) -> Data:
-        """Draw the three splits; nothing is read."""
+        """Return three drawn splits; no file is read."""
         mean, weight = self.parameters()
         splits = {name: torch.from_numpy(self._draw(name, mean, weight)) for name in SPLITS}
         return Data(

@@ -25,8 +25,8 @@ HEADER = 16
 class IdxImages(GreyDataset, ABC):
     """Files as torchvision lays them out, ``<data_dir>/<folder>/raw/*-images-idx3-ubyte``, also with ``.gz``.
 
-    They are read straight into memory; torchvision is imported only if they must be downloaded. The last
-    ``validation`` images of the training file are the validation split, in the order of the file.
+    They are read directly; torchvision is imported only for a download. The last ``validation`` images of the training
+    file are the validation split, in the order of the file.
 
     Raises:
         ValueError: ``data_dir`` is empty, or unknown ``binarization``.
@@ -35,7 +35,7 @@ class IdxImages(GreyDataset, ABC):
     folder: ClassVar[str]
     """Name of the class in torchvision, and of its folder."""
     md5: ClassVar[Mapping[str, str]]
-    """Published hashes by file name; that of an unpacked file is also checked against a packed one."""
+    """Published hashes by file name; a packed file is also checked against the hash of its unpacked content."""
     source: ClassVar[str]
     sizes: ClassVar[tuple[int, int]] = (60_000, 10_000)
     validation: ClassVar[int] = 400
@@ -47,10 +47,10 @@ class IdxImages(GreyDataset, ABC):
         self._raw = self._root / self.folder / "raw"
 
     def load(self) -> Data:
-        """Read the images; download what is missing. See the base class for the errors."""
+        """Return the data, see the base class."""
         files = [self._raw / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
         if not all(self._found(path).exists() for path in files):
-            # A packed file is one that is there: torchvision is asked for the others only.
+            # Packed files count as present: torchvision downloads only the others.
             missing = [path for path in files if not self._found(path).exists()]
             what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
             obtain(self.name, self._root, missing, what, self._fetch)
@@ -84,7 +84,7 @@ class IdxImages(GreyDataset, ABC):
         return sorted(path for path in raw.iterdir() if path.suffix != ".gz")
 
     def _read(self, path: Path, n: int) -> UInt8[Tensor, "n pixels"]:
-        """The ``n`` images of one file, checked."""
+        """Return the ``n`` images of one file, checked."""
         content = stored = read_bytes(path)
         if path.suffix == ".gz":
             try:

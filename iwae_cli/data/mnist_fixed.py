@@ -1,4 +1,4 @@
-"""MNIST binarized once and for all, the files of Larochelle and Murray."""
+"""MNIST with one fixed binarization, the files of Larochelle and Murray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
 
 
 class Amat(NamedTuple):
-    """One file: its name, the images it holds, its published sha256."""
+    """One file: name, number of images, published sha256."""
 
     name: str
     images: int
@@ -56,7 +56,7 @@ class FixedMNIST(Dataset):
         self._root = directory(data_dir)
 
     def load(self) -> Data:
-        """Read the images; download what is missing. See the base class for the errors."""
+        """Return the data, see the base class."""
         folder = self._root / "BinaryMNIST"
         paths = [folder / file.name for file in self.files.values()]
         if not all(path.exists() for path in paths):
@@ -91,6 +91,6 @@ def _read(path: Path, file: Amat) -> UInt8[Tensor, "n pixels"]:
     if len(content) < expected:
         raise Damaged(path, f"is truncated: {len(content):,} of {expected:,} bytes")
     check_hash(path, content, "sha256", file.sha256)
-    # Every pixel is one digit and one separator, so that no text need be parsed.
+    # Every pixel is one digit and one separator: no text needs to be parsed.
     digits = torch.frombuffer(content, dtype=torch.uint8).view(file.images, SIDE * SIDE, 2)[:, :, 0]
     return digits - ord("0")

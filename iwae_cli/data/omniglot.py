@@ -26,12 +26,12 @@ class Omniglot(GreyDataset):
     """``chardata.mat``: keys ``data`` and ``testdata``, (784, n), grey values in [0, 1], images column by column.
 
     Lake, Salakhutdinov, Tenenbaum 2015; resized and split by Burda, Grosse, Salakhutdinov 2016 (1509.00519).
-    The training images are put in the authors' order, numpy's ``RandomState(123).permutation``, of which the last
-    are the validation split. Grey values are kept as 0 to 255, what they were made from.
+    The training images are in the authors' order, numpy's ``RandomState(123).permutation``; the last of them are the
+    validation split. Grey values become the bytes 0 to 255 from which they were made.
 
     Args:
         data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
-        path: another file of the same layout, of any size, instead.
+        path: another file of the same layout and any size.
         binarization: ``dynamic`` or ``none``.
 
     Raises:
@@ -51,11 +51,11 @@ class Omniglot(GreyDataset):
         self._path = None if path is None else Path(path).expanduser().absolute()
 
     def fingerprint(self) -> str | None:
-        """sha256 of the file that ``path`` names; None for the authors' file, which is always the same."""
+        """Return the sha256 of the file that ``path`` names; None for the authors' file, which never changes."""
         return None if self._path is None else hashlib.sha256(self._content(self._path)).hexdigest()
 
     def load(self) -> Data:
-        """Read the images; download the authors' file if it is missing. See the base class for the errors."""
+        """Return the data, see the base class."""
         facts: dict[str, str] = {}
         if self._path is None:
             path = self._root / "OMNIGLOT" / "chardata.mat"
@@ -107,13 +107,13 @@ class Omniglot(GreyDataset):
 
 
 def _read(path: Path, content: bytearray) -> tuple[UInt8[Tensor, "n pixels"], UInt8[Tensor, "m pixels"]]:
-    """Training and test images, row by row, 0 to 255."""
-    # Late: scipy.io takes longer to import than most files take to read.
+    """Return training and test images, row by row, 0 to 255."""
+    # Imported here, since scipy.io takes longer to import than most files to read.
     from scipy.io import loadmat
 
     try:
         found = loadmat(BytesIO(content))
-    except Exception as error:  # a damaged file ends in errors of many kinds, from struct to zlib
+    except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
         raise _damaged(path, f"cannot be read, it may be truncated ({' '.join(str(error).split())})") from error
     images = []
     for key, least in (("data", 10), ("testdata", 1)):

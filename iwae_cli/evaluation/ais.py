@@ -26,8 +26,8 @@ from iwae_cli.core.progress import Progress, announce
 from iwae_cli.data.base import SPLITS, Split
 from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
 from iwae_cli.evaluation.workers import available_cores, map_batches, processes
-from iwae_cli.models.architectures.categorical import BernoulliMixture
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.priors import OneHotPrior
 
 SIGMOID_SPAN = 4.0
 """The schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most."""
@@ -600,7 +600,7 @@ class _Sharing:
 
 
 def _require_movable(model: LatentVariableModel) -> None:
-    if isinstance(model.generative, BernoulliMixture):
+    if isinstance(getattr(model.generative, "prior", None), OneHotPrior):
         raise UserError(
             "estimator=ais moves real latents and bits, not a categorical one, whose log p(x) is exact: "
             "without estimator=ais, iwae-eval reports it as exact_nll"

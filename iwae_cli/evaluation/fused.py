@@ -1,14 +1,14 @@
-"""Log-weights of the Gaussian models with binary pixels, faster than by ``model(x, k, noise)`` and equal to it.
+"""Log-weights of Gaussian models with binary pixels, faster than ``model(x, k, noise)`` and equal to it up to rounding.
 
-What every model can do is in ``iwae_cli.models``, easy to read; this is the same sum for the models of most runs, on a
-processor, in the form that costs least beside the matrix products that it cannot do without:
+The same sum as in ``iwae_cli.models``, for the models of most runs on a CPU, with as little as possible beside the
+matrix products:
 
-- One image at a time, its pixels put into the signs of the last weights: with s the logits and u = (2x - 1) s,
-  log p(x|h) = sum_j log sigmoid(u_j) = sum over groups of log of a product of sigmoids, one logarithm a group.
-- tanh(a) = 2 sigmoid(2a) - 1, the factors put into the weights on both sides: sigmoid is the cheaper function.
+- One image at a time, its pixels as signs of the last weights: with s the logits and u = (2x - 1) s,
+  log p(x|h) = sum_j log sigmoid(u_j), computed as one logarithm of a product of sigmoids for a group of pixels.
+- tanh(a) = 2 sigmoid(2a) - 1, the factors folded into the weights on both sides: sigmoid is the cheaper function.
 - log q(h|x) from the draws themselves; what depends on x alone is computed once for all samples.
-- By choice, products of bfloat16 numbers with float32 sums, twice as fast where the processor has them: of the
-  weights and of what tanh gives, but not of the latents, nor in p(h).
+- Optionally products of bfloat16 numbers with float32 sums, twice as fast where the CPU has them: of the weights and
+  the tanh values, but not of the latents, nor in p(h).
 """
 
 from __future__ import annotations
@@ -26,31 +26,29 @@ from iwae_cli.core.device import Device
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import BLOCK, Noise
 from iwae_cli.evaluation.settings import Evaluation
-from iwae_cli.models.architectures.mlp import GaussianChain, GaussianMLP, GaussianRecognition
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.likelihoods import Bernoulli
-from iwae_cli.models.networks import GaussianConditional, TanhNetwork
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import GaussianConditional
+from iwae_cli.models.likelihoods import Bernoulli, TanhPixels
+from iwae_cli.models.priors import StandardNormal
 
 CHUNK = 40 * BLOCK
-"""Samples computed at once, at most: enough to hide the cost of the calls."""
+"""Largest number of samples computed in one call: enough to hide the cost of the calls."""
 
 FIRST_GROUPS, SECOND_GROUPS = 8, 2
-"""Pixels whose probabilities are multiplied, in two steps, before a logarithm is taken of their product."""
+"""Numbers of pixels whose probabilities are multiplied, in two steps, before the logarithm of the product."""
 
 CERTAIN = 100.0
-"""Logit of a pixel that is not there: sigmoid(100) = 1 in every precision."""
+"""Logit of a padded pixel: sigmoid(100) = 1 in every precision."""
 
 
 def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> None:
-    """Refuse ``evaluation.precision=bf16`` where it cannot be had.
-
-    Raises:
-        UserError: another model, device or precision.
-    """
+    """Raise UserError if ``evaluation.precision=bf16`` is not possible with this model and device."""
     if evaluation.precision == "float32":
         return
     wrong = None
-    if type(model) is not GaussianMLP or model.likelihood != "bernoulli":
+    if type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None:
         wrong = "Gaussian models of binary pixels, as model=one_layer or two_layer"
     elif device.resolve().type != "cpu":
         wrong = "device=cpu"
@@ -65,37 +63,37 @@ class FusedScorer:
     """Computes the log-weights of one model, whose weights must not change meanwhile.
 
     Args:
-        model: one that ``fits`` what it is to score.
-        rows: bound on the samples computed at once.
-        bf16: products of bfloat16 numbers, for a model in float32.
+        model: a model for which ``fits`` holds.
+        rows: largest number of samples computed together.
+        bf16: use products of bfloat16 numbers, for a model in float32.
     """
 
     def __init__(self, model: LatentVariableModel, rows: int = CHUNK, bf16: bool = False) -> None:
         self._blocks = max(1, min(rows, CHUNK) // BLOCK)
         generative, inference = model.generative, model.inference
-        assert isinstance(generative, GaussianChain) and isinstance(inference, GaussianRecognition)
-        first, *upwards = inference.layers
-        self._first = first
-        self._white = generative.likelihood.white
-        # Another q is still one to draw from and to score; p must stay what it is, and its Gaussians may be narrow.
+        assert isinstance(generative, GenerativeChain) and isinstance(inference, InferenceChain)
+        self._first, *upwards = inference.layers
+        self._white = inference.white
+        # A rounded q is a q as good as any, drawn from and scored; p must stay exact, and its Gaussians may be narrow.
         self._upwards = _conditionals(upwards, bf16)
         self._downwards = _conditionals(generative.layers, bf16=False)
         observation = generative.observation
-        assert isinstance(observation, TanhNetwork)
+        assert isinstance(observation, TanhPixels)
         self._body = _Body(observation.body, bf16)
         self._pixels = observation.head.out_features
-        self._missing = -self._pixels % (FIRST_GROUPS * SECOND_GROUPS)
-        self._head = self._body.then([observation.head], self._missing)
+        self._padding = -self._pixels % (FIRST_GROUPS * SECOND_GROUPS)
+        self._head = self._body.then([observation.head], self._padding)
 
     @staticmethod
     def fits(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"]) -> bool:
-        """Whether the parts are those that are known here, nothing derived from them, and every pixel is 0 or 1."""
+        """Return whether the model consists of exactly the known classes and every pixel is 0 or 1."""
         generative, inference = model.generative, model.inference
         return bool(
-            type(generative) is GaussianChain
-            and type(inference) is GaussianRecognition
-            and type(generative.likelihood) is Bernoulli
-            and type(generative.observation) is TanhNetwork
+            type(generative) is GenerativeChain
+            and type(inference) is InferenceChain
+            and type(generative.prior) is StandardNormal
+            and type(generative.observation) is TanhPixels
+            and type(generative.observation.likelihood) is Bernoulli
             and all(type(layer) is GaussianConditional for layer in (*generative.layers, *inference.layers))
             and ((x == 0) | (x == 1)).all()
         )
@@ -108,40 +106,40 @@ class FusedScorer:
         images: Sequence[int],
         first: int = 0,
     ) -> Float[Tensor, "k batch"]:
-        """log w of ``k`` draws for every x, nats.
+        """Return log w of ``k`` draws for every x, nats.
 
         Args:
             x: binary pixels, in the dtype of the model.
-            k: samples.
-            noise: of some images from one sample on, a multiple of ``BLOCK``.
-            images: what ``noise`` knows each x by.
-            first: what it knows the first sample by.
+            k: number of samples.
+            noise: returns the noise of some images from one sample on, which is a multiple of ``BLOCK``.
+            images: index of each x, for ``noise``.
+            first: index of the first sample, for ``noise``.
         """
         log_w = x.new_empty(k, len(x))
         blocks = -(-k // BLOCK)
-        # As many as need be, and of one size.
+        # As few chunks as possible, of equal size.
         chunk = -(-blocks // -(-blocks // self._blocks)) * BLOCK
-        buffer = x.new_empty(min(k, chunk), self._pixels + self._missing)
-        loc, log_scale = self._first(x / self._white)
-        sign = F.pad(2 * x - 1, (0, self._missing), value=1)
+        buffer = x.new_empty(min(k, chunk), self._pixels + self._padding)
+        loc, log_scale = self._first(x / self._white)  # (batch, d_1) each
+        sign = F.pad(2 * x - 1, (0, self._padding), value=1)  # (batch, padded)
         for b in range(len(x)):
             head = self._head.times(sign[b])
-            scale, sum_log_scale = log_scale[b].exp(), log_scale[b].sum()
+            scale, sum_log_scale = log_scale[b].exp(), log_scale[b].sum()  # (d_1,), ()
             for start in range(0, k, chunk):
                 n = min(chunk, k - start)
                 draws = noise(images[b : b + 1], first + start)
-                eps = draws.normal(1, n, 1, len(scale))[:, 0]
-                latents = [torch.addcmul(loc[b], eps, scale)]
-                # 2 log q(h|x) and 2 log p(h), both without d log 2 pi.
+                eps = draws.normal(1, n, 1, len(scale))[:, 0]  # (n, d_1)
+                latents = [torch.addcmul(loc[b], eps, scale)]  # (n, d_l) each
+                # 2 log q(h|x) and 2 log p(h), (n,), both without d log 2 pi.
                 log_q = -2 * sum_log_scale - torch.linalg.vecdot(eps, eps)
                 for level, layer in enumerate(self._upwards, start=2):
-                    above_loc, above_log_scale = layer(latents[-1])
+                    above_loc, above_log_scale = layer(latents[-1])  # (n, d_level) each
                     eps = draws.normal(level, n, 1, above_loc.shape[-1])[:, 0]
                     latents.append(torch.addcmul(above_loc, eps, above_log_scale.exp()))
                     log_q -= torch.linalg.vecdot(eps, eps) + 2 * above_log_scale.sum(-1)
                 log_p = -torch.linalg.vecdot(latents[-1], latents[-1])
                 for layer, below, above in zip(self._downwards, latents, latents[1:], strict=False):
-                    below_loc, below_log_scale = layer(above)
+                    below_loc, below_log_scale = layer(above)  # as below
                     standardized = (below - below_loc) * torch.exp(-below_log_scale)
                     log_p -= torch.linalg.vecdot(standardized, standardized) + 2 * below_log_scale.sum(-1)
                 likelihood = _log_likelihood(self._body(latents[0]), head, buffer[:n])
@@ -149,40 +147,42 @@ class FusedScorer:
         return log_w
 
 
-def _log_likelihood(features: Tensor, head: _Linear, buffer: Tensor) -> Tensor:
-    """log p(x|h) of every row of ``features``, by a ``head`` that carries the signs of x."""
-    probabilities = head(features, out=buffer).sigmoid_()
-    products = probabilities.view(len(buffer), FIRST_GROUPS, -1).prod(1)
+def _log_likelihood(
+    features: Float[Tensor, "n hidden"], head: _Linear, buffer: Float[Tensor, "n padded"]
+) -> Float[Tensor, " n"]:
+    """Return log p(x|h) of every row, nats; ``head`` carries the signs of x, ``buffer`` is overwritten."""
+    probabilities = head(features, out=buffer).sigmoid_()  # (n, padded)
+    products = probabilities.view(len(buffer), FIRST_GROUPS, -1).prod(1)  # (n, padded / 8)
     log_p = products.view(len(buffer), SECOND_GROUPS, -1).prod(1).log_().sum(-1)
     if not math.isfinite(log_p.amin()):
-        # A product has left the range of the numbers: those samples again, term by term.
-        lost = ~log_p.isfinite()
+        # A product has left the range of the numbers: compute those samples again, term by term.
+        lost = ~log_p.isfinite()  # (n,)
         log_p[lost] = F.logsigmoid(head(features[lost])).sum(-1)
     return log_p
 
 
 class _Linear:
-    """given @ weight + bias; where the weight is of bfloat16, (given - 1/2) @ weight + bias.
+    """given @ weight + bias; with a weight of bfloat16, (given - 1/2) @ weight + bias.
 
-    A sigmoid of bfloat16 is as coarse near 1 as near 1/2; without the half, tanh keeps its eight bits at any size.
+    A sigmoid in bfloat16 is as coarse near 1 as near 1/2; less 1/2, tanh keeps its eight bits at any size.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Shaped[Tensor, "i o"], bias: Float[Tensor, " o"]) -> None:
         self._weight, self._bias = weight, bias
 
-    def __call__(self, given: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, given: Float[Tensor, "n i"], out: Float[Tensor, "n o"] | None = None) -> Float[Tensor, "n o"]:
         if given.dtype == self._weight.dtype:
             return torch.addmm(self._bias, given, self._weight, out=out)
         product = torch.mm((given - 0.5).to(self._weight.dtype), self._weight)
         return (product.to(given.dtype) if out is None else out.copy_(product)).add_(self._bias)
 
-    def times(self, sign: Tensor) -> _Linear:
-        """The same with every output times its sign."""
+    def times(self, sign: Float[Tensor, " o"]) -> _Linear:
+        """Return the layer with every output multiplied by its sign."""
         return _Linear(self._weight * sign.to(self._weight.dtype), self._bias * sign)
 
 
 class _Body:
-    """A tanh network as products and sigmoids; its values are those sigmoids, (tanh + 1) / 2."""
+    """A tanh network as products and sigmoids; its outputs are the sigmoids, (tanh + 1) / 2."""
 
     def __init__(self, body: nn.Sequential, bf16: bool) -> None:
         self._layers: list[_Linear] = []
@@ -191,26 +191,26 @@ class _Body:
             if isinstance(linear, nn.Linear):
                 self._layers.append(self.then([linear], factor=2))
 
-    def then(self, heads: Sequence[nn.Linear], missing: int = 0, factor: int = 1) -> _Linear:
-        """What gives of the sigmoids, side by side, ``factor`` times what the ``heads`` give of the tanh.
+    def then(self, heads: Sequence[nn.Linear], padding: int = 0, factor: int = 1) -> _Linear:
+        """Fold tanh(a) = 2 sigmoid(2a) - 1 into the concatenated weights of ``heads``, scaled by ``factor``.
 
         Args:
-            heads: layers that stand on this network as far as it is built.
-            missing: outputs to be added that are always ``CERTAIN``.
-            factor: see above.
+            heads: layers on top of the layers so far.
+            padding: number of outputs to add that are always ``CERTAIN``.
+            factor: 2 where a sigmoid follows, 1 for outputs.
         """
-        weight = torch.cat([head.weight.detach() for head in heads]).t().contiguous() * factor
-        bias = torch.cat([head.bias.detach() for head in heads]) * factor
+        weight = torch.cat([head.weight.detach() for head in heads]).t().contiguous() * factor  # (i, o)
+        bias = torch.cat([head.bias.detach() for head in heads]) * factor  # (o,)
         if self._layers:
             weight = 2 * weight
-            # The latents stay in float32: they have no bounds, and their errors would go through all that follows.
+            # The latents stay in float32: they have no bounds, and their errors would reach everything that follows.
             if self._bf16:
                 weight = weight.bfloat16()
             else:
                 bias = bias - (weight.double().sum(0) / 2).to(bias.dtype)
-        return _Linear(F.pad(weight, (0, missing)), F.pad(bias, (0, missing), value=CERTAIN))
+        return _Linear(F.pad(weight, (0, padding)), F.pad(bias, (0, padding), value=CERTAIN))
 
-    def __call__(self, given: Tensor) -> Tensor:
+    def __call__(self, given: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         for layer in self._layers:
             given = layer(given).sigmoid_()
         return given
@@ -223,8 +223,9 @@ class _Conditional:
         self._body = _Body(conditional.body, bf16)
         self._heads = self._body.then([conditional.loc, conditional.log_scale])
 
-    def __call__(self, given: Tensor) -> tuple[Tensor, ...]:
-        return self._heads(self._body(given)).chunk(2, dim=-1)
+    def __call__(self, given: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n o"], Float[Tensor, "n o"]]:
+        loc, log_scale = self._heads(self._body(given)).chunk(2, dim=-1)
+        return loc, log_scale
 
 
 def _conditionals(layers: Iterable[nn.Module], bf16: bool) -> list[_Conditional]:

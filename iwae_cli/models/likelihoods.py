@@ -1,29 +1,31 @@
-"""What a pixel's distribution given the latents can be: Bernoulli, or grey levels by a discretized logistic."""
+"""The distribution of pixels given the nearest latents: Bernoulli, or grey levels by a discretized logistic."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import Noise
-from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob
+from iwae_cli.models.conditionals import Conditional, Draws, Given
+from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
 
 
 class PixelLikelihood(ABC):
-    """Independent pixels x given what a network says of each: ``per_pixel`` numbers, all first ones first.
+    """Independent pixels x given ``per_pixel`` values each: the first values of all pixels, then the second ones.
 
     Attributes:
-        per_pixel: numbers per pixel that the network puts out.
-        white: the largest value of a pixel; x / white lies in [0, 1].
+        per_pixel: values per pixel.
+        white: largest value of a pixel; x / white lies in [0, 1].
     """
 
     per_pixel: ClassVar[int]
@@ -31,26 +33,24 @@ class PixelLikelihood(ABC):
 
     @abstractmethod
     def initial_bias(self) -> Float64[np.ndarray, " values"]:
-        """What the network should put out at first: the training mean, whatever the latents."""
+        """Return the values for which E[x] is the training mean."""
 
     @abstractmethod
-    def log_prob(
-        self, x: Float[Tensor, "batch pixels"], values: Float[Tensor, "k batch values"]
-    ) -> Float[Tensor, "k batch"]:
-        """log p(x|values) summed over the pixels, nats."""
+    def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
+        """Return log p(x|values) summed over the pixels, nats."""
 
     @abstractmethod
-    def mean(self, values: Float[Tensor, "k batch values"]) -> Float[Tensor, "k batch pixels"]:
-        """E[x|values], in the units of x."""
+    def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
+        """Return E[x|values], in the units of x."""
 
     @abstractmethod
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
-        """x ~ p(x|values), from the uniform draws of layer 0."""
+        """Return draws of x, from the uniform noise of layer 0."""
 
 
 @final
 class Bernoulli(PixelLikelihood):
-    """Pixels in {0, 1}; the network puts out logits.
+    """Pixels in {0, 1}; the values are logits.
 
     Args:
         mean: training mean of every pixel, in [0, 1].
@@ -63,18 +63,16 @@ class Bernoulli(PixelLikelihood):
         self._mean = mean
 
     def initial_bias(self) -> Float64[np.ndarray, " values"]:
-        """logit(clip(mean, .001, .999)), as in Burda et al. 2016."""
+        """Return logit(clip(mean, .001, .999)), as in Burda et al. 2016."""
         clipped = np.clip(self._mean, 0.001, 0.999)
         return np.log(clipped / (1 - clipped))
 
-    def log_prob(
-        self, x: Float[Tensor, "batch pixels"], values: Float[Tensor, "k batch values"]
-    ) -> Float[Tensor, "k batch"]:
+    def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
         """See the base class."""
         return bernoulli_log_prob(x, values)
 
-    def mean(self, values: Float[Tensor, "k batch values"]) -> Float[Tensor, "k batch pixels"]:
-        """Probability of every pixel to be 1."""
+    def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
+        """Return the probability of each pixel to be 1."""
         return torch.sigmoid(values)
 
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
@@ -87,12 +85,12 @@ class DiscretizedLogistic(PixelLikelihood):
     """Grey levels 0 to ``levels`` - 1: the mass of a logistic distribution in the bin around each level.
 
     With white = levels - 1, the bin of level v is ((v - .5) / white, (v + .5) / white]; the first and the last one
-    are open towards their ends, so that the masses sum to one. A probability of integers: its NLL is comparable with
-    any other on the same levels, and NLL / (pixels ln 2) is honest bits per dimension. Two levels are a Bernoulli.
+    are open towards their ends, so that the masses sum to one. It is a probability of integers: its NLL is comparable
+    with any other on the same levels, and NLL / (pixels ln 2) is bits per dimension. Two levels are a Bernoulli.
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling 2016, arXiv 1606.04934, appendix; open end bins as
     in Salimans, Karpathy, Chen, Kingma 2017, arXiv 1701.05517.
 
-    The network puts out locations (all pixels) and then log-scales (all pixels), both in units of white.
+    The values are locations (all pixels) and then log-scales (all pixels), both in units of white.
 
     Args:
         mean: training mean of every pixel, in grey levels.
@@ -111,26 +109,24 @@ class DiscretizedLogistic(PixelLikelihood):
         self.white = float(levels - 1)
 
     def initial_bias(self) -> Float64[np.ndarray, " values"]:
-        """Locations at the mean; a scale of 0.1, about that of a grey image around its mean."""
+        """Return locations at the mean and scales of 0.1, about that of a grey image around its mean."""
         return np.concatenate([self._mean / self.white, np.full_like(self._mean, np.log(0.1))])
 
-    def log_prob(
-        self, x: Float[Tensor, "batch pixels"], values: Float[Tensor, "k batch values"]
-    ) -> Float[Tensor, "k batch"]:
-        """See the base class; summed, and returned, in float64 where the device has it."""
+    def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
+        """See the base class; summed and returned in float64 where the device has it."""
         loc, log_scale = values.chunk(2, dim=-1)
         precision = torch.exp(-log_scale)
         upper = ((x + 0.5) / self.white - loc) * precision
         lower = ((x - 0.5) / self.white - loc) * precision
-        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of nearly equal numbers,
-        # however far x is from the location; and u - l, the width of a bin, is known without x.
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)) has no difference of nearly equal numbers,
+        # however far x is from the location; and u - l, the width of a bin, does not depend on x.
         first, last = x == 0, x == self.white
         inside = torch.log(-torch.expm1(-precision / self.white)).masked_fill(first | last, 0.0)
         log_mass = F.logsigmoid(upper).masked_fill(last, 0.0) + F.logsigmoid(-lower).masked_fill(first, 0.0) + inside
         return log_mass.sum(-1, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
-    def mean(self, values: Float[Tensor, "k batch values"]) -> Float[Tensor, "k batch pixels"]:
-        """E[x] = sum over v of P(x > v), in grey levels."""
+    def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
+        """Return E[x] = sum over v of P(x > v), in grey levels."""
         loc, log_scale = values.chunk(2, dim=-1)
         mean = torch.zeros_like(loc)
         for level in range(int(self.white)):
@@ -138,28 +134,69 @@ class DiscretizedLogistic(PixelLikelihood):
         return mean
 
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
-        """A draw of the logistic, moved to the nearest level."""
+        """Return draws of the logistic, moved to the nearest level."""
         loc, log_scale = values.chunk(2, dim=-1)
         grey = loc + log_scale.exp() * torch.logit(noise.uniform(0, *loc.shape))
         return (grey * self.white).round().clamp(0, self.white)
 
 
-def likelihood_observation(name: LikelihoodName) -> Observation:
-    """What kind of pixels the likelihood ``name`` is for.
+class Pixels(Conditional):
+    """p(x|h_1): ``likelihood`` with the values of ``forward``, which a subclass implements."""
 
-    Raises:
-        ValueError: no such likelihood.
+    reparameterized: ClassVar[bool] = False
+
+    def __init__(self, likelihood: PixelLikelihood) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return draws of x and their log-probabilities; ``level`` must be 0."""
+        values = self(given)
+        x = self.likelihood.sample(values, noise)
+        return x, self.likelihood.log_prob(x, values)
+
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return log p(x|h_1), nats."""
+        return self.likelihood.log_prob(h, self(given))
+
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return E[x|h_1], in the units of x."""
+        return self.likelihood.mean(self(given))
+
+
+class TanhPixels(Pixels):
+    """Pixels whose values are a linear head on a tanh network.
+
+    Args:
+        inputs: size of h_1.
+        hidden: sizes of the tanh layers.
+        pixels: size of x.
+        likelihood: of the pixels.
     """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], pixels: int, likelihood: PixelLikelihood) -> None:
+        super().__init__(likelihood)
+        sizes = [inputs, *hidden]
+        self.body = tanh_network(sizes)
+        self.head = nn.Linear(sizes[-1], likelihood.per_pixel * pixels)
+
+    def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
+        """Return the values."""
+        return self.head(self.body(given))
+
+
+def likelihood_observation(name: LikelihoodName) -> Observation:
+    """Return the kind of pixels that a likelihood is for; raise ValueError if there is none of that name."""
     if name not in get_args(LikelihoodName):
         raise ValueError(f"likelihood must be one of {', '.join(get_args(LikelihoodName))}, got {name!r}")
     return "binary" if name == "bernoulli" else "grey"
 
 
 def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:
-    """The likelihood ``name`` for data of the given training mean and number of grey levels.
+    """Return the likelihood ``name`` for data of the given training mean and number of grey levels.
 
     Raises:
-        ValueError: grey levels are wanted and the data has none.
+        ValueError: ``discretized_logistic`` for data without grey levels.
     """
     if name == "bernoulli":
         return Bernoulli(mean)

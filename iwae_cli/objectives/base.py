@@ -1,10 +1,10 @@
-"""The shape of every objective: log-weights in, a bound in nats out, and losses whose gradients train."""
+"""Base classes of all objectives: from log-weights to a bound in nats, and to losses whose gradients train."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ Gradient = Literal["total", "stl", "dreg"]
 
 @dataclass(frozen=True)
 class Losses:
-    """What to differentiate, and what to report.
+    """The scalars to differentiate and the value to report.
 
     Attributes:
         generative: scalar whose gradient with respect to theta is used.
@@ -33,26 +33,44 @@ class Losses:
 
 
 class Objective(ABC):
-    """Something to maximize. This is what a yaml of ``conf/objective`` names."""
+    """A bound on log p(x) and the losses that maximize it. This is what a yaml of ``conf/objective`` names.
 
+    Args:
+        k: draws of q per observation.
+
+    Raises:
+        ValueError: k below ``least_k``.
+    """
+
+    least_k: ClassVar[int] = 1
     lower_bound: bool = True
     """Whether E[bound] <= log p(x) always; only then may a value be called an NLL."""
 
+    def __init__(self, k: int) -> None:
+        if k < self.least_k:
+            raise ValueError(f"k must be >= {self.least_k}, got {k}")
+        self.k = k
+
     @property
-    @abstractmethod
     def num_samples(self) -> int:
         """Draws of q per observation and step."""
+        return self.k
+
+    @property
+    def one_loss(self) -> bool:
+        """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
+        return False
 
     @abstractmethod
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """The value that is reported, nats, higher is better."""
+        """Return the value that is reported, nats, higher is better."""
 
     @abstractmethod
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Scalars to differentiate, means over the batch, in nats.
+        """Return scalars to differentiate, means over the batch, in nats.
 
         Args:
-            model: what drew ``particles``.
+            model: the model that drew ``particles``.
             x: the observations.
             particles: ``num_samples`` draws for each of them.
             noise: for an objective that draws more, such as samples of p.
@@ -60,13 +78,23 @@ class Objective(ABC):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What whoever chose this should know before it trains, one line each; empty for most."""
+        """Warnings to print before the training, one line each; empty for most objectives."""
         if self.lower_bound:
             return ()
         return (f"{type(self).__name__} as chosen is not a lower bound: its value may exceed log p(x)",)
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """Why this objective cannot train such a model, in words that name what can; None if it can."""
+        """Return why this objective cannot train models of such layers, and which ones can; None if it can."""
+        return None
+
+    def check_networks(self, model: Model) -> str | None:
+        """Return why this objective cannot train these built networks; None if it can."""
+        if model.shared and not self.one_loss:
+            return (
+                f"{type(self).__name__} as chosen does not train p and q by the whole derivative of one loss, but they "
+                f"share parameters ({model.shared[0]}): use objective=iwae or another bound with "
+                "objective.gradient=total"
+            )
         return None
 
 
@@ -84,25 +112,35 @@ class BoundObjective(Objective, ABC):
     The path derivative freezes the *weights* of q and keeps h live everywhere. Where every log-weight of an image is
     -inf, its bound is -inf and its gradient is finite; -inf beside finite ones counts as a weight of zero.
 
+    Args:
+        k: draws of q per observation.
+        gradient: ``total``, ``stl`` or ``dreg``.
+
     Raises:
-        ValueError: unknown ``gradient``.
+        ValueError: k too small or unknown ``gradient``.
     """
 
-    def __init__(self, gradient: str = "total", choices: tuple[str, ...] = get_args(Gradient)) -> None:
-        if gradient not in choices:
-            raise ValueError(f"gradient must be one of {', '.join(choices)}, got {gradient}")
-        self.gradient = gradient
+    def __init__(self, k: int, gradient: Gradient = "total") -> None:
+        super().__init__(k)
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
+        self.gradient: str = gradient
+
+    @property
+    def one_loss(self) -> bool:
+        """Whether ``gradient`` is total."""
+        return self.gradient == "total"
 
     @abstractmethod
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = dB/dlog w, in closed form."""
+        """Return a = dB/dlog w, in closed form."""
 
     @abstractmethod
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = a - diag(d2B/dlog w2), in closed form."""
+        """Return b = a - diag(d2B/dlog w2), in closed form."""
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """See the class; ``dreg`` is two losses, each differentiated for its own parameters."""
+        """See the class; ``dreg`` has two losses, each differentiated for its own parameters."""
         if self.gradient == "total":
             bound = self.bound(particles.log_w)
             loss = -bound.mean()
@@ -132,12 +170,12 @@ class BoundObjective(Objective, ABC):
         return caveats
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """Discrete latents are refused: the score of q would be dropped silently."""
+        """Refuse discrete latents: the score of q would be dropped silently."""
         return refuse_discrete(self, architecture)
 
 
 def refuse_discrete(objective: Objective, architecture: StochasticLayers) -> str | None:
-    """The message of an objective that differentiates through the latents, for a model of discrete ones."""
+    """Return the message of an objective that differentiates through the latents, for a model of discrete ones."""
     if not architecture.discrete:
         return None
     return (
@@ -147,12 +185,12 @@ def refuse_discrete(objective: Objective, architecture: StochasticLayers) -> str
 
 
 def weighted_sum(weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-    """sum_i weights_i values_i, where a weight of zero takes its value out, be it -inf."""
+    """Return sum_i weights_i values_i; a weight of zero removes its value, even if it is -inf."""
     return torch.where(weights == 0, 0, weights * values).sum(0)
 
 
 def score_term(model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Float[Tensor, "k batch"]:
-    """log q(h|x) with h held fixed, nats: its gradient is the score of q, for discrete and continuous latents."""
+    """Return log q(h|x) with h held fixed, nats: its gradient is the score of q, for any kind of latents."""
     if not particles.reparameterized:
         return particles.log_q
     return model.inference(x, tuple(h.detach() for h in particles.latents))

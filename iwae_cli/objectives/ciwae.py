@@ -28,21 +28,13 @@ class CIWAE(BoundObjective):
     """
 
     def __init__(self, k: int, beta: float, gradient: Gradient = "total") -> None:
-        super().__init__(gradient)
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
+        super().__init__(k, gradient)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta must be between 0 and 1, got {beta}")
-        self.k = k
         self.beta = beta
 
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """beta mean(log w) + (1-beta) log 1/k sum_i w_i."""
+        """Return beta mean(log w) + (1-beta) log 1/k sum_i w_i."""
         # At either end the other bound is left out, not multiplied by zero: it may be -inf.
         if self.beta == 0:
             return log_mean_exp(log_w)
@@ -51,9 +43,9 @@ class CIWAE(BoundObjective):
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = beta/k + (1-beta) w~."""
+        """Return a = beta/k + (1-beta) w~."""
         return self.beta / self.k + (1 - self.beta) * normalized_weights(log_w)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = beta/k + (1-beta) w~^2."""
+        """Return b = beta/k + (1-beta) w~^2."""
         return self.beta / self.k + (1 - self.beta) * normalized_weights(log_w).square()

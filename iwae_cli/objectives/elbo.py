@@ -20,53 +20,54 @@ class ELBO(BoundObjective):
     Args:
         k: draws of q per observation.
         gradient: ``total``, ``stl`` or ``dreg``.
-        analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for one
-            Gaussian layer, with ``gradient=total`` (the closed form has no score term to drop).
+        analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for models of one
+            layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
 
     Raises:
         ValueError: k < 1, unknown gradient, or analytic_kl with a gradient other than total.
     """
 
     def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:
-        super().__init__(gradient)
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
+        super().__init__(k, gradient)
         if analytic_kl and gradient != "total":
             raise ValueError(f"analytic_kl has a meaning with gradient=total only, got gradient={gradient}")
-        self.k = k
         self.analytic_kl = analytic_kl
 
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Mean of the log-weights."""
+        """Return the mean of the log-weights."""
         return log_w.mean(0)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = 1/k."""
+        """Return a = 1/k."""
         return torch.full_like(log_w, 1 / log_w.shape[0])
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = a: the bound is linear in log w."""
+        """Return b = a: the bound is linear in log w."""
         return self.weights(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """As every bound, or with the KL in closed form."""
+        """See the base class; the KL is in closed form with ``analytic_kl``."""
         if not self.analytic_kl:
             return super().losses(model, x, particles, noise)
         log_likelihood = particles.log_p - model.generative.log_prior(particles.latents)
-        bound = log_likelihood.mean(0) - model.inference.kl_to_prior(x)
+        bound = log_likelihood.mean(0) - model.kl(x)
         loss = -bound.mean()
         return Losses(loss, loss, bound.detach())
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """An analytic KL needs one Gaussian layer."""
+        """Refuse an analytic KL of several layers."""
         if self.analytic_kl and architecture.layers > 1:
             return (
                 f"objective.analytic_kl=true needs a model of one stochastic layer, this one has "
                 f"{architecture.layers}; use model=one_layer or objective.analytic_kl=false"
             )
         return super().check(architecture)
+
+    def check_networks(self, model: Model) -> str | None:
+        """Refuse an analytic KL where none is known for this q and this prior."""
+        if self.analytic_kl and not model.has_kl:
+            return (
+                "objective.analytic_kl=true needs a q and a prior whose KL has a closed form, and none is known for "
+                "those of this model; use objective.analytic_kl=false"
+            )
+        return super().check_networks(model)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
-from iwae_cli.objectives.base import BoundObjective, Gradient
+from iwae_cli.objectives.base import BoundObjective
 
 
 class IWAE(BoundObjective):
@@ -14,34 +14,16 @@ class IWAE(BoundObjective):
 
     Special cases: k = 1 is the sampled ELBO. Not to be confused with the ELBO of k samples, which averages
     the logarithms and gets no tighter with k. ``stl`` is biased for k >= 2 (it misses part of the score term).
-
-    Args:
-        k: draws of q per observation.
-        gradient: ``total``, ``stl`` or ``dreg``.
-
-    Raises:
-        ValueError: k < 1 or unknown gradient.
     """
 
-    def __init__(self, k: int, gradient: Gradient = "total") -> None:
-        super().__init__(gradient)
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
-        self.k = k
-
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """log 1/k sum_i w_i."""
+        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = w~."""
+        """Return a = w~."""
         return normalized_weights(log_w)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = w~^2."""
+        """Return b = w~^2."""
         return normalized_weights(log_w).square()

@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iwae_cli.core.numerics import log_mean_exp, log_mean_exp_of_others, normalized_weights
-from iwae_cli.objectives.base import BoundObjective, Gradient
+from iwae_cli.objectives.base import BoundObjective
 
 
 def jackknife(log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-    """k L_k - (k-1) mean_j L_-j, where L_-j is L_{k-1} of all draws but the j-th; nats.
+    """Return k L_k - (k-1) mean_j L_-j, where L_-j is L_{k-1} of all draws but the j-th; nats.
 
-    Removes the term of order 1/k of the bias of L_k as an estimate of log p(x); what is left is of order 1/k^2 and of
-    either sign, so that the value is not a bound. -inf where every weight is zero; NaN, no value, where all but
-    one are: leaving that one out leaves nothing.
+    Removes the term of order 1/k of the bias of L_k as an estimate of log p(x); the rest is of order 1/k^2 and of
+    either sign, so the value is not a bound. -inf where every weight is zero; NaN where all but one are, since without
+    that one nothing is left.
 
     Raises:
         ValueError: k < 2.
@@ -42,40 +42,30 @@ class JVI(BoundObjective):
     b = k w~^2 - (k-1)/k sum_j r_ij^2.
 
     Args:
-        k: draws of q per observation.
+        k: draws of q per observation, at least 2: one is left out.
         gradient: ``total``, ``stl`` (biased) or ``dreg``.
 
     Raises:
         ValueError: k < 2 or unknown gradient.
     """
 
+    least_k = 2
     lower_bound = False
 
-    def __init__(self, k: int, gradient: Gradient = "total") -> None:
-        super().__init__(gradient)
-        if k < 2:
-            raise ValueError(f"k must be >= 2, one draw cannot be left out of one, got {k}")
-        self.k = k
-
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """k L_k - (k-1) mean_j L_-j."""
+        """Return k L_k - (k-1) mean_j L_-j."""
         return jackknife(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = k w~_i - (k-1)/k sum_{j != i} r_ij."""
+        """Return a = k w~_i - (k-1)/k sum_{j != i} r_ij."""
         return self.k * normalized_weights(log_w) - (1 - 1 / self.k) * self._shares(log_w, 1)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = k w~_i^2 - (k-1)/k sum_{j != i} r_ij^2."""
+        """Return b = k w~_i^2 - (k-1)/k sum_{j != i} r_ij^2."""
         return self.k * normalized_weights(log_w).square() - (1 - 1 / self.k) * self._shares(log_w, 2)
 
     def _shares(self, log_w: Float[Tensor, "k batch"], power: int) -> Float[Tensor, "k batch"]:
-        """sum_{j != i} r_ij^power without a table of all pairs; see ``log_mean_exp_of_others`` for the largest."""
+        """Return sum_{j != i} r_ij^power without a table of all pairs, as in ``log_mean_exp_of_others``."""
         largest = log_w.argmax(0, keepdim=True)
         w = normalized_weights(log_w)
         rest = (1 - w.scatter(0, largest, 0)).pow(-power).scatter(0, largest, 0)

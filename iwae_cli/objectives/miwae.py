@@ -28,29 +28,26 @@ class MIWAE(BoundObjective):
     """
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
-        super().__init__(gradient)
+        super().__init__(k, gradient)
         if m < 1:
             raise ValueError(f"m must be >= 1, got {m}")
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
         self.m = m
-        self.k = k
 
     @property
     def num_samples(self) -> int:
-        """m k."""
+        """Return m k."""
         return self.m * self.k
 
     def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
-        """Mean over the groups of log 1/k sum_i w_i."""
+        """Return the mean over the groups of log 1/k sum_i w_i."""
         return log_mean_exp(self._groups(log_w)).mean(0)
 
     def weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
-        """a = w~/m."""
+        """Return a = w~/m."""
         return self._shares(log_w) / self.m
 
     def doubly_weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
-        """b = w~^2/m."""
+        """Return b = w~^2/m."""
         return self._shares(log_w).square() / self.m
 
     def _groups(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "k m batch"]:

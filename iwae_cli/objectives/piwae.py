@@ -16,7 +16,7 @@ class PIWAE(Objective):
     """Theta maximizes IWAE-(m k), phi maximizes MIWAE(m, k), from the same draws (Rainforth et al. 2018, 1802.04537).
 
     The generative network gets the tightest bound that the draws give, the inference network one whose gradient has
-    more signal. The bound that is reported is IWAE-(m k). Special cases: m = 1 is IWAE-k for both; k = 1 trains q by
+    more signal. The reported bound is IWAE-(m k). Special cases: m = 1 is IWAE-k for both; k = 1 trains q by
     the ELBO. Not to be confused with MIWAE(m, k), where both networks maximize the mean of the small bounds.
 
     Args:
@@ -29,29 +29,30 @@ class PIWAE(Objective):
     """
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
+        super().__init__(k)
         self.inference = MIWAE(m, k, gradient)
         self.generative = IWAE(m * k)
 
     @property
     def num_samples(self) -> int:
-        """m k."""
+        """Return m k."""
         return self.inference.num_samples
 
     def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
-        """log 1/(m k) sum_i w_i."""
+        """Return log 1/(m k) sum_i w_i."""
         return self.generative.bound(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """The generative loss of IWAE-(m k) and the inference loss of MIWAE(m, k)."""
+        """Return the generative loss of IWAE-(m k) and the inference loss of MIWAE(m, k)."""
         generative = self.generative.losses(model, x, particles, noise)
         inference = self.inference.losses(model, x, particles, noise)
         return Losses(generative.generative, inference.inference, generative.bound)
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Those of its parts."""
+        """Return those of its parts."""
         return self.generative.caveats + self.inference.caveats
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """Discrete latents are refused: the score of q would be dropped silently."""
+        """Refuse discrete latents: the score of q would be dropped silently."""
         return refuse_discrete(self, architecture)

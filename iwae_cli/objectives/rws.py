@@ -26,7 +26,7 @@ class RWS(Objective):
 
     Right for discrete and continuous latents: nothing is differentiated through h. Special case: k = 1 with
     ``phi=sleep`` is the wake-sleep algorithm (Hinton, Dayan, Frey, Neal 1995); with ``phi=wake`` k = 1 would teach
-    nothing, because a single weight is 1 whatever the draw. Not to be confused with IWAE or VIMCO, whose phi
+    nothing, because a single weight is 1 for any draw. Not to be confused with IWAE or VIMCO, whose phi
     maximizes the bound that is reported here for theta alone. Le et al. 2019 (arXiv 1805.10469) compare them.
 
     Args:
@@ -38,26 +38,19 @@ class RWS(Objective):
     """
 
     def __init__(self, k: int, phi: Literal["wake", "sleep", "both"] = "wake") -> None:
+        super().__init__(k)
         if phi not in ("wake", "sleep", "both"):
             raise ValueError(f"phi must be one of wake, sleep, both, got {phi}")
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
         if k < 2 and phi != "sleep":
             raise ValueError(f"k must be >= 2 with phi={phi}, since a single weight is always 1; or use phi=sleep")
-        self.k = k
         self.phi = phi
 
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """log 1/k sum_i w_i."""
+        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """One loss for each network; sleep draws from p with ``noise``."""
+        """Return one loss for each network; sleep draws from p with ``noise``."""
         log_w = particles.log_w.detach()
         w = normalized_weights(log_w)
         parts = []

@@ -52,9 +52,8 @@ class TVO(BoundObjective):
         beta_1: float = 0.025,
         gradient: Literal["total", "stl", "dreg", "covariance"] = "total",
     ) -> None:
-        super().__init__(gradient, ("total", "stl", "dreg", "covariance"))
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
+        super().__init__(k, "total" if gradient == "covariance" else gradient)
+        self.gradient = gradient
         if gradient == "covariance" and k < 2:
             raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
         if partitions < 1:
@@ -63,7 +62,6 @@ class TVO(BoundObjective):
             raise ValueError(f"beta_1 must be between 0 and 1, both excluded, got {beta_1}")
         if schedule not in ("log", "linear"):
             raise ValueError(f"schedule must be log or linear, got {schedule}")
-        self.k = k
         if schedule == "linear" or partitions == 1:
             points = [j / partitions for j in range(partitions + 1)]
         else:
@@ -72,20 +70,15 @@ class TVO(BoundObjective):
         """Left end of every interval."""
         self.widths = [right - left for left, right in pairwise(points)]
 
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """sum_j d_j sum_i v_ji log w_i."""
+        """Return sum_j d_j sum_i v_ji log w_i."""
         bound = torch.zeros_like(log_w[0])
         for beta, width in zip(self.betas, self.widths, strict=True):
             bound = bound + width * _expectation(_tilted(beta, log_w), log_w)
         return bound
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = sum_j d_j v_j u_j."""
+        """Return a = sum_j d_j v_j u_j."""
         a = torch.zeros_like(log_w)
         for beta, width in zip(self.betas, self.widths, strict=True):
             v = _tilted(beta, log_w)
@@ -93,7 +86,7 @@ class TVO(BoundObjective):
         return a
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = a - sum_j d_j beta_j v_j [1 + (1 - 2 v_j) u_j]."""
+        """Return b = a - sum_j d_j beta_j v_j [1 + (1 - 2 v_j) u_j]."""
         b = torch.zeros_like(log_w)
         for beta, width in zip(self.betas, self.widths, strict=True):
             v = _tilted(beta, log_w)
@@ -102,7 +95,7 @@ class TVO(BoundObjective):
         return b
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """As every bound, or with the covariance form for phi."""
+        """See the base class; phi has the covariance form with ``gradient=covariance``."""
         if self.gradient != "covariance":
             return super().losses(model, x, particles, noise)
         log_w = particles.log_w.detach()
@@ -120,29 +113,29 @@ class TVO(BoundObjective):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """The covariance form is biased as soon as weights are self-normalized."""
+        """See the base class; the covariance form is biased as soon as weights are self-normalized."""
         caveats = super().caveats
         if self.gradient == "covariance" and len(self.betas) > 1:
             caveats += ("objective.gradient=covariance is biased at finite k for more than one partition",)
         return caveats
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """Discrete latents need the covariance form."""
+        """Refuse discrete latents but with the covariance form."""
         return None if self.gradient == "covariance" else super().check(architecture)
 
 
 def _tilted(beta: float, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-    """v = softmax(beta log w); beta = 0 weighs every draw alike, a weight of zero too: 0 * (-inf) is not computed."""
+    """Return v = softmax(beta log w); with beta = 0 equal weights, also where log w = -inf: 0 * (-inf) is avoided."""
     return torch.full_like(log_w, 1 / log_w.shape[0]) if beta == 0 else normalized_weights(beta * log_w)
 
 
 def _expectation(v: Float[Tensor, "k batch"], log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-    """f = sum_i v_i log w_i."""
+    """Return f = sum_i v_i log w_i."""
     # Before the product, not after it: the derivative for v would be 0 * (-inf).
     return (v * torch.where(v == 0, 0, log_w)).sum(0)
 
 
 def _centred(v: Float[Tensor, "k batch"], log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-    """log w - f; 0 where a draw has no weight, or where f is -inf and says nothing of it."""
+    """Return log w - f; 0 where a draw has no weight or f is -inf."""
     f = _expectation(v, log_w)
     return torch.where((v == 0) | (f == -torch.inf), 0, log_w - f)

@@ -29,28 +29,20 @@ class VIMCO(Objective):
     others alone and so adds no bias; where all weights are zero nothing is learned.
 
     Args:
-        k: draws of q per observation.
+        k: draws of q per observation, at least 2: the baseline of a draw is made from the others.
 
     Raises:
-        ValueError: k < 2: the baseline of a draw is made from the others.
+        ValueError: k < 2.
     """
 
-    def __init__(self, k: int) -> None:
-        if k < 2:
-            raise ValueError(f"k must be >= 2, the baseline of a draw is made from the others, got {k}")
-        self.k = k
-
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
+    least_k = 2
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """log 1/k sum_i w_i."""
+        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Theta as IWAE-k; phi by the score alone."""
+        """Return theta's loss as IWAE-k and phi's by the score alone."""
         log_w = particles.log_w.detach()
         bound = self.bound(log_w)
         w = normalized_weights(log_w)
@@ -63,7 +55,7 @@ class VIMCO(Objective):
         )
 
     def _baseline(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """L_-j = log 1/k (sum_{i != j} w_i + exp(mean_{i != j} log w_i))."""
+        """Return L_-j = log 1/k (sum_{i != j} w_i + exp(mean_{i != j} log w_i))."""
         others = log_mean_exp_of_others(log_w) + math.log(self.k - 1)
         zero = log_w == -math.inf
         finite = torch.where(zero, 0, log_w)

@@ -36,9 +36,7 @@ class VR(BoundObjective):
     """
 
     def __init__(self, k: int, alpha: float | Literal["max"], gradient: Gradient = "total") -> None:
-        super().__init__(gradient)
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
+        super().__init__(k, gradient)
         if alpha == "max":
             if gradient != "total":
                 raise ValueError(f"gradient must be total with alpha=max, whose derivative jumps, got {gradient}")
@@ -49,17 +47,11 @@ class VR(BoundObjective):
             raise ValueError("alpha must not be 1: that limit is the ELBO, use objective=elbo")
         else:
             order = alpha
-        self.k = k
         self.alpha = order
         self.lower_bound = order >= 0
 
-    @property
-    def num_samples(self) -> int:
-        """k."""
-        return self.k
-
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """1/(1-alpha) log 1/k sum_i w_i^(1-alpha); the largest log w for VR-max."""
+        """Return 1/(1-alpha) log 1/k sum_i w_i^(1-alpha); the largest log w for VR-max."""
         if self.alpha == -math.inf:
             return log_w.amax(0)
         bound = log_mean_exp(self._powers(log_w)) / (1 - self.alpha)
@@ -69,14 +61,14 @@ class VR(BoundObjective):
         return torch.where(log_w.isinf().any(0), log_w.detach().sum(0), bound)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """a = v; for VR-max all on the largest log w."""
+        """Return a = v; for VR-max all on the largest log w."""
         if self.alpha == -math.inf:
             largest = (log_w == log_w.amax(0)).to(log_w.dtype)
             return largest / largest.sum(0)
         return normalized_weights(self._powers(log_w))
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """b = alpha v + (1-alpha) v^2.
+        """Return b = alpha v + (1-alpha) v^2.
 
         Raises:
             ValueError: VR-max has none.

@@ -228,10 +228,11 @@ class Experiment:
         return None
 
     def load(self) -> Data:
-        """Return the data.
+        """Return the data, after checking that model and objective go with them.
 
         Raises:
-            UserError: they are missing, or their shape is not that of the run this one starts from.
+            UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
+                model, or the objective cannot train these networks.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:
@@ -239,6 +240,12 @@ class Experiment:
                 f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
                 f"{data.image_shape}"
             )
+        model = self.model.outline(data.image_shape, data.levels)
+        refusal = self.objective.check_networks(model)
+        if refusal is None and self.train == "inference" and model.shared:
+            refusal = f"train=inference keeps p, but p and q of this model share parameters ({model.shared[0]})"
+        if refusal is not None:
+            raise UserError(refusal)
         return data
 
 

@@ -29,7 +29,7 @@ def pictures(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
 
 
-@pytest.fixture(params=[MNIST, FashionMNIST, KMNIST])
+@pytest.fixture(params=[MNIST, KMNIST])
 def dataset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[IdxImages]:
     """One of the classes, its files small and without a network."""
     kind: type[IdxImages] = request.param

@@ -25,7 +25,7 @@ def pictures(split: str) -> np.ndarray:
 
 
 def written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three files in ``folder``, and the class told what they hold."""
+    """Write the three files into ``folder`` and their hashes into the class."""
     folder.mkdir(parents=True)
     files = {}
     for split, name in NAMES.items():

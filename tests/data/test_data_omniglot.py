@@ -1,4 +1,4 @@
-"""The authors' file of OMNIGLOT: its column-major images, its order, and what is said of other files."""
+"""The authors' file of OMNIGLOT: its column-major images, its order, and the messages about other files."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_the_evaluation_draw_is_keyed_by_seed_split_and_image_alone() -> None:
     assert torch.equal(draw.x, data.evaluation_split("test", 7).x)
     for other in (data.evaluation_split("test", 8), data.evaluation_split("train", 7)):
         assert (draw.x != other.x).double().mean().item() == pytest.approx(1 / 3, abs=0.01)
-    # Neighbours share no noise, and an image keeps its draw whatever the others are and however many.
+    # Neighbours share no noise, and the draw of an image does not depend on the others or on their number.
     assert (draw.x[:-1] != draw.x[1:]).double().mean().item() == pytest.approx(1 / 3, abs=0.01)
     changed = greys(1300)
     changed[:1200] = 128
@@ -108,7 +108,7 @@ def test_the_hash_is_of_the_values_that_are_scored() -> None:
     assert (split.name, split.sha256) == ("test", data.evaluation_split("test", 0).sha256)
 
 
-def test_fixed_and_real_values_are_scored_as_they_are(generator: torch.Generator) -> None:
+def test_fixed_and_real_values_are_scored_unchanged(generator: torch.Generator) -> None:
     binary = (greys(3) > 100).to(torch.uint8)
     data = made(binary, 2, "fixed")
     assert torch.equal(data.evaluation_split("test", 0).x, binary)
@@ -143,8 +143,12 @@ def test_values_that_break_the_protocol_are_refused(
         made(train, levels, binarization, test=greys(1))
 
 
-def test_images_of_another_size_than_said_are_refused() -> None:
+def test_images_of_another_shape_are_refused() -> None:
     x = greys(2)
+    for shape in ((256,), (16, 16), (4, 8, 8)):
+        Data("made", "made up", x, x, x, levels=256, binarization="dynamic", image_shape=shape)
+    with pytest.raises(ValueError, match="image_shape of made must have one to three sizes"):
+        Data("made", "made up", x, x, x, levels=256, binarization="dynamic", image_shape=(2, 2, 8, 8))
     with pytest.raises(ValueError, match=r"train split of made must be \(n >= 1, 784\), got \(2, 256\)"):
         Data("made", "made up", x, x, x, levels=256, binarization="dynamic", image_shape=(28, 28))
 

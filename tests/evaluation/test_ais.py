@@ -39,7 +39,7 @@ def linear_gaussian(*latent_sizes: int) -> tuple[LatentVariableModel, Tensor]:
     """A chain whose posteriors are well away from the prior, and draws of it."""
     model = LinearGaussianModel(list(latent_sizes)).build((4,), np.zeros(4), torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for layer in model.generative.layers:  # type: ignore[union-attr]
+        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
             layer.log_scale.fill_(-0.7)
     return observed(model)
 
@@ -48,7 +48,7 @@ def sigmoid_belief_network() -> tuple[LatentVariableModel, Tensor]:
     """Two layers of bits, few enough to enumerate; weights large enough that bits depend on one another."""
     model = SigmoidBeliefNetwork([3, 2]).build((6,), np.full(6, 0.4), torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for layer in model.generative.layers:  # type: ignore[union-attr]
+        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
             layer.weight.mul_(6)
     return observed(model)
 

@@ -94,8 +94,8 @@ def fixture_a(copies: int) -> tuple[LatentVariableModel, Tensor]:
     model = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator()).double()
     variance = 1 / (1 + 1.3**2 / 0.5)
     values = {
-        "generative.layers.0.linear.weight": 1.3,
-        "generative.layers.0.log_scale": 0.5 * math.log(0.5),
+        "generative.observation.linear.weight": 1.3,
+        "generative.observation.log_scale": 0.5 * math.log(0.5),
         "inference.layers.0.linear.weight": variance * 1.3 / 0.5,
         "inference.layers.0.linear.bias": 0.4,
         "inference.layers.0.log_diagonal": math.log(1.3 * math.sqrt(variance)),

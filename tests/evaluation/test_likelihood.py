@@ -36,7 +36,7 @@ def built(architecture: Architecture, pixels: int, dtype: torch.dtype = torch.fl
 def posterior_model(off: float) -> LatentVariableModel:
     """p(h) = N(0, I), p(x|h) linear with noise, and q the exact posterior pushed ``off`` it: 0 is the posterior."""
     model = built(LinearGaussianModel([2]), PIXELS)
-    generative, q = model.generative.layers[0], model.inference.layers[0]
+    generative, q = model.generative.observation, model.inference.layers[0]
     with torch.no_grad():
         generative.log_scale.copy_(torch.tensor([-0.5, -0.3, 0.0, 0.2]))
         weight, precision = generative.linear.weight, torch.diag((-2 * generative.log_scale).exp())

@@ -52,7 +52,7 @@ class Joint:
                 layer.linear.bias.detach().numpy(),
                 layer.log_scale.detach().exp().numpy(),
             )
-            for layer in model.generative.layers
+            for layer in (model.generative.observation, *model.generative.layers)
         ]
         sizes = [w.shape[0] for w, _, _ in layers] + [layers[-1][0].shape[1]]
         edges = np.cumsum([0, *sizes])
@@ -142,7 +142,7 @@ def test_with_the_exact_posterior_every_log_weight_is_log_p(sizes: list[int]) ->
 
 @every_chain
 def test_with_the_exact_posterior_the_path_derivative_is_zero_for_every_sample(sizes: list[int]) -> None:
-    """T2: STL and DReG have no variance left, whatever the weights; the total derivative keeps the score's."""
+    """T2: STL and DReG have no variance left for any weights; the total derivative keeps that of the score."""
     model = build(sizes)
     x = observations(model, 3)
     set_exact_posterior(model)
@@ -217,7 +217,7 @@ def test_the_closed_form_kl(sizes: list[int]) -> None:
     q = torch.distributions.MultivariateNormal(layer.linear(x), scale_tril=layer.cholesky())
     prior = torch.distributions.MultivariateNormal(torch.zeros(sizes[0]).double(), torch.eye(sizes[0]).double())
     expected = torch.distributions.kl_divergence(q, prior)
-    torch.testing.assert_close(model.inference.kl_to_prior(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.kl(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def wide_posterior(model: LatentVariableModel) -> None:

@@ -90,7 +90,7 @@ def test_the_layers_are_where_the_paper_puts_them() -> None:
     assert downwards == [(5, 2), (6, 5), (4, 6), (4, 6)]
     assert [v for k, v in shapes.items() if k.startswith("generative.observation")] == [(7, 4), (8, 7), (10, 8)]
     activations = [type(m).__name__ for m in model.modules() if not list(m.children())]
-    assert set(activations) == {"Linear", "Tanh"}
+    assert set(activations) == {"Linear", "Tanh", "StandardNormal"}
 
 
 # --- densities integrate to one -------------------------------------------------------------------------------------

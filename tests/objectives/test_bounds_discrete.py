@@ -115,9 +115,9 @@ def test_sleep_learns_the_posterior_of_the_model_itself(name: str) -> None:
 
     before = divergence()
     objective = RWS(1, "sleep")
-    optimizer = torch.optim.Adam(model.inference.parameters(), lr=0.05)
-    many = x.expand(256, -1)
-    for step in range(150):
+    optimizer = torch.optim.Adam(model.inference.parameters(), lr=0.08)
+    many = x.expand(200, -1)
+    for step in range(100):
         noise = GeneratorNoise(generator("cpu", 4, "sleep", step), torch.float64)
         losses = objective.losses(model, many, model.draw(many, 1, noise), noise)
         optimizer.zero_grad()

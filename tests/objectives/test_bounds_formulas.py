@@ -1,4 +1,4 @@
-"""What is true of every bound as a function of log-weights: identities, derivatives, invariances, extremes."""
+"""Properties of every bound as a function of log-weights: identities, derivatives, invariances, extremes."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_thermodynamic_sums_hold_the_importance_weighted_bound_between_them():
             if schedule == "linear":  # every point of the coarser partition is one of the finer
                 assert (previous < left).all()
                 previous = left
-    torch.testing.assert_close(TVO(K, 4000, "linear").bound(log_w), iwae, rtol=0, atol=5e-3)
+    torch.testing.assert_close(TVO(K, 1000, "linear").bound(log_w), iwae, rtol=0, atol=5e-3)
 
 
 def test_thermodynamic_points():
@@ -233,7 +233,7 @@ def test_a_common_factor_of_the_weights_is_a_shift_of_the_bound(objective):
 
 
 @every
-def test_the_order_of_exchangeable_draws_is_nothing(objective):
+def test_the_order_of_exchangeable_draws_does_not_matter(objective):
     log_w = random_log_w()
     if isinstance(objective, MIWAE):
         groups = log_w.unflatten(0, (objective.m, objective.k))
@@ -248,7 +248,7 @@ def test_the_order_of_exchangeable_draws_is_nothing(objective):
         torch.testing.assert_close(objective.bound(permuted), objective.bound(log_w), rtol=1e-13, atol=1e-13)
 
 
-def test_images_do_not_meet():
+def test_images_are_independent():
     log_w = random_log_w()
     for objective in EVERY.values():
         torch.testing.assert_close(objective.bound(log_w)[7:9], objective.bound(log_w[:, 7:9]), rtol=1e-14, atol=0)
@@ -366,12 +366,14 @@ def test_float32_is_close_to_float64(objective):
     torch.testing.assert_close(objective.bound(log_w.float()).double(), objective.bound(log_w), rtol=1e-5, atol=1e-4)
 
 
-# Words
+# Messages
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: IWAE(0), "k must be >= 1, got 0"),
+        (lambda: ELBO(1, "dreg", analytic_kl=True), "analytic_kl has a meaning with gradient=total only"),
         (lambda: VR(0, 0.5), "k must be >= 1, got 0"),
         (lambda: VR(5, 1.0), "alpha must not be 1: that limit is the ELBO, use objective=elbo"),
         (lambda: VR(5, math.nan), "alpha must be finite, or max for VR-max"),
@@ -389,8 +391,8 @@ def test_float32_is_close_to_float64(objective):
         (lambda: RWS(0), "k must be >= 1, got 0"),
         (lambda: RWS(1), "k must be >= 2 with phi=wake"),
         (lambda: RWS(1, "both"), "k must be >= 2 with phi=both"),
-        (lambda: VIMCO(1), "k must be >= 2, the baseline"),
-        (lambda: JVI(1), "k must be >= 2, one draw"),
+        (lambda: VIMCO(1), "k must be >= 2, got 1"),
+        (lambda: JVI(1), "k must be >= 2, got 1"),
         (lambda: TVO(0), "k must be >= 1, got 0"),
         (lambda: TVO(1, gradient="covariance"), "k must be >= 2 with gradient=covariance, got 1"),
         (lambda: TVO(5, 0), "partitions must be >= 1, got 0"),
@@ -410,7 +412,7 @@ def test_what_is_a_lower_bound():
         assert any("not a lower bound" in line for line in objective.caveats) != objective.lower_bound
 
 
-def test_a_biased_gradient_is_said_and_an_unbiased_one_is_not():
+def test_caveats_name_biased_gradients_only():
     biased = [IWAE(2, "stl"), VR(2, 0.5, "stl"), CIWAE(2, 0.9, "stl"), MIWAE(2, 2, "stl"), PIWAE(2, 2, "stl"),
               TVO(2, gradient="stl"), JVI(2, "stl"), TVO(2, gradient="covariance")]  # fmt: skip
     for objective in biased:
@@ -423,7 +425,7 @@ def test_a_biased_gradient_is_said_and_an_unbiased_one_is_not():
         assert objective.caveats == (), objective
 
 
-def test_pathwise_objectives_refuse_discrete_latents_by_their_own_name():
+def test_pathwise_objectives_refuse_discrete_latents():
     class Discrete(LinearGaussianModel):
         discrete = True
 

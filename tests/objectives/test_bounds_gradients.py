@@ -32,7 +32,6 @@ from torch import Tensor
 from iwae_cli.config.build import build
 from iwae_cli.core.interfaces import Particles
 from iwae_cli.core.noise import GeneratorNoise, generator
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
@@ -117,10 +116,10 @@ def test_stl_is_right_where_the_bound_is_linear(name):
 
 
 def test_groups_have_the_gradient_of_one_group():
-    # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 24 points.
+    # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 20 points.
     for gradient in ("total", "dreg"):
         two, _ = expected_gradients(IWAE(2, gradient))
-        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=24)
+        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=20)
         assert bound.item() == pytest.approx(-1.6633089557, abs=1e-5)
         for parameter in PHI:
             assert groups[parameter].item() == pytest.approx(two[parameter].item(), abs=1e-4)
@@ -467,6 +466,7 @@ class FrozenDistributions:
 
     def __init__(self, model: LatentVariableModel) -> None:
         self.generative, self.inference, self._model = model.generative, model.inference, model
+        self.kl, self.has_kl, self.shared = model.kl, model.has_kl, model.shared
 
     def draw(self, x, k, noise):
         particles = self._model.draw(x, k, noise)
@@ -501,7 +501,7 @@ def test_dreg_is_unbiased_with_two_layers_and_not_with_frozen_distributions(name
     assert wrong > 0.04
 
 
-def test_frozen_distributions_cannot_be_told_at_one_draw():
+def test_frozen_distributions_are_unbiased_at_one_draw():
     # Why the test above has two draws: the expected score of q(h_2 | h_1) is zero when nothing weighs it.
     assert two_layer_bias(lambda gradient: IWAE(1, gradient), wrong=True, k=1, points=60) < 1e-8
 
@@ -555,42 +555,17 @@ def test_signal_to_noise_over_the_number_of_samples(make, parameter, slope, firs
 
 # Every parameter, and no other
 
-MODELS = {
-    "one": lambda: GaussianMLP([3], [[5]]),
-    "two": lambda: GaussianMLP([3, 2], [[5], [4]]),
-    "linear": lambda: LinearGaussianModel([3, 2]),
-}
-TRAINED = {
-    "elbo": lambda: ELBO(2),
-    "elbo-stl": lambda: ELBO(2, "stl"),
-    "iwae": lambda: IWAE(3),
-    "iwae-stl": lambda: IWAE(3, "stl"),
-    "iwae-dreg": lambda: IWAE(3, "dreg"),
-    "vr": lambda: VR(3, 0.5),
-    "vr-dreg": lambda: VR(3, 0.5, "dreg"),
-    "vr-max": lambda: VR(3, "max"),
-    "ciwae-dreg": lambda: CIWAE(3, 0.1, "dreg"),
-    "miwae": lambda: MIWAE(2, 2),
-    "miwae-dreg": lambda: MIWAE(2, 2, "dreg"),
-    "piwae": lambda: PIWAE(2, 2),
-    "piwae-stl": lambda: PIWAE(2, 2, "stl"),
-    "piwae-dreg": lambda: PIWAE(2, 2, "dreg"),
-    "tvo": lambda: TVO(3),
-    "tvo-dreg": lambda: TVO(3, gradient="dreg"),
-    "tvo-covariance": lambda: TVO(3, gradient="covariance"),
-    "jvi": lambda: JVI(3),
-    "jvi-dreg": lambda: JVI(3, "dreg"),
-    "vimco": lambda: VIMCO(3),
-    "rws-wake": lambda: RWS(3, "wake"),
-    "rws-sleep": lambda: RWS(3, "sleep"),
-    "rws-both": lambda: RWS(3, "both"),
-}
+TRAINED = [
+    *(make(gradient) for make in (TWO_DRAWS | LINEAR).values() for gradient in ("total", "dreg")),
+    *(PIWAE(2, 2, gradient) for gradient in ("total", "stl", "dreg")),
+    *(RWS(3, phi) for phi in ("wake", "sleep", "both")),
+    *(ELBO(2, "stl"), IWAE(3, "stl"), VR(3, "max"), TVO(3, gradient="covariance"), VIMCO(3)),
+]
 
 
-@pytest.mark.parametrize("objective", TRAINED.values(), ids=TRAINED.keys())
-@pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS.keys())
-def test_every_named_parameter_is_trained_by_its_own_loss(objective, architecture):
-    objective, architecture = objective(), architecture()
+@pytest.mark.parametrize("objective", TRAINED, ids=lambda o: f"{type(o).__name__}-{getattr(o, 'gradient', '')}")
+def test_every_named_parameter_is_trained_by_its_own_loss(objective):
+    architecture = GaussianMLP([3, 2], [[5], [4]])
     assert objective.check(architecture) is None
     model = architecture.build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2)).double()
     x = (torch.rand(4, 6, dtype=torch.float64) < 0.5).double()
@@ -603,16 +578,10 @@ def test_every_named_parameter_is_trained_by_its_own_loss(objective, architectur
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("objective", [RWS(3, "wake"), RWS(3, "sleep"), VIMCO(3), TVO(3, gradient="covariance")])
-def test_score_losses_leave_the_generative_network_alone(objective):
-    model = GaussianMLP([3, 2], [[5], [4]]).build((6,), np.full(6, 0.5), torch.Generator().manual_seed(2))
-    x = (torch.rand(4, 6) < 0.5).float()
-    noise = GeneratorNoise(generator("cpu", 1, "step"))
-    losses = objective.losses(model, x, model.draw(x, 3, noise), noise)
-    theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
-    assert all(gradient is None for gradient in theta)
+    if isinstance(objective, RWS | VIMCO) or getattr(objective, "gradient", "") == "covariance":
+        # Losses of the score leave the generative network alone.
+        theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
+        assert all(gradient is None for gradient in theta)
 
 
 # The files
@@ -623,7 +592,7 @@ def test_every_yaml_names_an_objective_with_all_its_arguments(file):
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     objective = build(dict(node), Objective, "objective")
     assert ["_target_", *inspect.signature(type(objective)).parameters] == list(node)
-    # A gradient that goes by a name of its own is the IWAE with that gradient.
+    # dreg.yaml and stl.yaml are the IWAE with that gradient.
     module, gradient = ("iwae", file.stem) if file.stem in ("dreg", "stl") else (file.stem, node.get("gradient"))
     assert (type(objective).__module__.rpartition(".")[2], node.get("gradient")) == (module, gradient)
     assert (objective.caveats == ()) == (objective.lower_bound and gradient != "stl")

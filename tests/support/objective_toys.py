@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from iwae_cli.models.base import GenerativeNetwork, InferenceNetwork, LatentVariableModel
+from iwae_cli.models.kl import register_kl
 from iwae_cli.objectives.base import Objective
 
 
 class GivenNoise:
-    """Noise that was decided beforehand: one tensor (k, batch, size) per layer."""
+    """Given noise: one tensor (k, batch, size) per layer."""
 
     def __init__(self, values: dict[int, Tensor]) -> None:
         self._values = values
@@ -98,10 +99,12 @@ class ScalarChainQ(InferenceNetwork):
     def posterior_means(self, x, draws, noise):
         raise NotImplementedError
 
-    def kl_to_prior(self, x):
-        assert len(self.loc) == 1
-        loc, log_scale = self.loc[0] + self.slope[0] * x[:, 0], self.log_scale[0]
-        return 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale)
+
+@register_kl(ScalarChainQ, ScalarChainP)
+def scalar_kl(q, p, x):
+    assert len(q.loc) == 1
+    loc, log_scale = q.loc[0] + q.slope[0] * x[:, 0], q.log_scale[0]
+    return 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale)
 
 
 class BitsP(GenerativeNetwork):

@@ -1,0 +1,179 @@
+"""The two networks of a model, and both as a chain of conditionals."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iwae_cli.core.interfaces import Latents
+from iwae_cli.core.noise import Noise
+from iwae_cli.models.conditionals import Conditional
+from iwae_cli.models.exact import exact_log_px
+
+Images = Float[Tensor, "batch pixels"]
+
+
+class GenerativeNetwork(nn.Module, ABC):
+    """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L), with parameters theta."""
+
+    @abstractmethod
+    def log_likelihood(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(x|h), nats."""
+
+    @abstractmethod
+    def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(h), nats."""
+
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(x, h), nats."""
+        return self.log_likelihood(x, latents) + self.log_prior(latents)
+
+    @abstractmethod
+    def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
+        """Return ``n`` draws (h, x) ~ p(x, h); the latents have shape (1, n, d_l)."""
+
+    @abstractmethod
+    def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
+        """Return E[x|h] in the units of x, for pictures."""
+
+    def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
+        """Return log p(x), nats, where it has a closed form; None where it has none."""
+        return None
+
+
+class InferenceNetwork(nn.Module, ABC):
+    """q(h|x) = q(h_1|x) q(h_2|h_1) ..., with parameters phi.
+
+    Attributes:
+        reparameterized: whether draws are smooth functions of phi; if not, their gradient is the score of q.
+    """
+
+    reparameterized: bool = True
+
+    @abstractmethod
+    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
+        """Return ``k`` draws h ~ q(h|x) for every x, and log q(h|x) in nats, in one pass."""
+
+    @abstractmethod
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log q(h|x) of given latents, nats."""
+
+    @abstractmethod
+    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
+        """Return E_q[h_l|x] for every layer; None for discrete layers, for which active units are not defined.
+
+        A layer above the first averages its mean over ``draws`` of the layer below.
+        """
+
+
+class GenerativeChain(GenerativeNetwork):
+    """p(x|h_1) p(h_1|h_2) ... p(h_L), each factor a ``Conditional``.
+
+    Args:
+        prior: p(h_L).
+        observation: p(x|h_1).
+        layers: p(h_l|h_(l+1)), nearest to x first.
+    """
+
+    def __init__(self, prior: Conditional, observation: Conditional, layers: Sequence[Conditional]) -> None:
+        super().__init__()
+        # In this order initial weights are drawn, and the optimizer's state is stored.
+        self.prior = prior
+        self.observation = observation
+        self.layers = cast(Sequence[Conditional], nn.ModuleList(layers))
+
+    def log_likelihood(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(x|h_1), nats."""
+        return self.observation.log_prob(x, latents[0])
+
+    def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(h_L) + log p(h_1|h_2) + ..., nats."""
+        log_p = self.prior.log_prob(latents[-1], None)
+        for layer, (below, above) in zip(self.layers, pairwise(latents), strict=True):
+            log_p = log_p + layer.log_prob(below, above)
+        return log_p
+
+    def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
+        """Return draws from the top layer down."""
+        factors = [self.observation, *self.layers, self.prior]
+        values: list[Tensor] = []
+        for level in reversed(range(len(factors))):
+            drawn, _ = factors[level].sample(values[0] if values else None, 1, n, level, noise)
+            values.insert(0, drawn)
+        return tuple(values[1:]), values[0][0]
+
+    def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
+        """Return E[x|h_1], in the units of x."""
+        return self.observation.mean(latents[0])
+
+    def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
+        """Return log p(x) in float64, nats, for linear-Gaussian chains and for few discrete states; else None."""
+        return exact_log_px(x, self.prior, self.observation, list(self.layers))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Load also from version 0.2.0, where p(x|h_1) of linear models was the first of ``layers``."""
+        if not any(name.startswith(f"{prefix}observation.") for name in state_dict):
+            for name in [name for name in state_dict if name.startswith(f"{prefix}layers.")]:
+                number, _, parameter = name.removeprefix(f"{prefix}layers.").partition(".")
+                layer = "observation" if number == "0" else f"layers.{int(number) - 1}"
+                state_dict[f"{prefix}{layer}.{parameter}"] = state_dict.pop(name)
+        if f"{prefix}prior_logits" in state_dict:
+            state_dict[f"{prefix}prior.logits"] = state_dict.pop(f"{prefix}prior_logits")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class InferenceChain(InferenceNetwork):
+    """q(h_1|x) q(h_2|h_1) ..., each factor a ``Conditional``.
+
+    Args:
+        layers: the factors, nearest to x first.
+        white: largest value of a pixel; the first factor is given x / white.
+    """
+
+    def __init__(self, layers: Sequence[Conditional], white: float = 1.0) -> None:
+        super().__init__()
+        self.layers = cast(Sequence[Conditional], nn.ModuleList(layers))
+        self.white = white
+        self.reparameterized = all(layer.reparameterized for layer in layers)
+
+    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
+        """Return draws from the bottom layer up, and log q."""
+        latents: list[Tensor] = []
+        log_q, given = x.new_zeros(()), x / self.white
+        for level, layer in enumerate(self.layers, start=1):
+            given, log_prob = layer.sample(given, k, x.shape[0], level, noise)
+            log_q = log_q + log_prob
+            latents.append(given)
+        return tuple(latents), log_q
+
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log q(h_1|x) + log q(h_2|h_1) + ..., nats."""
+        log_q = x.new_zeros(())
+        for layer, given, h in zip(self.layers, (x / self.white, *latents), latents, strict=False):
+            log_q = log_q + layer.log_prob(h, given)
+        return log_q
+
+    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
+        """See the base class; exact for the first layer and where means are linear."""
+        if not self.reparameterized:
+            return None
+        given = x / self.white
+        means = [self.layers[0].mean(given)]
+        for level, (below, layer) in enumerate(pairwise(self.layers), start=1):
+            if layer.linear_mean:
+                means.append(layer.mean(means[-1]))
+                continue
+            given, _ = below.sample(given, draws, x.shape[0], level, noise)
+            means.append(layer.mean(given).mean(0))
+        return tuple(means)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Load also from version 0.2.0, where the only layer of model=categorical was called ``logits``."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}logits.")]:
+            state_dict[f"{prefix}layers.0.{name.removeprefix(f'{prefix}logits.')}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,201 @@
+"""Distributions of one stochastic layer given the layer next to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iwae_cli.core.noise import Noise
+from iwae_cli.models.networks import (
+    bernoulli_draw,
+    bernoulli_log_prob,
+    categorical_draw,
+    normal_log_prob,
+    standard_normal_log_prob,
+    tanh_network,
+)
+
+Given = Float[Tensor, "*#n i"] | None
+"""(batch, i) or (k, batch, i); None for a prior."""
+Draws = tuple[Float[Tensor, "k batch d"], Float[Tensor, "k batch"]]
+"""h and log p(h|given), nats."""
+
+
+class Conditional(nn.Module, ABC):
+    """The distribution of h given another variable, or given None: then it is a prior.
+
+    Attributes:
+        reparameterized: whether draws are smooth functions of the parameters and of ``given``.
+        linear_mean: whether the mean is linear in ``given``.
+    """
+
+    reparameterized: ClassVar[bool] = True
+    linear_mean: ClassVar[bool] = False
+
+    @abstractmethod
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return ``k`` draws for each of ``batch`` rows, from the noise of layer ``level``, and log-probabilities."""
+
+    @abstractmethod
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return log p(h|given), summed over the last axis, nats."""
+
+    @abstractmethod
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return E[h|given]."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw the initial values of parameters that no linear or convolutional layer holds; by default none."""
+
+
+class DiagonalGaussian(Conditional):
+    """N(loc, diag(exp(log_scale))^2), both from ``forward``, which a subclass implements."""
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return reparameterized draws (Kingma and Welling 2014, arXiv 1312.6114) and their log-densities."""
+        loc, log_scale = self(given)
+        h = loc + log_scale.exp() * noise.normal(level, k, batch, loc.shape[-1])
+        return h, normal_log_prob(h, loc, log_scale)
+
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return the log-density, nats."""
+        return normal_log_prob(h, *self(given))
+
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return loc."""
+        loc: Tensor = self(given)[0]
+        return loc
+
+
+class GaussianConditional(DiagonalGaussian):
+    """A diagonal Gaussian whose location and log-scale are heads on a tanh network.
+
+    Args:
+        inputs: size of ``given``.
+        hidden: sizes of the tanh layers.
+        outputs: size of h.
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        self.body = tanh_network([inputs, *hidden])
+        self.loc = nn.Linear(hidden[-1], outputs)
+        self.log_scale = nn.Linear(hidden[-1], outputs)
+
+    def forward(self, given: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], Float[Tensor, "*n o"]]:
+        """Return location and log-scale."""
+        features = self.body(given)
+        return self.loc(features), self.log_scale(features)
+
+
+class LinearConditional(DiagonalGaussian):
+    """N(W given + b, diag(exp(log_scale))^2) with constant scales."""
+
+    linear_mean: ClassVar[bool] = True
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.log_scale = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, given: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], Float[Tensor, " o"]]:
+        """Return location and log-scale."""
+        return self.linear(given), self.log_scale
+
+
+class CholeskyConditional(Conditional):
+    """N(A given + c, L L^T) with L lower triangular and a positive diagonal.
+
+    The full covariance is needed: the exact posterior of a linear-Gaussian model is correlated, and the weights of a
+    mean-field q soon have infinite variance.
+    """
+
+    linear_mean: ClassVar[bool] = True
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.log_diagonal = nn.Parameter(torch.zeros(outputs))
+        self.below_diagonal = nn.Parameter(torch.zeros(outputs, outputs))
+
+    def cholesky(self) -> Float[Tensor, "o o"]:
+        """Return L."""
+        return torch.tril(self.below_diagonal, -1) + torch.diag(self.log_diagonal.exp())
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return reparameterized draws and their log-densities."""
+        standard = noise.normal(level, k, batch, self.linear.out_features)
+        h = self.linear(given) + standard @ self.cholesky().T
+        return h, standard_normal_log_prob(standard) - self.log_diagonal.sum()
+
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return the log-density, nats."""
+        centred = (h - self.linear(given)).flatten(0, 1).T
+        standardized = torch.linalg.solve_triangular(self.cholesky(), centred, upper=False).T.view(h.shape)
+        return standard_normal_log_prob(standardized) - self.log_diagonal.sum()
+
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return A given + c."""
+        return self.linear(given)
+
+
+class Bits(Conditional):
+    """Independent bits with the logits of ``forward``, which a subclass implements; draws carry no gradient."""
+
+    reparameterized: ClassVar[bool] = False
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return draws in {0, 1} and their log-probabilities, whose gradient is the score."""
+        logits = self(given)
+        h = bernoulli_draw(logits.expand(k, batch, -1), level, noise)
+        return h, bernoulli_log_prob(h, logits)
+
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return the log-probability, nats."""
+        return bernoulli_log_prob(h, self(given).to(h.dtype))
+
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return the probability of each bit to be 1."""
+        return torch.sigmoid(self(given))
+
+
+class OneHot(Conditional):
+    """One of several categories, as a one-hot vector, with the logits of ``forward``; draws carry no gradient."""
+
+    reparameterized: ClassVar[bool] = False
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return one-hot draws and their log-probabilities, whose gradient is the score."""
+        log_probability = torch.log_softmax(self(given), -1)
+        h = categorical_draw(log_probability.expand(k, batch, -1), level, noise)
+        return h, (h * log_probability).sum(-1)
+
+    def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
+        """Return the log-probability, nats."""
+        return (h * torch.log_softmax(self(given).to(h.dtype), -1)).sum(-1)
+
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
+        """Return the probability of each category."""
+        return torch.softmax(self(given), -1)
+
+
+class _Linear(Conditional, nn.Linear):
+    """Logits that are linear in ``given``."""
+
+    def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """Return the logits, in the precision of ``given``, so that an enumeration can be in float64."""
+        return F.linear(given, self.weight.to(given.dtype), self.bias.to(given.dtype))
+
+
+class LinearBits(_Linear, Bits):
+    """Independent bits whose logits are linear in ``given``."""
+
+
+class LinearOneHot(_Linear, OneHot):
+    """A category whose logits are linear in ``given``."""

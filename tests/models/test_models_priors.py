@@ -1,0 +1,219 @@
+"""KL as a property of q and prior, priors and models of a user's own package, and shared parameters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from own_models import Mixture, MixturePrior, VampMLP
+from small_runs import TINY, finished, read_json, run
+from torch import Tensor
+
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.fused import FusedScorer
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models import kl
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.conditionals import GaussianConditional
+from iwae_cli.models.priors import StandardNormal
+from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.training.steps.plain import train_step
+
+
+def built(architecture: GaussianMLP, pixels: int = 4) -> LatentVariableModel:
+    generator = torch.Generator().manual_seed(0)
+    model = architecture.build((pixels,), np.full(pixels, 0.4), generator).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+@pytest.fixture
+def mixture() -> LatentVariableModel:
+    return built(GaussianMLP([2], [[6]], prior=MixturePrior(3)))
+
+
+def noise(seed: int = 0) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
+
+
+def grid(points: int = 321, reach: float = 16.0) -> tuple[Tensor, float]:
+    """All points of a square as (points^2, 1, 2), and the log of a cell's size."""
+    axis = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    h = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
+    return h, 2 * math.log(2 * reach / (points - 1))
+
+
+def test_the_density_of_a_mixture_prior_is_that_of_its_draws(
+    mixture: LatentVariableModel,
+) -> None:
+    h, log_cell = grid()
+    prior = mixture.generative.prior
+    with torch.no_grad():
+        density = (prior.log_prob(h, None)[:, 0] + log_cell).exp()
+        drawn = mixture.generative.sample(40_000, noise())[0][0][0]
+    assert density.sum().item() == pytest.approx(1, abs=1e-9)
+    mean = density @ h[:, 0]
+    torch.testing.assert_close(mean, prior.mean(None).detach(), rtol=0, atol=1e-9)
+    second = density @ h[:, 0].square()
+    error = (second - mean.square()).sqrt() / 200
+    assert ((drawn.mean(0) - mean).abs() < 4.5 * error).all()
+    assert (drawn.square().mean(0) / second - 1).abs().max() < 0.05
+
+
+def test_the_estimate_with_a_mixture_prior_agrees_with_quadrature(mixture: LatentVariableModel) -> None:
+    h, log_cell = grid()
+    with torch.no_grad():
+        _, x = mixture.generative.sample(20, noise(2))
+        exact = torch.logsumexp(mixture.generative(x, (h.expand(-1, 20, 2),)), 0) + log_cell
+        # A wide q, so that the weights have a finite variance.
+        mixture.inference.layers[0].log_scale.weight.zero_()
+        mixture.inference.layers[0].log_scale.bias.fill_(0.7)
+    assert mixture.generative.exact_log_px(x) is None
+    assert not FusedScorer.fits(mixture, x)
+    summary, _ = summarize(log_likelihood(mixture, Split("test", x, ""), k=5000, seed=0, rows=4000, workers=1), 4)
+    assert abs(summary["nll"] + exact.mean().item()) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+    assert summary["stderr_mc"] < 0.02
+
+
+class Wide(StandardNormal):
+    """A subclass, which may have another density."""
+
+
+class Flow(GaussianConditional):
+    """A subclass, which may have another density."""
+
+
+def test_an_unknown_pair_of_q_and_prior_has_no_analytic_kl(mixture: LatentVariableModel) -> None:
+    analytic = ELBO(analytic_kl=True)
+    models = [built(GaussianMLP([2], [[6]])) for _ in range(3)]
+    models[1].generative.prior = Wide(2)
+    models[2].inference.layers[0] = Flow(4, [6], 2)
+    for model, known in zip((*models, mixture), (True, False, False, False), strict=True):
+        assert model.has_kl == known
+        assert (analytic.check_networks(model) is None) == known
+        assert ELBO().check_networks(model) is None
+
+
+def test_a_pair_can_be_registered_by_its_user(mixture: LatentVariableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl, "_KNOWN", dict(kl._KNOWN))
+    kl.register_kl(GaussianConditional, Mixture)(lambda q, p, given: q(given)[0].sum(-1))
+    assert mixture.has_kl
+    x = torch.ones(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(mixture.kl(x), mixture.inference.layers[0].mean(x).sum(-1))
+
+
+MIXTURE = {
+    "_target_": "iwae_cli.models.architectures.mlp.GaussianMLP",
+    "latent_sizes": [3],
+    "hidden_sizes": [[8]],
+    "prior": {"_target_": "own_models.MixturePrior", "components": 4},
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Arguments with which the command line knows the models and data of ``own_models``."""
+    nodes = {
+        "model/mixture": MIXTURE,
+        "model/vamp": {key: value for key, value in MIXTURE.items() if key != "prior"}
+        | {"_target_": "own_models.VampMLP"},
+        "data/colours": {"_target_": "own_models.Colours"},
+    }
+    for name, node in nodes.items():
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(node))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "own_models")
+    return ("--config-dir", str(tmp_path / "conf"), *TINY[2:])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("model=mixture", "objective=elbo", "objective.analytic_kl=true"), "objective.analytic_kl=false"),
+        (("model=vamp", "objective=iwae", "objective.gradient=stl"), "share parameters (prior.q.body.0.weight)"),
+        (("model=vamp", "objective=rws"), "share parameters"),
+        (("model=mixture", "model.prior.components=0"), "model.prior.components must be >= 1, got 0"),
+        (("model=conv", "data=colours", "+data.height=6"), "divisible by 4, this data has shape (3, 6, 8)"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(
+    own: tuple[str, ...], tmp_path: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    code, _, err = run(*own, *overrides, f"output_dir={tmp_path / 'runs'}")
+    assert code == 2, err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("model", ["mixture", "vamp"])
+def test_a_model_with_a_prior_of_its_user_is_trained_and_evaluated(
+    own: tuple[str, ...], tmp_path: Path, model: str
+) -> None:
+    folder = finished(tmp_path / "runs", *own, f"model={model}", "objective=iwae")
+    assert np.isfinite(read_json(folder / "result.json")["test"]["nll"])
+    if model == "vamp":
+        again = (*own, f"model={model}", "train=inference", f"init_from={folder}", f"output_dir={tmp_path / 'again'}")
+        code, _, err = run(*again)
+        assert code == 2
+        assert "train=inference keeps p, but p and q of this model share parameters" in err
+        assert not (tmp_path / "again").exists()
+
+
+def test_a_run_on_pictures_in_colour(own: tuple[str, ...], tmp_path: Path) -> None:
+    sizes = ("model=conv", "model.latent_size=3", "model.channels=[2,3]", "model.hidden_size=8")
+    result = read_json(finished(tmp_path / "runs", *own, *sizes, "data=colours") / "result.json")
+    assert np.isfinite(result["test"]["nll"])
+    assert len(result["active_units"]) == 1
+
+
+ALONE: dict[str, Objective] = {
+    "stl": IWAE(3, "stl"),
+    "dreg": IWAE(3, "dreg"),
+    "piwae": PIWAE(2, 2),
+    "covariance": TVO(3, gradient="covariance"),
+    "rws": RWS(3),
+    "vimco": VIMCO(3),
+}
+
+
+def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
+    vamp, plain = built(VampMLP([2], [[6]])), built(GaussianMLP([2], [[6]]))
+    assert "prior.q.loc.weight" in vamp.shared and plain.shared == ()
+    for objective in (IWAE(3), ELBO(2), TVO(3)):
+        assert objective.check_networks(vamp) is None
+    for name, objective in ALONE.items():
+        assert "prior.q.body.0.weight" in (objective.check_networks(vamp) or ""), name
+        assert objective.check_networks(plain) is None
+
+
+def test_a_shared_parameter_is_trained_by_the_derivative_of_the_bound() -> None:
+    """Against the difference quotient of the bound on the same noise, which no rule of sharing has touched."""
+    model = built(VampMLP([2], [[6]]))
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    weight = model.inference.layers[0].loc.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-300)
+    train_step(model, IWAE(3), optimizer, x, noise())
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * 1e-5
+            values.append(IWAE(3).bound(model(x, 3, noise())).mean().item())
+            weight[0, 0] -= sign * 1e-5
+    assert weight.grad is not None
+    assert -weight.grad[0, 0].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
