@@ -231,8 +231,8 @@ class Experiment:
         """Return the data, after checking that model and objective go with them.
 
         Raises:
-            UserError: they are missing, not of the shape of the run this one starts from or of one that the model
-                refuses; or the objective cannot train these networks.
+            UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
+                model, or the objective cannot train these networks.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:

@@ -180,11 +180,6 @@ def test_bf16_is_refused_where_it_cannot_be() -> None:
             log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
 
 
-EVALUATION = {"k": 5, "splits": ["test"], "weights": "last", "seed": 0, "binarization_seed": 0, "rows": 64} | {
-    "workers": None,
-}
-
-
 @pytest.mark.parametrize(
     ("model", "device", "refusal"),
     [
