@@ -82,12 +82,12 @@ def _train_with_others(argv: list[str]) -> bool:
     ranks = Ranks(workers.map_here)
     if ranks.rank > 0:
         with oom_as_run_failed():
-            ranks.help()
+            ranks.serve()
         return True
     workers.share_with(ranks)
     made = _train(argv)
     # Not after an error, which may have come in the middle of common work: they see that this process ends.
-    ranks.dismiss()
+    ranks.release()
     return made
 
 

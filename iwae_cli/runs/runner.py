@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trou
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
-from iwae_cli.evaluation import workers
-from iwae_cli.evaluation.distributed import Ranks
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
@@ -35,7 +32,7 @@ from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
-from iwae_cli.training import checkpoint, crew
+from iwae_cli.training import checkpoint
 from iwae_cli.training.steps.compiled import CannotCompileError, pays
 from iwae_cli.training.trainer import Trainer
 
@@ -97,7 +94,6 @@ class Runner:
         self.state.total_steps = self.trainer.total_steps
         self.state.plan |= {
             "compiler": self._compiler(),
-            "processes": self._processes(),
             "runs_at_once": runs_at_once,
         }
         if initial is not None and experiment.with_optimizer:
@@ -110,7 +106,7 @@ class Runner:
         """Train what is left, evaluate, record; the status says at every moment how it stands.
 
         Raises:
-            RunFailed: training diverged, the folder can no longer be written to, or a process that helped is gone.
+            RunFailed: training diverged, the folder can no longer be written to.
             Interrupted: by a signal; the state has been saved.
         """
         experiment, folder = self.experiment, self.folder
@@ -273,7 +269,6 @@ class Runner:
                 images_per_unit=len(self.data.train),
                 start=self.state.step / per_pass,
             ) as self.progress:
-                self._ask_for_help()
                 if self.state.plan["compiler"] is not None:
                     self._compile()
                 self.trainer.run(self.state, self)
@@ -303,31 +298,6 @@ class Runner:
     @property
     def _parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
-
-    def _processes(self) -> int:
-        """How many train together from here on."""
-        n = workers.processes()
-        # The rule has been measured on processors; a loss of one's own may couple the images of a minibatch.
-        there = self._ours and self.device.type == "cpu"
-        return n if there and crew.pays(n, self._draws, self._parameters) else 1
-
-    def _ask_for_help(self) -> None:
-        """Have the other processes train too, where that pays."""
-        ranks = workers.ranks()
-        if ranks is None or self._processes() == 1:
-            return
-        # They need nothing of this session, and validate only what they are asked to.
-        trainer, state, device = replace(self.trainer, validate=float), self.state, self.experiment.device
-        compiled, threads = state.plan["compiler"] is not None, torch.get_num_threads()
-
-        def follow(ranks: Ranks) -> None:
-            device.setup()
-            torch.set_num_threads(threads)
-            trainer.crew = ranks
-            trainer.follow(state, compiled)
-
-        ranks.ask(follow)
-        self.trainer.crew = ranks
 
     def _compile(self) -> None:
         started = time.monotonic()
@@ -369,6 +339,8 @@ class Runner:
         self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
         checkpoint.require_data(self.state, self.data)
         plan = self.state.plan
+        # Version 0.2.0 could share a training over several processes.
+        now["processes"] = 1
         # Decided when the run began; one from before there was a choice has the plain step.
         for key in ("processes", "runs_at_once"):
             before, after = plan.setdefault(key, 1), now[key]

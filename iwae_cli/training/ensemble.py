@@ -179,8 +179,8 @@ def train_batched(
     What fails is left out from there on; the others go on, or stop if ``stop_on_error``.
 
     Args:
-        lanes: at one and the same step, of one schedule and with minibatches of one size, not shared with other
-            processes; neighbours whose trainers have the same objective share all calls. The ``plan`` of their states
+        lanes: at one and the same step, of one schedule and with minibatches of one size;
+            neighbours whose trainers have the same objective share all calls. The ``plan`` of their states
             says how many runs train at once.
         machine_code: whether the step is compiled.
         failed: told of every lane that fails, by its number.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -19,9 +18,8 @@ from iwae_cli.data.base import Data
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
-from iwae_cli.training.crew import Crew, MeanOfShares, ShareOfNoise, share
 from iwae_cli.training.schedule import Schedule
-from iwae_cli.training.steps.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
+from iwae_cli.training.steps.compiled import CompiledRouletteStep, CompiledStep
 from iwae_cli.training.steps.plain import train_step
 from iwae_cli.training.steps.roulette import roulette_step
 
@@ -66,7 +64,6 @@ class Trainer:
         validate: the validation bound in nats of the model as it is; may raise Interrupted.
         validation_every: passes between validations; the last pass is always validated.
         tau: where ``Training.check`` had nothing against it, of ``roulette_step``; None for ``train_step``.
-        crew: the processes that share the training, if there are several; rank 0 alone validates and has hooks.
     """
 
     model: LatentVariableModel
@@ -79,7 +76,6 @@ class Trainer:
     validate: Callable[[], float]
     validation_every: int
     tau: float | None = None
-    crew: Crew | None = None
     _compiled: CompiledStep | CompiledRouletteStep | None = field(default=None, init=False, repr=False)
 
     @property
@@ -106,25 +102,18 @@ class Trainer:
         return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
 
     def compile(self) -> None:
-        """Compile the step for this process's share of whole batches; what is smaller keeps the plain step.
+        """Compile the step for whole batches; what is smaller keeps the plain step.
 
         Raises:
             CannotCompileError: it cannot be; the trainer is as before.
         """
         parameter = next(self.model.parameters())
-        x = parameter.new_zeros(self._own_batch, self.data.train.shape[1])
+        x = parameter.new_zeros(self.whole_batch, self.data.train.shape[1])
         model = self.model.train()
         if self.tau is None:
-            # Those who train together take the mean of their gradients in a hook.
-            hooked = self.crew is not None
-            self._compiled = CompiledStep(model, self.objective, self.optimizer, x, call_optimizer=hooked)
+            self._compiled = CompiledStep(model, self.objective, self.optimizer, x)
         else:
             self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
-
-    @property
-    def _own_batch(self) -> int:
-        own = share(self.whole_batch, self.crew)
-        return int(own.stop - own.start)
 
     def plain(self, x: Tensor, noise: Noise) -> Tensor:
         """The bounds of a step, as it is for a batch of any size."""
@@ -141,41 +130,22 @@ class Trainer:
         """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
 
         Raises:
-            RunFailed: the training bound is no longer finite, or another process of the crew is gone.
+            RunFailed: the training bound is no longer finite.
         """
-        if self.crew is None:
-            return self._drive(self.steps(state, hooks), None)
-        together = MeanOfShares(self.crew)
-        hook = self.optimizer.register_step_pre_hook(together)
-        try:
-            return self._drive(self.steps(state, hooks, together), together)
-        finally:
-            hook.remove()
-
-    def _drive(self, steps: Steps, together: MeanOfShares | None) -> bool:
-        last_save, reply = time.monotonic(), None
+        steps, last_save, reply = self.steps(state, hooks), time.monotonic(), None
         while True:
             try:
                 x, noise = steps.send(reply)
             except StopIteration as end:
                 return bool(end.value)
-            bounds = self._step(x, noise, together)
+            step = self._compiled if self._compiled is not None and len(x) == self.whole_batch else self.plain
+            bounds = step(x, noise)
             save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
             if save:
                 last_save = time.monotonic()
             reply = bounds, save
 
-    def follow(self, state: State, compiled: bool) -> None:
-        """The part of a rank other than 0 in what that trains, from ``state``, until it stops or is gone."""
-        if compiled:
-            # It changes nothing but the time that it takes; rank 0 says so.
-            with suppress(CannotCompileError):
-                self.compile()
-        # Rank 0 says that too: training has diverged, or a process is gone.
-        with suppress(RunFailed):
-            self.run(state, NullHooks())
-
-    def steps(self, state: State, hooks: Hooks, together: MeanOfShares | None = None) -> Steps:
+    def steps(self, state: State, hooks: Hooks) -> Steps:
         """Everything of ``run`` but the steps themselves, which whoever drives it carries out.
 
         It gives a minibatch and its noise, and wants the bounds of the step that was made of them, and whether the
@@ -237,7 +207,7 @@ class Trainer:
                 return False
             assert reply is not None
             bounds, wanted = reply[0].to(bound_sum), reply[1]
-            bound_sum += bounds.sum() if together is None else len(x) * together.of(bounds.mean())
+            bound_sum += bounds.sum()
             state.step = step + 1
             hooks.on_step(state.step)
             if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
@@ -250,30 +220,9 @@ class Trainer:
                 return False
         return True
 
-    def _step(self, x: Tensor, noise: Noise, together: MeanOfShares | None) -> Tensor:
-        """The bounds of this process's share of a minibatch."""
-        own = share(len(x), self.crew)
-        mine = x[own]
-        if self.crew is not None and together is not None:
-            # Where there are too few images to share, all have all of them, and still the same update.
-            together.weight = len(mine) / len(x) if len(mine) < len(x) else 1 / self.crew.size
-            noise = ShareOfNoise(noise, len(x), own)
-        step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self.plain
-        return step(mine, noise)
-
     def _order(self, pass_index: int) -> Tensor:
         order = generator("cpu", self.seed, "order", pass_index)
         return torch.randperm(len(self.data.train), generator=order)
-
-    def _validated(self) -> float:
-        """The validation bound at rank 0, which the others help to find; not a number at theirs."""
-        if self.crew is not None and self.crew.rank > 0:
-            self.crew.attend()
-            return math.nan
-        value = self.validate()
-        if self.crew is not None:
-            self.crew.dismiss()
-        return value
 
     def _end_pass(self, state: State, hooks: Hooks, pass_index: int, bound: float, rate: float) -> None:
         if not math.isfinite(bound):
@@ -285,7 +234,7 @@ class Trainer:
         last = pass_index + 1 == self.schedule.passes
         if last or (pass_index + 1) % self.validation_every == 0:
             self.model.eval()
-            value = self._validated()
+            value = self.validate()
             self.model.train()
             metrics["validation/bound"] = value if math.isfinite(value) else None
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):

@@ -70,7 +70,6 @@ class CompiledStep:
     Args:
         model, objective, optimizer: what is trained, and how.
         x: a batch of that size; its values do not matter.
-        call_optimizer: whether the optimizer itself makes every update, as its hooks want to see the gradients.
 
     Raises:
         CannotCompileError: the losses depend on values in a way that no graph has, or the compiler fails.
@@ -82,7 +81,6 @@ class CompiledStep:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         x: Float[Tensor, "batch pixels"],
-        call_optimizer: bool = False,
     ) -> None:
         def losses(model: LatentVariableModel, x: Tensor, noise: Noise) -> Losses:
             return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
@@ -95,8 +93,8 @@ class CompiledStep:
         recorder = Recorder(x)
         losses(model, x, recorder)
         self._draws = recorder.draws
-        tensors, inside = tensors_of(model), None if call_optimizer else optimizer
-        self._graph = Graph(tensors, functional(model, bound), x, *recorder.drawn, optimizer=inside)
+        tensors = tensors_of(model)
+        self._graph = Graph(tensors, functional(model, bound), x, *recorder.drawn, optimizer=optimizer)
         self._trained = [tensors[name] for name in self._graph.trained]
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
