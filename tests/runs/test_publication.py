@@ -135,7 +135,7 @@ def test_the_order_of_the_images_is_drawn_once_a_pass(tmp_path: Path, monkeypatc
         drawn.append(key)
         return generator(device, *key)
 
-    monkeypatch.setattr("iwae_cli.training.trainer.generator", counted)
+    monkeypatch.setattr("iwae_cli.training.minibatches.generator", counted)
     finished(tmp_path / "outputs", *TINY)
     assert drawn == [(0, "order", 0), (0, "order", 1)]
 

@@ -249,7 +249,7 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
     (folder / "metrics.csv").unlink()
     (folder / "figures" / "samples.png").unlink()
     monkeypatch.setattr("iwae_cli.runs.evaluate.log_likelihood", forbidden)
-    monkeypatch.setattr("iwae_cli.training.trainer.train_step", forbidden)
+    monkeypatch.setattr("iwae_cli.training.trainer.Trainer.run", forbidden)
     code, out, err = again(folder.parent)
     assert code == 0 and "NLL_50" in out
     assert "made again, since it was gone or damaged: metrics.csv, log_likelihood.npz, figures/samples.png" in err
@@ -271,7 +271,7 @@ def test_what_can_be_made_again_is_and_nothing_else(folder: Path, monkeypatch: p
 
 
 def test_without_a_checkpoint_nothing_is_trained_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iwae_cli.training.trainer.train_step", forbidden)
+    monkeypatch.setattr("iwae_cli.training.trainer.Trainer.run", forbidden)
     for name in ("checkpoint.pt", "best.pt", "figures/samples.png"):
         (folder / name).unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*.json")}

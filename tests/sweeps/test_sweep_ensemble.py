@@ -17,9 +17,9 @@ from small_runs import TINY, bits, last_of_each, read_json, run, run_folders
 
 from iwae_cli.core.files import RunLock
 from iwae_cli.runs.experiment import Experiment
-from iwae_cli.sweeps import ensemble as together
-from iwae_cli.training import ensemble as batched
-from iwae_cli.training.steps.compiled import CannotCompileError
+from iwae_cli.sweeps import ensemble as sweep_ensemble
+from iwae_cli.training import ensemble
+from iwae_cli.training.steps.graph import CannotCompileError
 
 BATCHED = "hydra/launcher=batched"
 QUICK = (*TINY, "evaluation.k=5")
@@ -78,13 +78,13 @@ def test_the_numbers_are_those_of_each_alone(tmp_path: Path) -> None:
 
 def test_one_that_fails_is_told_at_once_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    ended = together.Runner.ended
+    ended = sweep_ensemble.Runner.ended
 
     def spy(self: Any, error: BaseException, *rest: Any) -> BaseException:
         seen.append(f"{error} at step {self.state.step} of {self.trainer.total_steps}")
         return ended(self, error, *rest)
 
-    monkeypatch.setattr(together.Runner, "ended", spy)
+    monkeypatch.setattr(sweep_ensemble.Runner, "ended", spy)
     code, out, err = sweep(tmp_path, "seed=0,1", "optimizer.lr=0.001,1e30", "logger=offline", BATCHED)
     assert code == 1 and "2 finished, 2 failed" in out
     assert err.count("diverged in pass 1") == 2 and "has no row" not in err
@@ -104,21 +104,21 @@ def test_what_happens_to_one_does_not_hurt_the_others(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[int] = []
-    on_pass, step = together.Runner.on_pass, batched.batched_step
+    on_pass, step = sweep_ensemble.Runner.on_pass, ensemble.batched_step
 
     def fails(self: Any, step: int, metrics: Any) -> None:
         if self.experiment.seed == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder.path / "metrics.jsonl"))
         on_pass(self, step, metrics)
 
-    def built_once(lanes: Any, machine_code: bool) -> Any:
-        built.append(len(lanes))
+    def built_once(members: Any, machine_code: bool) -> Any:
+        built.append(len(members))
         if len(built) > 1 and how.startswith("no graph"):
             raise CannotCompileError("no compiler any more")
-        return step(lanes, machine_code)
+        return step(members, machine_code)
 
-    monkeypatch.setattr(together.Runner, "on_pass", fails)
-    monkeypatch.setattr(batched, "batched_step", built_once)
+    monkeypatch.setattr(sweep_ensemble.Runner, "on_pass", fails)
+    monkeypatch.setattr(ensemble, "batched_step", built_once)
     code, out, err = sweep(tmp_path, "seed=0,1,2", BATCHED)
     assert code == 1 and "2 finished, 1 failed" in out and built == [3, 2], err
     assert err.count("cannot be written to (No space left on device") == 1 and "Traceback" not in err, err
@@ -127,7 +127,7 @@ def test_what_happens_to_one_does_not_hurt_the_others(
         if "seed1" not in folder.name:
             log = (folder / "train.log").read_text()
             if how.startswith("no graph"):
-                assert "at step 13 after" in log and "to go on alone" in log and "begin at step 13 of 26" in log
+                assert "at step 13 after" in log and "continues alone" in log and "begin at step 13 of 26" in log
                 at_once = "3 until step 13, then 2 until step 13, then 1"
             else:
                 at_once = "3 until step 13, then 2"
@@ -197,7 +197,7 @@ def test_where_they_cannot_be_mapped_it_is_said(tmp_path: Path, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise CannotCompileError("no rule for aten.mine")
 
-    monkeypatch.setattr(together, "train_batched", fail)
+    monkeypatch.setattr(sweep_ensemble, "train_ensemble", fail)
     code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
     assert code == 0 and "these runs train one after the other from here on: no rule for aten.mine" in err
     assert at_once(tmp_path) == [1, 1]
@@ -241,8 +241,8 @@ def on_step(self, step):
     if step == 17 and self.experiment.seed == {seed}:
         os.kill(os.getpid(), signal.{signal})
 runner.Runner.on_step = on_step
-from iwae_cli.training import ensemble as batched
-batched.SAVE_EVERY_SECONDS = {every}
+from iwae_cli.training import trainer
+trainer.SAVE_EVERY_SECONDS = {every}
 sys.exit(cli.train(sys.argv[1:]))
 """
 
@@ -267,7 +267,7 @@ def test_stopped_by_anything_it_goes_on(died: signal.Signals, tmp_path: Path) ->
         whole = tmp_path / "whole" / folder.name
         if died == signal.SIGKILL:
             # At different steps they cannot train together: each goes on alone, and says what that means.
-            assert "resuming is not exact: runs_at_once were 2 and are 1" in (folder / "train.log").read_text()
+            assert "resuming is not exact: runs_at_once was 2 and is 1" in (folder / "train.log").read_text()
             torch.testing.assert_close(loaded(folder)["model"], loaded(whole)["model"], rtol=1e-3, atol=1e-5)
         else:
             assert bits(folder) == bits(whole)
