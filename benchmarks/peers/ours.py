@@ -1,4 +1,4 @@
-"""iwae-cli, by the doors its own command line takes: the same composition, trainer, step and evaluation."""
+"""iwae-cli with the configuration, trainer, step and evaluation of its own command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from iwae_cli.training.steps.plain import PlainStep
 
 
 class Ours:
-    """A session of ``iwae-train`` whose hooks are the benchmark's."""
+    """Runs of ``iwae-train`` with hooks of the benchmark."""
 
     def __init__(self, job: Job) -> None:
         latent, hidden = SIZES[job.case.model]
@@ -81,7 +81,7 @@ class Ours:
             self.session.trainer.run(self._step_alone())
 
     def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
-        """The trainer's step with noise that is given; one that leaves out draws by chance cannot be checked so."""
+        """Make steps with given noise; the roulette cannot be checked, as it leaves out draws at random."""
         if "training.backward=roulette" in self.job.overrides:
             return None, None
         self._load_weights()
@@ -127,9 +127,9 @@ class Ours:
         )
 
     def evaluate(self, images: np.ndarray, tick: Tick) -> None:
-        """All images in one go, as the final evaluation; its workers are held where the clock wants a pause.
+        """Evaluate all images as the final evaluation does; its workers wait where the clock wants a pause.
 
-        What they have begun when a round ends they bring to an end: of every round, an image at most a worker.
+        Workers end what they have begun when a round ends: at most one image for each worker and round.
         """
         gate, done = threading.Event(), 0
         gate.set()
@@ -154,7 +154,7 @@ class Ours:
             return
 
     def nll(self, images: np.ndarray, k: int) -> float:
-        """Of all images at once; its standard error is kept."""
+        """Return -L_k of all images, and keep its standard error."""
         found = self._likelihood(images, k)
         v = np.maximum(0, 1 / found.ess - 1 / k)
         self.stderr_mc = float(np.sqrt(v.sum()) / len(images))
@@ -221,7 +221,7 @@ class _Hooks:
 
 
 class _Given:
-    """Noise that is given, layer by layer."""
+    """Given noise, layer by layer."""
 
     def __init__(self, draws: list[Tensor]) -> None:
         self._draws = draws
