@@ -76,8 +76,8 @@ def test_the_numbers_are_those_of_each_run_alone(tmp_path: Path) -> None:
             assert row == pytest.approx(expected_row, rel=1e-5)
         assert {path.name for path in folder.iterdir()} == {"wandb", *(path.name for path in other.iterdir())}
     (record,) = (folder / "wandb").glob("offline-run-*")
-    told = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-    text = subprocess.run(told, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    text = subprocess.run(inspect, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
     history = [entry for entry in map(json.loads, text.splitlines()) if entry["type"] == "history"]
     assert len(history) >= len(rows), "the record of the training is in W&B too"
 

@@ -1,4 +1,4 @@
-"""A state written and read back; what is said of files that hold none."""
+"""A checkpoint is read back as it was written; damaged and foreign files are refused in one line."""
 
 from __future__ import annotations
 

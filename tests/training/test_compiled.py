@@ -136,12 +136,12 @@ def test_adam_in_machine_code_is_that_of_torch() -> None:
         for each in (reference, optimizer):
             each.param_groups[0]["lr"] /= 2
         if seed == 3:
-            # Averages and numbers of steps that come from elsewhere, and differ from one parameter to the other.
+            # Load a state in which parameters differ in their number of steps.
             known = reference.state_dict()
             known["state"][0]["step"] += 3
             reference.load_state_dict(copy.deepcopy(known))
             optimizer.load_state_dict(copy.deepcopy(known))
-        # Nor is it the only one to make steps.
+        # The plain step may use the same optimizer.
         PlainStep(plain, objective, reference)(batch(9), noise(9))
         PlainStep(compiled, objective, optimizer)(batch(9), noise(9))
         optimizer.zero_grad()
@@ -226,7 +226,7 @@ def test_other_settings_than_those_of_the_graph_are_refused(traced_only: None) -
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}])
-def test_an_adam_that_the_graph_does_not_know_is_called(options: dict[str, Any], traced_only: None) -> None:
+def test_an_adam_with_unsupported_options_is_called(options: dict[str, Any], traced_only: None) -> None:
     plain, compiled = built(ONE), built(ONE)
     reference = torch.optim.Adam(plain.parameters(), lr=0.01, **options)
     step = CompiledStep(
@@ -279,7 +279,7 @@ class Branches(IWAE):
         return super().losses(model, x, particles, noise)
 
 
-def test_what_depends_on_values_is_refused_in_one_line() -> None:
+def test_a_loss_that_depends_on_values_is_refused_in_one_line() -> None:
     model = built(ONE)
     with pytest.raises(CannotCompileError) as caught:
         CompiledStep(PlainStep(model, Branches(3), sgd(model)), batch(1))
@@ -302,5 +302,5 @@ MNIST, ONE_LAYER, TWO_LAYERS = 2980, 423_484, 566_234  # steps a pass in batches
         (MNIST * 3280, 1, ONE_LAYER, True),
     ],
 )
-def test_it_is_chosen_where_it_pays(steps: int, k: int, parameters: int, expected: bool) -> None:
+def test_compiling_is_chosen_where_it_pays(steps: int, k: int, parameters: int, expected: bool) -> None:
     assert compiling_pays(steps, 20 * k, parameters) is expected

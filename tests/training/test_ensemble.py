@@ -62,7 +62,7 @@ def compare(
     for job in jobs:
         for (name, p), q in zip(alone[job].named_parameters(), models[job].parameters(), strict=True):
             torch.testing.assert_close(q, p, rtol=rtol, atol=rtol, msg=name)
-        # What a checkpoint holds of an optimizer: it knows of the steps, and nothing of the others.
+        # Each optimizer has the state that it has alone, as its checkpoint stores it.
         mine, expected_state = optimizers[job].state_dict(), own[job].state_dict()
         assert mine["param_groups"] == expected_state["param_groups"]
         assert mine["state"].keys() == expected_state["state"].keys()
@@ -84,7 +84,7 @@ def test_objectives_may_differ() -> None:
     compare(BITS, [VIMCO(3), VIMCO(3)], [0.01, 0.03], rtol=1e-9)
 
 
-def test_learning_rates_that_are_equal_today_may_differ_tomorrow() -> None:
+def test_equal_learning_rates_may_differ_later() -> None:
     """As those of two runs that go on where a schedule has brought both down to nothing."""
     models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (0.1, 0.2), strict=True)]
@@ -107,7 +107,7 @@ def test_machine_code_differs_by_rounding_alone() -> None:
     compare(ONE, [IWAE(3), IWAE(3)], [0.01, 0.01], 1e-4, torch.float32, machine_code=True)
 
 
-def test_what_depends_on_values_is_refused() -> None:
+def test_a_loss_that_depends_on_values_is_refused() -> None:
     models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
     optimizers = [torch.optim.Adam(model.parameters()) for model in models]
     with pytest.raises(CannotCompileError):

@@ -1,4 +1,4 @@
-"""The cheaper forms are those of torch in every range of the numbers, and nothing else is replaced."""
+"""The cheaper forms equal those of torch in every range of numbers, and nothing else is replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_sum_of_softplus_is_one_logarithm_of_products(d: int, size: float) -> 
     torch.testing.assert_close(sum_less_softplus(terms, logits).double(), exact, rtol=2e-6, atol=1e-6)
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_non_finite_values_stay_non_finite() -> None:
     logits = torch.tensor([[0.0, -torch.inf], [0.0, torch.inf], [0.0, torch.nan]])
     found = sum_less_softplus(torch.zeros(3, 2), logits)
     torch.testing.assert_close(found, -F.softplus(logits).sum(-1), equal_nan=True)
@@ -76,7 +76,7 @@ def test_under_vmap_too() -> None:
         lambda x, s: (x - F.softplus(s)).sum(-1, dtype=torch.float64),
     ],
 )
-def test_what_only_looks_like_it_is_left_alone(other: Callable[..., Tensor]) -> None:
+def test_similar_expressions_are_left_alone(other: Callable[..., Tensor]) -> None:
     x, s = torch.rand(4, 8), torch.randn(4, 8)
     targets, found = replaced(other, x, s)
     assert not targets & {sum_less_softplus, tanh}

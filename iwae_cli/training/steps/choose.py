@@ -106,7 +106,7 @@ def should_compile(
         return compiled
     if device.compile != "auto":
         return device.compile == "on"
-    # A graph would freeze whatever a user's own class counts, and the rule was measured on processors.
+    # A graph would freeze the counters of a user's own class, and the rule was measured on processors.
     known = (model.generative, model.inference, objective)
     if not all(type(part).__module__.startswith("iwae_cli.") for part in known) or device.resolve().type != "cpu":
         return False
