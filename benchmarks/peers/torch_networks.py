@@ -72,5 +72,5 @@ class Inference(nn.Module):
 
 
 def binarized(images: Tensor, white: float) -> Tensor:
-    """Pixels drawn anew, float32."""
+    """Return redrawn pixels, float32."""
     return (torch.rand(images.shape) * white < images).float()

@@ -56,7 +56,7 @@ class Decoder(BaseDecoder):  # type: ignore[misc]
 
 
 class Binarizing(IWAE):  # type: ignore[misc]
-    """IWAE on pixels drawn anew for every batch, and with noise that may be given."""
+    """IWAE on pixels that are redrawn for every batch, and optionally with given noise."""
 
     given: Tensor | None = None
 

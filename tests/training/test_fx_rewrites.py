@@ -1,4 +1,4 @@
-"""The cheaper forms are those of torch in every range of the numbers, and nothing else is replaced."""
+"""The cheaper forms equal those of torch in every range of numbers, and nothing else is replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from iwae_cli.models.networks import bernoulli_log_prob
-from iwae_cli.training.steps.fx_rewrites import make_cheaper, sum_less_softplus, tanh
+from iwae_cli.training.steps.fx_rewrites import sum_less_softplus, tanh, use_cheaper_forms
 
 
 @pytest.mark.parametrize("d", [1, 16, 64, 97, 130, 784])
@@ -24,7 +24,7 @@ def test_a_sum_of_softplus_is_one_logarithm_of_products(d: int, size: float) -> 
     torch.testing.assert_close(sum_less_softplus(terms, logits).double(), exact, rtol=2e-6, atol=1e-6)
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_non_finite_values_stay_non_finite() -> None:
     logits = torch.tensor([[0.0, -torch.inf], [0.0, torch.inf], [0.0, torch.nan]])
     found = sum_less_softplus(torch.zeros(3, 2), logits)
     torch.testing.assert_close(found, -F.softplus(logits).sum(-1), equal_nan=True)
@@ -43,7 +43,7 @@ def test_tanh_of_what_is_not_finite() -> None:
 
 def replaced(function: Callable[..., Tensor], *given: Tensor) -> tuple[set[object], Tensor]:
     graph = make_fx(function, tracing_mode="fake")(*given)
-    make_cheaper(graph)
+    use_cheaper_forms(graph)
     return {node.target for node in graph.graph.nodes if node.op == "call_function"}, graph(*given)
 
 
@@ -76,7 +76,7 @@ def test_under_vmap_too() -> None:
         lambda x, s: (x - F.softplus(s)).sum(-1, dtype=torch.float64),
     ],
 )
-def test_what_only_looks_like_it_is_left_alone(other: Callable[..., Tensor]) -> None:
+def test_similar_expressions_are_left_alone(other: Callable[..., Tensor]) -> None:
     x, s = torch.rand(4, 8), torch.randn(4, 8)
     targets, found = replaced(other, x, s)
     assert not targets & {sum_less_softplus, tanh}

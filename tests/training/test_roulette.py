@@ -1,4 +1,4 @@
-"""Russian roulette on the draws that are sent back: unbiased, with the variance that theory says; refused elsewhere."""
+"""Russian roulette on the differentiated draws: unbiased, with the variance of the theory; refused elsewhere."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from iwae_cli.runs import runner
 from iwae_cli.training.settings import Training
 from iwae_cli.training.steps import compiled
 from iwae_cli.training.steps.compiled import CompiledRouletteStep
-from iwae_cli.training.steps.plain import train_step
-from iwae_cli.training.steps.roulette import roulette_step, survivors
+from iwae_cli.training.steps.plain import PlainStep
+from iwae_cli.training.steps.roulette import RouletteStep, survivors
 
 K, BATCH, PIXELS, TAU = 4, 2, 6, 0.45
 OBJECTIVES: dict[str, BoundObjective] = {
@@ -95,7 +95,7 @@ def outcomes(weights: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
 def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> None:
     """The mean is the gradient of all draws; the variance is what independent roulettes have, draw by draw."""
     model, objective = built(), OBJECTIVES[name]
-    expected_bound = train_step(model, objective, frozen(model), x, Chosen())
+    expected_bound = PlainStep(model, objective, frozen(model))(x, Chosen())
     full = gradient(model)
     log_w = model(x, K, Chosen()).detach()
     weights = objective.weights(log_w)
@@ -103,7 +103,7 @@ def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> Non
 
     mean, square, total = torch.zeros_like(full), 0.0, 0.0
     for probability, u in outcomes(weights):
-        bound = roulette_step(model, objective, frozen(model), x, Chosen(u), TAU)
+        bound = RouletteStep(model, objective, frozen(model), TAU)(x, Chosen(u))
         torch.testing.assert_close(bound, expected_bound, rtol=1e-12, atol=0)
         found = gradient(model)
         mean += probability * found
@@ -122,14 +122,14 @@ def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> Non
     assert square == pytest.approx(variance, rel=1e-9)
 
 
-def test_where_every_draw_is_kept_it_is_the_plain_step(x: torch.Tensor) -> None:
+def test_it_is_the_plain_step_where_every_draw_survives(x: torch.Tensor) -> None:
     plain, thinned = built(), built()
-    train_step(plain, IWAE(K), frozen(plain), x, Chosen())
-    roulette_step(thinned, IWAE(K), frozen(thinned), x, Chosen(torch.full((K, BATCH), 0.999)), 1e-300)
+    PlainStep(plain, IWAE(K), frozen(plain))(x, Chosen())
+    RouletteStep(thinned, IWAE(K), frozen(thinned), 1e-300)(x, Chosen(torch.full((K, BATCH), 0.999)))
     torch.testing.assert_close(gradient(thinned), gradient(plain), rtol=1e-12, atol=1e-14)
 
 
-def test_weights_of_nothing_never_survive() -> None:
+def test_zero_weights_never_survive() -> None:
     weights = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     assert survivors(weights, torch.zeros(2, 2), 0.01).tolist() == [[0, 0], [1, 0]]
 
@@ -141,10 +141,10 @@ def test_the_compiled_step_is_the_same(share: int, x: torch.Tensor, monkeypatch:
     monkeypatch.setattr(compiled, "ROULETTE_SHARE", share)
     plain = built()
     model = copy.deepcopy(plain)
-    step = CompiledRouletteStep(model, IWAE(K), frozen(model), torch.zeros_like(x), TAU)
+    step = CompiledRouletteStep(RouletteStep(model, IWAE(K), frozen(model), TAU), torch.zeros_like(x))
     chances = torch.rand(K, BATCH, dtype=torch.float64)
     for u in (chances, torch.zeros_like(chances), 1 - chances):
-        expected = roulette_step(plain, IWAE(K), frozen(plain), x, Chosen(u), TAU)
+        expected = RouletteStep(plain, IWAE(K), frozen(plain), TAU)(x, Chosen(u))
         torch.testing.assert_close(step(x, Chosen(u)), expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient(model), gradient(plain), rtol=1e-11, atol=1e-13)
 
@@ -164,14 +164,14 @@ def test_the_compiled_step_is_the_same(share: int, x: torch.Tensor, monkeypatch:
     ],
     ids=lambda o: f"{type(o).__name__} {getattr(o, 'gradient', '')}",
 )
-def test_where_it_would_be_wrong_or_of_no_use_it_is_refused(objective: Objective) -> None:
+def test_it_is_refused_where_it_is_wrong_or_useless(objective: Objective) -> None:
     refusal = Training("roulette").check(objective)
     assert refusal is not None and "training.backward=all" in refusal and type(objective).__name__ in refusal
     assert Training("all").check(objective) is None
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_where_it_is_right_it_is_not_refused(name: str) -> None:
+def test_it_is_accepted_where_it_is_right(name: str) -> None:
     assert Training("roulette").check(OBJECTIVES[name]) is None
 
 
@@ -195,7 +195,7 @@ def test_wrong_input_is_one_line(overrides: list[str], message: str, tmp_path: P
 COMMAND = (*TINY, "objective.k=20", "training.backward=roulette")
 
 
-def test_a_run_with_it_is_another_run_and_resumes_in_the_same_bits(
+def test_a_roulette_run_has_its_own_folder_and_resumes_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = finished(tmp_path / "undisturbed", *COMMAND)
@@ -212,7 +212,7 @@ def test_a_run_with_it_is_another_run_and_resumes_in_the_same_bits(
     assert nll[0] != nll[1] and nll[0] == pytest.approx(nll[1], abs=0.5)
 
 
-def test_a_run_that_sends_everything_back_is_the_run_it_was(tmp_path: Path) -> None:
+def test_the_identity_ignores_the_group_without_roulette(tmp_path: Path) -> None:
     """Runs from before there was a choice have no such key; tau means nothing to those without roulette."""
     config = yaml.safe_load((finished(tmp_path, *TINY) / "config.yaml").read_text())
     before = {key: value for key, value in config.items() if key != "training"}
