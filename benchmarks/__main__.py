@@ -1,7 +1,7 @@
-"""Measure ours and the others, in turn, and write a table: ``python -m benchmarks [--quick] [--whole]``.
+"""Measure this program and others in turn, and write a table: ``python -m benchmarks [--quick] [--whole]``.
 
-Every program works in a process of its own, pinned to the cores of the case. All processes of a case are alive
-together and take turns in short rounds, so that what the machine does meanwhile falls on all of them alike.
+Every program runs in its own process, pinned to the cores of the case. All processes of a case are alive at the same
+time and take turns in short rounds, so that other load on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import CASES, TINY, Case, Job
-from benchmarks.table import markdown
+from benchmarks.table import markdown, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, QUICK_ROUNDS = 7, 5
-STEPS = 2000
-"""Of training before anything is timed: importance weights are then as uneven as they are in earnest."""
+STEPS, QUICK_STEPS = 2000, 200
+"""Training steps before anything is timed, so that importance weights are as uneven as in a real run."""
 WARM_UP_SECONDS, ROUND_SECONDS, QUICK_SECONDS = 0.5, 2.0, 1.0
 TARGET = -97.0
 """Validation bound L_50 of a whole run, nats."""
 UPDATE_LIMIT, NLL_LIMIT = 0.01, 5.0
-"""How far a program may be from ours and still do the same work: in training a share of the way gone, in evaluation
-standard errors of the difference of two estimates."""
+"""Largest differences from ours that count as the same work: in training a share of the distance that the weights
+moved, in evaluation standard errors of the difference of two estimates."""
 WHOLE, SEEDS = Case("train", "one_layer", 5, 20), (0, 1, 2)
 
 
@@ -49,8 +49,8 @@ class Contender:
         module: of ``benchmarks.peers``.
         requires: packages to be installed.
         options: for the worker; overrides of the command line for ours.
-        kinds, models: what it can do.
-        least_k, most_k: outside of these it is not asked for.
+        kinds, models, least_k, most_k: the cases it is measured in.
+        quick: the kinds of case it is measured in with ``--quick``.
         whole: whether it takes part in whole runs.
     """
 
@@ -62,24 +62,26 @@ class Contender:
     models: tuple[str, ...] = ("one_layer", "two_layer", "tiny")
     least_k: int = 1
     most_k: float = math.inf
+    quick: tuple[str, ...] = ()
     whole: bool = False
 
-    def can(self, case: Case) -> bool:
-        """Whether it can do such work."""
-        return case.kind in self.kinds and case.model in self.models and self.least_k <= case.k <= self.most_k
+    def is_in(self, case: Case, quick: bool) -> bool:
+        """Return whether it is measured in a case."""
+        kinds = self.quick if quick else self.kinds
+        return case.kind in kinds and case.model in self.models and self.least_k <= case.k <= self.most_k
 
 
 CONTENDERS = (
-    Contender("ours", "ours", whole=True),
+    Contender("ours", "ours", quick=("train", "evaluate"), whole=True),
     Contender("ours, plain step", "ours", options=("device.compile=off",), kinds=("train",)),
     Contender("ours, roulette", "ours", options=("training.backward=roulette",), kinds=("train",), least_k=5),
     Contender("ours, 16 at once", "ours", options=("hydra/launcher=batched",), kinds=("train",), most_k=5),
     Contender("ours, bf16 products", "ours", options=("evaluation.precision=bf16",), kinds=("evaluate",)),
-    Contender("JAX", "with_jax", ("jax", "optax"), whole=True),
+    Contender("JAX", "with_jax", ("jax", "optax"), quick=("train", "evaluate"), whole=True),
     Contender("JAX, bf16 products", "with_jax", ("jax", "optax"), ("bf16",), kinds=("evaluate",)),
-    Contender("Pythae", "with_pythae", ("pythae",), models=("one_layer", "tiny")),
+    Contender("Pythae", "with_pythae", ("pythae",), models=("one_layer", "tiny"), quick=("train",)),
     Contender("Pyro", "with_pyro", ("pyro",)),
-    Contender("floor: matrix products", "floor"),
+    Contender("floor: matrix products", "floor", quick=("train", "evaluate")),
     Contender("floor: and tanh, exp", "floor", options=("tanh+exp",)),
     Contender("floor: bf16 products", "floor", options=("bf16",), kinds=("evaluate",)),
     Contender("floor: bf16, and tanh, exp", "floor", options=("bf16", "tanh+exp"), kinds=("evaluate",)),
@@ -87,11 +89,11 @@ CONTENDERS = (
 
 
 class WorkerFailed(Exception):
-    """A worker has ended before its work; the message is the last line of its log."""
+    """A worker ended early; the message is the last line of its log."""
 
 
 class Worker:
-    """The other end of ``benchmarks.worker``."""
+    """A process that runs ``benchmarks.worker``."""
 
     def __init__(self, contender: Contender, job: Job, logs: Path) -> None:
         name = re.sub(r"\W+", "_", f"{job.case.name} {contender.label} {job.seed}")
@@ -115,7 +117,7 @@ class Worker:
         self._write(job.to_json())
 
     def answer(self) -> dict[str, Any]:
-        """The next answer, and ``after``: seconds since the process was started."""
+        """Return the next answer, and ``after``: seconds since the process was started."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -125,12 +127,12 @@ class Worker:
         return {**json.loads(line), "after": time.perf_counter() - self._started}
 
     def round(self, seconds: float) -> dict[str, Any]:
-        """Work for so long."""
+        """Let it work for so many seconds; return its answer."""
         self._write({"seconds": seconds})
         return self.answer()
 
     def end(self) -> dict[str, Any]:
-        """No more rounds; the last answer."""
+        """End it; return its last answer."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         answer = self.answer()
@@ -138,9 +140,9 @@ class Worker:
         return answer
 
     def kill(self) -> None:
-        """Whatever it is doing."""
+        """Kill it, and close its pipes."""
         self._process.kill()
-        with self._process:  # closes the pipes, and waits
+        with self._process:
             pass
 
     def _write(self, value: dict[str, Any]) -> None:
@@ -148,11 +150,11 @@ class Worker:
         try:
             print(json.dumps(value), file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            return  # ``answer`` tells why
+            return  # ``answer`` raises the reason
 
 
 def measure(job: Job, contenders: Sequence[Contender], rounds: int, seconds: float, logs: Path) -> dict[str, Any]:
-    """One case: for every contender by label its numbers, or ``{"failed": why}``."""
+    """Measure one case; return by label the numbers of every contender, or ``{"failed": why}``."""
     results: dict[str, Any] = {}
     workers: dict[str, Worker] = {}
     checks: dict[str, Any] = {}
@@ -170,7 +172,7 @@ def measure(job: Job, contenders: Sequence[Contender], rounds: int, seconds: flo
         for contender in contenders:
             label = contender.label
             workers[label] = Worker(contender, Job(job.case, job.files, (*contender.options, *job.overrides)), logs)
-            # One after the other: whoever prepares has the core to itself.
+            # One after the other: each has the core to itself while it starts.
             ready = attempt(label, workers[label].answer)
             if ready is not None:
                 checks[label] = ready["check"]
@@ -196,7 +198,7 @@ def measure(job: Job, contenders: Sequence[Contender], rounds: int, seconds: flo
 
 
 def _compare(job: Job, checks: dict[str, Any], results: dict[str, Any]) -> None:
-    """Keep as ``check`` what every contender computed from the same weights beside what ours did."""
+    """Add ``check`` to every result: the difference from ours, computed from the same weights."""
     mine = checks.get("ours")
     if mine is None:
         return
@@ -222,7 +224,7 @@ def _compare(job: Job, checks: dict[str, Any], results: dict[str, Any]) -> None:
 
 
 def whole_runs(files: Path, overrides: tuple[str, ...], logs: Path) -> dict[str, Any]:
-    """Seconds to ``TARGET``, one program at a time, for every seed in turn."""
+    """Measure the seconds to ``TARGET``, one program at a time, for every seed in turn."""
     results: dict[str, Any] = {}
     for seed in SEEDS:
         for contender in CONTENDERS:
@@ -254,7 +256,7 @@ def _missing(contender: Contender) -> list[str]:
 
 
 def _data(data_dir: Path) -> tuple[str, tuple[str, ...]]:
-    """The data set in words, and the overrides that choose it."""
+    """Return the data set in words, and the overrides that choose it."""
     raw = data_dir / "MNIST" / "raw"
     if any((raw / f"train-images-idx3-ubyte{end}").exists() for end in ("", ".gz")):
         return "MNIST, binarized dynamically", ("data=mnist", f"data_dir={data_dir}")
@@ -285,9 +287,11 @@ def _lines(file: Path) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, write, print; 1 if a contender that is installed failed, or did other work than ours."""
+    """Measure, write, print; return 1 if a contender that is installed failed or did other work than ours."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the small cases, in minutes; all take under an hour")
+    parser.add_argument(
+        "--quick", action="store_true", help="three cases, four programs, minutes; all take under an hour"
+    )
     parser.add_argument("--whole", action="store_true", help="whole runs to a validation bound on MNIST, instead")
     parser.add_argument("--cases", help="only these, comma separated: " + ", ".join(c.name for c in (*CASES, *TINY)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
@@ -316,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     print(f"data and weights: {words}", file=sys.stderr)
     models = sorted({case.model for case in cases} or {WHOLE.model})
-    steps = 20 if tiny or arguments.whole else STEPS
+    steps = 20 if tiny or arguments.whole else QUICK_STEPS if arguments.quick else STEPS
     environment = {**os.environ, "IWAE_ALLOW_TARGETS": "benchmarks"}
     command = [
         sys.executable,
@@ -346,9 +350,10 @@ def main(argv: Sequence[str]) -> int:
         if case.cores > cores:
             print(f"{case.name}: this machine lends {cores} cores only", file=sys.stderr)
             continue
-        print(f"{case.name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
-        able = [c for c in CONTENDERS if c.can(case) and c.label not in missing]
-        record["cases"][case.name] = measure(Job(case, files, overrides), able, rounds, seconds, logs)
+        able = [c for c in CONTENDERS if c.is_in(case, arguments.quick) and c.label not in missing]
+        results = measure(Job(case, files, overrides), able, rounds, seconds, logs)
+        print(f"{one_line(case.name, results)} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
+        record["cases"][case.name] = results
         _write(folder, record)
     if arguments.whole:
         record["whole"] = {"target": TARGET, "case": WHOLE.name, "results": whole_runs(files, overrides, logs)}

@@ -1,4 +1,4 @@
-"""What is measured, and the numbers that every program has to share for the comparison to mean something."""
+"""The cases that are measured, and the settings that all programs share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SIZES: dict[str, tuple[list[int], list[list[int]]]] = {
 """Latent and hidden sizes, as ``model.latent_sizes`` and ``model.hidden_sizes``; all tanh, Bernoulli pixels."""
 
 CHECK_STEPS = 3
-"""Steps of training that every program takes from the same weights with the same noise."""
+"""Training steps that every program makes from the same weights with the same noise."""
 
 CHECK_IMAGES, CHECK_K = 24, 5000
-"""Images, and samples of each, of the estimate that programs must agree on within their Monte Carlo error."""
+"""Images, and samples of each, of an estimate on which programs must agree within their Monte Carlo error."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Case:
     """One kind of work.
 
     Attributes:
-        kind: ``train``: the unit is one step, drawing and binarizing a batch to updating the weights; ``evaluate``: the
-            unit is -L_k of one test image.
+        kind: ``train``: the unit is one step, from drawing a minibatch to updating the weights; ``evaluate``: the unit
+            is -L_k of one test image.
         model: key of ``SIZES``.
         k: samples per image.
-        batch: images a step of training; zero for evaluation, where each program cuts up ``images`` as it likes.
+        batch: images in a training step; zero for evaluation, where each program splits ``images`` as it likes.
         cores: cores that a program may use; it is pinned to them.
-        quick: whether it belongs to the small selection.
+        quick: whether ``--quick`` measures it.
     """
 
     kind: Literal["train", "evaluate"]
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def images(self) -> int:
-        """Test images that a program is given at once in evaluation: about a second of work."""
+        """Test images that a program evaluates at once: about a second of work."""
         return 3 if self.k == 100_000 else 24 * self.cores
 
 
@@ -73,17 +73,17 @@ CASES = (
     Case("evaluate", "one_layer", 5000, cores=2),
 )
 TINY = (Case("train", "tiny", 2, 4), Case("evaluate", "tiny", 64))
-"""Nothing to learn from, but that everything runs."""
+"""For tests of the benchmark itself."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker has to do.
+    """The work of one process.
 
     Attributes:
         case: the work.
         files: folder of ``data.npz`` and ``weights_<model>.npz``.
-        overrides: for ours, in the language of its command line.
+        overrides: of the command line of ours.
         whole: train until the validation bound reaches this, nats, instead of being timed in rounds.
         seed: of a whole run.
     """
@@ -100,13 +100,13 @@ class Job:
             return np.asarray(file[name])
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Weights that every program begins from, by their names in ours; a matrix is (outputs, inputs)."""
+        """Return the weights that every program begins from, by their names in ours; a matrix is (outputs, inputs)."""
         name = "initial" if self.whole is not None else "weights"
         with np.load(self.files / f"{name}_{self.case.model}.npz") as file:
             return {name: file[name] for name in file.files}
 
     def check_batch(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The images (batch, pixels) and standard normal draws (k, batch, d_l) of one step of the check, float32."""
+        """Return images (batch, pixels) and standard normal draws (k, batch, d_l) of one step of the check, float32."""
         case, random = self.case, np.random.default_rng(step)
         test = self.data("test")
         x = test[random.integers(0, len(test), case.batch)].astype(np.float32)
@@ -114,7 +114,7 @@ class Job:
         return x, [random.standard_normal((case.k, case.batch, size), dtype=np.float32) for size in sizes]
 
     def to_json(self) -> dict[str, Any]:
-        """For ``from_json``."""
+        """Return plain values for ``from_json``."""
         return {**vars(self), "case": vars(self.case), "files": str(self.files)}
 
     @classmethod

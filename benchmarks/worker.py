@@ -1,8 +1,8 @@
-"""One program at work in a process of its own, told by lines of JSON when to begin and when to pause.
+"""One program in its own process, which works and pauses as lines of JSON on its standard input say.
 
-The runner writes the job; the worker answers ``ready`` after the first unit of work (so imports, data and compilation
-lie behind it), then one ``round`` for every ``{"seconds": s}``, and ``done`` at the end of the input. A program runs
-its own loop, data loading included, and calls ``tick`` between two units; the clock stands still while it waits there.
+The first line is the job. The worker answers ``ready`` after the first unit of work (after imports, data and
+compilation), then one ``round`` for every ``{"seconds": s}``, and ``done`` at the end of the input. A program runs its
+own loop, data loading included, and calls ``tick`` between two units; waiting there is not timed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ VALIDATION_K, VALIDATE_EVERY = 50, 500
 """Samples of the validation bound of a whole run; steps between two of them."""
 
 Tick = Callable[[int], bool]
-"""Called with the number of units done since the last call; False: stop."""
+"""Takes the number of units done since the last call; returns False to stop."""
 
 
 class Peer(Protocol):
-    """A program that can do the work.
+    """A program that is measured.
 
     Attributes:
-        settings: what it chose for itself, for the record.
+        settings: its versions and choices, for the record.
     """
 
     settings: str
@@ -40,19 +40,19 @@ class Peer(Protocol):
         """Train on the training split from ``job.weights()``, until ``tick`` says to stop."""
 
     def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
-        """Bounds before each of the steps on ``job.check_batch``, and the weights after them; None: cannot tell."""
+        """Return the bounds before each step on ``job.check_batch`` and the weights after them; None if unknown."""
         ...
 
     def evaluate(self, images: np.ndarray, tick: Tick) -> None:
-        """-L_k of binary images (n, pixels), again and again until ``tick`` says to stop."""
+        """Compute -L_k of binary images (n, pixels) repeatedly, until ``tick`` says to stop."""
 
     def nll(self, images: np.ndarray, k: int) -> float:
-        """-L_k, nats, mean over binary images (n, pixels)."""
+        """Return -L_k, nats, mean over binary images (n, pixels)."""
         ...
 
 
 def by_parts(peer: Peer, images: np.ndarray, case: Case, tick: Tick) -> None:
-    """``Peer.evaluate`` by ``nll`` of ``case.images`` at a time."""
+    """Implement ``Peer.evaluate`` by ``nll`` of ``case.images`` at a time."""
     start = 0
     while True:
         peer.nll(images[start : start + case.images], case.k)
@@ -62,8 +62,8 @@ def by_parts(peer: Peer, images: np.ndarray, case: Case, tick: Tick) -> None:
 
 
 def serve(make: Callable[[Job], Peer]) -> None:
-    """Do what standard input says; see the module."""
-    # Whatever a program prints must not stand between the answers.
+    """Run the worker; see the module."""
+    # Keep everything that a program prints out of the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = Job.from_json(json.loads(sys.stdin.readline()))
@@ -82,7 +82,7 @@ def serve(make: Callable[[Job], Peer]) -> None:
 
 
 class _Rounds:
-    """A clock that runs for as long as it is told, and then waits to be told again."""
+    """A clock that runs for the seconds of a round, and then waits for the next."""
 
     def __init__(self, answers: TextIO, facts: dict[str, Any]) -> None:
         self._answers, self._facts = answers, facts
@@ -123,7 +123,7 @@ def _check(job: Job, peer: Peer) -> dict[str, Any]:
 
 
 def _whole(job: Job, peer: Peer, answers: TextIO) -> None:
-    """Train until the validation bound is reached; its evaluations do not count."""
+    """Train until the validation bound is reached, without counting the time of validations."""
     target = job.whole
     assert target is not None
     validation = job.data("validation")

@@ -1,4 +1,4 @@
-"""iwae-cli, by the doors its own command line takes: the same composition, trainer, step and evaluation."""
+"""iwae-cli with the configuration, trainer, step and evaluation of its own command line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from iwae_cli.record.folder import RunFolder
 from iwae_cli.runs.runner import Runner
 from iwae_cli.sweeps.ensemble import AT_ONCE
 from iwae_cli.sweeps.launchers import BATCHED
-from iwae_cli.training.ensemble import Lane, batched_step, train_batched
-from iwae_cli.training.trainer import NullHooks
+from iwae_cli.training.checkpoint import State
+from iwae_cli.training.ensemble import Member, batched_step, train_ensemble
+from iwae_cli.training.minibatches import Minibatches
+from iwae_cli.training.steps.choose import Step, choose_step, should_compile
+from iwae_cli.training.steps.plain import PlainStep
 
 
 class Ours:
-    """A session of ``iwae-train`` whose hooks are the benchmark's."""
+    """Runs of ``iwae-train`` with hooks of the benchmark."""
 
     def __init__(self, job: Job) -> None:
         latent, hidden = SIZES[job.case.model]
@@ -58,31 +61,33 @@ class Ours:
         sessions = [Runner(experiment, data, RunFolder(Path("nowhere")), Signals()) for _ in range(runs)]
         self.session, *self._others = sessions
         for number, session in enumerate(sessions):
-            session.trainer.seed += number
+            trainer = session.trainer
+            parameter = next(session.model.parameters())
+            trainer.minibatches = Minibatches(
+                data, experiment.batch_size, job.seed + number, parameter.device, parameter.dtype
+            )
+            trainer.hooks = _Hooks()
+        self._step: Step | None = None
         self.settings = f"iwae-cli {iwae_cli.__version__}, torch {torch.__version__}"
 
     def train(self, tick: Tick) -> None:
-        """The whole of the trainer's loop, a pause between two steps where the clock wants one."""
+        """Run the whole training loop, pausing between two steps where the clock wants a pause."""
         self._load_weights()
-        state = self.session.state
-        if not self._others:
-            self._compile()
-            self.session.trainer.run(state, _Hooks(tick))
-            return
-        # A unit is a step of one of them.
-        hooks = _Hooks(lambda units: tick(units * (1 + len(self._others))))
-        lanes = [Lane(self.session.trainer, state, hooks)]
-        lanes += [Lane(session.trainer, session.state, NullHooks()) for session in self._others]
-        train_batched(lanes, state.plan["compiler"] is not None, lambda number, error: None, True)
+        # A unit is a step of one training.
+        self.session.trainer.hooks = _Hooks(lambda units: tick(units * (1 + len(self._others))))
+        if self._others:
+            train_ensemble(self._members(), self._machine_code(), lambda number, error: None, True)
+        else:
+            self.session.trainer.run(self._step_alone())
 
     def check(self) -> tuple[list[float] | None, dict[str, np.ndarray] | None]:
-        """The trainer's step with noise that is given; one that leaves out draws by chance cannot be checked so."""
+        """Make steps with given noise; the roulette cannot be checked, as it leaves out draws at random."""
         if "training.backward=roulette" in self.job.overrides:
             return None, None
         self._load_weights()
         trainer, bounds = self.session.trainer, []
         memory = trainer.optimizer.state_dict()
-        step = self._step()
+        step = self._step_with_others() if self._others else self._step_alone()
         for number in range(CHECK_STEPS):
             x, draws = self.job.check_batch(number)
             bounds.append(float(step(torch.from_numpy(x), _Given([torch.from_numpy(draw) for draw in draws])).mean()))
@@ -90,20 +95,41 @@ class Ours:
         trainer.optimizer.load_state_dict(memory)
         return bounds, weights
 
-    def _step(self) -> Callable[[Tensor, Noise], Tensor]:
-        """As the trainer carries it out, for the first run; of several, all do the same."""
-        trainer = self.session.trainer
-        if not self._others:
-            self._compile()
-            return trainer._compiled or trainer.plain
-        lanes = [Lane(session.trainer, session.state, NullHooks()) for session in (self.session, *self._others)]
-        runs, step = len(lanes), batched_step(lanes, self.session.state.plan["compiler"] is not None)
-        return lambda x, noise: step([x] * runs, [noise] * runs)[0]
+    def _step_alone(self) -> Step:
+        if self._step is None:
+            experiment, trainer = self.session.experiment, self.session.trainer
+            self._step = choose_step(
+                self.session.model,
+                experiment.objective,
+                trainer.optimizer,
+                experiment.training,
+                experiment.device,
+                trainer.total_steps,
+                trainer.minibatches.shape,
+            )
+        return self._step
+
+    def _step_with_others(self) -> Callable[[Tensor, Noise], Tensor]:
+        """Return the common step, with the same images and noise for all."""
+        members = self._members()
+        step = batched_step(members, self._machine_code())
+        return lambda x, noise: step([x] * len(members), [noise] * len(members))[0]
+
+    def _members(self) -> list[Member]:
+        sessions, objective = (self.session, *self._others), self.session.experiment.objective
+        return [Member(s.trainer, PlainStep(s.model, objective, s.trainer.optimizer)) for s in sessions]
+
+    def _machine_code(self) -> bool:
+        experiment, trainer = self.session.experiment, self.session.trainer
+        rows, _ = trainer.minibatches.shape
+        return should_compile(
+            self.session.model, experiment.objective, experiment.device, trainer.total_steps, rows, None
+        )
 
     def evaluate(self, images: np.ndarray, tick: Tick) -> None:
-        """All images in one go, as the final evaluation; its workers are held where the clock wants a pause.
+        """Evaluate all images as the final evaluation does; its workers wait where the clock wants a pause.
 
-        What they have begun when a round ends they bring to an end: of every round, an image at most a worker.
+        Workers end what they have begun when a round ends: at most one image for each worker and round.
         """
         gate, done = threading.Event(), 0
         gate.set()
@@ -128,7 +154,7 @@ class Ours:
             return
 
     def nll(self, images: np.ndarray, k: int) -> float:
-        """Of all images at once; its standard error is kept."""
+        """Return -L_k of all images, and keep its standard error."""
         found = self._likelihood(images, k)
         v = np.maximum(0, 1 / found.ess - 1 / k)
         self.stderr_mc = float(np.sqrt(v.sum()) / len(images))
@@ -161,12 +187,6 @@ class Ours:
         finally:
             model.train()
 
-    def _compile(self) -> None:
-        """Where the session would before it trains."""
-        trainer = self.session.trainer
-        if self.session.state.plan["compiler"] is not None and trainer._compiled is None:
-            trainer.compile()
-
     def _load_weights(self) -> None:
         weights = {name: torch.from_numpy(value) for name, value in self.job.weights().items()}
         for session in (self.session, *self._others):
@@ -177,22 +197,31 @@ class _Stop(Exception):
     pass
 
 
-class _Hooks(NullHooks):
-    """They stop the training when its time is over."""
+class _Hooks:
+    """Hooks that stop the training when its time is over, and record nothing."""
 
-    def __init__(self, tick: Tick) -> None:
+    def __init__(self, tick: Tick = lambda units: True) -> None:
         self._tick = tick
         self._stop = False
 
     def on_step(self, step: int) -> None:
         self._stop = not self._tick(1)
 
+    def on_best(self, state: State) -> None:
+        pass
+
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        pass
+
+    def on_save(self, state: State) -> None:
+        pass
+
     def interrupted(self) -> bool:
         return self._stop
 
 
 class _Given:
-    """Noise that is given, layer by layer."""
+    """Given noise, layer by layer."""
 
     def __init__(self, draws: list[Tensor]) -> None:
         self._draws = draws

@@ -37,12 +37,12 @@ def _train_with_others(argv: list[str]) -> bool:
     ranks = Ranks(workers.map_here)
     if ranks.rank > 0:
         with oom_as_run_failed():
-            ranks.help()
+            ranks.serve()
         return True
     workers.share_with(ranks)
     wrote = _train(argv)
     # Not after an error, which may come in the middle of shared work: the others see that this process ends.
-    ranks.dismiss()
+    ranks.release()
     return wrote
 
 

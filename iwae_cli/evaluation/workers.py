@@ -22,11 +22,6 @@ def share_with(ranks: Ranks | None) -> None:
     _ranks = ranks
 
 
-def ranks() -> Ranks | None:
-    """The processes that share the work, where there are several."""
-    return _ranks
-
-
 def processes() -> int:
     """How many share the work."""
     return 1 if _ranks is None else _ranks.size

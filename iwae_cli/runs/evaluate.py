@@ -331,7 +331,6 @@ def _facts(
             "precision": device.precision,
             "threads": torch.get_num_threads(),
             "train_compiler": state.plan.get("compiler"),  # None: the plain step
-            "train_processes": state.plan.get("processes", 1),
             "train_runs_at_once": state.plan.get("runs_at_once", 1),
         },
         "git": _git(),

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trou
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
-from iwae_cli.evaluation import workers
-from iwae_cli.evaluation.distributed import Ranks
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
@@ -35,8 +32,9 @@ from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
-from iwae_cli.training import checkpoint, crew
-from iwae_cli.training.steps.compiled import CannotCompileError, pays
+from iwae_cli.training import checkpoint
+from iwae_cli.training.minibatches import Minibatches
+from iwae_cli.training.steps.choose import Step, choose_step
 from iwae_cli.training.trainer import Trainer
 
 VALIDATION_SEED = 0
@@ -52,13 +50,11 @@ class Runner:
     """One process working on one run; the hooks of the trainer.
 
     Args:
-        experiment, data, folder, signals: what is run, on what, where, and what may stop it.
-        runs_at_once: how many sessions train together, of which this is one.
+        experiment, data, folder: the run, its data, and where it is recorded.
+        signals: stop the run between two steps.
     """
 
-    def __init__(
-        self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals, runs_at_once: int = 1
-    ) -> None:
+    def __init__(self, experiment: Experiment, data: Data, folder: RunFolder, signals: Signals) -> None:
         self.experiment = experiment
         self.data = data
         self.folder = folder
@@ -66,14 +62,6 @@ class Runner:
         self.device = experiment.device.resolve()
         self.sink: Logger = FanOut([])
         self.progress: progress.Progress | None = None
-        self.state = checkpoint.State(
-            identity=folder.identity,
-            names=experiment.names,
-            data_sha256=data.sha256(),
-            image_shape=data.image_shape,
-            levels=data.levels,
-            plan=self._plan(),
-        )
         self.model = experiment.model.build(
             data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
         ).to(device=self.device, dtype=experiment.device.dtype)
@@ -84,33 +72,38 @@ class Runner:
             self.model.generative.requires_grad_(False)
         self.trainer = Trainer(
             model=self.model,
-            objective=experiment.objective,
             optimizer=experiment.optimizer([p for p in self.model.parameters() if p.requires_grad]),
             schedule=experiment.schedule,
-            data=data,
-            seed=experiment.seed,
-            batch_size=experiment.batch_size,
+            minibatches=Minibatches(data, experiment.batch_size, experiment.seed, self.device, experiment.device.dtype),
             validate=self._validate,
             validation_every=experiment.validation.every,
-            tau=experiment.training.tau if experiment.training.backward == "roulette" else None,
+            state=checkpoint.State(
+                identity=folder.identity,
+                names=experiment.names,
+                data_sha256=data.sha256(),
+                image_shape=data.image_shape,
+                levels=data.levels,
+                plan=self._plan(),
+            ),
+            hooks=self,
         )
         self.state.total_steps = self.trainer.total_steps
-        self.state.plan |= {
-            "compiler": self._compiler(),
-            "processes": self._processes(),
-            "runs_at_once": runs_at_once,
-        }
         if initial is not None and experiment.with_optimizer:
-            # Its memory alone: learning rate and the like are those of this run.
+            # Only its state: learning rate and other settings are those of this run.
             settings = self.trainer.optimizer.state_dict()
             self.trainer.optimizer.load_state_dict({**settings, "state": initial.optimizer["state"]})
         self._validation: Split | None = None
+
+    @property
+    def state(self) -> checkpoint.State:
+        """The state of the training."""
+        return self.trainer.state
 
     def run(self) -> dict[str, Any]:
         """Train what is left, evaluate, record; the status says at every moment how it stands.
 
         Raises:
-            RunFailed: training diverged, the folder can no longer be written to, or a process that helped is gone.
+            RunFailed: training diverged, the folder can no longer be written to.
             Interrupted: by a signal; the state has been saved.
         """
         experiment, folder = self.experiment, self.folder
@@ -264,7 +257,7 @@ class Runner:
 
     def _train(self) -> None:
         per_pass = self.trainer.steps_per_pass
-        if not self.trainer.is_done(self.state):
+        if not self.trainer.is_done:
             if self.state.step:
                 progress.announce(f"goes on from step {self.state.step:,} of {self.trainer.total_steps:,}")
             with progress.Progress(
@@ -273,80 +266,39 @@ class Runner:
                 images_per_unit=len(self.data.train),
                 start=self.state.step / per_pass,
             ) as self.progress:
-                self._ask_for_help()
-                if self.state.plan["compiler"] is not None:
-                    self._compile()
-                self.trainer.run(self.state, self)
+                self.trainer.run(self._choose_step())
             self.progress = None
         self.signals.check()
         self.model.eval()
 
-    def _compiler(self) -> str | None:
-        """What is to compile the step; None for the plain one. The same answer in every session of a run."""
-        choice, trainer = self.experiment.device.compile, self.trainer
-        # A graph freezes what code of one's own counts up.
-        if choice == "auto" and self._ours and self.device.type == "cpu":
-            gain = pays(trainer.total_steps, self._draws, self._parameters)
-            return compiler() if gain else None
-        return compiler() if choice == "on" else None
+    def _choose_step(self) -> Step:
+        started, experiment = time.monotonic(), self.experiment
+        step = choose_step(
+            self.model,
+            experiment.objective,
+            self.trainer.optimizer,
+            experiment.training,
+            experiment.device,
+            self.trainer.total_steps,
+            self.trainer.minibatches.shape,
+            self.state.compiled,
+            self.signals.check,
+        )
+        seconds = time.monotonic() - started
+        self.state.seconds += seconds
+        log.info("the step is %s, made in %.1f s", step.name, seconds)
+        self.record_plan(step.name, runs_at_once=1)
+        return step
 
-    @property
-    def _ours(self) -> bool:
-        """Whether the loss is known to be a mean over images, and a function of tensors alone."""
-        parts = (self.model.generative, self.model.inference, self.experiment.objective)
-        return all(type(part).__module__.startswith("iwae_cli.") for part in parts)
-
-    @property
-    def _draws(self) -> int:
-        return self.trainer.whole_batch * self.experiment.objective.num_samples
-
-    @property
-    def _parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    def _processes(self) -> int:
-        """How many train together from here on."""
-        n = workers.processes()
-        # The rule has been measured on processors; a loss of one's own may couple the images of a minibatch.
-        there = self._ours and self.device.type == "cpu"
-        return n if there and crew.pays(n, self._draws, self._parameters) else 1
-
-    def _ask_for_help(self) -> None:
-        """Have the other processes train too, where that pays."""
-        ranks = workers.ranks()
-        if ranks is None or self._processes() == 1:
-            return
-        # They need nothing of this session, and validate only what they are asked to.
-        trainer, state, device = replace(self.trainer, validate=float), self.state, self.experiment.device
-        compiled, threads = state.plan["compiler"] is not None, torch.get_num_threads()
-
-        def follow(ranks: Ranks) -> None:
-            device.setup()
-            torch.set_num_threads(threads)
-            trainer.crew = ranks
-            trainer.follow(state, compiled)
-
-        ranks.ask(follow)
-        self.trainer.crew = ranks
-
-    def _compile(self) -> None:
-        started = time.monotonic()
-        try:
-            self.trainer.compile()
-        except CannotCompileError as error:
-            # Ctrl-C also ends the compiler.
-            self.signals.check()
-            if self.experiment.device.compile == "on":
-                raise RunFailed(f"device.compile=on: {error}; write device.compile=auto or off") from error
-            if self.state.step:
-                self.state.plan["compiler"] += f" until step {self.state.step}"
-                log.warning("resuming is not exact: the step was compiled and cannot be now: %s", error)
-            else:
-                self.state.plan["compiler"] = None
-                log.warning("the step is not compiled, which changes nothing but the time it takes: %s", error)
-        else:
-            log.info("the step is compiled, by %s in %.1f s", compiler(), time.monotonic() - started)
-        self.state.seconds += time.monotonic() - started
+    def record_plan(self, step: str, runs_at_once: int) -> None:
+        """Record how this session trains; warn where that differs from the sessions before."""
+        plan = {"step": step, "compiler": compiler() if "compiled" in step else None, "runs_at_once": runs_at_once}
+        if "processes" in self.state.plan:
+            # Version 0.2.0 could share a training over several processes.
+            plan["processes"] = 1
+        changes = self.state.update_plan(**plan)
+        if changes:
+            log.warning("resuming is not exact: %s", "; ".join(changes))
 
     def _validate(self) -> float:
         if self._validation is None:
@@ -365,26 +317,18 @@ class Runner:
         return float(likelihood.log_px.mean())
 
     def _resume(self) -> None:
-        self.state, now = checkpoint.load(self.folder.checkpoint, self.folder.identity), self.state.plan
+        now = self.state.plan
+        self.trainer.state = checkpoint.load(self.folder.checkpoint, self.folder.identity)
         checkpoint.require_data(self.state, self.data)
-        plan = self.state.plan
-        # Decided when the run began; one from before there was a choice has the plain step.
-        for key in ("processes", "runs_at_once"):
-            before, after = plan.setdefault(key, 1), now[key]
-            # What is trained already stays what it is, whoever looks at it.
-            if self.state.step < self.trainer.total_steps and str(before).rpartition(" ")[2] != str(after):
-                log.warning("resuming is not exact: %s were %s and are %s", key, before, after)
-                self.state.change_plan(key, after)
-        now["compiler"] = None if plan.setdefault("compiler", None) is None else compiler()
-        for key, value in plan.items():
+        for key, value in self.state.plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif key not in ("processes", "runs_at_once") and now.get(key) != value:
-                log.warning("resuming is not exact: %s was %s and is %s", key, value, now.get(key))
+            elif key in now and now[key] != value:
+                log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
         self.model.load_state_dict(self.state.model)
         history = read_history(self.folder.path, self.state.step)
         kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
-        done = self.state.step // per_pass - self.trainer.is_open(self.state)
+        done = self.state.step // per_pass - self.trainer.is_validation_pending
         lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
         if lost:
             log.warning(

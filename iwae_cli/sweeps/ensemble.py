@@ -1,7 +1,7 @@
-"""Jobs of a sweep that train together, each in a run folder of its own; evaluated is each alone, as any run.
+"""Jobs of a sweep that train at once, each in its own run folder; each is evaluated alone, as any run.
 
-It does a part of what the jobs would do one after the other, and leaves them as a job leaves itself that is stopped
-after its training: whatever cannot be done here is done, or told, when a job has its turn.
+This does part of what the jobs would do one after the other, and leaves each run as if interrupted after training. What
+cannot be done here is done, or reported, when the job has its turn.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from iwae_cli.objectives.base import Objective
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
-from iwae_cli.training.ensemble import Lane, train_batched
-from iwae_cli.training.steps.compiled import CannotCompileError
+from iwae_cli.training.ensemble import Member, train_ensemble
+from iwae_cli.training.steps.choose import should_compile
+from iwae_cli.training.steps.graph import CannotCompileError
+from iwae_cli.training.steps.plain import PlainStep
 
 AT_ONCE = 16
-"""Runs that train together at most; their tensors are all in memory."""
+"""Most runs that train at once; all their tensors are in memory."""
 
 DONE = -1
-"""Stands for the step of a run whose training is over."""
+"""Stands for the step of a run that is trained."""
 
 log = logging.getLogger("iwae_cli")
 
 
 def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
-    """Those that may train together: all is the same but seed, objective and settings of the optimizer, and k is."""
+    """Return groups that may train at once: equal k, and equal in all but seed, objective and optimizer settings."""
     alike: dict[str, list[Experiment]] = defaultdict(list)
     for experiment in experiments:
         ours = all(type(part).__module__.startswith("iwae_cli.") for part in (experiment.model, experiment.objective))
-        # An optimizer of one's own may couple the parameters that it is given.
+        # A user's own optimizer may couple the parameters that it is given.
         ours &= experiment.optimizer.func.__module__.startswith("torch.")
-        # The draws of the roulette that are sent back are not of one number.
+        # The number of draws that survive the roulette varies.
         if ours and experiment.training.backward == "all":
             free = ("seed", "objective", "optimizer", "output_dir", "logger", "restart")
             same = {key: value for key, value in experiment.config.items() if key not in free}
@@ -49,7 +51,7 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
             alike[json.dumps([same, kind], sort_keys=True)].append(experiment)
     found = []
     for members in alike.values():
-        # Those of one objective side by side.
+        # Members of one objective must be neighbours.
         members.sort(key=lambda experiment: json.dumps(experiment.config["objective"], sort_keys=True))
         found += [members[start : start + AT_ONCE] for start in range(0, len(members), AT_ONCE)]
     return [members for members in found if len(members) > 1]
@@ -61,19 +63,16 @@ def train_together(
     failed: Callable[[Experiment, BaseException], None],
     stop_on_error: bool,
 ) -> bool:
-    """Train one of the ``batches`` to the end of the schedule.
+    """Train one of the ``batches`` to the end of the schedule; return whether any run failed.
 
-    Left out are runs that are trained already or that another process has; those that stand at different steps, since
-    they were stopped by a kill between two files, train in several parts.
+    Runs that are trained already or that another process holds are left out. Runs at different steps, after a kill
+    between two checkpoints, train in several groups.
 
     Args:
         experiments: checked.
-        begins: told of every one that trains.
-        failed: told of every one that failed; its folder says so too.
-        stop_on_error: whether the others stop then; their states are saved.
-
-    Returns:
-        Whether any failed.
+        begins: called for every run that trains.
+        failed: called for every run that fails, after its folder says so.
+        stop_on_error: whether the others then stop; their states are saved.
 
     Raises:
         Interrupted: by a signal; all states are saved.
@@ -98,21 +97,21 @@ def train_together(
 
 
 def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
-    """The step at which a run stands, ``DONE`` if it is trained, and whether its step was compiled; it is locked."""
+    """Lock a run; return its step, ``DONE`` if it is trained, and whether its steps were compiled."""
     folder = experiment.folder()
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(RunLock(folder.path))
     if experiment.restart:
         return 0, False
     if not folder.checkpoint.exists():
-        # Of a finished run that has lost its checkpoint, a result is left.
+        # A finished run that has lost its checkpoint still has a result.
         return DONE if folder.result() is not None else 0, False
     state = checkpoint.load(folder.checkpoint, folder.identity)
-    return state.step if state.step < state.total_steps else DONE, state.plan.get("compiler") is not None
+    return state.step if state.step < state.total_steps else DONE, bool(state.compiled)
 
 
 def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
-    """Whether the folder is that in which to train: one to be begun again is set aside, and the new one locked."""
+    """Return whether the folder is ready; with restart=true, first set an old run aside and lock the new folder."""
     folder = experiment.folder()
     if experiment.restart and (folder.path / "config.yaml").exists():
         try:
@@ -142,12 +141,12 @@ def _train(
     for number, session in enumerate(sessions):
         if number in failures:
             continue
-        if session.trainer.is_done(session.state):
-            why = "trained, and to be evaluated when the others are"
+        if session.trainer.is_done:
+            why = "trained; evaluated after all have trained"
         elif caught.number is not None:
             why = str(Interrupted(caught.number))
         else:
-            why = "stopped, since another run failed" if failures and stop_on_error else "to go on alone"
+            why = "stopped, since another run failed" if failures and stop_on_error else "continues alone"
         with suppress(OSError), logging_to(session.folder):
             log.info("at step %d after %.1f s of training: %s", session.state.step, session.state.seconds, why)
             if saved:
@@ -158,33 +157,49 @@ def _train(
 
 
 def _begun(members: Sequence[Experiment], data: Data, caught: Signals) -> list[Runner]:
-    """Sessions that can train together; none if there is but one."""
+    """Return the sessions that can train at once; none if there would be only one."""
     sessions: list[Runner] = []
     for experiment in members if len(members) > 1 else ():
         folder = experiment.folder()
         try:
             with logging_to(folder):
-                session = Runner(experiment, data, folder, caught, runs_at_once=len(members))
+                session = Runner(experiment, data, folder, caught)
                 session.begin()
+                session.record_plan("compiled" if _machine_code(session) else "plain", runs_at_once=len(members))
                 at, of, others = session.state.step, session.trainer.total_steps, len(members) - 1
-                log.info("begin at step %d of %d, together with %d other runs", at, of, others)
+                log.info("begin at step %d of %d, at once with %d other runs", at, of, others)
         except (UserError, OSError):
-            # It is told when its turn comes; the others begin again, as fewer.
+            # Its job reports the error when it has its turn; the others begin again without it.
             for session in sessions:
                 session.sink.close("interrupted")
             return _begun([member for member in members if member is not experiment], data, caught)
         sessions.append(session)
-    shared: dict[str, Objective] = {}
-    for session in sessions:
-        named = json.dumps(session.experiment.config["objective"], sort_keys=True)
-        session.trainer.objective = shared.setdefault(named, session.experiment.objective)
     return sessions
 
 
+def _machine_code(session: Runner) -> bool:
+    trainer, experiment = session.trainer, session.experiment
+    rows, _ = trainer.minibatches.shape
+    return should_compile(
+        trainer.model, experiment.objective, experiment.device, trainer.total_steps, rows, session.state.compiled
+    )
+
+
+def _members(sessions: Sequence[Runner]) -> list[Member]:
+    """Return the trainings of the sessions; those with equal settings share one objective, and so its calls."""
+    shared: dict[str, Objective] = {}
+    members = []
+    for session in sessions:
+        named = json.dumps(session.experiment.config["objective"], sort_keys=True)
+        objective = shared.setdefault(named, session.experiment.objective)
+        members.append(Member(session.trainer, PlainStep(session.model, objective, session.trainer.optimizer)))
+    return members
+
+
 def _trained(
-    sessions: Sequence[Runner], tell: Callable[[Experiment, BaseException], None], stop_on_error: bool
+    sessions: Sequence[Runner], report: Callable[[Experiment, BaseException], None], stop_on_error: bool
 ) -> tuple[set[int], bool]:
-    """Train; the numbers of the sessions whose training has failed, and whether the states of the others are saved."""
+    """Train; return the numbers of the sessions that failed, and whether the states of the others are saved."""
     failures: set[int] = set()
 
     def failed(number: int, error: RunFailed | OSError) -> None:
@@ -194,23 +209,22 @@ def _trained(
             with suppress(OSError):
                 stack.enter_context(logging_to(session.folder))
                 session.sink.close("failed")
-                # It ends here, so that every sink has to know.
+                # The run ends here, so all loggers record it.
                 session.open()
-            tell(session.experiment, session.ended(error))
+            report(session.experiment, session.ended(error))
 
     trainer, state = sessions[0].trainer, sessions[0].state
     with progress.Progress(
         f"training {len(sessions)} runs",
         total=trainer.schedule.passes,
-        images_per_unit=len(trainer.data.train) * len(sessions),
+        images_per_unit=len(sessions[0].data.train) * len(sessions),
         start=state.step / trainer.steps_per_pass,
     ) as shown:
         for session in sessions:
             session.progress = shown
-        lanes = [Lane(session.trainer, session.state, session) for session in sessions]
         try:
             with oom_as_run_failed():
-                train_batched(lanes, state.plan["compiler"] is not None, failed, stop_on_error)
+                train_ensemble(_members(sessions), _machine_code(sessions[0]), failed, stop_on_error)
         except (CannotCompileError, RunFailed) as error:
             # Ctrl-C also ends the compiler.
             if sessions[0].signals.number is None:

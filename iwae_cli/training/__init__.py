@@ -1,1 +1,1 @@
-"""Training: one step, the schedule of learning rates, checkpoints, and the loop that joins them."""
+"""The training loop, its minibatches and schedule, the forms of a step, and checkpoints."""

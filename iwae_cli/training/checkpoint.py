@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 @dataclass
 class State:
-    """What a run has to remember.
+    """Everything that a run needs to resume.
 
     Attributes:
-        identity: name of the training this state belongs to.
-        names: chosen name of every group, as in the name of the folder.
+        identity: name of the training.
+        names: chosen name of every config group.
         data_sha256: hash of the data it was trained on.
         image_shape, levels: shape of one observation and number of grey levels, needed to build the model again.
         total_steps: steps of the whole schedule.
-        plan: what was decided once and may change bits (device kind, threads, versions).
+        plan: what may change bits (device kind, threads, versions, form of the step), for the record.
         model, optimizer: their state dicts.
         step: optimizer steps done.
         bound_sum: sum of the training bound over the images of the running pass, nats, float64.
@@ -56,9 +56,27 @@ class State:
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def change_plan(self, key: str, value: int) -> None:
-        """From this step on something is done otherwise than it was."""
-        self.plan[key] = f"{self.plan[key]} until step {self.step}, then {value}"
+    @property
+    def compiled(self) -> bool | None:
+        """Whether the steps so far were compiled; None before the first one."""
+        return self._current("compiler") != "None" if self.step else None
+
+    def update_plan(self, **now: Any) -> list[str]:
+        """Record in ``plan`` how steps are made from here on; return what changed, one phrase each."""
+        changes = []
+        for key, value in now.items():
+            if self.step and key in self.plan:
+                before = self.plan[key]
+                if self._current(key) != str(value):
+                    changes.append(f"{key} was {before} and is {value}")
+                    self.plan[key] = f"{before} until step {self.step}, then {value}"
+            else:
+                self.plan[key] = value
+        return changes
+
+    def _current(self, key: str) -> str:
+        """Return ``plan[key]`` after its last change."""
+        return str(self.plan.get(key)).rpartition(", then ")[2]
 
 
 def save(state: State, path: Path) -> None:
@@ -67,7 +85,7 @@ def save(state: State, path: Path) -> None:
 
 
 def load(path: Path, identity: str | None = None) -> State:
-    """Read a state back, onto the CPU.
+    """Read a state, on the CPU.
 
     Raises:
         UserError: the file is missing, damaged, or belongs to another training than ``identity``.
@@ -83,7 +101,7 @@ def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
     """Write the best weights so far to ``path``, atomically.
 
     Args:
-        state: its ``best`` is about these weights.
+        state: its ``best`` describes these weights.
         model: their state dict.
         path: of the file.
     """
@@ -91,7 +109,7 @@ def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
-    """The step and the weights that ``save_best`` wrote, onto the CPU.
+    """Return the step and the weights that ``save_best`` wrote, on the CPU.
 
     Raises:
         UserError: the file is missing, damaged, or belongs to another training than ``state``.
@@ -100,8 +118,7 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
         if not state.best:
             raise UserError(f"{path} is not there: no validation bound was finite yet; use evaluation.weights=last")
         raise UserError(
-            f"{path} is gone; evaluation.weights=last needs it not, and the command of the run with restart=true "
-            "trains anew"
+            f"{path} is gone; use evaluation.weights=last, or retrain by the run's command with restart=true"
         )
     best: tuple[str, int, dict[str, Tensor]] = _read(path, lambda h: (h["identity"], int(h["step"]), dict(h["model"])))
     _require(path, best[0], state.identity)
@@ -109,28 +126,28 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
 
 
 def _alone(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values; a part of a larger tensor would be saved with all of it."""
+    """Return copies: torch saves a slice with the whole tensor that it is part of."""
     return {name: value.clone() for name, value in model.items()}
 
 
 def _write(value: dict[str, Any], path: Path) -> None:
-    # Through memory: torch's own writer of files tells of a full disk in C++, without saying that it is full.
+    # Through memory: where the disk is full, torch's own file writer raises an error that does not say so.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_bytes(path, buffer.getvalue())
 
 
-def _read(path: Path, made: Callable[[dict[str, Any]], T]) -> T:
+def _read(path: Path, convert: Callable[[dict[str, Any]], T]) -> T:
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch itself compares no checksum: a flipped bit would be another weight.
+            # torch does not compare checksums: a flipped bit would be another weight.
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
-        return made(torch.load(path, map_location="cpu", weights_only=True))
+        return convert(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged; the command of the run "
-            "with restart=true trains anew and keeps the old folder under another name"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged; the run's command with "
+            "restart=true retrains and keeps the old folder under another name"
         ) from error
 
 
@@ -141,7 +158,7 @@ def _require(path: Path, identity: str, wanted: str | None) -> None:
 
 
 def require_data(state: State, data: Data) -> None:
-    """Refuse to go on with data that has changed.
+    """Refuse to continue with data that has changed.
 
     Raises:
         UserError: ``data`` is not what ``state`` was trained on.
@@ -149,12 +166,12 @@ def require_data(state: State, data: Data) -> None:
     if state.data_sha256 != data.sha256():
         raise UserError(
             f"the files of {data.name} are not those that {state.identity} was trained on; "
-            "bring them back, or begin anew with restart=true"
+            "restore them, or retrain with restart=true"
         )
 
 
 def fingerprint(state: State, with_optimizer: bool) -> str:
-    """Hash of the weights, and of the optimizer's memory if asked, for the identity of a run that begins from them."""
+    """Return a hash of the weights, and of the optimizer's state if asked, for the identity of a later run."""
     digest = hashlib.sha256()
 
     def add(name: str, value: Any) -> None:
@@ -174,6 +191,6 @@ def fingerprint(state: State, with_optimizer: bool) -> str:
 
 
 def first_fault(error: RuntimeError) -> str:
-    """What torch says first of a state dict that does not fit, without its list of everything."""
+    """Return the first line of torch's message about a state dict that does not fit."""
     lines = str(error).splitlines()
     return lines[1 if len(lines) > 1 else 0].strip()

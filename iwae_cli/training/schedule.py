@@ -1,4 +1,4 @@
-"""How long to train, and with which learning rate: a factor on the optimizer's, for every pass over the data."""
+"""Schedules: the number of passes over the data, and a factor on the learning rate for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def factor(self, pass_index: int) -> float:
-        """What the optimizer's learning rate is multiplied with in pass ``pass_index`` = 0, 1, ..."""
+        """Factor on the optimizer's learning rate in pass ``pass_index`` = 0, 1, ..."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""How a step goes back through its draws."""
+"""Settings of the training besides objective, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Validation:
 
 
 class Training:
-    """What of a training is neither its objective nor its optimizer. This is what a yaml of ``conf/training`` names.
+    """How a step differentiates its draws. This is what a yaml of ``conf/training`` names.
 
     Args:
-        backward: ``all`` draws, or those that a Russian ``roulette`` leaves: the same gradient in expectation.
-        tau: with ``roulette``, draws with at least this share of the weight are always sent back.
+        backward: differentiate ``all`` draws, or the survivors of a Russian ``roulette``: the same expected gradient.
+        tau: roulette threshold; draws with at least this share of the weight always survive.
 
     Raises:
         ValueError: unknown ``backward``, or tau outside (0, 1].
@@ -56,21 +56,21 @@ class Training:
         self.tau = tau
 
     def check(self, objective: Objective) -> str | None:
-        """Why draws of this objective cannot be left out, in words that name what can; None if they can."""
+        """Return why the roulette cannot be used with this objective, naming what can; None if it can."""
         if self.backward == "all" or rests_on_weights(objective):
             return None
         return (
-            "training.backward=roulette leaves out draws of a bound that is differentiated through their weights; "
+            "training.backward=roulette needs a bound that is differentiated through the weights of its draws; "
             f"{type(objective).__name__} as chosen is not: use objective=iwae, ciwae, miwae, vr or jvi with "
             "objective.gradient=total, or training.backward=all"
         )
 
 
 def rests_on_weights(objective: Objective) -> bool:
-    """Whether the gradient is sum_i a_i dlog w_i for both networks, with a = ``objective.weights``.
+    """Return whether the gradient is sum_i a_i dlog w_i for both networks, with a = ``objective.weights``.
 
-    Not so with ``stl`` and ``dreg``, which give the two networks different gradients, nor where a class has losses
-    of its own: ELBO's, whose weights are all equal anyway, TVO's and those that are not of a bound.
+    Not with ``stl`` and ``dreg``, which give the two networks different gradients, nor for a class that overrides
+    ``losses``: ELBO, whose weights are all equal anyway, TVO, and objectives that are no bound.
     """
     return (
         isinstance(objective, BoundObjective)

@@ -1,314 +1,199 @@
-"""The training loop: passes over the data, validation, checkpoints; resumable at every step, bit for bit."""
+"""The training loop: steps, passes, validation and checkpoints; resumable at every step, bit for bit."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, final, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from iwae_cli.core.errors import Interrupted, RunFailed
-from iwae_cli.core.noise import GeneratorNoise, Noise, derive, generator
 from iwae_cli.core.numerics import accumulator_device
-from iwae_cli.data.base import Data
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.objectives.base import BoundObjective, Objective
 from iwae_cli.training.checkpoint import State
-from iwae_cli.training.crew import Crew, MeanOfShares, ShareOfNoise, share
+from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
-from iwae_cli.training.steps.compiled import CannotCompileError, CompiledRouletteStep, CompiledStep
-from iwae_cli.training.steps.plain import train_step
-from iwae_cli.training.steps.roulette import roulette_step
+from iwae_cli.training.steps.choose import Step
 
 SAVE_EVERY_SECONDS = 30.0
-"""At most this much work is lost to a SIGKILL."""
-
-
-Steps = Generator[tuple[Tensor, Noise], tuple[Tensor, bool] | None, bool]
-"""A training that waits for its steps: see ``Trainer.steps``."""
+"""A SIGKILL loses at most this much work."""
 
 
 @runtime_checkable
 class Hooks(Protocol):
-    """What the loop tells its caller, always between two steps."""
+    """What the loop calls, always between two steps."""
 
     def on_step(self, step: int) -> None:
-        """After every step."""
+        """Called after every step."""
 
     def on_best(self, state: State) -> None:
-        """After a validation that found the best weights so far."""
+        """Called after a validation that found the best weights so far."""
 
     def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
-        """After every pass: ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate``; and where it was
-        validated ``validation/bound`` in nats, None if it is not finite."""
+        """Called after every pass.
+
+        ``metrics`` holds ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate`` and, after a validation,
+        ``validation/bound`` in nats, None if it is not finite.
+        """
 
     def on_save(self, state: State) -> None:
-        """The state is to be kept."""
+        """Write a checkpoint of ``state``."""
 
     def interrupted(self) -> bool:
-        """Whether to stop here; the state is given to ``on_save`` before ``Trainer.run`` returns."""
+        """Return whether to stop after this step; the state is then saved."""
         ...
 
 
-@dataclass
-class Trainer:
-    """Trains ``model`` in place from ``state`` to the end of the schedule.
+@final
+class SaveClock:
+    """Says when the next checkpoint is due."""
 
-    Attributes:
-        model, objective, optimizer, schedule, data: what is trained, how, and on what.
-        seed: seed of the run: order of the images, binarization and noise are derived from (seed, stream, step).
-        batch_size: images a step; the last batch of a pass takes what is left.
-        validate: the validation bound in nats of the model as it is; may raise Interrupted.
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether ``SAVE_EVERY_SECONDS`` have passed since this was last True."""
+        due = time.monotonic() - self._last > SAVE_EVERY_SECONDS
+        if due:
+            self._last = time.monotonic()
+        return due
+
+
+@final
+class Trainer:
+    """Trains ``model`` in place, from ``state`` to the end of the schedule.
+
+    Args:
+        model: holds the weights of ``state``.
+        optimizer: of the parameters that are trained; its learning rates are those of the first pass before
+            ``schedule``.
+        schedule: number of passes, and a factor on the learning rates for each.
+        minibatches: images and noise of every step.
+        validate: returns the validation bound of the model in nats; may raise Interrupted.
         validation_every: passes between validations; the last pass is always validated.
-        tau: where ``Training.check`` had nothing against it, of ``roulette_step``; None for ``train_step``.
-        crew: the processes that share the training, if there are several; rank 0 alone validates and has hooks.
+        state: where to begin; updated as the training proceeds.
+        hooks: see ``Hooks``.
     """
 
-    model: LatentVariableModel
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    data: Data
-    seed: int
-    batch_size: int
-    validate: Callable[[], float]
-    validation_every: int
-    tau: float | None = None
-    crew: Crew | None = None
-    _compiled: CompiledStep | CompiledRouletteStep | None = field(default=None, init=False, repr=False)
+    def __init__(
+        self,
+        model: LatentVariableModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        minibatches: Minibatches,
+        validate: Callable[[], float],
+        validation_every: int,
+        state: State,
+        hooks: Hooks,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.minibatches = minibatches
+        self.validate = validate
+        self.validation_every = validation_every
+        self.state = state
+        self.hooks = hooks
+        self.steps_per_pass = minibatches.per_pass
+        self.total_steps = minibatches.per_pass * schedule.passes
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
 
     @property
-    def steps_per_pass(self) -> int:
-        """Batches in one pass over the training split."""
-        return math.ceil(len(self.data.train) / self.batch_size)
+    def is_validation_pending(self) -> bool:
+        """Whether the training was interrupted between the last step of a pass and the end of its validation."""
+        return self.state.step % self.steps_per_pass == 0 and self.state.bound_sum != 0
 
     @property
-    def whole_batch(self) -> int:
-        """Images of every step but perhaps the last of a pass."""
-        return min(self.batch_size, len(self.data.train))
+    def is_done(self) -> bool:
+        """Whether all steps and the last validation are done."""
+        return self.state.step == self.total_steps and not self.is_validation_pending
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return self.steps_per_pass * self.schedule.passes
-
-    def is_done(self, state: State) -> bool:
-        """Whether nothing of the schedule is left, the last validation included."""
-        return state.step == self.total_steps and not self.is_open(state)
-
-    def is_open(self, state: State) -> bool:
-        """Whether the last step of a pass is done and its end is not: it was stopped while it was validated."""
-        return state.step % self.steps_per_pass == 0 and state.bound_sum != 0
-
-    def compile(self) -> None:
-        """Compile the step for this process's share of whole batches; what is smaller keeps the plain step.
+    def run(self, step_fn: Step) -> bool:
+        """Train; return True if the schedule was completed, False if interrupted.
 
         Raises:
-            CannotCompileError: it cannot be; the trainer is as before.
+            RunFailed: the training bound is not finite.
         """
-        parameter = next(self.model.parameters())
-        x = parameter.new_zeros(self._own_batch, self.data.train.shape[1])
-        model = self.model.train()
-        if self.tau is None:
-            # Those who train together take the mean of their gradients in a hook.
-            hooked = self.crew is not None
-            self._compiled = CompiledStep(model, self.objective, self.optimizer, x, call_optimizer=hooked)
-        else:
-            self._compiled = CompiledRouletteStep(model, self._thinned, self.optimizer, x, self.tau)
-
-    @property
-    def _own_batch(self) -> int:
-        own = share(self.whole_batch, self.crew)
-        return int(own.stop - own.start)
-
-    def plain(self, x: Tensor, noise: Noise) -> Tensor:
-        """The bounds of a step, as it is for a batch of any size."""
-        if self.tau is None:
-            return train_step(self.model, self.objective, self.optimizer, x, noise)
-        return roulette_step(self.model, self._thinned, self.optimizer, x, noise, self.tau)
-
-    @property
-    def _thinned(self) -> BoundObjective:
-        assert isinstance(self.objective, BoundObjective)
-        return self.objective
-
-    def run(self, state: State, hooks: Hooks) -> bool:
-        """Train on from ``state.step``; True if the schedule was completed, False if interrupted.
-
-        Raises:
-            RunFailed: the training bound is no longer finite, or another process of the crew is gone.
-        """
-        if self.crew is None:
-            return self._drive(self.steps(state, hooks), None)
-        together = MeanOfShares(self.crew)
-        hook = self.optimizer.register_step_pre_hook(together)
-        try:
-            return self._drive(self.steps(state, hooks, together), together)
-        finally:
-            hook.remove()
-
-    def _drive(self, steps: Steps, together: MeanOfShares | None) -> bool:
-        last_save, reply = time.monotonic(), None
-        while True:
-            try:
-                x, noise = steps.send(reply)
-            except StopIteration as end:
-                return bool(end.value)
-            bounds = self._step(x, noise, together)
-            save = time.monotonic() - last_save > SAVE_EVERY_SECONDS
-            if save:
-                last_save = time.monotonic()
-            reply = bounds, save
-
-    def follow(self, state: State, compiled: bool) -> None:
-        """The part of a rank other than 0 in what that trains, from ``state``, until it stops or is gone."""
-        if compiled:
-            # It changes nothing but the time that it takes; rank 0 says so.
-            with suppress(CannotCompileError):
-                self.compile()
-        # Rank 0 says that too: training has diverged, or a process is gone.
-        with suppress(RunFailed):
-            self.run(state, NullHooks())
-
-    def steps(self, state: State, hooks: Hooks, together: MeanOfShares | None = None) -> Steps:
-        """Everything of ``run`` but the steps themselves, which whoever drives it carries out.
-
-        It gives a minibatch and its noise, and wants the bounds of the step that was made of them, and whether the
-        state is to be saved (it is, whatever is wanted, when it stops). ``Interrupted`` thrown in stops it there.
-
-        Returns:
-            As ``run``.
-        """
-        parameter = next(self.model.parameters())
-        device, dtype = parameter.device, parameter.dtype
-        images = self.data.train.to(device)
-        random = torch.Generator(device)
-        noise = GeneratorNoise(random, dtype)
-        bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=accumulator_device(device))
-        base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        if state.step:
-            self.optimizer.load_state_dict(state.optimizer)
-        order, first = torch.empty(0), state.step
-        started = time.monotonic()
-        seconds_before = state.seconds
-
-        def save() -> None:
-            state.bound_sum = float(bound_sum)
-            state.seconds = seconds_before + time.monotonic() - started
-            state.model = self.model.state_dict()
-            state.optimizer = self.optimizer.state_dict()
-            hooks.on_save(state)
-
-        def end_pass(pass_index: int) -> bool:
-            try:
-                rate = base_rates[0] * self.schedule.factor(pass_index)
-                self._end_pass(state, hooks, pass_index, float(bound_sum) / len(images), rate)
-            except Interrupted:
-                # As the steps have left it: the sum of the bounds says, when the run goes on, that this is still to do.
-                save()
-                return False
-            bound_sum.zero_()
-            return True
-
-        if self.is_open(state):
-            if not end_pass(state.step // self.steps_per_pass - 1):
-                return False
-            save()
-        self.model.train()
-        for step in range(state.step, self.total_steps):
-            pass_index, batch_index = divmod(step, self.steps_per_pass)
-            if batch_index == 0 or step == first:
-                order = self._order(pass_index).to(device)
-                factor = self.schedule.factor(pass_index)
-                for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = rate * factor
-            random.manual_seed(derive(self.seed, "step", step) >> 65)
-            chosen = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]
-            x = self.data.batch(images.index_select(0, chosen), random).to(dtype)
-            try:
-                reply = yield x, noise
-            except Interrupted:
-                save()
-                return False
-            assert reply is not None
-            bounds, wanted = reply[0].to(bound_sum), reply[1]
-            bound_sum += bounds.sum() if together is None else len(x) * together.of(bounds.mean())
-            state.step = step + 1
-            hooks.on_step(state.step)
-            if batch_index == self.steps_per_pass - 1 and not end_pass(pass_index):
-                return False
-            interrupted = hooks.interrupted()
-            done = state.step == self.total_steps
-            if interrupted or done or wanted:
-                save()
-            if interrupted and not done:
+        if not self.begin():
+            return False
+        clock = SaveClock()
+        for step in range(self.state.step, self.total_steps):
+            self.set_learning_rate(step)
+            x, noise = self.minibatches[step]
+            bounds = step_fn(x, noise)
+            if not self.end_step(bounds, save=clock.is_due()):
                 return False
         return True
 
-    def _step(self, x: Tensor, noise: Noise, together: MeanOfShares | None) -> Tensor:
-        """The bounds of this process's share of a minibatch."""
-        own = share(len(x), self.crew)
-        mine = x[own]
-        if self.crew is not None and together is not None:
-            # Where there are too few images to share, all have all of them, and still the same update.
-            together.weight = len(mine) / len(x) if len(mine) < len(x) else 1 / self.crew.size
-            noise = ShareOfNoise(noise, len(x), own)
-        step = self._compiled if self._compiled is not None and len(mine) == self._own_batch else self.plain
-        return step(mine, noise)
+    def begin(self) -> bool:
+        """Load the optimizer's state and end a pending validation; return False if that is interrupted again."""
+        state = self.state
+        if state.step:
+            self.optimizer.load_state_dict(state.optimizer)
+        device = accumulator_device(next(self.model.parameters()).device)
+        self._bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=device)
+        self._started = time.monotonic() - state.seconds
+        if self.is_validation_pending:
+            if not self._end_pass():
+                return False
+            self.save()
+        self.model.train()
+        return True
 
-    def _order(self, pass_index: int) -> Tensor:
-        order = generator("cpu", self.seed, "order", pass_index)
-        return torch.randperm(len(self.data.train), generator=order)
+    def set_learning_rate(self, step: int) -> None:
+        """Give the optimizer the learning rates of the pass that ``step`` belongs to."""
+        factor = self.schedule.factor(step // self.steps_per_pass)
+        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
 
-    def _validated(self) -> float:
-        """The validation bound at rank 0, which the others help to find; not a number at theirs."""
-        if self.crew is not None and self.crew.rank > 0:
-            self.crew.attend()
-            return math.nan
-        value = self.validate()
-        if self.crew is not None:
-            self.crew.dismiss()
-        return value
+    def end_step(self, bounds: Float[Tensor, " batch"], save: bool) -> bool:
+        """Count a step with these bounds in nats; validate and save where due; return whether to continue."""
+        state = self.state
+        self._bound_sum += bounds.to(self._bound_sum).sum()
+        state.step += 1
+        self.hooks.on_step(state.step)
+        if state.step % self.steps_per_pass == 0 and not self._end_pass():
+            return False
+        interrupted, done = self.hooks.interrupted(), state.step == self.total_steps
+        if save or interrupted or done:
+            self.save()
+        return done or not interrupted
 
-    def _end_pass(self, state: State, hooks: Hooks, pass_index: int, bound: float, rate: float) -> None:
+    def save(self) -> None:
+        """Bring ``state`` up to date and give it to ``Hooks.on_save``."""
+        self.state.bound_sum = float(self._bound_sum)
+        self.state.seconds = time.monotonic() - self._started
+        self.state.model = self.model.state_dict()
+        self.state.optimizer = self.optimizer.state_dict()
+        self.hooks.on_save(self.state)
+
+    def _end_pass(self) -> bool:
+        """Record a pass and validate; if interrupted, save the state with the pass still to end, and return False."""
+        state, pass_number = self.state, self.state.step // self.steps_per_pass
+        bound = float(self._bound_sum) / len(self.minibatches.data.train)
         if not math.isfinite(bound):
             raise RunFailed(
-                f"training diverged in pass {pass_index + 1}: the bound is {bound}; "
+                f"training diverged in pass {pass_number}: the bound is {bound}; "
                 "try a smaller optimizer.lr or a larger batch_size"
             )
-        metrics: dict[str, float | None] = {"pass": pass_index + 1, "train/bound": bound, "learning_rate": rate}
-        last = pass_index + 1 == self.schedule.passes
-        if last or (pass_index + 1) % self.validation_every == 0:
+        rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
+        metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
+        if pass_number == self.schedule.passes or pass_number % self.validation_every == 0:
             self.model.eval()
-            value = self._validated()
+            try:
+                value = self.validate()
+            except Interrupted:
+                self.save()
+                return False
             self.model.train()
             metrics["validation/bound"] = value if math.isfinite(value) else None
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}
-                hooks.on_best(state)
-        hooks.on_pass(state.step, metrics)
-
-
-class NullHooks:
-    """Hooks that do nothing: of a process that leaves them to another."""
-
-    def on_step(self, step: int) -> None:
-        """As in ``Hooks``."""
-
-    def on_best(self, state: State) -> None:
-        """As in ``Hooks``."""
-
-    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
-        """As in ``Hooks``."""
-
-    def on_save(self, state: State) -> None:
-        """As in ``Hooks``."""
-
-    def interrupted(self) -> bool:
-        """Never."""
-        return False
+                self.hooks.on_best(state)
+        self.hooks.on_pass(state.step, metrics)
+        self._bound_sum.zero_()
+        return True

@@ -13,9 +13,10 @@ import torch
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
 from iwae_cli.core.device import compiler
+from iwae_cli.core.noise import Noise
 from iwae_cli.runs import runner
-from iwae_cli.training import trainer
-from iwae_cli.training.steps.compiled import CannotCompileError
+from iwae_cli.training.steps.graph import CannotCompileError
+from iwae_cli.training.steps.plain import PlainStep
 
 COMMAND = (*TINY, "objective.gradient=dreg")
 
@@ -34,9 +35,18 @@ sys.exit(cli.train(sys.argv[1:]))
 """
 
 
+CHOOSE = "iwae_cli.training.steps.choose."
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return bits(finished(tmp_path_factory.mktemp("plain"), *COMMAND))
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("plain"), *COMMAND)
+
+
+@pytest.fixture
+def worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CHOOSE}compiling_pays", lambda *_: True)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,18 +54,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return model
 
 
+def plan(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)["plan"]
+    return found
+
+
 def read_log(folder: Path) -> str:
     return (folder / "train.log").read_text()
 
 
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def interrupt_at_18(self: runner.Runner, step: int) -> None:
+    if step == 18:
+        signal.raise_signal(signal.SIGINT)
+
+
+@needs_compiler
 def test_killed_and_resumed_a_compiled_run_ends_in_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two processes make the code anew: it must not depend on what is found from an earlier time."""
+    """Both processes compile without a cache: the bits must not depend on code from an earlier run."""
     compiled = finished(tmp_path / "undisturbed", *COMMAND, "device.compile=on")
     assert read_json(compiled / "result.json")["device"]["train_compiler"] == compiler()
-    assert "the step is compiled" in read_log(compiled)
+    assert plan(compiled)["step"] == "compiled"
 
     monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
     arguments = [*COMMAND, "device.compile=on", f"output_dir={tmp_path / 'killed'}"]
@@ -63,37 +83,30 @@ def test_killed_and_resumed_a_compiled_run_ends_in_the_same_bits(
     assert process.returncode == -signal.SIGKILL, process.stderr
     (killed,) = run_folders(tmp_path / "killed")
     assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 17
-    # What was decided when it began holds, whatever is asked for now.
+    # The form that the run began with is kept, also where another one is asked for now.
     code, _, err = run(*COMMAND, "device.compile=off", f"output_dir={tmp_path / 'killed'}")
     assert code == 0, err
     assert bits(killed) == bits(compiled)
-    assert read_log(killed).count("the step is compiled") == 2
 
-    # The same training but for rounding, in a folder of the same name.
-    plain = finished(tmp_path / "plain", *COMMAND, "device.compile=off")
+    # The plain form is the same training except for rounding, in a folder of the same name.
     assert plain.name == compiled.name
     assert read_json(plain / "result.json")["device"]["train_compiler"] is None
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-3, atol=1e-5)
     assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(compiled).items())
 
 
-def test_a_run_too_short_to_gain_is_not_compiled(plain: dict[str, Any]) -> None:
-    assert plain["checkpoint"]["plan"]["compiler"] is None
-
-
-@pytest.fixture
-def worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "pays", lambda *_: True)
+def test_a_run_too_short_to_gain_is_not_compiled(plain: Path) -> None:
+    assert plan(plain)["compiler"] is None and plan(plain)["step"] == "plain"
 
 
 def test_without_a_compiler_the_step_is_plain(
-    tmp_path: Path, plain: dict[str, Any], worthwhile: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plain: Path, worthwhile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiler.cache_clear()
     try:
         assert compiler() is None
-        assert bits(finished(tmp_path / "auto", *COMMAND)) == plain
+        assert bits(finished(tmp_path / "auto", *COMMAND)) == bits(plain)
         code, _, err = run(*COMMAND, "device.compile=on", f"output_dir={tmp_path / 'on'}")
     finally:
         compiler.cache_clear()
@@ -107,13 +120,25 @@ class Fails:
         raise CannotCompileError("CppCompileError: Python.h: no such file")
 
 
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_where_compiling_fails_auto_goes_on_and_on_does_not(
-    tmp_path: Path, plain: dict[str, Any], worthwhile: None, monkeypatch: pytest.MonkeyPatch
+class Pretends:
+    """A step with the name of the compiled one that works like the plain one."""
+
+    name = "compiled"
+
+    def __init__(self, plain: PlainStep, x: torch.Tensor) -> None:
+        self._plain = plain
+
+    def __call__(self, x: torch.Tensor, noise: Noise) -> torch.Tensor:
+        return self._plain(x, noise)
+
+
+@needs_compiler
+def test_where_compiling_fails_auto_continues_and_on_does_not(
+    tmp_path: Path, plain: Path, worthwhile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CompiledStep", Fails)
+    monkeypatch.setattr(f"{CHOOSE}CompiledStep", Fails)
     folder = finished(tmp_path / "auto", *COMMAND)
-    assert bits(folder) == plain
+    assert bits(folder) == bits(plain)
     assert read_json(folder / "result.json")["device"]["train_compiler"] is None
     assert "the step is not compiled" in read_log(folder) and "Python.h" in read_log(folder)
     code, _, err = run(*COMMAND, "device.compile=on", f"output_dir={tmp_path / 'on'}")
@@ -122,42 +147,51 @@ def test_where_compiling_fails_auto_goes_on_and_on_does_not(
     assert "device.compile=on: CppCompileError" in line and "device.compile=auto" in line
 
 
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@needs_compiler
 def test_a_run_that_lost_its_compiler_says_until_when_it_was_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (*COMMAND, "device.compile=on", f"output_dir={tmp_path}")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "compile", lambda self: None)
-        patch.setattr(runner.Runner, "on_step", lambda self, step: step == 18 and signal.raise_signal(signal.SIGINT))
+        patch.setattr(f"{CHOOSE}CompiledStep", Pretends)
+        patch.setattr(runner.Runner, "on_step", interrupt_at_18)
         assert run(*arguments)[0] == 130
-    monkeypatch.setattr(trainer, "CompiledStep", Fails)
+    monkeypatch.setattr(f"{CHOOSE}CompiledStep", Fails)
     code, _, err = run(*COMMAND, f"output_dir={tmp_path}")
     (folder,) = run_folders(tmp_path)
-    assert code == 0 and "resuming is not exact" in err
-    assert read_json(folder / "result.json")["device"]["train_compiler"] == f"{compiler()} until step 18"
+    assert code == 0 and "resuming is not exact: step was compiled and is plain" in err
+    device = read_json(folder / "result.json")["device"]
+    assert device["train_compiler"] == f"{compiler()} until step 18, then None"
+    assert plan(folder)["step"] == "compiled until step 18, then plain"
 
 
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_a_run_from_before_there_was_a_choice_stays_plain(
-    tmp_path: Path, plain: dict[str, Any], worthwhile: None, monkeypatch: pytest.MonkeyPatch
+@needs_compiler
+@pytest.mark.parametrize("version", ["without a choice", "0.2.0"])
+def test_a_checkpoint_of_an_earlier_version_keeps_its_plain_step(
+    version: str, tmp_path: Path, plain: Path, worthwhile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(session, "pays", lambda *_: False)
-        patch.setattr(runner.Runner, "on_step", lambda self, step: step == 18 and signal.raise_signal(signal.SIGINT))
+        patch.setattr(f"{CHOOSE}compiling_pays", lambda *_: False)
+        patch.setattr(runner.Runner, "on_step", interrupt_at_18)
         assert run(*COMMAND, f"output_dir={tmp_path}")[0] == 130
     (folder,) = run_folders(tmp_path)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["plan"].pop("compiler") is None
+    assert state["plan"].pop("step") == "plain"
+    if version == "0.2.0":
+        state["plan"]["processes"] = 1
+    else:
+        assert state["plan"].pop("compiler") is None
     torch.save(state, folder / "checkpoint.pt")
-    monkeypatch.setattr(trainer, "CompiledStep", Fails)
+    monkeypatch.setattr(f"{CHOOSE}CompiledStep", Fails)
     code, _, err = run(*COMMAND, f"output_dir={tmp_path}")
     assert code == 0 and "not exact" not in err, err
-    assert bits(folder) == plain
+    found, expected = bits(folder), bits(plain)
+    for each in (found, expected):
+        each["checkpoint"].pop("plan")
+    assert found == expected
 
 
-@pytest.mark.parametrize("value", ["yes", "true", "1"])
-def test_an_unknown_choice_is_one_line(value: str, tmp_path: Path) -> None:
-    code, _, err = run(*COMMAND, f"device.compile={value}", f"output_dir={tmp_path / 'none'}")
+def test_an_unknown_choice_is_one_line(tmp_path: Path) -> None:
+    code, _, err = run(*COMMAND, "device.compile=true", f"output_dir={tmp_path / 'none'}")
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert "device.compile must be one of auto, on, off" in err

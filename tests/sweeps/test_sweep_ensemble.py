@@ -1,4 +1,4 @@
-"""``hydra/launcher=batched``: jobs that train together are the runs that they are alone, but for rounding."""
+"""``hydra/launcher=batched``: jobs that train at once have the numbers that they have alone, except for rounding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ import torch
 from small_runs import TINY, bits, last_of_each, read_json, run, run_folders
 
 from iwae_cli.core.files import RunLock
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.runs.experiment import Experiment
-from iwae_cli.sweeps import ensemble as together
-from iwae_cli.training import ensemble as batched
-from iwae_cli.training.steps.compiled import CannotCompileError
+from iwae_cli.sweeps import ensemble as sweep_ensemble
+from iwae_cli.training import ensemble
+from iwae_cli.training.settings import Backward, Training
+from iwae_cli.training.steps.graph import CannotCompileError
 
 BATCHED = "hydra/launcher=batched"
 QUICK = (*TINY, "evaluation.k=5")
@@ -41,11 +47,11 @@ def jobs_of(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def at_once(output_dir: Path) -> list[int]:
-    """How many runs trained together with each one, and itself."""
+    """Return for every run how many runs trained at once."""
     return sorted(loaded(folder)["plan"]["runs_at_once"] for folder in run_folders(output_dir))
 
 
-def test_the_numbers_are_those_of_each_alone(tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_each_run_alone(tmp_path: Path) -> None:
     """Of several seeds and objectives."""
     line = ["seed=0,1", "objective=iwae,dreg"]
     assert sweep(tmp_path / "alone", *line)[0] == 0
@@ -76,27 +82,35 @@ def test_the_numbers_are_those_of_each_alone(tmp_path: Path) -> None:
     assert len(history) >= len(rows), "the record of the training is in W&B too"
 
 
-def test_one_that_fails_is_told_at_once_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def exit_code(folder: Path) -> int:
+    """Return the exit code in the W&B record of a run."""
+    (record,) = (folder / "wandb").glob("offline-run-*")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    text = subprocess.run(inspect, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    (found,) = (entry["exit"] for entry in map(json.loads, text.splitlines()) if entry["type"] == "exit")
+    return int(found.get("exit_code", 0))
+
+
+def test_a_failure_is_reported_when_it_happens_and_the_others_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
-    ended = together.Runner.ended
+    ended = sweep_ensemble.Runner.ended
 
     def spy(self: Any, error: BaseException, *rest: Any) -> BaseException:
         seen.append(f"{error} at step {self.state.step} of {self.trainer.total_steps}")
         return ended(self, error, *rest)
 
-    monkeypatch.setattr(together.Runner, "ended", spy)
-    code, out, err = sweep(tmp_path, "seed=0,1", "optimizer.lr=0.001,1e30", "logger=offline", BATCHED)
-    assert code == 1 and "2 finished, 2 failed" in out
-    assert err.count("diverged in pass 1") == 2 and "has no row" not in err
-    assert len(seen) == 2 and all("at step 13 of 26" in text for text in seen), seen
-    for job in jobs_of(tmp_path)[:2]:
+    monkeypatch.setattr(sweep_ensemble.Runner, "ended", spy)
+    code, out, err = sweep(tmp_path, "optimizer.lr=0.001,1e30", "logger=offline", BATCHED)
+    assert code == 1 and "1 finished, 1 failed" in out
+    assert err.count("diverged in pass 1") == 1 and "has no row" not in err
+    (text,) = seen
+    assert "at step 13 of 26" in text
+    for job in jobs_of(tmp_path):
         failed = "optimizer.lr=1e+30" in job["overrides"]
         assert read_json(job["path"] / "status.json")["status"] == ("failed" if failed else "finished")
-        (record,) = (job["path"] / "wandb").glob("offline-run-*")
-        told = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-        text = subprocess.run(told, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-        (exit_record,) = (entry["exit"] for entry in map(json.loads, text.splitlines()) if entry["type"] == "exit")
-        assert (exit_record.get("exit_code", 0) == 0) != failed
+        assert (exit_code(job["path"]) == 0) != failed
 
 
 @pytest.mark.parametrize("how", ["a disk that is full", "no graph of those that are left"])
@@ -104,21 +118,21 @@ def test_what_happens_to_one_does_not_hurt_the_others(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[int] = []
-    on_pass, step = together.Runner.on_pass, batched.batched_step
+    on_pass, step = sweep_ensemble.Runner.on_pass, ensemble.batched_step
 
     def fails(self: Any, step: int, metrics: Any) -> None:
         if self.experiment.seed == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder.path / "metrics.jsonl"))
         on_pass(self, step, metrics)
 
-    def built_once(lanes: Any, machine_code: bool) -> Any:
-        built.append(len(lanes))
+    def built_once(members: Any, machine_code: bool) -> Any:
+        built.append(len(members))
         if len(built) > 1 and how.startswith("no graph"):
             raise CannotCompileError("no compiler any more")
-        return step(lanes, machine_code)
+        return step(members, machine_code)
 
-    monkeypatch.setattr(together.Runner, "on_pass", fails)
-    monkeypatch.setattr(batched, "batched_step", built_once)
+    monkeypatch.setattr(sweep_ensemble.Runner, "on_pass", fails)
+    monkeypatch.setattr(ensemble, "batched_step", built_once)
     code, out, err = sweep(tmp_path, "seed=0,1,2", BATCHED)
     assert code == 1 and "2 finished, 1 failed" in out and built == [3, 2], err
     assert err.count("cannot be written to (No space left on device") == 1 and "Traceback" not in err, err
@@ -127,14 +141,14 @@ def test_what_happens_to_one_does_not_hurt_the_others(
         if "seed1" not in folder.name:
             log = (folder / "train.log").read_text()
             if how.startswith("no graph"):
-                assert "at step 13 after" in log and "to go on alone" in log and "begin at step 13 of 26" in log
+                assert "at step 13 after" in log and "continues alone" in log and "begin at step 13 of 26" in log
                 at_once = "3 until step 13, then 2 until step 13, then 1"
             else:
                 at_once = "3 until step 13, then 2"
             assert loaded(folder)["plan"]["runs_at_once"] == at_once
 
 
-def test_a_folder_that_cannot_be_gone_on_with_is_told_when_its_turn_comes(tmp_path: Path) -> None:
+def test_a_run_that_cannot_resume_is_reported_when_it_has_its_turn(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=0", "schedule.passes=1")[0] == 0
     (folder,) = run_folders(tmp_path)
     for file in ("result.json", "status.json"):
@@ -155,7 +169,7 @@ def test_a_finished_run_without_its_checkpoint_is_not_trained_again(tmp_path: Pa
     assert not any((folder / "checkpoint.pt").exists() for folder in run_folders(tmp_path))
 
 
-def test_a_signal_is_heard_before_anything_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_the_training_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
     load = Experiment.load
 
@@ -169,41 +183,59 @@ def test_a_signal_is_heard_before_anything_trains(tmp_path: Path, monkeypatch: p
 
 
 def test_stop_at_the_first_error(tmp_path: Path) -> None:
-    line = ["seed=0,1", "optimizer.lr=0.001,1e30", BATCHED]
-    code, out, err = sweep(tmp_path, *line, "on_error=stop")
-    assert code == 1 and "2 interrupted, 2 failed" in out, err
-    assert [job["status"] for job in jobs_of(tmp_path)] == ["interrupted", "failed"] * 2
-    stopped = [job["path"] for job in jobs_of(tmp_path) if job["status"] == "interrupted"]
-    assert [loaded(folder)["step"] for folder in stopped] == [13, 13]
-    assert {read_json(folder / "status.json")["status"] for folder in stopped} == {"interrupted"}
+    code, out, err = sweep(tmp_path, "optimizer.lr=0.001,1e30", BATCHED, "on_error=stop")
+    assert code == 1 and "1 interrupted, 1 failed" in out, err
+    stopped, failed = jobs_of(tmp_path)
+    assert (stopped["status"], failed["status"]) == ("interrupted", "failed")
+    assert loaded(stopped["path"])["step"] == 13
+    assert read_json(stopped["path"] / "status.json")["status"] == "interrupted"
 
 
-def test_what_can_train_together(tmp_path: Path) -> None:
-    code, _, err = sweep(tmp_path, "seed=0,1", "objective.k=1,3", BATCHED)
-    assert code == 0 and err.count("training 2 runs") == 2, err
-    assert at_once(tmp_path) == [2] * 4
+def job(
+    objective: Objective, seed: int = 0, lr: float = 1e-3, backward: Backward = "all", layers: int = 1
+) -> Experiment:
+    experiment = object.__new__(Experiment)
+    config = {
+        "seed": seed,
+        "objective": {"_target_": type(objective).__name__, "k": objective.num_samples},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": lr},
+        "model": {"layers": layers},
+    }
+    optimizer = partial(torch.optim.Adam, lr=lr)
+    model = GaussianMLP([3] * layers, [[8]] * layers)
+    vars(experiment).update(
+        config=config, model=model, objective=objective, optimizer=optimizer, training=Training(backward)
+    )
+    return experiment
 
 
-@pytest.mark.parametrize("line", [["seed=0", "objective.k=2,3"], ["seed=0,1", "training.backward=roulette"]])
-def test_what_cannot_trains_as_ever(line: list[str], tmp_path: Path) -> None:
-    assert sweep(tmp_path / "one", *line)[0] == 0
-    code, _, err = sweep(tmp_path / "other", *line, BATCHED)
-    assert code == 0 and "training 2 runs" not in err
-    for folder in run_folders(tmp_path / "one"):
-        assert bits(folder) == bits(tmp_path / "other" / folder.name)
+class OwnObjective(IWAE):
+    """Of another package."""
 
 
-def test_where_they_cannot_be_mapped_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_train_at_once() -> None:
+    """Runs that differ in seed, objective of one k, and learning rate; not in k, model, class, or with the roulette."""
+    alike = [job(IWAE(3), 0), job(ELBO(3), 1), job(IWAE(3), 1, 0.1)]
+    others = [job(IWAE(5)), job(IWAE(5), 1), job(IWAE(3), layers=2), job(OwnObjective(3)), job(OwnObjective(3), 1)]
+    thinned = [job(IWAE(3), seed, backward="roulette") for seed in (0, 1)]
+    (first, second) = sweep_ensemble.batches([*alike, *others, *thinned])
+    assert first == [alike[1], alike[0], alike[2]], "one objective side by side"
+    assert second == others[:2]
+    many = sweep_ensemble.batches([job(IWAE(3), seed) for seed in range(sweep_ensemble.AT_ONCE + 2)])
+    assert [len(members) for members in many] == [sweep_ensemble.AT_ONCE, 2]
+
+
+def test_jobs_that_cannot_be_mapped_train_alone_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise CannotCompileError("no rule for aten.mine")
 
-    monkeypatch.setattr(together, "train_batched", fail)
+    monkeypatch.setattr(sweep_ensemble, "train_ensemble", fail)
     code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
     assert code == 0 and "these runs train one after the other from here on: no rule for aten.mine" in err
     assert at_once(tmp_path) == [1, 1]
 
 
-def test_a_run_that_somebody_else_has_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_run_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep(tmp_path / "first", "seed=0,1,2", BATCHED)[0] == 0
     held = tmp_path / "second" / run_folders(tmp_path / "first")[0].name
     held.mkdir(parents=True)
@@ -215,7 +247,7 @@ def test_a_run_that_somebody_else_has_is_waited_for(tmp_path: Path, monkeypatch:
     assert at_once(tmp_path / "second") == [1, 2, 2]
 
 
-def test_finished_it_is_not_repeated_and_restarted_it_is_begun_once(tmp_path: Path) -> None:
+def test_finished_runs_are_not_repeated_and_restarted_ones_begin_once(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
     before = {folder.name: bits(folder) for folder in run_folders(tmp_path)}
     code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
@@ -241,15 +273,15 @@ def on_step(self, step):
     if step == 17 and self.experiment.seed == {seed}:
         os.kill(os.getpid(), signal.{signal})
 runner.Runner.on_step = on_step
-from iwae_cli.training import ensemble as batched
-batched.SAVE_EVERY_SECONDS = {every}
+from iwae_cli.training import trainer
+trainer.SAVE_EVERY_SECONDS = {every}
 sys.exit(cli.train(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_by_anything_it_goes_on(died: signal.Signals, tmp_path: Path) -> None:
-    """Stopped while the second of two ends a step: the first has ended it, and waits for the next."""
+def test_a_stopped_sweep_resumes(died: signal.Signals, tmp_path: Path) -> None:
+    """Stopped while the second of two ends a step that the first has ended."""
     code = DYING.format(seed=1, signal=died.name, every=-1.0 if died == signal.SIGKILL else 30.0)
     assert sweep(tmp_path / "whole", "seed=0,1", BATCHED)[0] == 0
     line = last_of_each("-m", *QUICK, "seed=0,1", BATCHED, f"output_dir={tmp_path / 'stopped'}")
@@ -266,8 +298,8 @@ def test_stopped_by_anything_it_goes_on(died: signal.Signals, tmp_path: Path) ->
     for folder in folders:
         whole = tmp_path / "whole" / folder.name
         if died == signal.SIGKILL:
-            # At different steps they cannot train together: each goes on alone, and says what that means.
-            assert "resuming is not exact: runs_at_once were 2 and are 1" in (folder / "train.log").read_text()
+            # At different steps they cannot train at once: each resumes alone, and warns.
+            assert "resuming is not exact: runs_at_once was 2 and is 1" in (folder / "train.log").read_text()
             torch.testing.assert_close(loaded(folder)["model"], loaded(whole)["model"], rtol=1e-3, atol=1e-5)
         else:
             assert bits(folder) == bits(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,14 +13,22 @@ from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.training.ensemble import BatchedStep
-from iwae_cli.training.steps.compiled import CannotCompileError
-from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.batched import BatchedStep
+from iwae_cli.training.steps.graph import CannotCompileError
+from iwae_cli.training.steps.plain import PlainStep
 
 
 def built(architecture: Architecture, seed: int, dtype: torch.dtype) -> LatentVariableModel:
     mean = torch.full((SIDE**2,), 0.3, dtype=torch.float64).numpy()
     return architecture.build((SIDE, SIDE), mean, torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def alone_steps(
+    models: Sequence[LatentVariableModel],
+    objectives: Sequence[Objective],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> list[PlainStep]:
+    return [PlainStep(*each) for each in zip(models, objectives, optimizers, strict=True)]
 
 
 def compare(
@@ -39,7 +48,7 @@ def compare(
         return [torch.optim.Adam(m.parameters(), lr=r, fused=True) for m, r in zip(models, rates, strict=True)]
 
     optimizers, own = adam(models), adam(alone)
-    step = BatchedStep(models, objectives, optimizers, torch.zeros_like(batch(0, dtype)), machine_code)
+    step = BatchedStep(alone_steps(models, objectives, optimizers), torch.zeros_like(batch(0, dtype)), machine_code)
     for number in range(3):
         if number == 2:
             for optimizer in (*optimizers, *own):
@@ -47,7 +56,7 @@ def compare(
         seeds = [10 * number + job for job in jobs]
         bounds = step([batch(seed, dtype) for seed in seeds], [noise(seed, dtype) for seed in seeds])
         for job, seed in enumerate(seeds):
-            expected = train_step(alone[job], objectives[job], own[job], batch(seed, dtype), noise(seed, dtype))
+            expected = PlainStep(alone[job], objectives[job], own[job])(batch(seed, dtype), noise(seed, dtype))
             assert not bounds[job].requires_grad
             torch.testing.assert_close(bounds[job], expected, rtol=rtol, atol=0)
     for job in jobs:
@@ -81,7 +90,7 @@ def test_learning_rates_that_are_equal_today_may_differ_tomorrow() -> None:
     optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (0.1, 0.2), strict=True)]
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.0
-    step = BatchedStep(models, [IWAE(3)] * 2, optimizers, batch(0), machine_code=False)
+    step = BatchedStep(alone_steps(models, [IWAE(3)] * 2, optimizers), batch(0), machine_code=False)
     step([batch(0)] * 2, [noise(0), noise(0)])
     before = copy.deepcopy(models)
     for optimizer, rate in zip(optimizers, (0.1, 0.2), strict=True):
@@ -102,4 +111,4 @@ def test_what_depends_on_values_is_refused() -> None:
     models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
     optimizers = [torch.optim.Adam(model.parameters()) for model in models]
     with pytest.raises(CannotCompileError):
-        BatchedStep(models, [Branches(3)] * 2, optimizers, batch(0), machine_code=False)
+        BatchedStep(alone_steps(models, [Branches(3)] * 2, optimizers), batch(0), machine_code=False)

@@ -32,8 +32,8 @@ from iwae_cli.runs import runner
 from iwae_cli.training.settings import Training
 from iwae_cli.training.steps import compiled
 from iwae_cli.training.steps.compiled import CompiledRouletteStep
-from iwae_cli.training.steps.plain import train_step
-from iwae_cli.training.steps.roulette import roulette_step, survivors
+from iwae_cli.training.steps.plain import PlainStep
+from iwae_cli.training.steps.roulette import RouletteStep, survivors
 
 K, BATCH, PIXELS, TAU = 4, 2, 6, 0.45
 OBJECTIVES: dict[str, BoundObjective] = {
@@ -95,7 +95,7 @@ def outcomes(weights: torch.Tensor) -> Iterator[tuple[float, torch.Tensor]]:
 def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> None:
     """The mean is the gradient of all draws; the variance is what independent roulettes have, draw by draw."""
     model, objective = built(), OBJECTIVES[name]
-    expected_bound = train_step(model, objective, frozen(model), x, Chosen())
+    expected_bound = PlainStep(model, objective, frozen(model))(x, Chosen())
     full = gradient(model)
     log_w = model(x, K, Chosen()).detach()
     weights = objective.weights(log_w)
@@ -103,7 +103,7 @@ def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> Non
 
     mean, square, total = torch.zeros_like(full), 0.0, 0.0
     for probability, u in outcomes(weights):
-        bound = roulette_step(model, objective, frozen(model), x, Chosen(u), TAU)
+        bound = RouletteStep(model, objective, frozen(model), TAU)(x, Chosen(u))
         torch.testing.assert_close(bound, expected_bound, rtol=1e-12, atol=0)
         found = gradient(model)
         mean += probability * found
@@ -124,8 +124,8 @@ def test_mean_and_variance_over_every_outcome(name: str, x: torch.Tensor) -> Non
 
 def test_where_every_draw_is_kept_it_is_the_plain_step(x: torch.Tensor) -> None:
     plain, thinned = built(), built()
-    train_step(plain, IWAE(K), frozen(plain), x, Chosen())
-    roulette_step(thinned, IWAE(K), frozen(thinned), x, Chosen(torch.full((K, BATCH), 0.999)), 1e-300)
+    PlainStep(plain, IWAE(K), frozen(plain))(x, Chosen())
+    RouletteStep(thinned, IWAE(K), frozen(thinned), 1e-300)(x, Chosen(torch.full((K, BATCH), 0.999)))
     torch.testing.assert_close(gradient(thinned), gradient(plain), rtol=1e-12, atol=1e-14)
 
 
@@ -141,10 +141,10 @@ def test_the_compiled_step_is_the_same(share: int, x: torch.Tensor, monkeypatch:
     monkeypatch.setattr(compiled, "ROULETTE_SHARE", share)
     plain = built()
     model = copy.deepcopy(plain)
-    step = CompiledRouletteStep(model, IWAE(K), frozen(model), torch.zeros_like(x), TAU)
+    step = CompiledRouletteStep(RouletteStep(model, IWAE(K), frozen(model), TAU), torch.zeros_like(x))
     chances = torch.rand(K, BATCH, dtype=torch.float64)
     for u in (chances, torch.zeros_like(chances), 1 - chances):
-        expected = roulette_step(plain, IWAE(K), frozen(plain), x, Chosen(u), TAU)
+        expected = RouletteStep(plain, IWAE(K), frozen(plain), TAU)(x, Chosen(u))
         torch.testing.assert_close(step(x, Chosen(u)), expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient(model), gradient(plain), rtol=1e-11, atol=1e-13)
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -22,7 +23,9 @@ from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.training import trainer as trainer_module
 from iwae_cli.training.checkpoint import State
+from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Burda, Constant, Schedule
+from iwae_cli.training.steps.plain import PlainStep
 from iwae_cli.training.trainer import Trainer
 
 N, BATCH = 7, 3  # three steps a pass, the last with one image
@@ -49,7 +52,7 @@ class SeesFirstPixel(Objective):
 
 @dataclass
 class Recorder:
-    """Hooks that keep all they are told; ``stop_at`` is the step at which a signal comes."""
+    """Hooks that keep all their arguments; ``stop_at`` is the step at which a signal comes."""
 
     stop_at: int | None = None
     steps: list[int] = field(default_factory=list)
@@ -83,25 +86,43 @@ def new_state() -> State:
     return State("toy", {}, "", (4,), None, {})
 
 
-def make(
-    objective: Objective,
-    schedule: Schedule,
-    validate: Callable[[], float] = lambda: 0.0,
-    validation_every: int = 1,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    lr: float = 0.01,
-) -> Trainer:
-    toy = data()
-    model = LinearGaussianModel([2]).build((4,), toy.mean(), torch.Generator().manual_seed(0))
-    return Trainer(
-        model, objective, optimizer(model.parameters(), lr=lr), schedule, toy, 0, BATCH, validate, validation_every
-    )
+class Training:
+    """A trainer and its plain step."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        validate: Callable[[], float] = lambda: 0.0,
+        validation_every: int = 1,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        lr: float = 0.01,
+        state: State | None = None,
+        hooks: Recorder | None = None,
+    ) -> None:
+        toy = data()
+        self.model = LinearGaussianModel([2]).build((4,), toy.mean(), torch.Generator().manual_seed(0))
+        self.optimizer = optimizer(self.model.parameters(), lr=lr)
+        self.objective = objective
+        self.hooks = hooks or Recorder()
+        self.state = state or new_state()
+        minibatches = Minibatches(toy, BATCH, 0, torch.device("cpu"), torch.float32)
+        self.trainer = Trainer(
+            self.model, self.optimizer, schedule, minibatches, validate, validation_every, self.state, self.hooks
+        )
+        if self.state.step:
+            self.model.load_state_dict(self.state.model)
+
+    def run(self) -> bool:
+        return self.trainer.run(PlainStep(self.model, self.objective, self.optimizer))
 
 
 def test_the_last_uneven_batch_counts_by_its_images() -> None:
     """The mean over images of i^2 is (0 + 1 + 4 + ... + 36) / 7 = 13 in any order; means over batches are not."""
-    objective, hooks = SeesFirstPixel(), Recorder()
-    assert make(objective, Constant(3)).run(new_state(), hooks)
+    objective = SeesFirstPixel()
+    training = Training(objective, Constant(3))
+    hooks = training.hooks
+    assert training.run()
     assert [metrics["train/bound"] for _, metrics in hooks.passes] == [13.0, 13.0, 13.0]
     assert [len(batch) for batch in objective.seen] == [3, 3, 1] * 3
     batches = [list(chain(*objective.seen[3 * i : 3 * i + 3])) for i in range(3)]
@@ -110,14 +131,32 @@ def test_the_last_uneven_batch_counts_by_its_images() -> None:
     assert [step for step, _ in hooks.passes] == [3, 6, 9] and hooks.steps == list(range(1, 10))
 
 
+def test_a_minibatch_and_its_noise_depend_on_the_step_alone() -> None:
+    def minibatches() -> Minibatches:
+        return Minibatches(data(), BATCH, 0, torch.device("cpu"), torch.float64)
+
+    def drawn(minibatches: Minibatches, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, noise = minibatches[step]
+        return x, noise.normal(1, 2, len(x), 3)
+
+    one = minibatches()
+    in_order = [drawn(one, step) for step in range(7)]
+    for step in (6, 0, 4):
+        for found, expected in zip(drawn(minibatches(), step), in_order[step], strict=True):
+            assert found.dtype == torch.float64 and torch.equal(found, expected)
+        assert torch.equal(drawn(one, step)[1], in_order[step][1])
+    assert one.per_pass == 3 and one.shape == (BATCH, 4)
+
+
 def test_the_recorded_learning_rates_are_those_of_the_steps() -> None:
-    trainer, hooks = make(SeesFirstPixel(), Burda(2), lr=0.05), Recorder()
+    training = Training(SeesFirstPixel(), Burda(2), lr=0.05)
     used: list[float] = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
-    trainer.run(new_state(), hooks)
+    training.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    training.run()
     expected = [0.05] + 3 * [0.05 * 10 ** (-1 / 7)]
-    assert [metrics["learning_rate"] for _, metrics in hooks.passes] == pytest.approx(expected, rel=1e-12)
-    assert used == [metrics["learning_rate"] for _, metrics in hooks.passes for _ in range(3)]
+    recorded = [metrics["learning_rate"] for _, metrics in training.hooks.passes]
+    assert recorded == pytest.approx(expected, rel=1e-12)
+    assert used == [rate for rate in recorded for _ in range(3)]
 
 
 def values(*bounds: float) -> Callable[[], float]:
@@ -126,40 +165,40 @@ def values(*bounds: float) -> Callable[[], float]:
 
 
 def test_best_is_the_best_validation_and_the_last_pass_is_always_validated() -> None:
-    hooks, state = Recorder(), new_state()
-    make(SeesFirstPixel(), Constant(5), values(-3.0, -1.0, -2.0), validation_every=2).run(state, hooks)
-    found = [metrics.get("validation/bound", "not validated") for _, metrics in hooks.passes]
+    training = Training(SeesFirstPixel(), Constant(5), values(-3.0, -1.0, -2.0), validation_every=2)
+    training.run()
+    found = [metrics.get("validation/bound", "not validated") for _, metrics in training.hooks.passes]
     assert found == ["not validated", -3.0, "not validated", -1.0, -2.0]
-    assert hooks.best == [{"step": 6, "bound": -3.0}, {"step": 12, "bound": -1.0}]
-    assert state.best == {"step": 12, "bound": -1.0}
+    assert training.hooks.best == [{"step": 6, "bound": -3.0}, {"step": 12, "bound": -1.0}]
+    assert training.state.best == {"step": 12, "bound": -1.0}
 
 
 def test_a_bound_that_is_not_finite_is_recorded_as_null_and_never_best() -> None:
-    hooks = Recorder()
-    make(SeesFirstPixel(), Constant(3), values(math.nan, -math.inf, -5.0)).run(new_state(), hooks)
-    assert [metrics["validation/bound"] for _, metrics in hooks.passes] == [None, None, -5.0]
-    assert hooks.best == [{"step": 9, "bound": -5.0}]
+    training = Training(SeesFirstPixel(), Constant(3), values(math.nan, -math.inf, -5.0))
+    training.run()
+    assert [metrics["validation/bound"] for _, metrics in training.hooks.passes] == [None, None, -5.0]
+    assert training.hooks.best == [{"step": 9, "bound": -5.0}]
 
 
-def test_the_model_is_in_evaluation_mode_where_it_is_validated_and_only_there() -> None:
+def test_the_model_is_in_evaluation_mode_while_it_is_validated_and_only_then() -> None:
     modes: list[tuple[str, bool]] = []
-    trainer = make(SeesFirstPixel(), Constant(2), lambda: modes.append(("validate", trainer.model.training)) or 0.0)
-    trainer.optimizer.register_step_pre_hook(lambda *_: modes.append(("step", trainer.model.training)))
-    trainer.run(new_state(), Recorder())
+    training = Training(SeesFirstPixel(), Constant(2), lambda: modes.append(("validate", training.model.training)) or 0)
+    training.optimizer.register_step_pre_hook(lambda *_: modes.append(("step", training.model.training)))
+    training.run()
     assert set(modes) == {("validate", False), ("step", True)}
 
 
 def test_divergence_says_what_to_do() -> None:
-    trainer = make(IWAE(2), Constant(5), optimizer=torch.optim.SGD, lr=1e20)
-    hooks = Recorder()
-    with pytest.raises(RunFailed, match=r"^training diverged in pass \d: .*smaller optimizer\.lr") as caught:
-        trainer.run(new_state(), hooks)
+    training = Training(IWAE(2), Constant(5), optimizer=torch.optim.SGD, lr=1e20)
+    with pytest.raises(RunFailed) as caught:
+        training.run()
+    assert str(caught.value).startswith("training diverged in pass") and "smaller optimizer.lr" in str(caught.value)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
-    assert all(math.isfinite(metrics["train/bound"] or math.nan) for _, metrics in hooks.passes)
+    assert all(math.isfinite(metrics["train/bound"] or math.nan) for _, metrics in training.hooks.passes)
 
 
 def outcome(model: LatentVariableModel, hooks: list[Recorder]) -> tuple[Any, ...]:
-    """What must not depend on interruptions: weights, optimizer, record, best."""
+    """Everything that must not depend on interruptions: weights, optimizer, record, best."""
     last = hooks[-1].saved[-1]
     weights = {name: p.numpy().tobytes() for name, p in model.state_dict().items()}
     adam = {i: {key: v.numpy().tobytes() for key, v in s.items()} for i, s in last.optimizer["state"].items()}
@@ -167,23 +206,20 @@ def outcome(model: LatentVariableModel, hooks: list[Recorder]) -> tuple[Any, ...
     return weights, adam, last.optimizer["param_groups"], passes, last.best, last.step, last.bound_sum
 
 
+def norm(model: LatentVariableModel) -> float:
+    return float(sum(p.detach().double().square().sum() for p in model.parameters()))
+
+
 def train_in_pieces(stops: list[int]) -> tuple[Any, ...]:
-    """Everything made anew for each piece, as in another process; validation is the norm of the weights."""
+    """Build everything again for each piece, as another process does; validation is the norm of the weights."""
     state, hooks = new_state(), []
     for stop in [*stops, None]:
-        trainer = make(IWAE(3, "dreg"), Burda(2), validation_every=2)
-        model = trainer.model
-
-        def norm(model: LatentVariableModel = model) -> float:
-            return float(sum(p.detach().double().square().sum() for p in model.parameters()))
-
-        trainer.validate = norm
-        if state.step:
-            model.load_state_dict(state.model)
-        hooks.append(Recorder(stop))
-        assert trainer.run(state, hooks[-1]) is (stop is None)
+        training = Training(IWAE(3, "dreg"), Burda(2), validation_every=2, state=state, hooks=Recorder(stop))
+        training.trainer.validate = partial(norm, training.model)
+        hooks.append(training.hooks)
+        assert training.run() is (stop is None)
         state = copy.deepcopy(hooks[-1].saved[-1])
-    return outcome(model, hooks)
+    return outcome(training.model, hooks)
 
 
 @pytest.fixture(scope="module")
@@ -202,28 +238,29 @@ def test_interrupted_at_every_step_it_ends_the_same(in_one_go: tuple[Any, ...]) 
 
 
 def test_a_signal_at_the_last_step_does_not_make_it_unfinished() -> None:
-    hooks = Recorder(stop_at=6)
-    assert make(SeesFirstPixel(), Constant(2)).run(new_state(), hooks) is True
-    assert hooks.saved[-1].step == 6
+    training = Training(SeesFirstPixel(), Constant(2), hooks=Recorder(stop_at=6))
+    assert training.run() is True
+    assert training.hooks.saved[-1].step == 6
 
 
-def test_it_saves_at_the_end_and_as_often_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    hooks = Recorder()
-    make(SeesFirstPixel(), Constant(2)).run(new_state(), hooks)
-    assert [state.step for state in hooks.saved] == [6]
+def test_it_saves_at_the_end_and_whenever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(SeesFirstPixel(), Constant(2))
+    training.run()
+    assert [state.step for state in training.hooks.saved] == [6]
     monkeypatch.setattr(trainer_module, "SAVE_EVERY_SECONDS", -1.0)
-    hooks = Recorder()
-    make(SeesFirstPixel(), Constant(2)).run(new_state(), hooks)
-    assert [state.step for state in hooks.saved] == [1, 2, 3, 4, 5, 6]
-    assert [state.bound_sum > 0 for state in hooks.saved] == [True, True, False] * 2, "of the running pass only"
-    assert all(a.seconds <= b.seconds for a, b in pairwise(hooks.saved))
+    training = Training(SeesFirstPixel(), Constant(2))
+    training.run()
+    saved = training.hooks.saved
+    assert [state.step for state in saved] == [1, 2, 3, 4, 5, 6]
+    assert [state.bound_sum > 0 for state in saved] == [True, True, False] * 2, "of the current pass only"
+    assert all(a.seconds <= b.seconds for a, b in pairwise(saved))
 
 
 @pytest.mark.parametrize("stopped_in", [1, 2, 3])
-def test_a_validation_that_is_interrupted_is_done_when_it_goes_on(stopped_in: int) -> None:
-    """Three passes are validated; nothing is recorded of the one that was not, and no step is lost or done twice."""
-    whole, whole_state, whole_hooks = make(IWAE(2), Constant(3), lambda: -5.0), new_state(), Recorder()
-    assert whole.run(whole_state, whole_hooks)
+def test_an_interrupted_validation_is_done_when_the_run_resumes(stopped_in: int) -> None:
+    """Three passes are validated; an interrupted one is not recorded, and no step is lost or done twice."""
+    whole = Training(IWAE(2), Constant(3), lambda: -5.0)
+    assert whole.run()
     calls = 0
 
     def validate() -> float:
@@ -233,18 +270,17 @@ def test_a_validation_that_is_interrupted_is_done_when_it_goes_on(stopped_in: in
             raise Interrupted(15)
         return -5.0
 
-    first, state, hooks = make(IWAE(2), Constant(3), validate), new_state(), Recorder()
-    assert not first.run(state, hooks)
-    saved = hooks.saved[-1]
-    assert saved.step == 3 * stopped_in and len(hooks.passes) == stopped_in - 1
-    assert not first.is_done(saved)
+    first = Training(IWAE(2), Constant(3), validate)
+    assert not first.run()
+    saved = first.hooks.saved[-1]
+    assert saved.step == 3 * stopped_in and len(first.hooks.passes) == stopped_in - 1
+    assert not first.trainer.is_done
 
-    second = make(IWAE(2), Constant(3), lambda: -5.0)
-    second.model.load_state_dict(saved.model)
-    assert second.run(saved, hooks)
-    assert second.is_done(saved)
-    assert hooks.steps == whole_hooks.steps
-    assert hooks.passes == whole_hooks.passes
-    assert saved.best == whole_state.best and hooks.best == whole_hooks.best
+    second = Training(IWAE(2), Constant(3), lambda: -5.0, state=saved, hooks=first.hooks)
+    assert second.run()
+    assert second.trainer.is_done
+    assert second.hooks.steps == whole.hooks.steps
+    assert second.hooks.passes == whole.hooks.passes
+    assert saved.best == whole.state.best and second.hooks.best == whole.hooks.best
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name

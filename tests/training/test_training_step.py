@@ -16,7 +16,7 @@ from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.plain import PlainStep
 
 MODELS = {
     "one layer": GaussianMLP([3], [[5, 4]]),
@@ -81,7 +81,7 @@ def test_a_step_is_the_one_written_out(model: str, objective: str, x: torch.Tens
             parameters = [*untouched.generative.parameters(), *untouched.inference.parameters()]
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= LR * gradient
-        bound = train_step(trained, OBJECTIVES[objective], optimizer, x, noise())
+        bound = PlainStep(trained, OBJECTIVES[objective], optimizer)(x, noise())
         torch.testing.assert_close(bound, expected, rtol=1e-12, atol=0)
         assert not bound.requires_grad
     for (name, parameter), other in zip(trained.named_parameters(), untouched.parameters(), strict=True):
@@ -99,7 +99,7 @@ def test_every_parameter_is_trained(model: str, objective: Objective, x: torch.T
         return
     trained = built(MODELS[model])
     before = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    train_step(trained, objective, torch.optim.SGD(trained.parameters(), lr=LR), x, noise())
+    PlainStep(trained, objective, torch.optim.SGD(trained.parameters(), lr=LR))(x, noise())
     for name, parameter in trained.named_parameters():
         assert torch.isfinite(parameter).all() and not torch.equal(parameter, before[name]), name
 

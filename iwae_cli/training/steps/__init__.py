@@ -1,1 +1,1 @@
-"""The forms of a training step."""
+"""The forms of a training step, and the rules that choose one."""

@@ -1,4 +1,4 @@
-"""Forms of functions of float32 that take a processor less time than the usual ones, equal to them but for rounding."""
+"""Float32 forms of functions that are faster on a processor than the usual ones, equal to them except for rounding."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.fx import GraphModule, Node
 aten = torch.ops.aten
 
 LANES = 16
-"""Numbers of float32 that a processor multiplies at once, at most."""
+"""Most float32 numbers that one processor instruction multiplies."""
 
 SMALL = 0.2
-"""Below it tanh is the first terms of its series: the next is less than a rounding."""
+"""Below this, tanh is computed from the first terms of its series; the next term is less than a rounding error."""
 
 MOST_FACTORS = 64
-"""Factors between 1 and 2 whose product is taken: 2^64 is far below what float32 can hold."""
+"""Most factors between 1 and 2 in one product: 2^64 is far below the largest float32."""
 
 
-def make_cheaper(traced: GraphModule) -> None:
-    """Replace tanh, and sums of softplus over the last axis, in a graph that is still to be lowered."""
+def use_cheaper_forms(traced: GraphModule) -> None:
+    """Replace tanh, and sums of softplus over the last axis, in a graph that is not lowered yet."""
     for node in traced.graph.nodes:
         if node.op != "call_function" or _dtype(node) != torch.float32:
             continue
@@ -33,17 +33,17 @@ def make_cheaper(traced: GraphModule) -> None:
 
 
 def tanh(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """tanh x = 2 sigmoid(2x) - 1, in half the time; where that would cancel, x - x^3/3 + 2x^5/15 - 17x^7/315."""
+    """Return tanh x as 2 sigmoid(2x) - 1; near zero, where that cancels, as x - x^3/3 + 2x^5/15 - 17x^7/315."""
     square = x * x
     series = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
     return torch.where(x.abs() < SMALL, series, 2 * torch.sigmoid(2 * x) - 1)
 
 
 def sum_less_softplus(terms: Float[Tensor, "*#n #d"], logits: Float[Tensor, "*#n d"]) -> Float[Tensor, "*_"]:
-    """sum_j (terms_j - softplus(logits_j)), with one logarithm for many j.
+    """Return sum_j (terms_j - softplus(logits_j)) with one logarithm for many j.
 
-    softplus(s) = max(s, 0) + log(1 + exp(-|s|)), and a sum of logarithms is that of a product. A factor rounds as a
-    number near 1 does: the error is at most d * 6e-8, as small as that of log p(x|h) in float32 anyhow.
+    softplus(s) = max(s, 0) + log(1 + exp(-|s|)), and a sum of logarithms is the logarithm of a product. Every factor
+    has the rounding error of a number near 1: the error of the sum is at most d * 6e-8, as in log p(x|h) in float32.
     """
     d = logits.shape[-1]
     factors = max((n for n in range(1, MOST_FACTORS + 1) if d % n == 0 and d // n >= LANES), default=1)
@@ -57,7 +57,7 @@ def _dtype(node: Node) -> torch.dtype | None:
 
 
 def _softplus_summed(node: Node) -> tuple[Node, Node] | None:
-    """``terms`` and ``logits``, if the node is the sum of their difference as in ``sum_less_softplus``."""
+    """Return the nodes ``terms`` and ``logits`` of ``sum_less_softplus`` if ``node`` computes that; otherwise None."""
     if node.target is not aten.sum.dim_IntList or node.kwargs:
         return None
     difference, *axis = node.args
@@ -68,7 +68,7 @@ def _softplus_summed(node: Node) -> tuple[Node, Node] | None:
     terms, softplus = difference.args
     if not isinstance(terms, Node) or not isinstance(softplus, Node) or softplus.target is not aten.softplus.default:
         return None
-    # Another sharpness or threshold would be an argument; and a logit of many terms has to be counted for all of them.
+    # More arguments mean another sharpness or threshold; a logit that is broadcast counts once for each of its terms.
     if len(softplus.args) > 1 or softplus.meta["val"].shape[-1] != difference.meta["val"].shape[-1]:
         return None
     logits = softplus.args[0]

@@ -1,6 +1,9 @@
-"""One step of training, in its plain form."""
+"""The plain training step: draw, bound, differentiate, update."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -11,27 +14,29 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 
 
-def train_step(
-    model: LatentVariableModel,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    x: Float[Tensor, "batch pixels"],
-    noise: Noise,
-) -> Float[Tensor, " batch"]:
-    """Draw, bound, differentiate, update.
+@final
+@dataclass(frozen=True)
+class PlainStep:
+    """One update of ``model`` by ``optimizer``; see ``Step``."""
 
-    Returns:
-        The bound of every image before the update, (batch,), nats, detached.
-    """
-    losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
-    optimizer.zero_grad(set_to_none=True)
-    if losses.generative is losses.inference:
-        losses.generative.backward()
-    else:
-        # Each loss is right for its own parameters only; theta may be frozen (train=inference).
-        theta = [p for p in model.generative.parameters() if p.requires_grad]
-        if theta:
-            losses.generative.backward(inputs=theta, retain_graph=True)
-        losses.inference.backward(inputs=list(model.inference.parameters()))
-    optimizer.step()
-    return losses.bound
+    model: LatentVariableModel
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    name = "plain"
+
+    def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
+        """Return the bound of every image before the update, nats, detached."""
+        model, objective = self.model, self.objective
+        losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        if losses.generative is losses.inference:
+            # One pass for all parameters, also for those that both networks share.
+            losses.generative.backward()
+        else:
+            # Each loss is right for its own parameters only; theta may be frozen (train=inference).
+            theta = [p for p in model.generative.parameters() if p.requires_grad]
+            if theta:
+                losses.generative.backward(inputs=theta, retain_graph=True)
+            losses.inference.backward(inputs=list(model.inference.parameters()))
+        self.optimizer.step()
+        return losses.bound
