@@ -10,7 +10,6 @@ import torch
 import yaml
 from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders, snapshot
 
-from iwae_cli.cli import train as cli
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.cli.help import conf_folder
@@ -19,7 +18,7 @@ from iwae_cli.training.trainer import Trainer
 
 
 def identity(*overrides: str) -> str:
-    return cli._experiment(plan(list(overrides), False, None).jobs[0], None).identity()
+    return plan(overrides, False, None).jobs[0].experiment().identity()
 
 
 def evaluation(*overrides: str) -> str:
@@ -31,7 +30,7 @@ def test_a_choice_that_lies_deeper_makes_no_deeper_folder(tmp_path: Path) -> Non
     own.mkdir(parents=True)
     shutil.copyfile(conf_folder() / "model" / "one_layer.yaml", own / "small.yaml")
     job = plan(["model=mine/small"], False, str(tmp_path / "own")).jobs[0]
-    assert cli._experiment(job, None).identity() == identity().replace("-one_layer-", "-mine_small-")
+    assert job.experiment().identity() == identity().replace("-one_layer-", "-mine_small-")
 
 
 OF_THE_WEIGHTS = [
