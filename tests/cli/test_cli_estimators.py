@@ -142,7 +142,7 @@ def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixtur
         assert name in out
 
 
-def test_the_work_is_announced_and_counted(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_work_is_announced_and_its_progress_shown(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again."""
     assert evaluate([str(run_folder), *AIS, *FEW, "estimator.chains=5"]) == 0
     first, *_, last = capsys.readouterr().err.splitlines()

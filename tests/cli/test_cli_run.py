@@ -163,11 +163,11 @@ def test_a_run_gets_what_was_asked_for(runs) -> None:
     assert os.listdir() == []
 
 
-def test_a_class_of_ones_own(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_user(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf" / "objective").mkdir(parents=True)
     (tmp_path / "conf" / "objective" / "mine.yaml").write_text("_target_: my_objectives.Mine\nk: 3\n")
     (tmp_path / "my_objectives.py").write_text(
-        "from iwae_cli.objectives.iwae import IWAE\nclass Mine(IWAE):\n    '''One's own.'''\n"
+        "from iwae_cli.objectives.iwae import IWAE\nclass Mine(IWAE):\n    '''Of the user.'''\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert train(["--config-dir", "conf", "objective=mine"]) == 2
@@ -205,7 +205,7 @@ def test_the_same_sweep_has_the_same_name() -> None:
     assert first == again == restarted != other
 
 
-def test_a_failure_is_told_at_once_and_the_others_go_on(runs, capsys) -> None:
+def test_a_failure_is_reported_and_the_other_jobs_run(runs, capsys) -> None:
     seen, raising = runs
     raising[1] = RunFailed("it diverged")
     raising[2] = ZeroDivisionError("a bug")
@@ -257,7 +257,7 @@ def test_help_names_every_choice(capsys) -> None:
     assert out.count("\n  iwae-train") >= 5
 
 
-def test_help_lists_choices_of_ones_own_and_the_rest_of_the_program(tmp_path: Path, capsys) -> None:
+def test_help_lists_choices_of_the_user_and_the_rest_of_the_program(tmp_path: Path, capsys) -> None:
     (tmp_path / "own" / "objective").mkdir(parents=True)
     (tmp_path / "own" / "objective" / "mine.yaml").write_text("")
     assert train(["--help", "--config-dir", "own"]) == 0

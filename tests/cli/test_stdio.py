@@ -57,7 +57,7 @@ def test_a_run_whose_streams_fail_is_finished(ends: str, tmp_path: Path) -> None
     assert "evaluating" not in "".join(path.read_text() for path in folder.glob("*.jsonl"))
 
 
-def test_what_of_a_finished_run_cannot_be_shown_is_said_in_a_line(run_folder: Path) -> None:
+def test_a_result_that_cannot_be_printed_is_one_line(run_folder: Path) -> None:
     again = [*TINY, f"output_dir={run_folder.parent}"]
     full = shell(TRAIN, *again, ends=">/dev/full")
     assert (full.returncode, full.stderr) == (

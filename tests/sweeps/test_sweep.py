@@ -189,7 +189,7 @@ def test_two_sweeps_share_a_run_and_the_order_of_jobs_does_not_matter(tmp_path: 
     assert len(run_folders(down)) == 2 and all(bits(folder) == bits(up / folder.name) for folder in run_folders(down))
 
 
-def test_a_sweep_waits_for_a_run_that_somebody_else_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_waits_for_a_run_that_another_process_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("iwae_cli.sweeps.jobs.LOCKED_SECONDS", 0.1)
     folder = finished(tmp_path, *QUICK)
     lock = RunLock(folder)
@@ -229,7 +229,7 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize("engine", [pytest.param([], id="basic"), *ENGINES])
-def test_killed_and_stopped_a_sweep_goes_on_by_the_same_command(engine: list[str], tmp_path: Path) -> None:
+def test_a_killed_and_stopped_sweep_resumes_by_the_same_command(engine: list[str], tmp_path: Path) -> None:
     """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left."""
     # Side by side, the first has to last until the second has begun.
     passes = 30 if engine else 15

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.skipif(not needs("hydra_optuna_sweeper").args[0], reason="optuna is installed")
-def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["-m", "hydra/sweeper=optuna"], ["experiment=sweeps/search"]):
         assert train(argv) == 2
         message = "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n"
