@@ -1,6 +1,6 @@
 """Compose a command line into plain values; the only file that imports hydra and omegaconf.
 
-Hydra composes the choices of the groups once. Values are then set one by one, because only a config without them tells
+Hydra composes the choices of the groups once. Values are then set one by one, because only a config without them shows
 which keys exist. Every fault is a ``UserError`` of one line, raised before anything happens.
 """
 

@@ -1,4 +1,4 @@
-"""The local record, which is the truth: ``metrics.jsonl`` while the run goes on, ``metrics.csv`` when it ends."""
+"""The local record of a run: ``metrics.jsonl`` while it trains, ``metrics.csv`` when it ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TextIO, final
+from typing import ClassVar, TextIO, final
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import dump_json, write_text
@@ -21,13 +21,13 @@ TABLE = "metrics.csv"
 
 @final
 class JsonlLogger(Logger):
-    """One JSON object a row: ``step`` and the metrics; nothing in it depends on the time of day.
+    """Write one JSON object per row: ``step`` and the metrics; nothing in it depends on the time of day.
 
-    Pictures are files of their own and final numbers are ``result.json``: neither is written here.
+    Pictures, histograms and final numbers have files of their own.
 
     Raises:
         ValueError: in ``log``, a metric is NaN or infinite, or is called ``step``.
-        OSError: the disk is full or the folder is gone; the run cannot go on without its record.
+        OSError: the disk is full or the folder is gone; a run without its record is no run.
     """
 
     essential: ClassVar[bool] = True
@@ -43,24 +43,15 @@ class JsonlLogger(Logger):
         self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one row; it survives a power cut from here on, as a checkpoint does that is written later."""
+        """Append one row and fsync, so that no later checkpoint is newer than the record."""
         if self._file is None:
-            raise RuntimeError("log needs an open sink")
+            raise RuntimeError("log needs an open logger")
         self._file.write(_line(step, metrics))
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Nothing: the picture is in its file already."""
-
-    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Nothing: the values are in ``log_likelihood.npz``."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing: the final numbers are in ``result.json``."""
-
     def close(self, status: Status) -> None:
-        """Derive ``metrics.csv``: one column a metric, in the order of first appearance; empty where there is none."""
+        """Write ``metrics.csv``: one column per metric, in the order of first appearance."""
         if self._file is None or self._path is None:
             return
         file, self._file = self._file, None
@@ -75,7 +66,7 @@ class JsonlLogger(Logger):
 
 
 def read_history(folder: str | Path, up_to_step: int | None = None) -> list[tuple[int, dict[str, float | int | None]]]:
-    """The rows of a run's local record whose step is at most ``up_to_step``; none if there is no record.
+    """Return the rows of a run's local record whose step is at most ``up_to_step``; none if there is no record.
 
     A last line that was cut by the death of its writer is left out.
 
@@ -96,8 +87,8 @@ def read_history(folder: str | Path, up_to_step: int | None = None) -> list[tupl
                 raise ValueError
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
             raise UserError(
-                f"{path}, line {number}: not a row of metrics; remove the line and the run goes on without it, "
-                "or start anew with restart=true"
+                f"{path}, line {number}: not a row of metrics; remove the line and the run resumes without it, "
+                "or begin again with restart=true"
             ) from None
         if up_to_step is None or step <= up_to_step:
             history.append((step, row))

@@ -125,7 +125,7 @@ class WandbLogger(Logger):
         self._log(step, row)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
-        """A table; every row has as many values as there are columns."""
+        """Record a table; every row has as many values as there are columns."""
 
         def row() -> dict[str, Any]:
             import wandb
@@ -135,7 +135,7 @@ class WandbLogger(Logger):
         self._log(step, row)
 
     def html(self, step: int, name: str, page: str) -> None:
-        """A page that needs no other file."""
+        """Record a page that needs no other file."""
 
         def row() -> dict[str, Any]:
             import wandb
@@ -165,7 +165,7 @@ class WandbLogger(Logger):
         return _sync(self._folder)
 
     def _started(self, run: RunInfo) -> tuple[wandb.Run, bool]:
-        """A run of W&B's, and whether it is to be uploaded by hand."""
+        """Return a new W&B run, and whether it has to be uploaded by hand."""
         if self.mode == "offline":
             return self._init(run, "offline"), True
         before = _online_folders(run.folder)
@@ -222,7 +222,7 @@ class WandbLogger(Logger):
 
 
 def left_to_upload(run_folder: Path) -> str | None:
-    """``wandb sync`` with the newest record in a run folder, if that was made offline and is not uploaded."""
+    """Return ``wandb sync`` with the newest record in a run folder, if that is offline and not uploaded."""
     # By their time of day, which follows "run-".
     records = sorted((run_folder / "wandb").glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     if not records or not records[-1].name.startswith("offline-") or any(records[-1].glob("*.wandb.synced")):

@@ -1,4 +1,4 @@
-"""Going on with a search of Optuna's where it stands; the only file that imports optuna."""
+"""Resume an Optuna search; the only file that imports optuna."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from iwae_cli.core.errors import UserError
 
 _LOST = "lost"
-"""Mark of a trial that ended with its process; it is asked for again under another number."""
+"""Mark of a trial whose process died; its parameters are tried again under another number."""
 
 
 def remaining(sweeper: Mapping[str, Any], folder: Path) -> list[str]:
-    """Overrides that make Hydra's sweeper do what is left of ``n_trials``; trials that were cut short come first.
+    """Return overrides for what is left of ``n_trials``; trials that were cut short come first.
 
     Args:
         sweeper: Hydra's node, resolved.

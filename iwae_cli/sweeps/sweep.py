@@ -1,4 +1,4 @@
-"""A sweep: which runs were asked for and how each stands; the folder that ties them together. Needs no torch.
+"""A sweep: its planned jobs, the status of each, and its folder. Needs no torch.
 
 The run folders are the truth. Jobs may run in other processes, on other machines, and die in any way, so each writes
 one small file of its own (``jobs/``), and the process that was started by the command alone gathers them into
@@ -36,16 +36,16 @@ from iwae_cli.core.signals import REPEATED_SECONDS
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0
-"""How long jobs that were asked to stop may take to save their state."""
+"""Time that stopping jobs have to save their state."""
 _STYLES = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
 
 
 class SweepFailed(RunFailed):
-    """Not every run of a sweep was finished; the table has said which."""
+    """Not every run of a sweep finished; the table shows which."""
 
 
 class Stopped(BaseException):
-    """Ends a sweep from inside one of its jobs: Hydra would go on with the next after any Exception."""
+    """Ends a sweep from inside one of its jobs: after an Exception, Hydra would run the next job."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -81,25 +81,25 @@ class SweepFolder:
 
     @property
     def jobs(self) -> Path:
-        """Folder with one record a job."""
+        """Folder with one record per job."""
         return self.path / "jobs"
 
     @property
     def stop(self) -> Path:
-        """A file that is there while the sweep is being stopped: no further job begins."""
+        """File that exists while the sweep is being stopped: no further job begins."""
         return self.path / "stop"
 
     def record(self, overrides: Sequence[str]) -> Path:
-        """The record of the job with these overrides; asked for again, the same job."""
+        """Return the path of the record of the job with these overrides."""
         return self.jobs / f"{hashlib.sha256(json.dumps(list(overrides)).encode()).hexdigest()[:16]}.json"
 
     def read(self) -> dict[str, Any]:
-        """``sweep.json``; empty where there is none."""
+        """Return the content of ``sweep.json``; empty where there is none."""
         return _read(self.path / "sweep.json") or {}
 
 
 class Attempt:
-    """One process at work on one job; the only one that writes the record of the job.
+    """One process that runs one job; it alone writes the record of that job.
 
     Attributes:
         before: how an earlier attempt of the same command stood or ended, if there was one.
@@ -119,16 +119,16 @@ class Attempt:
         }
 
     def begins(self) -> None:
-        """It is being prepared."""
+        """Record that the job is being prepared."""
         self._write("running")
 
     def is_run(self, folder: Path, evaluation: str) -> None:
-        """It is known which run it is, and what its final evaluation is called."""
+        """Record which run the job is, and the name of its final evaluation."""
         self._values |= _place(self._sweep, folder, evaluation)
         self._write("running")
 
     def ends(self, status: Status, error: BaseException | None = None, *, with_trace: bool = False) -> None:
-        """It is over; ``with_trace`` keeps where the error came from."""
+        """Record the final status; ``with_trace`` keeps the traceback of ``error``."""
         self._values["error"] = None if error is None else " ".join(str(error).split()) or type(error).__name__
         self._values["traceback"] = "".join(traceback.format_exception(error)) if error and with_trace else None
         self._write(status)
@@ -138,11 +138,11 @@ class Attempt:
 
 
 class Sweep:
-    """The process that was started by the command, and looks after the jobs wherever they run.
+    """Supervise the jobs of a sweep, in the process that the command started, wherever the jobs run.
 
     Args:
         folder: of the sweep; made if need be.
-        planned: the jobs, or None where they are decided as the sweep goes on.
+        planned: the jobs, or None for a search, which decides them as it runs.
         facts: what else goes into ``sweep.json``: command, launcher, sweeper, workers.
         stop_on_error: whether the first failure ends the sweep.
     """
@@ -155,14 +155,14 @@ class Sweep:
         self._planned = planned
         self._facts = dict(facts)
         self._known: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._written: Any = None
         self._exit_code: int | None = None
         self._stopping_since: float | None = None
         self._quit = threading.Event()
 
     def run(self, work: Callable[[], None]) -> None:
-        """``work`` hands the jobs to an engine; meanwhile failures are told, and signals stop everything.
+        """Call ``work``, which has an engine run the jobs; meanwhile report failures, and stop all jobs on a signal.
 
         Raises:
             RunLocked: another process has this sweep.
@@ -189,7 +189,7 @@ class Sweep:
                         # Ray makes an error of its own of what a handler raises.
                         ended = Stopped(self._exit_code)
                     else:
-                        # The engine lost a job (a worker was killed) and gave up; the others may go on without it.
+                        # The engine lost a job (a worker was killed) and gave up; other jobs may still be running.
                         ended = error
                         self._settle()
                 except Stopped as stopped:
@@ -208,14 +208,14 @@ class Sweep:
             raise SweepFailed(f"not all runs are finished: {_counted(left) or 'none was'}")
 
     def failed_here(self) -> None:
-        """A job failed in this very process."""
+        """Stop the sweep if its jobs end at the first failure; called for a job that failed in this process."""
         if self.stop_on_error:
             raise Stopped(SweepFailed.exit_code)
 
     # What is known of the jobs.
 
     def _forget(self) -> None:
-        """What an earlier command knew: those jobs are asked for again, but for those of a search."""
+        """Drop the records of an earlier command; those of a search are kept."""
         self.folder.stop.unlink(missing_ok=True)
         for path, record in self._records():
             if self._planned is not None:
@@ -223,7 +223,7 @@ class Sweep:
             elif record["status"] == "running" and not _alive(record):
                 write_json(path, {**record, "status": "killed"})
             elif record["status"] == "failed":
-                self._told.add(path.name)
+                self._reported.add(path.name)
         self._known.clear()
 
     def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -240,7 +240,7 @@ class Sweep:
             yield path, self._known[path.name][1]
 
     def _update(self) -> list[dict[str, Any]]:
-        """Look at the records, write ``sweep.json`` if anything is new there, tell what failed."""
+        """Read the records, write ``sweep.json`` if it changed, report failures; return the jobs."""
         records = {path.name: record for path, record in self._records()}
         if self._planned is None:
             jobs = [_job(record) for record in sorted(records.values(), key=lambda record: record["begun"])]
@@ -260,12 +260,12 @@ class Sweep:
             write_json(self.folder.path / "sweep.json", value)
             self._written = value
         for name, record in records.items():
-            if record["status"] == "failed" and name not in self._told:
-                self._told.add(name)
-                self._tell(record)
+            if record["status"] == "failed" and name not in self._reported:
+                self._reported.add(name)
+                self._report(record)
         return jobs
 
-    def _tell(self, record: Mapping[str, Any]) -> None:
+    def _report(self, record: Mapping[str, Any]) -> None:
         trace = record.get("traceback")
         where = f" ({shown(self.folder.path / record['folder'])})" if "folder" in record else ""
         line = f"job {record['number']} ({' '.join(record['overrides'])}) failed: {record['error']}{where}"
@@ -281,7 +281,7 @@ class Sweep:
     def _watched(self) -> Iterator[None]:
         def watch() -> None:
             while not self._quit.wait(POLL_SECONDS):
-                with suppress(OSError):  # a disk that is full now; the last look tells if it still is
+                with suppress(OSError):  # the disk is full now; the last update raises if it still is
                     self._update()
 
         thread = threading.Thread(target=watch, name="sweep", daemon=True)
@@ -319,7 +319,7 @@ class Sweep:
         raise Stopped(self._exit_code or 128 + number)
 
     def _stop_jobs(self) -> None:
-        """Ask the jobs in other processes of this machine to save their state, and wait until they have."""
+        """Signal the jobs in other processes of this machine to save their state, and wait for them."""
         self.folder.stop.touch()
         asked: set[int] = set()
         deadline = time.monotonic() + STOP_SECONDS
@@ -332,7 +332,7 @@ class Sweep:
             time.sleep(0.1)
 
     def _settle(self) -> None:
-        """Wait for jobs that go on although the engine gave up."""
+        """Wait for jobs that still run although the engine gave up."""
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < 4 * POLL_SECONDS:
             if self._elsewhere():
@@ -340,7 +340,7 @@ class Sweep:
             time.sleep(POLL_SECONDS)
 
     def _elsewhere(self) -> list[dict[str, Any]]:
-        """Jobs running in other processes of this machine."""
+        """Return the records of jobs that run in other processes of this machine."""
         here, me = socket.gethostname(), os.getpid()
         records = [record for _, record in self._records() if record["status"] == "running"]
         return [record for record in records if record["host"] == here and record["pid"] != me and _alive(record)]
@@ -364,7 +364,7 @@ class Sweep:
                 nll if len(names) < 2 or not name else f"{nll} ({name})",
                 Text(str(job.get("identity", ""))),
             )
-        # As wide as it is: half a name is of no use to whoever copies it.
+        # As wide as needed: names are copied from here.
         out = Console(highlight=False, markup=False)
         width = Measurement.get(out, out.options.update(max_width=sys.maxsize), sheet).maximum
         out = Console(highlight=False, markup=False, width=max(out.width, width))
@@ -377,11 +377,11 @@ class Sweep:
                 out.print(f"job {number}: {job['error']}", soft_wrap=True)
         out.print(_counted(counts) or "no jobs")
         if counts.keys() - {"finished"}:
-            out.print("the same command goes on from here and repeats nothing that is finished")
+            out.print("the same command resumes here and repeats nothing that is finished")
         out.print(f"{'folder':<14}{shown(self.folder.path)}", soft_wrap=True)
 
     def _nll(self, job: Mapping[str, Any]) -> tuple[str, str]:
-        """What is shown, and its value, nats: of the test split, else of the first that was evaluated."""
+        """Return (label, NLL in nats) of the test split, else of the first split that was evaluated."""
         if job["status"] != "finished":
             return "", ""
         result = _read(self.folder.path / job["folder"] / job["result"]) or {}
@@ -396,7 +396,7 @@ def _counted(statuses: Mapping[str, int]) -> str:
 
 
 def _job(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``sweep.json`` says of a job that has begun."""
+    """Return the entry in ``sweep.json`` of a job that has begun."""
     keys = ("overrides", "status", "identity", "folder", "evaluation", "result", "error")
     job = {"error": None, **{key: record[key] for key in keys if key in record}}
     if job["status"] == "running" and not _alive(record):
@@ -414,12 +414,12 @@ def _place(sweep: Path, folder: Path, evaluation: str) -> dict[str, str]:
 
 
 def _alive(record: Mapping[str, Any]) -> bool:
-    """Whether the process of a job may be there; of other machines nothing is known."""
+    """Return whether the process of a job may be running; True for other machines."""
     if record["host"] != socket.gethostname():
         return True
     try:
         os.kill(record["pid"], 0)
-        # What nobody has waited for yet is dead too; only Linux tells.
+        # A zombie is dead too; only Linux shows it.
         return Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except ProcessLookupError:
         return False

@@ -80,7 +80,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["estimator=asi"], "estimator must be one of ais, gradient_snr, got asi; did you mean ais?"),
         (["estimator.images=5"], "estimator.images belongs to an estimator: write estimator=ais or"),
@@ -97,12 +97,12 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
     ],
 )
 def test_wrong_input_is_one_line(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     before = snapshot(run_folder)
     assert evaluate([str(run_folder), *overrides]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {said}")
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {message}")
     assert snapshot(run_folder) == before
 
 

@@ -129,7 +129,7 @@ def test_the_command_line_beats_wandb_mode(monkeypatch, variable, overrides, mod
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (UserError("data is\nnot there"), 2, "iwae-train: data is not there\n"),
         (RunLocked("process 7 has it"), 3, "iwae-train: process 7 has it\n"),
@@ -138,10 +138,10 @@ def test_the_command_line_beats_wandb_mode(monkeypatch, variable, overrides, mod
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_exit_codes(runs, capsys, error, code, said) -> None:
+def test_exit_codes(runs, capsys, error, code, message) -> None:
     runs[1][0] = error
     assert train([]) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
     assert os.listdir() == []
 
 
@@ -263,7 +263,7 @@ def test_help_lists_choices_of_ones_own_and_the_rest_of_the_program(tmp_path: Pa
     assert train(["--help", "--config-dir", "own"]) == 0
     out = capsys.readouterr().out
     assert " [iwae] jvi mine " in out
-    for told in (
+    for shown in (
         "on_error=",
         "outputs/sweeps/",
         "torchrun ",
@@ -271,7 +271,7 @@ def test_help_lists_choices_of_ones_own_and_the_rest_of_the_program(tmp_path: Pa
         "estimator=ais or gradient_snr",
         "range(",
     ):
-        assert told in out
+        assert shown in out
     assert len(out.splitlines()) < 60 and train(["--config-dir", "nowhere", "--help"]) == 2
 
 
@@ -356,7 +356,7 @@ def test_evaluating_again_keeps_both_and_knows_a_run_by_another_path(run_folder:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("objective.k=3", "objective.k cannot be changed after training (allowed are evaluation, device, data_dir"),
         ("evalaution.k=3", "evalaution.k cannot be changed after training; did you mean evaluation?"),
@@ -372,18 +372,18 @@ def test_evaluating_again_keeps_both_and_knows_a_run_by_another_path(run_folder:
         ("--foo", "unknown option --foo"),
     ],
 )
-def test_wrong_evaluations(run_folder: Path, capsys, override: str, said: str) -> None:
+def test_wrong_evaluations(run_folder: Path, capsys, override: str, message: str) -> None:
     before = sorted(run_folder.rglob("*"))
     assert evaluate([str(run_folder), override]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {said}")
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"iwae-eval: {message}")
     assert sorted(run_folder.rglob("*")) == before
 
 
 def test_what_is_no_run_folder(tmp_path: Path, capsys) -> None:
-    for content, said in {None: "is no run folder", "[": "is damaged", "a: 1": "is damaged"}.items():
+    for content, message in {None: "is no run folder", "[": "is damaged", "a: 1": "is damaged"}.items():
         if content:
             (tmp_path / "config.yaml").write_text(content)
         assert evaluate([str(tmp_path)]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert evaluate(["nowhere"]) == evaluate([]) == 2

@@ -83,16 +83,16 @@ def test_a_finished_run_says_that_nothing_was_trained(copy: Path) -> None:
     """And how to upload it, as long as that was not done."""
     os.utime(copy / "checkpoint.pt", (1.0e9, 1.0e9))
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1.0e9))
-    said = f"trained already, finished at {when}: nothing was trained now, this is its result"
+    message = f"trained already, finished at {when}: nothing was trained now, this is its result"
     (record,) = (copy / "wandb").glob("offline-run-*")
     command = f"wandb sync {copy.name}/wandb/{record.name}"
     code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
-    assert code == 0 and said in out.splitlines() and command in out
+    assert code == 0 and message in out.splitlines() and command in out
     next(record.glob("*.wandb")).with_suffix(".wandb.synced").touch()
     code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
-    assert code == 0 and said in out.splitlines() and "wandb sync" not in out
+    assert code == 0 and message in out.splitlines() and "wandb sync" not in out
     code, out, _ = run(*last_of_each(*COMMAND, "evaluation.k=5"), f"output_dir={copy.parent}")
-    assert code == 0 and said in out.splitlines() and "NLL_5," in out
+    assert code == 0 and message in out.splitlines() and "NLL_5," in out
 
 
 NUMBER = (int, float)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, narrow or left by their reader: the run goes on, its result is written."""
+"""Standard streams that are closed, full, narrow or left by their reader: the run still writes its result."""
 
 from __future__ import annotations
 
@@ -46,17 +46,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(tmp_path_factory.mktemp("runs"), *TINY)
 
 
-@pytest.mark.parametrize(
-    ("ends", "code"),
-    [
-        ("<&- >&- 2>&-", 0),
-        (">/dev/full 2>/dev/full", 0),
-        (f">{NO_READER} 2>{NO_READER}", 0),
-    ],
-)
-def test_a_run_whose_streams_fail_is_finished(ends: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", ["<&- >&- 2>&-", f">{NO_READER} 2>{NO_READER}"])
+def test_a_run_whose_streams_fail_is_finished(ends: str, tmp_path: Path) -> None:
     done = shell(TRAIN, *TINY, f"output_dir={tmp_path}", ends=ends)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (folder,) = run_folders(tmp_path)
     assert read_json(folder / "status.json")["status"] == "finished"
     assert read_json(folder / "result.json")["test"]["nll"] > 0
@@ -77,20 +70,20 @@ def test_what_of_a_finished_run_cannot_be_shown_is_said_in_a_line(run_folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("ends", "code", "said"),
+    ("command", "ends", "code", "message"),
     [
-        (f">{NO_READER}", 141, ""),
-        (">/dev/full", 1, ": standard output cannot be written: No space left on device\n"),
-        (">/dev/full 2>&-", 1, ""),
-        (">&-", 0, ""),
+        ("iwae-report", f">{NO_READER}", 141, ""),
+        ("iwae-report", ">/dev/full 2>&-", 1, ""),
+        ("iwae-report --help", ">&-", 0, ""),
+        ("iwae-train --help", ">/dev/full", 1, ": standard output cannot be written: No space left on device\n"),
+        ("iwae-train --cfg job", f">{NO_READER}", 141, ""),
     ],
 )
-@pytest.mark.parametrize("command", ["iwae-report", "iwae-report --help", "iwae-train --help", "iwae-train --cfg job"])
-def test_output_that_is_all_there_is(run_folder: Path, command: str, ends: str, code: int, said: str) -> None:
+def test_output_that_is_all_there_is(run_folder: Path, command: str, ends: str, code: int, message: str) -> None:
     program, *argv = command.split()
     entry = TRAIN if program == "iwae-train" else REPORT
     done = shell(entry, *argv or [str(run_folder)], ends=ends)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", said and program + said)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", message and program + message)
 
 
 class Full(io.StringIO):

@@ -176,7 +176,7 @@ def test_a_logger_that_raises_or_hangs_leaves_the_run_as_it_is(
 
 
 class Broken(Logger):
-    """Raises what it is told to, wherever it is told to."""
+    """Raises ``error`` in the method ``where``."""
 
     def __init__(self, where: str, error: Exception | None = None) -> None:
         self.where = where

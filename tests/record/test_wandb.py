@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WANDB = Path(sys.executable).with_name("wandb")
 
 
-def sink(mode: str = "offline", **changed: Any) -> WandbLogger:
+def wandb_logger(mode: str = "offline", **changed: Any) -> WandbLogger:
     arguments = {"project": "iwae-test", "entity": None, "group": None, "tags": [], "name": None, **changed}
     return WandbLogger(mode=mode, **arguments)
 
@@ -74,7 +74,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture = tmp_path / "samples.png"
     plot_samples(picture, np.eye(4)[None])
-    run = sink(tags=["paper"], name="my run")
+    run = wandb_logger(tags=["paper"], name="my run")
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run", group="sweep", overrides=["data=digits", "objective.k=50"]), [])
         run.log(10, {"train/bound": -90.5, "validation/bound": None})
@@ -124,7 +124,7 @@ def test_the_line_to_upload_names_the_folder_from_wherever_one_stands(
     here = tmp_path / "with space"
     here.mkdir()
     monkeypatch.chdir(here)
-    run = sink()
+    run = wandb_logger()
     assert run.sync_command() is None
     run.open(info(here / "run"), [])
     run.close("finished")
@@ -137,7 +137,7 @@ def test_the_line_to_upload_names_the_folder_from_wherever_one_stands(
 
 
 def test_failed_and_interrupted_runs_say_so_and_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
-    open_together = sink(), sink(group="mine")
+    open_together = wandb_logger(), wandb_logger(group="mine")
     statuses = "failed", "interrupted"
     for i, run in enumerate(open_together):
         run.open(info(tmp_path / f"run{i}", identity=f"run{i}", group="sweep"), [])
@@ -157,13 +157,13 @@ def test_failed_and_interrupted_runs_say_so_and_two_runs_of_one_process_stay_apa
 
 
 def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> None:
-    first = sink()
+    first = wandb_logger()
     first.open(info(tmp_path / "run"), [])
     for step in (1, 2, 3):
         first.log(step, {"a": step / 7})
     first.close("interrupted")
     # At once: within the second that names the folder.
-    second = sink()
+    second = wandb_logger()
     second.open(info(tmp_path / "run"), [(1, {"a": 1 / 7}), (2, {"a": 2 / 7})])
     second.log(3, {"a": 3 / 7})
     second.close("finished")
@@ -175,7 +175,7 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
 
 
 def test_disabled_does_nothing(tmp_path: Path) -> None:
-    run = sink("disabled")
+    run = wandb_logger("disabled")
     run.open(info(tmp_path / "run"), [(1, {"a": 1})])
     run.log(2, {"a": 2})
     run.image(2, "samples", tmp_path / "missing.png")
@@ -189,7 +189,7 @@ def test_disabled_does_nothing(tmp_path: Path) -> None:
 def test_an_error_of_wandb_is_one_warning_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = FanOut([sink()])
+    run = FanOut([wandb_logger()])
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run"), [])
         run.log(1, {"a": 1})
@@ -209,7 +209,7 @@ def test_a_run_that_cannot_begin_is_one_warning(tmp_path: Path, caplog: pytest.L
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "wandb").write_text("in the way")
-    run = FanOut([sink()])
+    run = FanOut([wandb_logger()])
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(folder), [(1, {"a": 1})])
         run.log(2, {"a": 2})
@@ -225,7 +225,7 @@ def test_the_end_does_not_wait_for_ever(
     may_end = threading.Event()
     monkeypatch.setattr("iwae_cli.record.loggers.CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(WandbLogger, "_started", lambda *_: may_end.wait(60))
-    run = FanOut([sink()])
+    run = FanOut([wandb_logger()])
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run"), [])
         run.close("finished")
@@ -238,7 +238,7 @@ def test_an_empty_variable_is_one_that_is_not_set(
 ) -> None:
     for variable in ("WANDB_MODE", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_API_KEY", "WANDB_ERROR_REPORTING"):
         monkeypatch.setenv(variable, "")
-    run = sink()
+    run = wandb_logger()
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run"), [])
         run.log(1, {"a": 1})
@@ -306,4 +306,4 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
 )
 def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        sink(**changed)
+        wandb_logger(**changed)

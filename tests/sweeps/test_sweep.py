@@ -208,7 +208,7 @@ def test_the_same_sweep_twice_at_once(tmp_path: Path, runs: Any) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path) -> None:
-    """Also where one job fails: it is told here, where it was asked for, and the others are finished."""
+    """Also where one job fails: the command reports it, and the other jobs finish."""
     reference = finished(tmp_path / "one", *QUICK, "logger=offline")
     place = tmp_path / "many"
     process = start("seed=0", "optimizer.lr=0.001,1e30", *QUICK, "logger=offline", *engine, f"output_dir={place}")
@@ -222,9 +222,9 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
     for job in sweep["jobs"]:
         (record,) = (job["path"] / "wandb").glob("offline-run-*")
         line = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-        told = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert sweep["group"] in told.stdout, told
-        (ended,) = (entry["exit"] for entry in map(json.loads, told.stdout.splitlines()) if entry["type"] == "exit")
+        shown = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert sweep["group"] in shown.stdout, shown
+        (ended,) = (entry["exit"] for entry in map(json.loads, shown.stdout.splitlines()) if entry["type"] == "exit")
         assert (ended.get("exit_code", 0) == 0) == (job["status"] == "finished")
 
 

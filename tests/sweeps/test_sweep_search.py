@@ -1,4 +1,4 @@
-"""A search looks at the validation split, takes failures as they come, and goes on after anything."""
+"""A search looks at the validation split, takes failures as they come, and resumes after anything."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["-m", "hydra/sweeper=optuna"], ["experiment=sweeps/search"]):
         assert train(argv) == 2
-        said = "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n"
-        assert capsys.readouterr().err == said and os.listdir() == []
+        message = "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n"
+        assert capsys.readouterr().err == message and os.listdir() == []
 
 
 @needs("hydra_optuna_sweeper")
@@ -72,11 +72,11 @@ def test_a_killed_search_finishes_the_trial_that_was_cut_short(tmp_path: Path) -
 
 @needs("hydra_optuna_sweeper")
 def test_a_search_that_cannot_be_is_refused_before_anything_runs() -> None:
-    for wrong, said in {
+    for wrong, message in {
         "evaluation.splits=[test]": "evaluation.splits must hold validation",
         "objective.kk=1,5": "objective.kk is unknown",
         "objective.k=choice(0,5)": "objective.k must be >= 1, got 0",
         "hydra.sweeper.custom_search_space=os.system": "would call what it names",
     }.items():
         code, _, err = run("-m", *LINE, wrong)
-        assert code == 2 and said in err and os.listdir() == []
+        assert code == 2 and message in err and os.listdir() == []
