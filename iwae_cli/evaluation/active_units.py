@@ -12,10 +12,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from iwae_cli.core.noise import KeyedNoise
-from iwae_cli.evaluation.workers import available_cores, map_batches
+from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
 
 THRESHOLD = 0.01
+RULES = {"active_units": ("test", None, 500), "active_units_authors_rule": ("train", 500, 1)}
+"""For each number of ``result.json``: split, number of its first images (None: all), draws of the layer below."""
 
 
 def active_units(
@@ -29,7 +31,7 @@ def active_units(
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[int] | None:
-    """Number of active units of every stochastic layer, nearest to x first; None for discrete layers.
+    """Return the number of active units of every stochastic layer, nearest to x first; None for discrete layers.
 
     The variance is over the images, with n in the denominator. A layer above the first averages its mean over
     ``draws`` samples of the layer below: with one draw, the authors' rule, Var(mu_2|x) is added and more units look
@@ -38,16 +40,14 @@ def active_units(
     Args:
         model: in evaluation mode.
         x: observations.
-        draws: samples of the layer below (500 for our rule, 1 for the authors').
-        seed, stream: of the noise.
-        rows: bound on images x draws computed at once by one worker, but for one image with all its draws.
+        draws: samples of the layer below.
+        seed, stream: key of the noise.
+        rows: bound on images x draws computed at once by one worker; one image is computed with all its draws.
         workers: threads that share the images; None is one per core on a CPU, one on another device.
-        on_progress: called with the number of images done; may raise to stop.
+        on_progress: called with the number of finished images; may raise to stop.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
-    if workers is None:
-        workers = available_cores() if device.type == "cpu" else 1
 
     def means(images: Sequence[int]) -> list[np.ndarray] | None:
         batch = x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
@@ -55,12 +55,10 @@ def active_units(
         found = model.inference.posterior_means(batch, draws, noise)
         return None if found is None else [m.double().cpu().numpy() for m in found]
 
-    results = [
-        r
-        for r in map_batches(means, len(x), batch=max(1, rows // draws), workers=workers, on_progress=on_progress)
-        if r is not None
-    ]
-    if not results:
+    batch = max(1, rows // draws)
+    parts = map_batches(means, len(x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
+    found = [part for part in parts if part is not None]
+    if not found:
         return None
-    layers = [np.concatenate([r[layer] for r in results]) for layer in range(len(results[0]))]
+    layers = [np.concatenate(layer) for layer in zip(*found, strict=True)]
     return [int((layer.var(axis=0) > THRESHOLD).sum()) for layer in layers]

@@ -1,73 +1,109 @@
-"""The shape of every further estimate that ``iwae-eval RUN estimator=...`` makes of a trained model."""
+"""The base class of everything that ``iwae-eval`` computes from a trained model."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
+from iwae_cli.record.summary import Row
+
+
+def _no_objective(k: int) -> Objective:
+    raise UserError("this estimator needs an objective: write objective: null into its yaml")
 
 
 @dataclass(frozen=True)
 class EstimatorInput:
-    """What is looked at.
+    """What an estimator computes from.
 
     Attributes:
         model: in evaluation mode, on its device; its dtype is the dtype of the computation.
-        data: what it was trained on.
+        data: the data that it was trained on.
         evaluation: splits, seeds, and the bound on memory.
-        objective: the objective of the run, or the one asked for instead, with ``k`` put in its place.
+        objective: returns the objective with another k, for an estimator whose yaml has the key ``objective``: the
+            objective of the run, with the overrides of ``objective``.
     """
 
     model: LatentVariableModel
     data: Data
     evaluation: Evaluation
-    objective: Callable[[int], Objective]
+    objective: Callable[[int], Objective] = _no_objective
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What was found.
+    """What an estimator found.
 
     Attributes:
-        numbers: for ``result.json``: plain JSON, no NaN or infinity.
-        hashes: of the splits that were looked at, by name.
+        numbers: for ``result.json``: plain JSON without NaN and infinity.
+        rows: the table: (label, dotted key of a number, format); rows with one label are printed side by side if their
+            keys name different splits.
+        hashes: sha256 of the splits that were used, by name.
         reasons: why a number is None, by its dotted name.
-        arrays: per-image values for ``estimates.npz``, float64.
+        arrays: per-image values, float64, for an npz file.
+        notes: sentences to print below the table.
     """
 
-    numbers: dict[str, Any]
-    hashes: dict[str, str]
-    reasons: dict[str, str]
-    arrays: dict[str, np.ndarray]
+    numbers: Mapping[str, Any]
+    rows: Sequence[Row]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Estimator(ABC):
-    """A way to look at a model. This is what a yaml of ``conf/estimator`` names."""
+    """A way to measure a trained model; a yaml of the group ``estimator`` names one.
+
+    Attributes:
+        file: name of the file of ``Estimates.arrays``.
+    """
+
+    file: ClassVar[str] = "estimates.npz"
 
     @abstractmethod
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
-        """Everything that goes into the record.
+        """Return everything that goes into the record.
 
         Args:
-            subject: what is looked at.
-            check: called often; may raise to stop.
+            subject: what to measure.
+            check: to be called often; may raise to stop.
 
         Raises:
-            UserError: it cannot be had of this model.
+            UserError: the model has no such number.
         """
 
-    @abstractmethod
-    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
-        """Rows of text to print, headings first, of a result that holds the numbers of ``estimate``."""
 
-    @abstractmethod
-    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
-        """What whoever reads the table should know, one line each."""
+def finite(value: float, key: str, reasons: dict[str, str], reason: str) -> float | None:
+    """Return ``value`` for ``result.json``; None if it is not finite, and then ``reason`` is put under ``key``."""
+    if math.isfinite(value):
+        return float(value)
+    reasons[key] = reason
+    return None
+
+
+def array_name(split: str, key: str) -> str:
+    """Return the name of a per-image array in an npz file; those of the test split have no prefix."""
+    return key if split == "test" else f"{split}_{key}"
+
+
+def with_cheaper(plan: str, fewer: Mapping[str, tuple[int, int]], *more: str) -> str:
+    """Return a plan with the overrides that make it cheaper.
+
+    Args:
+        plan: what is about to be computed.
+        fewer: for each argument of the estimator its value and a small one.
+        more: further overrides.
+    """
+    shown = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few] + [*more]
+    return f"{plan}; cheaper: {' '.join(shown)}" if shown else plan

@@ -1,4 +1,4 @@
-"""Signal-to-noise ratio of gradient estimates: how much of a training step is direction, and how much is chance.
+"""Signal-to-noise ratio of gradient estimates: the size of their mean relative to their spread.
 
 Source: Rainforth, Kosiorek, Le, Maddison, Igl, Wood, Teh 2018, "Tighter Variational Bounds are Not Necessarily
 Better", arXiv 1802.04537.
@@ -7,7 +7,7 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,28 +18,29 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
+from iwae_cli.record.summary import Row
 
 NETWORKS = ("inference", "generative")
 
 MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
-"""E|N(0, 1)| = .80: what the ratio of M draws without signal reads is this over sqrt(M)."""
+"""E|N(0, 1)| = .80: without signal the ratio of M draws is on average this over sqrt(M)."""
 
 
 @dataclass(frozen=True)
 class SignalToNoise:
-    """Of the gradient of one network, over draws of the latents with the observations held fixed.
+    """Ratios for the gradient of one network, over draws of the latents with the observations held fixed.
 
     Attributes:
         draws: M.
         per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
-        floor: .80 / sqrt(M), what is read on average where there is no signal.
+        floor: .80 / sqrt(M), the average ratio without signal.
         directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
             above ``directional_floor``, or if there is one parameter only.
-        directional_floor: the same along a direction without signal: the difference of two means.
-        parameters: how many receive a gradient that varies; the others have no ratio and are left out.
+        directional_floor: the same along a direction without signal, the difference of two means.
+        parameters: number of parameters whose gradient varies; the others have no ratio and are left out.
     """
 
     draws: int
@@ -51,10 +52,10 @@ class SignalToNoise:
 
 
 class _Moments:
-    """Moments of a stream of gradients: of the first half the mean, of the second what lies along and across it.
+    """Moments of a stream of gradients.
 
-    The direction must not be taken from the draws that it is held against: they would point along it by
-    construction.
+    The direction is the mean of the first half of the draws, and the parts along and across it are those of the second
+    half: draws that make up the mean point along it by construction.
     """
 
     def __init__(self, draws: int) -> None:
@@ -66,7 +67,7 @@ class _Moments:
 
     def add(self, gradient: Float64[Tensor, " parameters"]) -> None:
         if self._seen == 0:
-            # Sums of differences from the first one, so that a mean much larger than the noise cancels nothing.
+            # Sums of differences from the first one: a mean much larger than the noise would cost all its digits.
             self._first = gradient
             self._sum, self._sum_squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
         difference = gradient - self._first
@@ -86,7 +87,7 @@ class _Moments:
         m = self._draws
         variance = (self._sum_squares - self._sum.square() / m) / (m - 1)
         mean = self._first + self._sum / m
-        # Below the rounding of the gradients themselves nothing varies.
+        # A spread below the rounding of the gradients themselves counts as none.
         varies = variance > (mean.abs() * torch.finfo(torch.float32).eps).square() * 1e-6
         squared = (mean.square() / variance)[varies] - 1 / m
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(m)
@@ -103,7 +104,7 @@ class _Moments:
 
 
 def _ratio(vector: Float64[Tensor, " n"], along: Float64[Tensor, " n"]) -> float:
-    """|part of ``vector`` along ``along``| / |the rest|; NaN where there is no rest."""
+    """Return |part of ``vector`` along ``along``| / |the rest|; NaN if there is no rest."""
     unit = along / along.norm()
     parallel = vector @ unit
     rest = (vector - parallel * unit).norm()
@@ -120,19 +121,16 @@ def gradient_snr(
     check: Callable[[], None] = lambda: None,
     on_draw: Callable[[int], None] = lambda _: None,
 ) -> dict[str, SignalToNoise]:
-    """Signal-to-noise ratios of the gradients that a training step on ``x`` would use.
+    """Return the ratios of the gradients that a training step on ``x`` would use, for ``inference`` and ``generative``.
 
     Args:
-        model: its parameters stay as they are.
-        objective: any.
+        model: its parameters are not changed.
+        objective: whose gradients.
         x: one batch, the same for every draw, so that the noise is that of the latents alone.
         draws: M, at least 8.
-        seed: of the noise.
+        seed: key of the noise.
         check: called before every gradient; may raise to stop.
-        on_draw: called with the number of draws done.
-
-    Returns:
-        ``inference`` and ``generative``.
+        on_draw: called with the number of finished draws.
 
     Raises:
         ValueError: draws < 8.
@@ -146,7 +144,7 @@ def gradient_snr(
         losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
         for name in NETWORKS:
             check()
-            # Each loss is right for its own parameters only.
+            # Each loss has the right gradient for its own parameters only.
             moments[name].add(_gradient(getattr(losses, name), networks[name].parameters()))
         on_draw(draw + 1)
     return {name: moments[name].result() for name in NETWORKS}
@@ -158,42 +156,44 @@ def _gradient(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> Fl
 
 
 @final
+@dataclass(frozen=True)
 class GradientSNR(Estimator):
-    """Signal-to-noise ratios over k, of the run's objective or of another one, on the first training images.
+    """Signal-to-noise ratios over k, for the run's objective or another one, on the first training images.
 
     Rainforth et al. 2018 find for IWAE that the encoder's falls as k^(-1/2) while the decoder's grows as k^(1/2).
 
     Args:
         ks: values of the objective's ``k``, rising.
         draws: M, gradients drawn at each k.
-        images: of the training split, one batch.
+        images: number of images of the training split, one batch.
 
     Raises:
         ValueError: a number out of range, or ``ks`` that do not rise.
     """
 
-    def __init__(self, ks: list[int], draws: int = 200, images: int = 20) -> None:
-        if not ks:
+    ks: list[int]
+    draws: int = 200
+    images: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.ks:
             raise ValueError("ks must hold at least one k, got []")
-        if ks[0] < 1 or sorted(set(ks)) != ks:
-            raise ValueError(f"ks must be >= 1 and rise, got {ks}")
-        if draws < 8:
-            raise ValueError(f"draws must be >= 8, got {draws}")
-        if images < 1:
-            raise ValueError(f"images must be >= 1, got {images}")
-        self.ks = ks
-        self.draws = draws
-        self.images = images
+        if self.ks[0] < 1 or sorted(set(self.ks)) != self.ks:
+            raise ValueError(f"ks must be >= 1 and rise, got {self.ks}")
+        if self.draws < 8:
+            raise ValueError(f"draws must be >= 8, got {self.draws}")
+        if self.images < 1:
+            raise ValueError(f"images must be >= 1, got {self.images}")
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
-        """See the class."""
+        """Return the ratios for every k, and the slope of log ratio against log k."""
         model, evaluation = subject.model, subject.evaluation
         parameter = next(model.parameters())
         objectives = {k: subject.objective(k) for k in self.ks}
         split = subject.data.evaluation_split("train", evaluation.binarization_seed)
         x = split.x[: self.images].to(device=parameter.device, dtype=parameter.dtype)
         found: dict[int, dict[str, SignalToNoise]] = {}
-        # What a gradient costs follows its samples.
+        # The cost of a gradient is proportional to its samples.
         total, done = self.draws * sum(self.ks), 0
         announce(self._plan(len(x)))
         with Progress("gradients", total=total, unit="sample", images_per_unit=len(x), things="samples") as progress:
@@ -207,93 +207,63 @@ class GradientSNR(Estimator):
                     model, objective, x, draws=self.draws, seed=evaluation.seed, check=check, on_draw=on_draw
                 )
                 done += self.draws * k
-        floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         reasons: dict[str, str] = {}
-        numbers: dict[str, Any] = {"images": len(x), "draws": self.draws, "floor": floor}
-        for name in NETWORKS:
-            numbers[name] = {}
-            for k in self.ks:
-                ratio = found[k][name]
-                where = f"{name}.{k}"
-                numbers[name][str(k)] = {
-                    "per_parameter": _number(
-                        ratio.per_parameter,
-                        f"{where}.per_parameter",
-                        reasons,
-                        f"below the floor of {floor:.3f} of {self.draws} draws, or no gradient varies",
-                    ),
-                    "directional": _number(
-                        ratio.directional,
-                        f"{where}.directional",
-                        reasons,
-                        f"not above {ratio.directional_floor:.3f}, which a direction without signal gives",
-                    ),
-                    "directional_floor": _number(
-                        ratio.directional_floor,
-                        f"{where}.directional_floor",
-                        reasons,
-                        "there is one parameter only, or the gradient does not vary",
-                    ),
-                    "parameters": ratio.parameters,
-                }
-            numbers[name]["slope"] = _number(
-                _slope({k: found[k][name].per_parameter for k in self.ks}),
-                f"{name}.slope",
-                reasons,
-                "fewer than two values of k give a ratio above the floor",
-            )
-        return Estimates({"gradient_snr": numbers}, {"train": split.sha256}, reasons, {})
+        floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
+        numbers = {name: self._numbers(name, {k: found[k][name] for k in self.ks}, reasons) for name in NETWORKS}
+        return Estimates(
+            {"gradient_snr": {"images": len(x), "draws": self.draws, "floor": floor, **numbers}},
+            self._rows(),
+            {"train": split.sha256},
+            reasons,
+            notes=[
+                "inference, generative: signal-to-noise ratio of the gradient, median over parameters; with "
+                f"{self.draws} draws a ratio below {floor:.3f} cannot be distinguished from no signal",
+                "directional: length along the mean gradient over length across it, below it the same without signal",
+                "slope: of log ratio against log k",
+            ],
+        )
+
+    def _numbers(self, network: str, found: dict[int, SignalToNoise], reasons: dict[str, str]) -> dict[str, Any]:
+        """Return the ratios of one network by k, and their slope over k."""
+        numbers: dict[str, Any] = {}
+        for k, ratio in found.items():
+            why = {
+                "per_parameter": f"below the floor of {ratio.floor:.3f} of {self.draws} draws, or no gradient varies",
+                "directional": f"not above {ratio.directional_floor:.3f}, the value of a direction without signal",
+                "directional_floor": "there is one parameter only, or the gradient does not vary",
+            }
+            numbers[str(k)] = {
+                key: finite(getattr(ratio, key), f"{network}.{k}.{key}", reasons, reason) for key, reason in why.items()
+            } | {"parameters": ratio.parameters}
+        slope = _slope({k: ratio.per_parameter for k, ratio in found.items()})
+        reason = "fewer than two values of k give a ratio above the floor"
+        return numbers | {"slope": finite(slope, f"{network}.slope", reasons, reason)}
+
+    def _rows(self) -> list[Row]:
+        """Return the rows of the table: three for each k, side by side for the two networks, and the slopes."""
+        labels = {"per_parameter": "k = {}", "directional": "  directional, k = {}"}
+        labels["directional_floor"] = "  directional without signal, k = {}"
+        rows = [
+            (label.format(k), f"gradient_snr.{network}.{k}.{key}", "{:.3f}")
+            for k in self.ks
+            for key, label in labels.items()
+            for network in NETWORKS
+        ]
+        return rows + [("slope", f"gradient_snr.{network}.slope", "{:.3f}") for network in NETWORKS]
 
     def _plan(self, images: int) -> str:
-        """What is about to be done, and how to make it less."""
+        """Return what is about to be computed, and which overrides make it less."""
         plan = (
             f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
             f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
         )
-        fewer = {"draws": (self.draws, 50), "images": (self.images, 5)}
-        cheaper = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few]
-        cheaper += [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
-        return f"{plan}; cheaper: {' '.join(cheaper)}" if cheaper else plan
-
-    def table(self, numbers: Mapping[str, Any]) -> list[list[str]]:
-        """One row for each k, and the slopes."""
-        found = numbers["gradient_snr"]
-
-        def cell(value: float | None) -> str:
-            return "\N{EN DASH}" if value is None else f"{value:.3f}"
-
-        table = [["k", *(heading for name in NETWORKS for heading in (name, "directional"))]]
-        for k in map(str, self.ks):
-            row = [k]
-            for name in NETWORKS:
-                ratio = found[name][k]
-                row.append(cell(ratio["per_parameter"]))
-                row.append(f"{cell(ratio['directional'])} ({cell(ratio['directional_floor'])})")
-            table.append(row)
-        table.append(["slope", *(text for name in NETWORKS for text in (cell(found[name]["slope"]), ""))])
-        return table
-
-    def notes(self, numbers: Mapping[str, Any]) -> list[str]:
-        """What the rows are, and where they end."""
-        found = numbers["gradient_snr"]
-        return [
-            f"inference, generative: signal-to-noise of the gradient, median over parameters; {found['draws']} draws a "
-            f"k, nothing is told from chance below {found['floor']:.3f}",
-            "directional: length along the mean gradient over length across it; in brackets what no signal gives",
-            "slope: of log ratio against log k",
-        ]
+        shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
+        return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
 
 
 def _slope(ratios: dict[int, float]) -> float:
-    """Of log ratio against log k, by least squares; NaN for fewer than two ratios."""
-    there = {k: ratio for k, ratio in ratios.items() if math.isfinite(ratio)}
-    if len(there) < 2:
+    """Return the least-squares slope of log ratio against log k; NaN for fewer than two finite ratios."""
+    known = {k: ratio for k, ratio in ratios.items() if math.isfinite(ratio)}
+    if len(known) < 2:
         return math.nan
-    return float(np.polyfit(np.log(list(there)), np.log(list(there.values())), 1)[0])
-
-
-def _number(value: float, name: str, reasons: dict[str, str], reason: str) -> float | None:
-    if math.isfinite(value):
-        return value
-    reasons[name] = reason
-    return None
+    return float(np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)[0])

@@ -1,7 +1,7 @@
-"""The estimate of log p(x): L_k per image in one pass over the samples, with everything known of its error.
+"""L_k, the importance-weighted estimate of log p(x): per-image values in one pass over the samples, with their errors.
 
--L_k is an upper bound on the negative log-likelihood in expectation, not the thing itself; it is always reported as
-NLL_k beside three numbers that are never mixed: the error over images, the Monte Carlo error, and the Jensen bias.
+-L_k is in expectation an upper bound on the negative log-likelihood. It is reported as NLL_k beside three separate
+numbers: the error over images, the Monte Carlo error, and the Jensen bias.
 Source of the protocol: Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519 (k = 5000).
 """
 
@@ -10,31 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from jaxtyping import Float64
+from torch import Tensor
 
 from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
+from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
+from iwae_cli.evaluation.active_units import RULES, active_units
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, finite
 from iwae_cli.evaluation.fused import FusedScorer
-from iwae_cli.evaluation.workers import available_cores, map_batches
+from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
+from iwae_cli.record.summary import split_rows
 
 CHUNK = 8 * BLOCK
-"""Samples of one image computed at once; the number of images at once fills the rows that are left."""
+"""Samples of one image that the model scores at once; the number of images at once fills the remaining rows."""
 
 PIECE = 128 * BLOCK
-"""Samples of one image that the fast way sums up together, as it has computed them a few at a time."""
+"""Samples of one image that ``FusedScorer`` returns at once; it computes them in smaller chunks."""
 
 IMAGES = 8
-"""Images that the fast way sums up together, one computed after the other."""
+"""Images per batch of ``FusedScorer``, which computes one after the other."""
 
 COMPARED = 200
-"""Images, or all if there are fewer than twice as many, that are computed without bfloat16 too."""
+"""Number of images (all, if there are fewer than twice as many) that are also computed without bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,9 @@ class Likelihood:
         ess: effective sample size, between 1 and k.
         khat: Pareto k-hat; NaN where it is not defined (equal weights, or fewer than five in the tail).
         top_weight: largest normalized weight.
-        exact: log p(x) in closed form where the model has one, else None.
-        jackknife: the jackknife estimate of log p(x) if it was asked for, else None; NaN where it has no value.
-        float32: L_k without bfloat16, on the same noise, of the images it was computed for; NaN for the others; None
-            where all of it is without.
+        exact: log p(x) in closed form; None if the model has none.
+        jackknife: the jackknife estimate of log p(x); NaN where it has no value; None if it was not asked for.
+        float32: L_k without bfloat16 on the same noise; NaN for images where it was not computed; None without bf16.
     """
 
     k: int
@@ -60,9 +64,61 @@ class Likelihood:
     ess: Float64[np.ndarray, " n"]
     khat: Float64[np.ndarray, " n"]
     top_weight: Float64[np.ndarray, " n"]
-    exact: Float64[np.ndarray, " n"] | None
+    exact: Float64[np.ndarray, " n"] | None = None
     jackknife: Float64[np.ndarray, " n"] | None = None
     float32: Float64[np.ndarray, " n"] | None = None
+
+
+@final
+class LogLikelihood(Estimator):
+    """L_k of every split of the evaluation, and the active units: what ``iwae-eval`` computes without ``estimator=``.
+
+    Its settings (k, jackknife, precision) are those of the group ``evaluation``.
+    """
+
+    file = "log_likelihood.npz"
+
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
+        """Return L_k with its errors and diagnostics, and the active units by our rule and by the authors'."""
+        model, evaluation = subject.model, subject.evaluation
+        numbers: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        arrays: dict[str, np.ndarray] = {}
+        for name in evaluation.splits:
+            split = subject.data.evaluation_split(name, evaluation.binarization_seed)
+            with Progress(f"evaluating {name}", total=len(split.x), unit="image") as progress:
+                likelihood = log_likelihood(
+                    model,
+                    split,
+                    k=evaluation.k,
+                    seed=evaluation.seed,
+                    rows=evaluation.rows,
+                    workers=evaluation.workers,
+                    with_jackknife=evaluation.jackknife,
+                    bf16=evaluation.precision == "bf16",
+                    check=check,
+                    on_progress=progress.update,
+                )
+            numbers[name], missing = summarize(likelihood, split.x.shape[1])
+            hashes[name] = split.sha256
+            reasons |= {f"{name}.{key}": reason for key, reason in missing.items()}
+            for key in ("log_px", "ess", "khat", "top_weight"):
+                arrays[array_name(name, key)] = getattr(likelihood, key)
+        for key, (of, images, draws) in RULES.items():
+            numbers[key] = active_units(
+                model,
+                subject.data.evaluation_split(of, evaluation.binarization_seed, images).x,
+                draws=draws,
+                seed=evaluation.seed,
+                stream=key,
+                rows=evaluation.rows,
+                workers=evaluation.workers,
+                on_progress=lambda _: check(),
+            )
+            if numbers[key] is None:
+                reasons[key] = "active units are not defined for discrete layers"
+        return Estimates(numbers, split_rows(numbers), hashes, reasons, arrays)
 
 
 def log_likelihood(
@@ -80,7 +136,7 @@ def log_likelihood(
     check: Callable[[], None] = lambda: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
-    """L_k and its diagnostics for every image of ``split``.
+    """Return L_k and its diagnostics for every image of ``split``.
 
     The noise of an image is a function of (seed, stream, image, sample) alone, and each image is reduced in float64
     in a fixed order, so the result does not depend on ``rows`` or ``workers`` beyond the rounding of matrix products
@@ -88,168 +144,156 @@ def log_likelihood(
 
     Args:
         model: in evaluation mode, on its device; its dtype is the dtype of the computation.
-        split: what is scored.
+        split: the images.
         k: samples per image.
         seed: evaluation seed.
         rows: bound on images x samples computed at once by one worker (at least one block of 64).
         workers: threads that share the images; None is one per core on a CPU, one on another device.
         stream: name of the noise stream; the split's name by default.
-        with_jackknife: estimate by the jackknife too; keeps all k log-weights of a batch of images.
+        with_jackknife: also compute the jackknife estimate; keeps all k log-weights of a batch of images.
         plain: compute the log-weights by the model itself, even where ``FusedScorer`` computes them faster (they differ
-            by the rounding of sums of another order).
+            by the rounding of sums in another order).
         bf16: multiply numbers of bfloat16 (see ``FusedScorer``), and compute some of the images in float32 too.
-        check: called by every worker before every piece of its work; may raise to stop.
-        on_progress: called with the number of images done; may raise to stop.
+        check: called by every worker before each of its computations; may raise to stop.
+        on_progress: called with the number of finished images; may raise to stop.
 
     Raises:
-        ValueError: ``bf16`` of a model that ``FusedScorer`` does not fit, or not in float32 on a CPU.
+        ValueError: ``bf16`` for a model that ``FusedScorer`` does not fit, or not in float32 on a CPU.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
-    chunk = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
-    if workers is None:
-        workers = available_cores() if device.type == "cpu" else 1
-    fast = not plain and device.type == "cpu" and FusedScorer.fits(model, split.x)
-    scorer = FusedScorer(model, rows) if fast else None
-    if bf16 and (scorer is None or dtype != torch.float32):
+    fused = not plain and device.type == "cpu" and FusedScorer.fits(model, split.x)
+    if bf16 and not (fused and dtype == torch.float32):
         raise ValueError("bf16 is for Gaussian models of binary pixels in float32 on a CPU")
+    scorer = FusedScorer(model, rows) if fused else None
     rounded = FusedScorer(model, rows, bf16=True) if bf16 else scorer
-    batch, piece = max(1, rows // chunk), chunk
-    if scorer is not None:
-        piece = PIECE
-        batch = max(1, min(IMAGES, IMAGES * PIECE // k))
-    apart = max(1, len(split.x) // COMPARED)
+    if fused:
+        piece, batch = PIECE, max(1, min(IMAGES, IMAGES * PIECE // k))
+    else:
+        piece = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
+        batch = max(1, rows // piece)
+    # bf16: every so many batches are computed in float32 as well.
+    compare_every = max(1, len(split.x) // COMPARED)
 
     def noise(images: Sequence[int], start: int) -> KeyedNoise:
         check()
         return KeyedNoise(seed, stream or split.name, images, start, dtype, device)
 
-    def score(images: Sequence[int]) -> tuple[dict[int, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
+    def score(images: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """L_m by level m, and the other results by name; (images,) each."""
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
-        streaming = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
+        sums = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
+        compare = bf16 and images[0] // batch % compare_every == 0
+        sums_float32 = StreamingLogWeights(k, len(images), block=BLOCK) if compare else None
         kept = []
-        compare = bf16 and images[0] // batch % apart == 0
-        compared = StreamingLogWeights(k, len(images), block=BLOCK) if compare else None
         for start in range(0, k, piece):
             n = min(piece, k - start)
             if scorer is None or rounded is None:
                 log_w = model(x, n, noise(images, start)).to(accumulator_device(device))
             else:
                 log_w = rounded.log_weights(x, n, noise, images, start)
-                if compared is not None:
-                    compared.add(scorer.log_weights(x, n, noise, images, start))
-            streaming.add(log_w)
+                if sums_float32 is not None:
+                    sums_float32.add(scorer.log_weights(x, n, noise, images, start))
+            sums.add(log_w)
             if with_jackknife:
                 kept.append(log_w.to(torch.float64))
-        extra = {"exact": model.generative.exact_log_px(x), "jackknife": jackknife(torch.cat(kept)) if kept else None}
+        found = {"ess": sums.ess(), "khat": sums.khat(), "top_weight": sums.top_weight()}
+        exact = model.generative.exact_log_px(x)
+        if exact is not None:
+            found["exact"] = exact
+        if with_jackknife:
+            found["jackknife"] = jackknife(torch.cat(kept))
         if bf16:
-            extra["float32"] = torch.full((len(images),), math.nan) if compared is None else compared.log_px()
-        return (
-            {m: bound.cpu().numpy() for m, bound in streaming.bounds().items()},
-            [v.cpu().numpy() for v in (streaming.ess(), streaming.khat(), streaming.top_weight())],
-            {name: v.to(torch.float64).cpu().numpy() for name, v in extra.items() if v is not None},
-        )
+            not_computed = torch.full((len(images),), math.nan)
+            found["float32"] = not_computed if sums_float32 is None else sums_float32.log_px()
+        return {m: bound.cpu() for m, bound in sums.bounds().items()}, {name: v.cpu() for name, v in found.items()}
 
-    results = map_batches(score, len(split.x), batch=batch, workers=workers, on_progress=on_progress)
-    bounds = {m: np.concatenate([b[m] for b, _, _ in results]) for m in results[0][0]}
-    ess, khat, top_weight = (np.concatenate([d[i] for _, d, _ in results]) for i in range(3))
-    extra = {name: np.concatenate([e[name] for _, _, e in results]) for name in results[0][2]}
-    names = ("exact", "jackknife", "float32")
-    return Likelihood(k, bounds[k], bounds, ess, khat, top_weight, *(extra.get(name) for name in names))
+    results = map_batches(score, len(split.x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
+    bounds = {m: _joined([bounds[m] for bounds, _ in results]) for m in results[0][0]}
+    values = {name: _joined([found[name] for _, found in results]) for name in results[0][1]}
+    return Likelihood(k, bounds[k], bounds, **values)
+
+
+def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " n"]:
+    return torch.cat(parts).to(torch.float64).numpy()
 
 
 def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The numbers of one split for ``result.json``, and why any of them is missing.
+    """Return the numbers of one split for ``result.json``, and why any of them is missing.
 
     - ``nll`` = -mean L_k, nats. ``bits_per_dim`` = nll / (pixels ln 2).
     - ``stderr_images`` = sd / sqrt(n): another test set; already contains the Monte Carlo noise.
     - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
       ESS < 30 or k-hat > 0.5.
-    - ``khat_share_above_0.7`` is a share of all images; one whose k-hat is not defined counts as not above.
     - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
-    - ``stderr_mc`` and ``bias_mc`` are not known where k = 1.
-
-    ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), where it was asked for (Nowozin 2018): less biased, and no bound.
-
-    ``bf16_shift`` = NLL_k in bfloat16 - NLL_k in float32, nats, of the ``bf16_shift_images`` that both were computed
-    for, with its standard error over them.
+    - ``stderr_mc`` and ``bias_mc`` are not known for k = 1.
+    - ``khat_share_above_0.7`` is a share of all images; one whose k-hat is not defined counts as not above.
+    - ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), on request (Nowozin 2018): less biased, and no bound.
+    - ``bf16_shift`` = NLL_k in bfloat16 - NLL_k in float32, nats, on the ``bf16_shift_images`` that have both, with
+      its standard error over them.
 
     Returns:
         (numbers, reasons): plain floats, ints and None; ``reasons`` has an entry for every None.
     """
-    n = len(likelihood.log_px)
+    k, n, log_px, ess = likelihood.k, len(likelihood.log_px), likelihood.log_px, likelihood.ess
     reasons: dict[str, str] = {}
+    broken = _not_finite(k, log_px)
 
-    def number(name: str, value: float, reason: str) -> float | None:
-        if math.isfinite(value):
-            return float(value)
-        reasons[name] = reason
-        return None
+    def number(key: str, value: float, reason: str = "") -> float | None:
+        return finite(value, key, reasons, broken or reason)
 
-    not_finite = _not_finite(likelihood.k, likelihood.log_px)
-    v = np.maximum(0.0, 1 / likelihood.ess - 1 / likelihood.k)
-    # One weight is always all of the weight: it would say that there is no error.
-    alone = "one sample says nothing of its own error; use evaluation.k=2 or more" if likelihood.k == 1 else ""
-    with np.errstate(invalid="ignore"):
-        nll = -likelihood.log_px.mean()
-        spread = likelihood.log_px.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    v = np.maximum(0.0, 1 / ess - 1 / k)
+    # One sample always has all of the weight: without this rule it would claim to have no error.
+    one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
     khat = likelihood.khat[~np.isnan(likelihood.khat)]
-    summary: dict[str, Any] = {
-        "nll": number("nll", nll, not_finite),
-        "k": likelihood.k,
-        "n": n,
-        "stderr_images": number("stderr_images", spread, not_finite or "one image has no standard error"),
-        "stderr_mc": number("stderr_mc", math.nan if alone else math.sqrt(v.sum()) / n, not_finite or alone),
-        "bias_mc": number("bias_mc", math.nan if alone else -v.mean() / 2, not_finite or alone),
-        "bounds": {
-            str(m): number(f"bounds.{m}", bound.mean(), not_finite or _not_finite(m, bound))
-            for m, bound in likelihood.bounds.items()
-        },
-        "ess_median": number("ess_median", float(np.median(likelihood.ess)), not_finite),
-        "ess_min": number("ess_min", likelihood.ess.min(), not_finite),
-        "ess_share_below_10": number(
-            "ess_share_below_10", (likelihood.ess < 10).mean() if not not_finite else math.nan, not_finite
-        ),
-        "khat_share_above_0.7": number(
-            "khat_share_above_0.7",
-            (khat > 0.7).sum() / n if len(khat) else math.nan,
-            not_finite or _no_khat(likelihood.k),
-        ),
-        "top_weight_share_above_0.5": number(
-            "top_weight_share_above_0.5",
-            (likelihood.top_weight > 0.5).mean() if not not_finite else math.nan,
-            not_finite,
-        ),
-        "bits_per_dim": number("bits_per_dim", nll / (pixels * math.log(2)), not_finite),
-    }
-    if likelihood.exact is not None:
-        summary["exact_nll"] = number(
-            "exact_nll", -likelihood.exact.mean(), "the exact log p(x) of the model is not finite"
-        )
-    if likelihood.jackknife is not None:
-        summary["nll_jackknife"] = number(
-            "nll_jackknife",
-            -likelihood.jackknife.mean(),
-            not_finite or "for some image one weight outweighs all others, and leaving it out leaves nothing",
-        )
-    if likelihood.float32 is not None:
-        both = ~np.isnan(likelihood.float32)
-        why = not_finite or "L_k is not finite in float32 for some image"
-        with np.errstate(invalid="ignore"):
-            shift = likelihood.float32[both] - likelihood.log_px[both]
-            error = shift.std(ddof=1) / math.sqrt(len(shift)) if len(shift) > 1 else math.nan
-        summary |= {
-            "bf16_shift": number("bf16_shift", shift.mean() if len(shift) else math.nan, why),
-            "bf16_shift_stderr": number(
-                "bf16_shift_stderr", error, why if n > 1 else "one image has no standard error"
+    with np.errstate(invalid="ignore"):
+        nll = -log_px.mean()
+        numbers: dict[str, Any] = {
+            "nll": number("nll", nll),
+            "k": k,
+            "n": n,
+            "stderr_images": number("stderr_images", _standard_error(log_px), "one image has no standard error"),
+            "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n if k > 1 else math.nan, one_sample),
+            "bias_mc": number("bias_mc", -v.mean() / 2 if k > 1 else math.nan, one_sample),
+            "bounds": {
+                str(m): number(f"bounds.{m}", bound.mean(), _not_finite(m, bound))
+                for m, bound in likelihood.bounds.items()
+            },
+            "ess_median": number("ess_median", float(np.median(ess))),
+            "ess_min": number("ess_min", ess.min()),
+            "ess_share_below_10": number("ess_share_below_10", math.nan if broken else (ess < 10).mean()),
+            "khat_share_above_0.7": number(
+                "khat_share_above_0.7", (khat > 0.7).sum() / n if len(khat) else math.nan, _no_khat(k)
             ),
-            "bf16_shift_images": len(shift),
+            "top_weight_share_above_0.5": number(
+                "top_weight_share_above_0.5", math.nan if broken else (likelihood.top_weight > 0.5).mean()
+            ),
+            "bits_per_dim": number("bits_per_dim", nll / (pixels * math.log(2))),
         }
-    return summary, reasons
+        if likelihood.exact is not None:
+            reason = "the exact log p(x) of the model is not finite"
+            numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
+        if likelihood.jackknife is not None:
+            reason = "in some image one weight is larger than all others together, and L_k-1 without it has no value"
+            numbers["nll_jackknife"] = number("nll_jackknife", -likelihood.jackknife.mean(), reason)
+        if likelihood.float32 is not None:
+            both = ~np.isnan(likelihood.float32)
+            shift = likelihood.float32[both] - log_px[both]
+            reason = "L_k is not finite in float32 for some image"
+            numbers["bf16_shift"] = number("bf16_shift", shift.mean() if len(shift) else math.nan, reason)
+            reason = reason if n > 1 else "one image has no standard error"
+            numbers["bf16_shift_stderr"] = number("bf16_shift_stderr", _standard_error(shift), reason)
+            numbers["bf16_shift_images"] = len(shift)
+    return numbers, reasons
+
+
+def _standard_error(values: Float64[np.ndarray, " n"]) -> float:
+    """Return sd / sqrt(n); NaN for fewer than two values."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _no_khat(k: int) -> str:
-    """Why it is not defined for any image, in words."""
+    """Return why k-hat is not defined for any image."""
     if tail_size(k) < SMALLEST_TAIL:
         return (
             f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
@@ -259,7 +303,7 @@ def _no_khat(k: int) -> str:
 
 
 def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:
-    """Which images have an L_m that is not finite, in words; empty if none has."""
+    """Return which images have an L_m that is not finite; empty if none has."""
     at = np.flatnonzero(~np.isfinite(bound))
     if not len(at):
         return ""

@@ -1,27 +1,29 @@
-"""What is evaluated, with how many samples, and on which random numbers."""
+"""The settings of a final evaluation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 MAX_K = 100_000_000
-"""Samples of one image; they take hours."""
+"""Samples of one image, which take hours."""
 MAX_ROWS = 10_000_000
 """Values of one layer of 200 units for so many rows are 8 GB."""
 MAX_WORKERS = 1024
-"""Threads; more than any machine has cores for."""
+"""Threads; no machine has so many cores."""
 
 
+@dataclass
 class Evaluation:
     """The settings of a final evaluation. This is what a yaml of ``conf/evaluation`` names.
 
     Args:
         k: samples per image of the final estimate -L_k (5000 in the paper).
-        splits: which of train, validation and test are scored at the end.
+        splits: which of train, validation and test are evaluated.
         weights: the weights of the last step (as in the paper) or the best ones by the validation bound.
         seed: seed of the evaluation noise; not the training seed, and the same for every run that is compared.
         binarization_seed: seed of the one binarization of every evaluated split.
-        rows: bound on images x samples computed at once by one worker, and so on the memory used, whatever k is.
+        rows: bound on images x samples computed at once by one worker, and so on the memory, for any k.
         workers: threads that share the images; null is one per available core.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
         precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with
@@ -29,53 +31,36 @@ class Evaluation:
             them; the shift of NLL_k is measured on some images and reported.
 
     Raises:
-        ValueError: a number out of range, an unknown or repeated split.
+        ValueError: a number out of range, no split or a repeated one.
     """
 
-    def __init__(
-        self,
-        k: int,
-        splits: list[Literal["train", "validation", "test"]],
-        weights: Literal["last", "best"],
-        seed: int,
-        binarization_seed: int,
-        rows: int,
-        workers: int | None,
-        jackknife: bool = False,
-        precision: Literal["float32", "bf16"] = "float32",
-    ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be >= 1, got {k}")
-        at_most = {"k": (k, MAX_K), "rows": (rows, MAX_ROWS), "workers": (workers or 1, MAX_WORKERS)}
+    k: int
+    splits: list[Literal["train", "validation", "test"]]
+    weights: Literal["last", "best"]
+    seed: int
+    binarization_seed: int
+    rows: int
+    workers: int | None
+    jackknife: bool = False
+    precision: Literal["float32", "bf16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be >= 1, got {self.k}")
+        at_most = {"k": (self.k, MAX_K), "rows": (self.rows, MAX_ROWS), "workers": (self.workers or 1, MAX_WORKERS)}
         for name, (value, most) in at_most.items():
             if value > most:
                 raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
-        for name, value in {"seed": seed, "binarization_seed": binarization_seed}.items():
+        for name, value in {"seed": self.seed, "binarization_seed": self.binarization_seed}.items():
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
-        if rows < 64:
-            raise ValueError(f"rows must be >= 64 (one block of samples), got {rows}")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be >= 1 or null, got {workers}")
-        if not splits:
+        if self.rows < 64:
+            raise ValueError(f"rows must be >= 64 (one block of samples), got {self.rows}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be >= 1 or null, got {self.workers}")
+        if not self.splits:
             raise ValueError("splits must name at least one of train, validation, test, got []")
-        for name in splits:
-            if name not in ("train", "validation", "test"):
-                raise ValueError(f"splits must be among train, validation, test, got {name!r}")
-        if len(set(splits)) < len(splits):
-            raise ValueError(f"splits must not repeat, got {splits}")
-        if weights not in ("last", "best"):
-            raise ValueError(f"weights must be last or best, got {weights!r}")
-        if jackknife and k < 2:
-            raise ValueError(f"jackknife needs k >= 2, got k={k}")
-        if precision not in ("float32", "bf16"):
-            raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
-        self.k = k
-        self.splits = splits
-        self.weights = weights
-        self.seed = seed
-        self.binarization_seed = binarization_seed
-        self.rows = rows
-        self.workers = workers
-        self.jackknife = jackknife
-        self.precision = precision
+        if len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"splits must not repeat, got {self.splits}")
+        if self.jackknife and self.k < 2:
+            raise ValueError(f"jackknife needs k >= 2, got k={self.k}")

@@ -1,4 +1,4 @@
-"""Work over batches of images, shared by threads and processes, gathered in the order of the images."""
+"""Map a function over batches of images by threads and processes; results in the order of the images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,19 @@ def processes() -> int:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads(asked: int | None, device: torch.device) -> int:
+    """Return the number of worker threads: as asked for, or one per core on a CPU and one on another device."""
+    if asked is not None:
+        return asked
+    return available_cores() if device.type == "cpu" else 1
+
+
 def _start_worker() -> None:
-    # Both are per thread. One intra-op thread each: products this small lose by being split.
+    # Both are per thread. One intra-op thread each: matrix products this small are slower on several.
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
@@ -46,23 +53,23 @@ def map_batches(
     workers: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[T]:
-    """``work(indices)`` for consecutive batches of ``n`` images; results in the order of the batches.
+    """Return ``work(indices)`` for consecutive batches of ``n`` images, in the order of the batches.
 
-    Every batch is computed whole by one worker with one intra-op thread, so that the results do not depend on
-    the number of workers.
+    Every batch is computed by one worker with one intra-op thread, so that the results do not depend on the number of
+    workers.
 
     Args:
         work: takes the image indices of one batch; called without gradients.
         n: number of images.
         batch: images per call.
         workers: threads.
-        on_progress: called in the calling thread with the number of images done; may raise to stop.
+        on_progress: called in the calling thread with the number of finished images; may raise to stop.
     """
 
     batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
 
     def serial(work: Callable[[Sequence[int]], Any], mine: list[range], workers: int) -> list[Any]:
-        # With others at work beside this process, as far as all are is as far as this one is.
+        # The other ranks are assumed to be as far as this one.
         images = batch * len(batches) / max(1, len(mine))
         return map_here(work, mine, workers, on_progress and (lambda done: on_progress(min(n, int(images * done)))))
 
@@ -75,7 +82,7 @@ def map_here(
     workers: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[T]:
-    """``map_batches`` by the threads of this process alone; ``on_progress`` gets the number of batches done."""
+    """``map_batches`` by the threads of this process alone; ``on_progress`` gets the number of finished batches."""
 
     def run(indices: Sequence[int]) -> T:
         with torch.inference_mode():

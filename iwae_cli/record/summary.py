@@ -1,4 +1,4 @@
-"""The table that a finished command prints, and the warnings that go with an estimate."""
+"""The table of a ``result.json``, printed from the file alone, and the warnings that belong to an estimate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,88 @@ from rich.console import Console
 from rich.text import Text
 
 SPLITS = ("test", "validation", "train")
+COLUMNS = (*SPLITS, "inference", "generative")
+"""Parts of a key that become a column: rows with one label and different columns are printed side by side."""
+
+Row = tuple[str, str, str]
+"""(label, dotted key in ``result.json``, format); a list of them is ``result["rows"]``."""
+
+SPLIT_ROWS: Sequence[Row] = (
+    ("NLL_{k}, nats", "nll", "{:.2f}"),
+    ("NLL_AIS, nats", "nll_ais", "{:.2f}"),
+    ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
+    ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
+    ("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
+    ("  products of bfloat16: bf16_shift", "bf16_shift", "{:+.4f}"),
+    ("    measured on some images", "bf16_shift_stderr", "± {:.4f}"),
+    ("exact NLL, nats", "exact_nll", "{:.2f}"),
+    ("jackknife of NLL_{k}, nats", "nll_jackknife", "{:.2f}"),
+    ("bound L_{level}, nats", "bounds", "{:.2f}"),
+    ("mean log p(x), {level} temperatures", "by_temperatures", "{:.2f}"),
+    ("bits per dimension", "bits_per_dim", "{:.4f}"),
+    ("images", "n", "{:,}"),
+    ("effective sample size, median", "ess_median", "{:,.1f}"),
+    ("effective sample size, least", "ess_min", "{:,.1f}"),
+    ("  images below 10", "ess_share_below_10", "{:.1%}"),
+    ("images with k-hat above 0.7", "khat_share_above_0.7", "{:.1%}"),
+    ("images with a top weight above 0.5", "top_weight_share_above_0.5", "{:.1%}"),
+    ("acceptance", "acceptance", "{:.2f}"),
+)
+"""Labels and formats of all numbers that estimators of log p(x) report for each split."""
+
+
+def split_rows(numbers: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of an estimator of log p(x): those of ``SPLIT_ROWS`` whose numbers a split holds.
+
+    A number for each level, such as ``bounds``, gives a row for each level.
+
+    Args:
+        numbers: ``{"test": {"nll": ..., "k": ..., "bounds": {"1": ..., "50": ...}}}``; other keys are ignored.
+    """
+    rows = []
+    for label, key, form in SPLIT_ROWS:
+        for split in SPLITS:
+            held = numbers.get(split) or {}
+            if key not in held:
+                continue
+            levels = list(held[key]) if isinstance(held[key], Mapping) else [""]
+            for level in levels:
+                named = label.format(k=held.get("k"), level=level)
+                rows.append((named, f"{split}.{key}.{level}".rstrip("."), form))
+    return rows
+
+
+def number_at(numbers: Mapping[str, Any], key: str) -> Any:
+    """Return the number at a dotted key, None if there is none; names may contain dots, as ``khat_share_above_0.7``."""
+    if key in numbers:
+        return numbers[key]
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        inner = numbers.get(".".join(parts[:n]))
+        if isinstance(inner, Mapping):
+            return number_at(inner, ".".join(parts[n:]))
+    return None
+
+
+def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the headings of the columns of numbers, and for every label its formatted numbers.
+
+    Args:
+        result: the content of ``result.json``, of any estimator; before 0.3 it has no ``rows``.
+    """
+    rows = result.get("rows") or split_rows(result)
+    parts = [next((part for part in key.split(".") if part in COLUMNS), "") for _, key, _ in rows]
+    columns = [name for name in COLUMNS if name in parts] or [""]
+    lines: dict[str, list[str]] = {}
+    for (label, key, form), part in zip(rows, parts, strict=True):
+        value = number_at(result, key)
+        cells = lines.setdefault(label, [""] * len(columns))
+        cells[columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
+    return columns, lines
 
 
 def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
-    """Where one split of a result is not to be trusted, and in which direction it errs; in words, with numbers.
+    """Return sentences that say where L_k of one split is not reliable, and in which direction it errs.
 
     The limits are in nats of bias and in shares of images, not in k-hat: good models have many images with a high
     k-hat and hardly any bias.
@@ -44,119 +122,50 @@ def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
 def result_table(
     result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None, since: str | None = None
 ) -> None:
-    """Print what ``result.json`` holds, in short, to standard output.
+    """Print a ``result.json`` in short to standard output: its rows, warnings, notes and reasons for missing numbers.
 
     Args:
-        result: as in ``result.json``; where a value is None, ``result["reasons"]`` may say why, under
-            ``"<split>.<name>"`` or ``"<name>"``.
-        folder: the run folder.
-        sync: the command line that uploads to W&B.
+        result: the content of ``result.json``, of any estimator.
+        folder: where it lies.
+        sync: the command that uploads the run to W&B.
         since: when the training ended, if that was before this command.
     """
     out = Console(highlight=False, markup=False)
-    splits = {name: result[name] for name in SPLITS if result.get(name)}
+    columns, lines = table_of(result)
     sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     sheet.add_column("", no_wrap=True)
-    for name in splits:
-        sheet.add_column(name, justify="right")
-
-    def add(label: str, values: list[float | None], form: str, style: str = "") -> None:
-        sheet.add_row(Text(label), *(Text(_number(value, form)) for value in values), style=style)
-
-    def row(label: str, key: str, form: str = "{:.2f}", style: str = "") -> None:
-        if any(key in split for split in splits.values()):
-            add(label, [split.get(key) for split in splits.values()], form, style)
-
-    k = next(iter(splits.values()))["k"] if splits else None
-    row(f"NLL_{k}, nats", "nll", style="bold")
-    row("  another test set: stderr_images", "stderr_images", "± {:.2f}")
-    row("  other noise: stderr_mc", "stderr_mc", "± {:.4f}")
-    row("  Jensen's bias of L_k: bias_mc", "bias_mc", "{:+.4f}")
-    row("  products of bfloat16: bf16_shift", "bf16_shift", "{:+.4f}")
-    row("    measured on some images", "bf16_shift_stderr", "± {:.4f}")
-    row("exact NLL, nats", "exact_nll")
-    row(f"jackknife of NLL_{k}, nats", "nll_jackknife")
-    levels = dict.fromkeys(level for split in splits.values() for level in split["bounds"])
-    for level in levels:
-        add(f"bound L_{level}, nats", [split["bounds"].get(level) for split in splits.values()], "{:.2f}")
-    row("bits per dimension", "bits_per_dim", "{:.4f}")
-    row("images", "n", "{:,}")
-    row("effective sample size, median", "ess_median", "{:,.1f}")
-    row("effective sample size, least", "ess_min", "{:,.1f}")
-    row("  images below 10", "ess_share_below_10", "{:.1%}")
-    row("images with k-hat above 0.7", "khat_share_above_0.7", "{:.1%}")
-    row("images with a top weight above 0.5", "top_weight_share_above_0.5", "{:.1%}")
-
+    for heading in columns:
+        sheet.add_column(heading, justify="right", no_wrap=True)
+    for number, (label, cells) in enumerate(lines.items()):
+        sheet.add_row(Text(label), *map(Text, cells), style="" if number else "bold")
     out.print()
     out.print(str(result["identity"]), style="bold", soft_wrap=True)
     if since is not None:
         out.print(f"trained already, finished at {since}: nothing was trained now, this is its result", soft_wrap=True)
     out.print(sheet)
-    for warning in (text for name, split in splits.items() for text in reliability_warnings(name, split)):
-        _say(out, f"warning: {warning}", "yellow")
-    for path, reason in _missing(result):
-        _say(out, f"{path} not available: {reason}")
-    _facts(out, result, folder, sync)
-
-
-def estimates_table(
-    result: Mapping[str, Any], rows: Sequence[Sequence[str]], notes: Sequence[str], *, folder: str | Path
-) -> None:
-    """Print what another estimator than L_k found, to standard output.
-
-    Args:
-        result: as in the ``result.json`` of the evaluation.
-        rows: headings, then what stands below them.
-        notes: one line each.
-        folder: of the evaluation.
-    """
-    out = Console(highlight=False, markup=False)
-    sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column, heading in enumerate(rows[0]):
-        sheet.add_column(heading, justify="right" if column else "left", no_wrap=True)
-    for row in rows[1:]:
-        sheet.add_row(*map(Text, row))
+    for name in SPLITS:
+        split = result.get(name) or {}
+        for warning in reliability_warnings(name, split) if "k" in split else ():
+            _print_sentence(out, f"warning: {warning}", "yellow")
+    for note in result.get("notes", ()):
+        _print_sentence(out, note)
+    for key, reason in (result.get("reasons") or {}).items():
+        _print_sentence(out, f"{key} not available: {reason}")
     out.print()
-    out.print(str(result["identity"]), style="bold", soft_wrap=True)
-    out.print(sheet)
-    for note in notes:
-        _say(out, note)
-    for path, reason in (result.get("reasons") or {}).items():
-        _say(out, f"{path} not available: {reason}")
-    _facts(out, result, folder)
-
-
-def _say(out: Console, sentence: str, style: str = "") -> None:
-    """A whole sentence: at a terminal broken between words, in a file one line."""
-    out.print(Text(sentence, style=style), soft_wrap=not out.is_terminal)
-
-
-def _facts(out: Console, result: Mapping[str, Any], folder: str | Path, sync: str | None = None) -> None:
-    out.print()
-    facts = [("data", result.get("dataset", {}).get("protocol"))]
-    if result.get("active_units") is not None:
-        facts.append(("active units", " + ".join(map(str, result["active_units"]))))
-    seconds = result.get("seconds") or {}
-    facts.append(("seconds", ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None)))
-    facts += [("folder", str(folder)), ("upload", sync)]
-    for label, fact in facts:
+    units, seconds = result.get("active_units"), result.get("seconds") or {}
+    facts = {
+        "data": result.get("dataset", {}).get("protocol"),
+        "active units": None if units is None else " + ".join(map(str, units)),
+        "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None),
+        "folder": folder,
+        "upload": sync,
+    }
+    for label, fact in facts.items():
         if fact:
-            # One line each whatever the width, so that a path or a command can be copied.
+            # On one line even in a narrow terminal, so that a path or a command can be copied.
             out.print(f"{label:<14}{fact}", soft_wrap=True)
 
 
-def _missing(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is None, and why, where ``result["reasons"]`` says so."""
-    reasons = result.get("reasons") or {}
-    keys = [("", key) for key in result] + [(f"{name}.", key) for name in SPLITS for key in result.get(name) or {}]
-    missing = []
-    for prefix, key in keys:
-        value = result[prefix[:-1]][key] if prefix else result[key]
-        reason = reasons.get(f"{prefix}{key}") or reasons.get(key)
-        if value is None and reason:
-            missing.append((f"{prefix}{key}", str(reason)))
-    return missing
-
-
-def _number(value: float | None, form: str) -> str:
-    return "\N{EN DASH}" if value is None else form.format(value)
+def _print_sentence(out: Console, sentence: str, style: str = "") -> None:
+    # At a terminal it is broken between words; in a file it is one line.
+    out.print(Text(sentence, style=style), soft_wrap=not out.is_terminal)

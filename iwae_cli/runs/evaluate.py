@@ -1,4 +1,4 @@
-"""The evaluation of a run: from weights to the content of ``result.json``."""
+"""Evaluate a run: from its weights to ``result.json`` and the per-image arrays; and load its model."""
 
 from __future__ import annotations
 
@@ -22,91 +22,79 @@ from iwae_cli.core.device import Device, oom_as_run_failed
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
 from iwae_cli.core.noise import generator
-from iwae_cli.core.progress import Progress
-from iwae_cli.data.base import Data
-from iwae_cli.evaluation.active_units import active_units
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.fused import check_bf16
-from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
-from iwae_cli.evaluation.settings import Evaluation
+from iwae_cli.evaluation.likelihood import LogLikelihood
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision
 from iwae_cli.training import checkpoint
-from iwae_cli.training.checkpoint import State, first_fault, load_best
-
-ACTIVE_UNITS_DRAWS = 500
-AUTHORS_IMAGES = 500
+from iwae_cli.training.checkpoint import State
 
 
 @oom_as_run_failed()
 def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the checkpoint of a run once more, and keep the result in its ``evaluations/``; print it.
+    """Evaluate the checkpoint of a run, keep the result in its ``evaluations/``, print it and return it.
 
     Args:
-        folder: the run folder; nothing else in it is touched.
-        config: the run's configuration, with ``evaluation``, ``device``, ``data.data_dir`` as asked for now; with an
-            ``estimator`` if it is not L_k that is asked for, which may hold an ``objective``.
-
-    Returns:
-        As ``result.json``.
+        folder: the run folder; nothing else in it is changed.
+        config: the configuration of the run, with ``evaluation``, ``device`` and ``data.data_dir`` as asked for now;
+            with an ``estimator`` unless L_k is asked for. An estimator with the key ``objective`` holds that node.
 
     Raises:
-        UserError: no run folder, no checkpoint, a checkpoint of another model, data that is not there, or a folder
-            that cannot be written to.
+        UserError: no run folder, no checkpoint, a checkpoint of another model, missing data, or a folder that cannot
+            be written to.
         Interrupted: by a signal.
     """
     run = RunFolder(folder)
     objects = construct(config, ("data", "model", "evaluation", "device"))
-    asked = _estimator(config, objects["model"]) if "estimator" in config else None
-    device: Device = objects["device"]
-    if device.resolve().type == "mps" and asked is not None:
-        raise UserError("estimator=... sums in float64, which mps has not: write device=cpu")
-    if asked is None:
-        check_bf16(objects["evaluation"], objects["model"], device)
-    elif objects["evaluation"].precision != "float32":
-        raise UserError("estimator=... has no evaluation.precision=bf16: write evaluation.precision=float32")
+    evaluation, device = objects["evaluation"], objects["device"]
+    if "estimator" in config:
+        if device.resolve().type == "mps":
+            raise UserError("estimator=... sums in float64, which mps does not have: write device=cpu")
+        if evaluation.precision != "float32":
+            raise UserError("estimator=... has no evaluation.precision=bf16: write evaluation.precision=float32")
+        estimator = build({k: v for k, v in config["estimator"].items() if k != "objective"}, Estimator, "estimator")
+    else:
+        check_bf16(evaluation, objects["model"], device)
+        estimator = LogLikelihood()
+    objective = _objective(config, objects["model"])
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
     data = objects["data"].load()
     checkpoint.require_data(state, data)
-    evaluation: Evaluation = objects["evaluation"]
+    subject = EstimatorInput(model, data, evaluation, **objective)
     with as_user_error(run.path, "an evaluation is kept there, so mend that first"), signals.caught() as caught:
-        if asked is None:
-            result = evaluate(run, model, data, evaluation, device, config, state, caught.check)
-        else:
-            estimator, objective = asked
-            subject = EstimatorInput(model, data, evaluation, objective)
-            result = estimate(run, estimator, subject, device, config, state, caught.check)
-    kept = shown(run.evaluation(result["evaluation"]["name"]))
-    if asked is None:
-        summary.result_table(result, folder=kept)
-    else:
-        summary.estimates_table(result, estimator.table(result), estimator.notes(result), folder=kept)
+        result = evaluate(run, subject, device, config, state, caught.check, estimator)
+    summary.result_table(result, folder=shown(run.evaluation(result["evaluation"]["name"])))
     return result
 
 
-def _estimator(config: dict[str, Any], model: Architecture) -> tuple[Estimator, Callable[[int], Objective]]:
-    """What another estimate than L_k needs: the estimator, and the objective that it asks about, with any k."""
-    node = {key: value for key, value in config["estimator"].items() if key != "objective"}
-    asked = config["estimator"].get("objective", config["objective"])
+def _objective(config: Mapping[str, Any], model: Architecture) -> dict[str, Callable[[int], Objective]]:
+    """Return ``EstimatorInput.objective`` by its name if the estimator has the key ``objective``, else nothing.
+
+    Raises:
+        UserError: an objective that does not fit the model.
+    """
+    node = config.get("estimator", {}).get("objective")
+    if node is None:
+        return {}
 
     def objective(k: int) -> Objective:
-        made: Objective = build({**asked, "k": k}, Objective, "objective")
+        made: Objective = build({**node, "k": k}, Objective, "objective")
         return made
 
-    if "objective" in config["estimator"]:
-        refusal = build(asked, Objective, "objective").check(model)
-        if refusal is not None:
-            raise UserError(refusal)
-    return build(node, Estimator, "estimator"), objective
+    refusal = build(node, Objective, "objective").check(model)
+    if refusal is not None:
+        raise UserError(refusal)
+    return {"objective": objective}
 
 
 def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
-    """The model of a run with its last weights, on the CPU and in evaluation mode, and the run's configuration.
+    """Return the model of a run with its last weights, on the CPU and in evaluation mode, and its configuration.
 
     Raises:
         UserError: no run folder, no checkpoint, or a checkpoint of another model.
@@ -115,188 +103,116 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
     config = run.config()
     state = checkpoint.load(run.checkpoint)
     model = _build(construct(config, ("model",))["model"], state)
-    try:
-        model.load_state_dict(state.model)
-    except RuntimeError as error:
-        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {checkpoint.first_fault(error)}") from None
-    return model.eval(), config
+    _put(state.model, model, run)
+    return model, config
 
 
-def _build(architecture: Architecture, state: checkpoint.State) -> LatentVariableModel:
-    """The networks, for weights that are put in next: neither the mean nor the initial weights matter."""
+def _build(architecture: Architecture, state: State) -> LatentVariableModel:
+    """Return the networks, whose initial weights do not matter: those of a checkpoint replace them."""
     pixels = torch.Size(state.image_shape).numel()
-    mean = torch.full((pixels,), 0.5).double().numpy()
-    model = architecture.build(state.image_shape, mean, generator("cpu", 0), state.levels)
+    model = architecture.build(state.image_shape, np.full(pixels, 0.5), generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.
     return model.to(next(iter(state.model.values())).dtype)
 
 
+def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, run: RunFolder) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fault = checkpoint.first_fault(error)
+        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {fault}") from None
+    model.eval()
+
+
 def evaluate(
-    folder: RunFolder,
-    model: LatentVariableModel,
-    data: Data,
-    evaluation: Evaluation,
-    device: Device,
-    config: Mapping[str, Any],
-    state: State,
-    check: Callable[[], None],
-) -> dict[str, Any]:
-    """Evaluate a checkpoint and keep the result in ``evaluations/<name>/``, or read it there if it was done before.
-
-    Args:
-        folder: of the run.
-        model: built for ``state``, on its device; its weights are replaced by those asked for.
-        data: what the run was trained on.
-        evaluation, device: the protocol, and what computes it.
-        config: the resolved configuration, its ``evaluation`` and ``device`` as they are asked for now.
-        state: the checkpoint.
-        check: called often, by every worker; may raise to stop.
-
-    Raises:
-        UserError: ``evaluation.weights=best`` and there are none, or weights of another model.
-        OSError: the folder cannot be written to.
-    """
-    place = folder.evaluation(evaluation_name(config))
-    step, weights = _weights(folder, evaluation, state)
-    kept = _kept(place, step, state)
-    if kept is not None and _holds(place / "log_likelihood.npz", _names(evaluation.splits)):
-        return kept
-    _put(weights, model, folder)
-    _make(place)
-    started = time.monotonic()
-    splits: dict[str, Any] = {}
-    likelihoods: dict[str, Likelihood] = {}
-    hashes: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for split_name in evaluation.splits:
-        split = data.evaluation_split(split_name, evaluation.binarization_seed)
-        with Progress(f"evaluating {split_name}", total=len(split.x), unit="image") as progress:
-            likelihoods[split_name] = log_likelihood(
-                model,
-                split,
-                k=evaluation.k,
-                seed=evaluation.seed,
-                rows=evaluation.rows,
-                workers=evaluation.workers,
-                with_jackknife=evaluation.jackknife,
-                bf16=evaluation.precision == "bf16",
-                check=check,
-                on_progress=progress.update,
-            )
-        hashes[split_name] = split.sha256
-        splits[split_name], missing = summarize(likelihoods[split_name], split.x.shape[1])
-        reasons |= {f"{split_name}.{key}": reason for key, reason in missing.items()}
-    units = _active_units(model, data, evaluation, check)
-    reasons |= {key: "active units are not defined for discrete layers" for key in units if units[key] is None}
-    result = {
-        **_facts(model, data, evaluation, device, config, state, step, hashes),
-        **splits,
-        **units,
-        "reasons": reasons,
-        "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
-    }
-    _save_arrays(place / "log_likelihood.npz", likelihoods)
-    write_json(place / "result.json", result)
-    return result
-
-
-def estimate(
-    folder: RunFolder,
-    estimator: Estimator,
+    run: RunFolder,
     subject: EstimatorInput,
     device: Device,
     config: Mapping[str, Any],
     state: State,
     check: Callable[[], None],
+    estimator: Estimator | None = None,
 ) -> dict[str, Any]:
-    """What an ``estimator`` finds of a checkpoint, kept and read again as by ``evaluate``.
+    """Estimate from a checkpoint and keep the result in ``evaluations/<name>/``; read it there if it was done before.
 
     Args:
-        folder: of the run.
-        estimator: what was asked for.
-        subject: its model is built for ``state``; the weights are replaced by those asked for.
-        device, config, state, check: as for ``evaluate``; ``config`` has an ``estimator`` too.
+        run: the folder of the run.
+        subject: its model was built for ``state`` and is on its device; its weights are replaced by those asked for.
+        device: what computes.
+        config: the resolved configuration, its ``evaluation``, ``device`` and ``estimator`` as asked for now.
+        state: the checkpoint.
+        check: called often, by every worker; may raise to stop.
+        estimator: what ``config`` names; None is L_k.
+
+    Returns:
+        The content of ``result.json``.
 
     Raises:
-        UserError: as ``evaluate``, or the estimator cannot look at such a model.
-        OSError: as ``evaluate``.
+        UserError: ``evaluation.weights=best`` without such weights, weights of another model, or a model that the
+            estimator is not for.
+        OSError: the folder cannot be written to.
     """
-    place = folder.evaluation(evaluation_name(config))
-    step, weights = _weights(folder, subject.evaluation, state)
-    kept = _kept(place, step, state)
-    if kept is not None and _holds(place / "estimates.npz", kept.get("arrays", ())):
+    estimator = estimator or LogLikelihood()
+    place = run.evaluation(evaluation_name(config))
+    best = subject.evaluation.weights == "best"
+    step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
+    kept = _kept(place / "result.json", step, state)
+    if kept is not None and _holds(place / estimator.file, kept.get("arrays")):
         return kept
-    _put(weights, subject.model, folder)
-    _make(place)
+    _put(weights, subject.model, run)
+    # Before the work, so that a disk that takes nothing is noticed now.
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir(exist_ok=True)
     started = time.monotonic()
     found = estimator.estimate(subject, check)
-    facts = _facts(subject.model, subject.data, subject.evaluation, device, config, state, step, found.hashes)
-    del facts["evaluation"]["k"]
     result = {
-        **facts,
-        "estimator": _described(config["estimator"], estimator_name(config)),
+        **_facts(subject, device, config, state, step),
         **found.numbers,
+        "rows": [list(row) for row in found.rows],
+        "notes": list(found.notes),
         "arrays": sorted(found.arrays),
-        "reasons": found.reasons,
+        "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
     }
+    result["dataset"]["evaluation_sha256"] = dict(found.hashes)
     if found.arrays:
-        with atomic_path(place / "estimates.npz") as temporary:
+        with atomic_path(place / estimator.file) as temporary:
             np.savez(temporary, **found.arrays)  # type: ignore[arg-type]
     write_json(place / "result.json", result)
     return result
 
 
-def _kept(place: Path, step: int, state: State) -> dict[str, Any] | None:
-    """The result that is there already, if it is of the same weights of the same state of the run."""
+def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:
+    """Return the result that exists already, if it is of the same weights and the same state of the run."""
     try:
-        kept: dict[str, Any] = json.loads((place / "result.json").read_text())
-        # A run that has gone on since may have the same best weights; all else that is told of it has changed.
+        kept: dict[str, Any] = json.loads(path.read_text())
+        # A run that was trained further may have the same best weights; other facts of it have changed.
         same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return kept if same else None
 
 
-def _holds(path: Path, names: Iterable[str]) -> bool:
-    """Whether a file of per-image values is there and whole; one that is to hold none need not be."""
-    wanted = set(names)
+def _holds(path: Path, names: Iterable[str] | None) -> bool:
+    """Whether a file of arrays is whole and holds those named (None: any, as L_k of 0.2.0); no file for no names."""
     try:
-        # Opened here: numpy leaves a file open that is no archive. Reading compares checksums.
+        # Opened here: numpy leaves a file open that is not an archive. Reading compares checksums.
         with path.open("rb") as opened, np.load(opened) as file:
-            return wanted <= {name for name in file.files if len(file[name])}
+            whole = {name for name in file.files if len(file[name])}
     except FileNotFoundError:
-        return not wanted
+        return names is not None and not list(names)
     except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
-
-
-def _make(place: Path) -> None:
-    """The folder of an evaluation: before the work, so that a disk that takes nothing is told before it."""
-    place.parent.mkdir(exist_ok=True)
-    place.mkdir(exist_ok=True)
-
-
-def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, folder: RunFolder) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder.path} holds a checkpoint of another model: {first_fault(error)}") from None
-    model.eval()
+    return bool(whole) if names is None else whole.issuperset(names)
 
 
 def _facts(
-    model: LatentVariableModel,
-    data: Data,
-    evaluation: Evaluation,
-    device: Device,
-    config: Mapping[str, Any],
-    state: State,
-    step: int,
-    hashes: Mapping[str, str],
+    subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int
 ) -> dict[str, Any]:
-    """What was looked at, how, and with what; ``step`` is that of the weights."""
-    return {
+    """Return what was evaluated, how, and with what; ``step`` is that of the weights."""
+    model, data, evaluation = subject.model, subject.data, subject.evaluation
+    groups = {key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")}
+    facts = {
         "status": "finished" if state.step == state.total_steps else "unfinished",
         "identity": state.identity,  # a folder may have been renamed
         "dataset": {
@@ -304,10 +220,10 @@ def _facts(
             "protocol": data.protocol,
             "sizes": {s: len(getattr(data, s)) for s in ("train", "validation", "test")},
             "image_shape": list(data.image_shape),
-            "evaluation_sha256": dict(hashes),
+            "evaluation_sha256": {},
             **data.facts,
         },
-        **{key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")},
+        **groups,
         "seed": config["seed"],
         "trained": config["train"],  # "train" is the name of a split
         "init_from": config["init_from"],
@@ -321,7 +237,7 @@ def _facts(
             "k": evaluation.k,
             "seed": evaluation.seed,
             "binarization_seed": evaluation.binarization_seed,
-            "precision": device.precision if "estimator" in config else evaluation_precision(config),
+            "precision": evaluation_precision(config),
         },
         "versions": {"iwae-cli": iwae_cli.__version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "hydra-core", "wandb")},
@@ -335,56 +251,18 @@ def _facts(
         },
         "git": _git(),
     }
-
-
-def _weights(folder: RunFolder, evaluation: Evaluation, state: State) -> tuple[int, Mapping[str, torch.Tensor]]:
-    if evaluation.weights == "last":
-        return state.step, state.model
-    return load_best(folder.best, state)
-
-
-def _active_units(
-    model: LatentVariableModel, data: Data, evaluation: Evaluation, check: Callable[[], None]
-) -> dict[str, Any]:
-    """Ours on the whole test split; the authors' on their first training images with one draw a layer."""
-    rules = {
-        "active_units": ("test", None, ACTIVE_UNITS_DRAWS),
-        "active_units_authors_rule": ("train", AUTHORS_IMAGES, 1),
-    }
-    return {
-        key: active_units(
-            model,
-            data.evaluation_split(split, evaluation.binarization_seed, images).x,
-            draws=draws,
-            seed=evaluation.seed,
-            stream=key,
-            rows=evaluation.rows,
-            workers=evaluation.workers,
-            on_progress=lambda _: check(),
-        )
-        for key, (split, images, draws) in rules.items()
-    }
+    if "estimator" in config:
+        del facts["evaluation"]["k"]  # that of L_k
+        facts["estimator"] = _described(config["estimator"], estimator_name(config))
+    return facts
 
 
 def _described(node: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"name": name, **{key: value for key, value in node.items() if key != "_target_"}}
 
 
-def _save_arrays(path: Path, likelihoods: Mapping[str, Likelihood]) -> None:
-    """Per-image values, float64, in the order of the data set; the test split's names have no prefix."""
-    arrays = {name: getattr(likelihoods[split], key) for name, (split, key) in _names(likelihoods).items()}
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
-
-
-def _names(splits: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Names of the arrays of ``log_likelihood.npz``, each with its split and what it is."""
-    keys = ("log_px", "ess", "khat", "top_weight")
-    return {f"{'' if split == 'test' else f'{split}_'}{key}": (split, key) for split in splits for key in keys}
-
-
 def _git() -> dict[str, Any] | None:
-    """Commit of the source this runs from, and whether it was changed since; None for an installed package."""
+    """Return the commit of the source and whether it was changed since; None for an installed package."""
     source = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -23,6 +23,7 @@ from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trou
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
+from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
@@ -122,9 +123,7 @@ class Runner:
             self._train()
             result = evaluate(
                 folder,
-                self.model,
-                self.data,
-                experiment.evaluation,
+                EstimatorInput(self.model, self.data, experiment.evaluation),
                 experiment.device,
                 experiment.config,
                 self.state,

@@ -16,7 +16,7 @@ from iwae_cli.config.build import build
 from iwae_cli.evaluation.estimator import Estimator
 
 AIS = ("estimator=ais", "estimator.temperatures=4", "estimator.max_temperatures=4", "estimator.leapfrog_steps=2")
-FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]")
+FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]", "evaluation.workers=1")
 SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
 
 
@@ -46,7 +46,7 @@ def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert arrays["validation_log_px"].shape == (6,)
     after = snapshot(run_folder)
     assert {path: after[path] for path in before} == before
-    # Asked for again it is read, not computed.
+    # The second time it is read, not computed.
     assert evaluate([str(run_folder), *AIS, *FEW]) == 0
     assert snapshot(run_folder) == after
     assert capsys.readouterr().out == out
@@ -72,7 +72,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         ("iwae_cli.objectives.elbo.ELBO", "total"),
         ("iwae_cli.objectives.iwae.IWAE", "dreg"),
     }
-    # What was trained stays what it was; what was found differs.
+    # The record of the training is the same in all; the numbers differ.
     assert {r["objective"]["name"] for r in results.values()} == {"iwae"}
     found = [json.dumps(r["gradient_snr"]["inference"]) for r in results.values()]
     assert len(set(found)) == 3
@@ -86,13 +86,10 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         (["estimator.images=5"], "estimator.images belongs to an estimator: write estimator=ais or"),
         (["estimator=ais", "estimator.chain=5"], "estimator.chain is unknown; did you mean estimator.chains?"),
         (["estimator=ais", "estimator.chains=1"], "estimator.chains must be >= 2, got 1"),
-        (["estimator=ais", "estimator.start=post"], "estimator.start must be one of prior, inference, got post"),
         (["estimator=ais", "estimator._target_=os.system"], "estimator._target_ must name a class"),
         (["estimator=ais", "objective=elbo"], "objective cannot be changed after training"),
         (["estimator=ais,gradient_snr"], "estimator=ais,gradient_snr: iwae-eval does one evaluation"),
-        (["estimator=gradient_snr", "estimator.ks=[]"], "estimator.ks must hold at least one k, got []"),
         (["estimator=gradient_snr", "objective=wiae"], "objective must be one of"),
-        (["estimator=gradient_snr", "objective.gradient=drge"], "objective.gradient must be one of total, stl, dreg"),
         (["estimator=gradient_snr", "objective=vimco", "estimator.ks=[1,2]"], "objective.k must be >= 2"),
     ],
 )
@@ -145,7 +142,7 @@ def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixtur
         assert name in out
 
 
-def test_the_work_is_told_before_it_and_while_it_is_done(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_work_is_announced_and_counted(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again."""
     assert evaluate([str(run_folder), *AIS, *FEW, "estimator.chains=5"]) == 0
     first, *_, last = capsys.readouterr().err.splitlines()
@@ -157,7 +154,13 @@ def test_the_work_is_told_before_it_and_while_it_is_done(run_folder: Path, capsy
 
 
 def test_doublings_are_more_work(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("estimator.images=3", "estimator.simulated=2", "evaluation.splits=[test]", "estimator.tolerance=1e-12")
+    few = (
+        "estimator.images=3",
+        "estimator.simulated=2",
+        "evaluation.splits=[test]",
+        "estimator.tolerance=1e-12",
+        "evaluation.workers=1",
+    )
     path = ("estimator=ais", "estimator.temperatures=2", "estimator.max_temperatures=8", "estimator.leapfrog_steps=1")
     assert evaluate([str(run_folder), *path, *few]) == 0
     first, *_, last = capsys.readouterr().err.splitlines()
@@ -171,3 +174,39 @@ def test_the_gradients_are_counted_by_their_samples(run_folder: Path, capsys: py
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "gradients: 9 draws at each k of 2, 4, on 5 images: 270 samples, each with its gradient"
     assert last.startswith("gradients, k = 4  sample 54/54") and last.endswith("samples/s")
+
+
+MINE = """
+from iwae_cli.evaluation.estimator import Estimates, Estimator
+
+class Brightness(Estimator):
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def estimate(self, subject, check):
+        split = subject.data.evaluation_split("test", subject.evaluation.binarization_seed)
+        x = split.x[: self.images].double()
+        numbers = {"test": {"brightness": x.mean().item()}, "mine": {"k": subject.objective(3).num_samples}}
+        rows = [("mean pixel", "test.brightness", "{:.3f}"), ("samples", "mine.k", "{:,}")]
+        return Estimates(numbers, rows, {"test": split.sha256}, arrays={"brightness": x.mean(1).numpy()})
+"""
+
+
+def test_an_estimator_from_outside_is_a_file_and_a_yaml(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "estimators_of_a_user.py").write_text(MINE)
+    choice = tmp_path / "conf" / "estimator" / "mine.yaml"
+    choice.parent.mkdir(parents=True)
+    choice.write_text("_target_: estimators_of_a_user.Brightness\nobjective: null\nimages: 5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "estimators_of_a_user")
+    line = [str(run_folder), "--config-dir", str(tmp_path / "conf"), "estimator=mine"]
+    assert evaluate(line) == 0
+    out = capsys.readouterr().out
+    result = read_json(kept(run_folder, "brightness")[0] / "result.json")
+    assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
+    printed = [row.split() for row in out.splitlines()]
+    assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
+    assert evaluate([*line, "objective=elbo", "estimator.images=6"]) == 0
+    assert len(kept(run_folder, "brightness")) == 2

@@ -1,4 +1,4 @@
-"""Active units of models in which one can say beforehand which units are active."""
+"""Active units of models whose active units are known by construction."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_limit_is_a_variance_of_a_hundredth_over_n() -> None:
 
 
 def test_one_draw_sees_units_where_there_are_none() -> None:
-    """h_1 ~ N(0, I) whatever x is, and mu_2 = tanh(h_1): E[h_2|x] is the same for every x, one draw of mu_2 is not.
+    """h_1 ~ N(0, I) for every x, and mu_2 = tanh(h_1): E[h_2|x] is the same for every x, one draw of mu_2 is not.
 
     Var(tanh(h)) = .394, so 500 draws leave .0008 and one leaves .39.
     """
@@ -89,7 +89,7 @@ def test_one_draw_sees_units_where_there_are_none() -> None:
     assert counted(model, half_on(200), draws=1) == [0, 2]
 
 
-def test_what_reaches_the_second_layer_from_x_is_active_there() -> None:
+def test_a_unit_of_the_second_layer_is_active_if_x_reaches_it() -> None:
     model = mlp([4, 3], [[2], [4]])
     live(model, 1, 4.0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Annealed importance sampling against models whose log p(x) is known, and against what its theory promises."""
+"""Annealed importance sampling against models with a known log p(x), and against its theory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
+from evaluations import evaluation
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.linear_gaussian import LinearGaussian
-from iwae_cli.evaluation import ais
-from iwae_cli.evaluation.ais import AIS, Chains, ImageNoise, Tally, gibbs_sweep, hamiltonian_move, sigmoid_schedule
+from iwae_cli.evaluation.ais import paths
+from iwae_cli.evaluation.ais.estimator import AIS, Annealed, Sandwich
+from iwae_cli.evaluation.ais.moves import Chains, gibbs_sweep, hamiltonian_move
+from iwae_cli.evaluation.ais.paths import ImageNoise, Tally, sigmoid_schedule
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
-from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.record.summary import table_of
 
 N = 24
 CPU = torch.device("cpu")
@@ -33,6 +36,14 @@ CPU = torch.device("cpu")
 def settings(**changed: object) -> AIS:
     chosen = {"temperatures": 60, "max_temperatures": 60, "leapfrog_steps": 5, "simulated": N} | changed
     return AIS(**chosen)  # type: ignore[arg-type]
+
+
+def anneal(settings: AIS, model: LatentVariableModel, x: Tensor) -> list[Annealed]:
+    return settings.anneal(model, x, seed=0, stream="test", workers=1)
+
+
+def sandwich(settings: AIS, model: LatentVariableModel, temperatures: int | None = None) -> Sandwich:
+    return settings.sandwich(model, seed=0, temperatures=temperatures, workers=1)
 
 
 def linear_gaussian(*latent_sizes: int) -> tuple[LatentVariableModel, Tensor]:
@@ -73,11 +84,13 @@ def exact(model: LatentVariableModel, x: Tensor) -> np.ndarray:
     return log_px.detach().double().numpy()
 
 
-@pytest.mark.parametrize("start", ["prior", "inference"])
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("one layer", "prior"), ("two layers", "inference"), ("bits", "prior"), ("bits", "inference")],
+)
 def test_the_estimate_lies_within_its_error_of_the_truth(name: str, start: str) -> None:
     model, x = FIXTURES[name]()
-    (found,) = settings(start=start).anneal(model, x, seed=0, stream="test")
+    (found,) = anneal(settings(start=start), model, x)
     truth = exact(model, x)
     error = found.log_px - truth
     assert truth.std() > 0.5
@@ -85,7 +98,7 @@ def test_the_estimate_lies_within_its_error_of_the_truth(name: str, start: str) 
     bias = (found.stderr**2).mean() / 2
     assert abs(error.mean()) < 3 * math.sqrt((found.stderr**2).sum()) / N + 2 * bias
     assert (np.abs(error) < 4 * found.stderr + 0.02).all()
-    # The error that is stated is the error that is seen, not a multiple of it.
+    # The stated error has the size of the observed error.
     assert 0.5 < np.sqrt((error**2).mean() / (found.stderr**2).mean()) < 1.7
     assert ((found.acceptance > 0.2) & (found.acceptance < 0.99)).all()
 
@@ -94,13 +107,13 @@ def test_the_estimate_lies_within_its_error_of_the_truth(name: str, start: str) 
 def test_lower_truth_upper(name: str) -> None:
     model, _ = FIXTURES[name]()
     few = 3 if name == "bits" else 20
-    found = settings(temperatures=few, max_temperatures=few, simulated=200, chains=4).sandwich(model, seed=0)
+    found = sandwich(settings(temperatures=few, max_temperatures=few, simulated=200, chains=4), model)
     assert found.exact is not None
     for below, above in ((found.lower, found.exact), (found.exact, found.upper)):
         gap = above - below
         stderr = gap.std(ddof=1) / math.sqrt(len(gap))
         assert gap.mean() > -2 * stderr
-        # Few temperatures on purpose: each side must be seen to be a bound, not only an estimate.
+        # Few temperatures on purpose, so that the gap of each bound is visible.
         assert gap.mean() > 0.002
     assert (found.upper - found.lower).mean() < 0.5
 
@@ -109,11 +122,11 @@ def test_more_temperatures_tighten_both_sides() -> None:
     model, x = linear_gaussian(3, 2)
     truth = exact(model, x).mean()
     ladder = settings(temperatures=2, max_temperatures=32, chains=2, tolerance=1e-9, simulated=60)
-    levels = ladder.anneal(model, x, seed=0, stream="test")
+    levels = anneal(ladder, model, x)
     assert [level.temperatures for level in levels] == [2, 4, 8, 16, 32]
     gaps = [truth - level.log_px.mean() for level in levels]
     assert gaps[0] > 0.5 and gaps[0] > 2 * abs(gaps[3]) and gaps[0] > 3 * abs(gaps[-1])
-    widths = [ladder.sandwich(model, seed=0, temperatures=t) for t in (2, 32)]
+    widths = [sandwich(ladder, model, t) for t in (2, 32)]
     wide, narrow = ((s.upper - s.lower).mean() for s in widths)
     assert wide > 4 * narrow > 0
 
@@ -121,7 +134,7 @@ def test_more_temperatures_tighten_both_sides() -> None:
 def test_doubling_ends_where_the_change_is_small() -> None:
     model, x = linear_gaussian(2)
     ladder = settings(temperatures=5, max_temperatures=1280, tolerance=0.1)
-    levels = ladder.anneal(model, x, seed=0, stream="test")
+    levels = anneal(ladder, model, x)
     means = [level.log_px.mean() for level in levels]
     assert len(levels) < 6
     assert abs(means[-1] - means[-2]) < 0.1
@@ -141,7 +154,7 @@ def gaussian_target(loc: Tensor, scale: Tensor) -> Callable[..., tuple[Tensor, T
 
 
 def test_hmc_leaves_its_target_invariant() -> None:
-    """Chains that begin at exact draws stay there, at a step so coarse that a third is rejected."""
+    """Chains that begin at exact draws keep their distribution, with a step so large that many moves are rejected."""
     loc, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
     scores = gaussian_target(loc, scale)
     noise = GeneratorNoise(torch.Generator().manual_seed(0))
@@ -163,7 +176,7 @@ def test_hmc_leaves_its_target_invariant() -> None:
 
 
 def test_hmc_moves_towards_its_target() -> None:
-    """Invariance alone would be had by not moving."""
+    """A chain that never moves is invariant too."""
     loc, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
     scores = gaussian_target(loc, scale)
     noise = GeneratorNoise(torch.Generator().manual_seed(0))
@@ -206,7 +219,7 @@ def test_a_sweep_leaves_its_target_invariant_and_its_reversal_undoes_its_order()
 
 
 def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measured chains of two seeds that share step sizes use the same ones, whatever they accept."""
+    """Measured chains use the tuned step sizes and do not adapt them."""
     model, x = linear_gaussian(2)
     used: list[Tensor] = []
     move = hamiltonian_move
@@ -215,11 +228,11 @@ def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pyt
         used.append(step.clone())
         return move(scores, chains, beta, step, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ais, "hamiltonian_move", recorded)
+    monkeypatch.setattr(paths, "hamiltonian_move", recorded)
     chosen = settings(temperatures=20, max_temperatures=40, tolerance=1e-9)
-    chosen.anneal(model, x, seed=0, stream="test", workers=1)
-    tuned, measured, finer = used[ais.WARM_UP : ais.WARM_UP + 20], used[ais.WARM_UP + 20 :][:20], used[-40:]
-    assert len(used) == ais.WARM_UP + 20 + 20 + 40
+    anneal(chosen, model, x)
+    tuned, measured, finer = used[paths.WARM_UP : paths.WARM_UP + 20], used[paths.WARM_UP + 20 :][:20], used[-40:]
+    assert len(used) == paths.WARM_UP + 20 + 20 + 40
     # A step is kept as it is after its own transition; the last one was tried by no chain yet.
     for kept, next_tried in zip(measured[:-1], tuned[1:], strict=True):
         assert torch.equal(kept, next_tried)
@@ -228,31 +241,31 @@ def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pyt
         assert torch.equal(finer[t], measured[t // 2])
 
 
-def test_images_do_not_know_of_each_other() -> None:
+def test_an_image_has_the_same_numbers_in_any_batch() -> None:
     model, x = linear_gaussian(3, 2)
     chosen = settings(temperatures=4, max_temperatures=4)
     model.double()
     x = x.double()
     truth = exact(model, x)
-    (whole,) = chosen.anneal(model, x, seed=0, stream="test")
+    (whole,) = anneal(chosen, model, x)
     (cut,) = chosen.anneal(model, x, seed=0, stream="test", rows=16 * 9, workers=2)
     np.testing.assert_allclose(whole.log_px, cut.log_px, rtol=1e-9)
     np.testing.assert_allclose(whole.acceptance, cut.acceptance, rtol=1e-9)
-    (other,) = chosen.anneal(model, x, seed=1, stream="test")
-    (named,) = chosen.anneal(model, x, seed=0, stream="validation")
+    (other,) = chosen.anneal(model, x, seed=1, stream="test", workers=1)
+    (named,) = chosen.anneal(model, x, seed=0, stream="validation", workers=1)
     assert (whole.log_px != other.log_px).all() and (whole.log_px != named.log_px).all()
     assert np.corrcoef(whole.log_px, truth)[0, 1] > 0.7
 
 
-def test_nothing_is_left_on_the_parameters() -> None:
+def test_parameters_and_their_gradients_are_not_changed() -> None:
     model, x = linear_gaussian(2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings(temperatures=3, max_temperatures=3).anneal(model, x, seed=0, stream="test")
+    anneal(settings(temperatures=3, max_temperatures=3), model, x)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_noise_is_the_images_own() -> None:
+def test_noise_of_an_image_depends_on_no_other_image() -> None:
     some = ImageNoise((0, "a"), [3, 5], torch.float64, CPU)
     alone = ImageNoise((0, "a"), [5], torch.float64, CPU)
     first = some.normal(1, 4, 2, 3)
@@ -277,7 +290,7 @@ def test_the_schedule_rises_from_zero_to_one() -> None:
 def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
     """Annealing in a single step is importance sampling: L_16 of the chains' starts."""
     model, x = linear_gaussian(3, 2)
-    (found,) = settings(temperatures=1, max_temperatures=1, start="inference").anneal(model, x, seed=0, stream="test")
+    (found,) = anneal(settings(temperatures=1, max_temperatures=1, start="inference"), model, x)
     noise = ImageNoise((0, "ais", "test", "forward 1"), range(N), torch.float32, CPU)
     with torch.no_grad():
         bound = torch.logsumexp(model(x, 16, noise).double(), 0) - math.log(16)
@@ -287,14 +300,14 @@ def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
 def test_a_categorical_latent_is_refused() -> None:
     model, x = observed(Categorical(3).build((6,), np.full(6, 0.4), torch.Generator().manual_seed(0)))
     with pytest.raises(UserError, match="categorical"):
-        settings().anneal(model, x, seed=0, stream="test")
+        anneal(settings(), model, x)
 
 
 def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
     """A Bernoulli decoder with two Gaussian layers, small enough that draws of p(h) find every posterior."""
     architecture = GaussianMLP([5, 3], [[12], [8]])
     model, x = observed(architecture.build((10,), np.full(10, 0.3), torch.Generator().manual_seed(0)))
-    (found,) = settings().anneal(model, x, seed=0, stream="test")
+    (found,) = anneal(settings(), model, x)
     with torch.no_grad():
         h, _ = model.generative.sample(20_000, GeneratorNoise(torch.Generator().manual_seed(3)))
         draws = tuple(layer.transpose(0, 1).expand(-1, N, -1) for layer in h)
@@ -324,23 +337,10 @@ def test_wrong_settings_are_named(changed: dict[str, object], message: str) -> N
         build(node, Estimator, "estimator")
 
 
-def evaluation(**changed: object) -> Evaluation:
-    chosen = {
-        "k": 5,
-        "splits": ["test"],
-        "weights": "last",
-        "seed": 0,
-        "binarization_seed": 0,
-        "rows": 2000,
-        "workers": None,
-    }
-    return Evaluation(**(chosen | changed))  # type: ignore[arg-type]
-
-
 def subject(**changed: object) -> EstimatorInput:
     data = LinearGaussian(pixels=4, n_test=N, n_validation=10).load()
     model, _ = linear_gaussian(2)
-    return EstimatorInput(model, data, evaluation(**changed), lambda k: pytest.fail("no objective is needed"))
+    return EstimatorInput(model, data, evaluation(**{"splits": ["test"], "workers": 1} | changed))
 
 
 def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:
@@ -362,14 +362,15 @@ def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:
     assert abs(test["nll_ais"] - test["exact_nll"]) < 3 * test["stderr_mc"] + 2 * abs(test["bias_mc"])
     assert test["stderr_mc"] == pytest.approx(math.sqrt((found.arrays["stderr"] ** 2).sum()) / 20)
     assert test["by_temperatures"] == {"12": -test["nll_ais"]}
-    assert not test["converged"] and any(
-        "estimator.max_temperatures=48" in note for note in chosen.notes(found.numbers)
-    )
+    assert not test["converged"] and any("estimator.max_temperatures=48" in note for note in found.notes)
     assert found.numbers["simulated"]["gap"] == pytest.approx(
         found.numbers["simulated"]["upper"] - found.numbers["simulated"]["lower"]
     )
     assert found.reasons == {}
-    assert {len(row) for row in chosen.table(found.numbers)[:10]} == {3}
+    columns, lines = table_of({**found.numbers, "rows": found.rows})
+    assert columns == ["test", "validation"]
+    assert lines["NLL_AIS, nats"][0] == f"{test['nll_ais']:.2f}"
+    assert lines["simulated: upper - lower, nats"][0] == f"{found.numbers['simulated']['gap']:.2f}"
     assert len(seen) > 12
 
 
@@ -384,15 +385,15 @@ def test_a_run_can_be_stopped_between_transitions() -> None:
         settings().estimate(subject(), check)
 
 
-def test_what_is_not_finite_is_null_with_its_reason() -> None:
+def test_a_number_that_is_not_finite_is_null_with_its_reason() -> None:
     found = settings(images=1, simulated=0, temperatures=2, max_temperatures=2).estimate(subject(), lambda: None)
     assert found.numbers["test"]["stderr_images"] is None
     assert found.reasons == {"test.stderr_images": "one image has no standard error"}
 
 
-def test_what_helps_in_another_process_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tally_displays_nothing_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("annealing", total=9, unit="transition") as progress:
         there = cloudpickle.loads(cloudpickle.dumps(Tally(progress, 9)))
-        there.begins("annealing test", 5)
-        there.moved(3)
+        there.start("annealing test", 5)
+        there.add(3)
     assert capsys.readouterr().err == ""

@@ -274,7 +274,7 @@ def test_going_back_to_an_earlier_evaluation_computes_nothing(
     folder = only(outputs)
     first = read_json(folder / "result.json")
     assert run(*TINY, f"output_dir={outputs}", "evaluation.k=60")[0] == 0
-    monkeypatch.setattr("iwae_cli.runs.evaluate.log_likelihood", lambda *_, **__: pytest.fail("it evaluates"))
+    monkeypatch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", lambda *_, **__: pytest.fail("it evaluates"))
     assert run(*TINY, f"output_dir={outputs}")[0] == 0
     assert read_json(folder / "result.json") == first
 

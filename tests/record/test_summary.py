@@ -1,76 +1,20 @@
+"""The table of a result: from its rows alone, with warnings, notes and reasons."""
+
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-import sys
 from typing import Any
 
 import pytest
 
-from iwae_cli.core import progress
+from iwae_cli.record import summary
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(console, "monotonic", lambda: self.now)
-
-
-def test_without_a_terminal_there_is_a_plain_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
-    with progress.Progress("training", total=10, images_per_unit=1000) as shown:
-        for second in range(1, 13):
-            clock.now = second
-            shown.update(second / 2, bound=-100.0 + second)
-    lines = file.getvalue().splitlines()
-    assert lines == [
-        "training  pass 2.5/10  -95.00 nats  500 images/s  0:15 left",
-        "training  pass 5.0/10  -90.00 nats  500 images/s  0:10 left",
-        "training  pass 6.0/10  -88.00 nats  500 images/s  0:08 left",
-    ]
-    assert "\r" not in file.getvalue()
-    assert "\x1b" not in file.getvalue()
-
-
-def test_speed_and_time_left_count_from_where_a_resumed_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
-    with progress.Progress("training", total=7300, images_per_unit=1, start=100.0) as shown:
-        clock.now = 10.0
-        shown.update(120.0)
-    assert file.getvalue() == "training  pass 120.0/7,300  2 images/s  59:50 left\n"
-
-
-def test_work_that_was_done_already_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = errors(monkeypatch, io.StringIO())
-    with progress.Progress("test, k=5000", total=250, unit="image"):
-        pass
-    assert file.getvalue() == ""
-
-
-def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    file = errors(monkeypatch, Terminal())
-    with progress.Progress("training", total=4, images_per_unit=1000) as shown:
-        shown.update(4, bound=-85.5)
-    assert "training" in file.getvalue()
-    assert "pass 4/4  -85.50 nats" in file.getvalue()
-    assert "images/s" in file.getvalue()
-    assert "\r" in file.getvalue()
-
-
-def errors(monkeypatch: pytest.MonkeyPatch, file: io.StringIO) -> io.StringIO:
-    """``file`` in place of standard error."""
-    monkeypatch.setattr(sys, "stderr", file)
-    return file
 
 
 def split(**changed: Any) -> dict[str, Any]:
@@ -95,7 +39,7 @@ def split(**changed: Any) -> dict[str, Any]:
 def table(**changed: Any) -> str:
     result = {
         "identity": "digits-one_layer-iwae-k50-s0-1a2b3c4d",
-        "dataset": {"name": "digits", "protocol": "1,297/250/250, binarized anew at every access [8x8]"},
+        "dataset": {"name": "digits", "protocol": "1,297/250/250, binarized at every access [8x8]"},
         "active_units": [20, 5],
         "seconds": {"train": 12.34, "evaluate": 4.5},
         "test": split(),
@@ -119,7 +63,7 @@ def test_the_table_has_the_number_with_its_three_errors_and_everything_beside_it
         "NLL_5000, nats 86.55",
         "another test set: stderr_images ± 0.27",
         "other noise: stderr_mc ± 0.0043",
-        "Jensen's bias of L_k: bias_mc -0.0102",
+        "Jensen's bias: bias_mc -0.0102",
         "bound L_1, nats -91.20",
         "bound L_50, nats -86.90",
         "bound L_5000, nats -86.55",
@@ -128,12 +72,27 @@ def test_the_table_has_the_number_with_its_three_errors_and_everything_beside_it
         "images with k-hat above 0.7 4.0%",
         "active units 20 + 5",
         "seconds train 12.3, evaluate 4.5",
-        "data 1,297/250/250, binarized anew at every access [8x8]",
+        "data 1,297/250/250, binarized at every access [8x8]",
         "folder outputs/" + "x" * 100,
         "upload wandb sync outputs/" + "y" * 100,
     ):
         assert line in lines
     assert not any("warning" in line or "exact" in line for line in lines)
+
+
+def test_rows_of_any_estimator_are_printed_from_the_file_alone() -> None:
+    rows = [
+        ("mean", "test.mean_above_0.5", "{:.2f}"),
+        ("mean", "train.mean_above_0.5", "{:.2f}"),
+        ("k = 2", "mine.inference.2", "{:.1%}"),
+        ("missing", "mine.nothing", "{:.2f}"),
+    ]
+    numbers = {"test": {"mean_above_0.5": 1}, "train": {"mean_above_0.5": None}, "mine": {"inference": {"2": 0.5}}}
+    assert summary.table_of({"rows": rows, **numbers}) == (
+        ["test", "train", "inference"],
+        {"mean": ["1.00", "\N{EN DASH}", ""], "k = 2": ["", "", "50.0%"], "missing": ["\N{EN DASH}", "", ""]},
+    )
+    assert "a note" in table(notes=["a note"]).splitlines()
 
 
 def test_splits_stand_side_by_side() -> None:
@@ -151,19 +110,19 @@ def test_splits_stand_side_by_side() -> None:
         ({"top_weight_share_above_0.5": 0.011}, "warning: test: for 1.1% of the images one sample has more than half"),
     ],
 )
-def test_a_number_that_is_not_to_be_trusted_says_so_in_words(changed: dict[str, float], words: str) -> None:
+def test_an_unreliable_number_has_a_warning(changed: dict[str, float], words: str) -> None:
     warnings = [line for line in table(test=split(**changed)).splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(words)
 
 
-def test_what_one_sample_is_by_definition_is_no_warning() -> None:
+def test_one_sample_has_no_warnings() -> None:
     shares = {"ess_share_below_10": 1.0, "top_weight_share_above_0.5": 1.0}
     assert len(summary.reliability_warnings("test", split(**shares))) == 2
     assert summary.reliability_warnings("test", split(k=1, bias_mc=None, **shares)) == []
 
 
-def test_what_is_not_available_says_why() -> None:
+def test_a_missing_number_has_its_reason() -> None:
     text = table(
         test=split(**{"khat_share_above_0.7": None, "bits_per_dim": None}),
         active_units=None,
@@ -175,7 +134,7 @@ def test_what_is_not_available_says_why() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_warning_is_a_whole_sentence_broken_between_words_at_a_terminal(
+def test_a_warning_is_broken_between_words_at_a_terminal_and_is_one_line_in_a_file(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "70")

@@ -1,0 +1,272 @@
+"""Paths of annealed chains from the start distribution to the posterior and back, for batches of images."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from iwae_cli.core.interfaces import Latents
+from iwae_cli.core.noise import Noise, numpy_generator
+from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
+from iwae_cli.core.progress import Progress
+from iwae_cli.evaluation.ais.moves import Chains, Scores, gibbs_sweep, hamiltonian_move
+from iwae_cli.evaluation.workers import processes
+from iwae_cli.models.base import LatentVariableModel
+
+SIGMOID_SPAN = 4.0
+"""The schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most."""
+
+TARGET_ACCEPTANCE = 0.65
+"""Near the optimum of HMC in many dimensions (Neal 2011, arXiv 1206.1901)."""
+
+FIRST_STEP = 0.1
+ADAPTATION = 0.2
+WARM_UP = 30
+"""Step sizes begin at 0.1 and move by exp(0.2 (acceptance - 0.65)); 30 times before the path begins."""
+
+Start = Literal["prior", "inference"]
+
+
+class ImageNoise:
+    """Noise from a stream for each image, keyed by (*key, image), read in the order of the calls.
+
+    The numbers of an image depend on no other image, so that no result depends on how images are batched. They are
+    drawn in float32 for every ``dtype``.
+    """
+
+    def __init__(
+        self, key: Sequence[int | str], images: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._streams = [numpy_generator(*key, int(image)) for image in images]
+        self._dtype = dtype
+        self._device = device
+
+    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        """Return standard normal draws; ``layer`` is ignored, the order of the calls decides."""
+        return self._stacked([s.standard_normal((k, size), dtype=np.float32) for s in self._streams], batch)
+
+    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        """Return uniform draws on [0, 1); ``layer`` is ignored, the order of the calls decides."""
+        return self._stacked([s.random((k, size), dtype=np.float32) for s in self._streams], batch)
+
+    def _stacked(self, draws: list[np.ndarray], batch: int) -> Tensor:
+        if batch != len(draws):
+            raise ValueError(f"batch must be the {len(draws)} images of this noise, got {batch}")
+        return torch.from_numpy(np.stack(draws, axis=1)).to(device=self._device, dtype=self._dtype)
+
+
+class _Unfolded:
+    """Noise of (chains, batch) for ``chains * batch`` draws of p(h), which have a single batch axis."""
+
+    def __init__(self, noise: Noise, chains: int) -> None:
+        self._noise = noise
+        self._chains = chains
+
+    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        return self._noise.normal(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
+
+    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
+        return self._noise.uniform(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
+
+
+def sigmoid_schedule(temperatures: int) -> list[float]:
+    """Return inverse temperatures 0 = beta_0 < ... < beta_T = 1, equally spaced on the axis of a sigmoid."""
+    points = [1 / (1 + math.exp(SIGMOID_SPAN * (1 - 2 * t / temperatures))) for t in range(temperatures + 1)]
+    betas = [(point - points[0]) / (points[-1] - points[0]) for point in points]
+    return [0.0, *betas[1:-1], 1.0]
+
+
+class Tally:
+    """Count of transitions, each of all chains of one image, over all threads.
+
+    Args:
+        progress: displays the count; None: nothing is displayed.
+        planned: number of transitions that are certain to come.
+    """
+
+    def __init__(self, progress: Progress | None = None, planned: int = 0) -> None:
+        self._progress = progress
+        self._planned = planned
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Tally], tuple[()]]:
+        # Other processes display nothing.
+        return Tally, ()
+
+    def start(self, title: str, more: int = 0) -> None:
+        """Begin the next part of the work, with ``more`` transitions than were planned."""
+        with self._lock:
+            self._planned += more
+            if self._progress is not None:
+                self._progress.change(title, self._planned)
+
+    def add(self, images: int) -> None:
+        """Count one transition of some images."""
+        with self._lock:
+            # Other processes are assumed to be as far as this one.
+            self._done = min(self._planned, self._done + images * processes())
+            if self._progress is not None:
+                self._progress.update(self._done)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Annealing of batches of images along f_beta = start^(1-beta) p(x, h)^beta.
+
+    Args:
+        model: in evaluation mode, on its device.
+        chains: per image.
+        leapfrog_steps: of every HMC transition.
+        start: distribution at beta = 0.
+        key: of the noise, to which the purpose and the image are added.
+        check: called whenever p is evaluated; may raise to stop.
+        tally: counts the transitions.
+    """
+
+    model: LatentVariableModel
+    chains: int
+    leapfrog_steps: int
+    start: Start
+    key: tuple[int | str, ...]
+    check: Callable[[], None]
+    tally: Tally
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the latents are bits."""
+        return not self.model.inference.reparameterized
+
+    def observed(self, x: Tensor, images: Sequence[int]) -> Float[Tensor, "batch pixels"]:
+        """Return the observations of some images."""
+        return x[images[0] : images[-1] + 1].to(device=self.device, dtype=self.dtype)
+
+    def noise(self, purpose: str, images: Sequence[int]) -> ImageNoise:
+        """Return the noise of some images for one purpose."""
+        return ImageNoise((*self.key, purpose), images, self.dtype, self.device)
+
+    def tune(
+        self, images: Sequence[int], x: Float[Tensor, "batch pixels"], temperatures: int
+    ) -> Float64[np.ndarray, "temperatures n"]:
+        """Return step sizes for every temperature and image, from chains that are not used for anything else."""
+        log_step = np.full(len(images), math.log(FIRST_STEP))
+        steps = np.empty((temperatures, len(images)))
+        if self.discrete:
+            return np.ones_like(steps)
+        noise = self.noise("tune", images)
+        scores = self._scores(x)
+        chains = self._begin(scores, x, noise)
+        betas = sigmoid_schedule(temperatures)[1:]
+        for t, beta in enumerate([betas[0]] * WARM_UP + betas):
+            step = self._steps(np.exp(log_step))
+            chains, probability = hamiltonian_move(scores, chains, beta, step, self.leapfrog_steps, noise)
+            self.tally.add(len(images))
+            log_step += ADAPTATION * (probability.mean(0).double().cpu().numpy() - TARGET_ACCEPTANCE)
+            if t >= WARM_UP:
+                steps[t - WARM_UP] = np.exp(log_step)
+        return steps
+
+    def forward(
+        self, images: Sequence[int], x: Float[Tensor, "batch pixels"], temperatures: int, steps: np.ndarray
+    ) -> Float64[np.ndarray, "3 n"]:
+        """Return log p(x), effective sample size and acceptance of paths from the start to the posterior."""
+        noise = self.noise(f"forward {temperatures}", images)
+        scores = self._scores(x)
+        chains = self._begin(scores, x, noise)
+        log_w, acceptance = self._walk(scores, chains, temperatures, steps, noise, backwards=False)
+        return torch.stack([log_mean_exp(log_w), effective_sample_size(log_w), acceptance]).cpu().numpy()
+
+    def backward(
+        self,
+        images: Sequence[int],
+        x: Float[Tensor, "batch pixels"],
+        h: Latents,
+        temperatures: int,
+        steps: np.ndarray,
+    ) -> Float64[np.ndarray, " n"]:
+        """Return log p(x) from paths back to the start that begin at ``h``, an exact draw of the posterior.
+
+        E[1/w] = 1/p(x), hence the signs.
+        """
+        noise = self.noise(f"backward {temperatures}", images)
+        scores = self._scores(x)
+        latents = tuple(layer.expand(self.chains, -1, -1) for layer in h)
+        log_w, _ = self._walk(scores, Chains(latents, *scores(latents)), temperatures, steps, noise, backwards=True)
+        return -log_mean_exp(-log_w).cpu().numpy()
+
+    def _walk(
+        self,
+        scores: Scores,
+        chains: Chains,
+        temperatures: int,
+        steps: np.ndarray,
+        noise: Noise,
+        backwards: bool,
+    ) -> tuple[Float64[Tensor, "chains batch"], Float64[Tensor, " batch"]]:
+        """Return log-weights and acceptance of the chains along the path; ``backwards`` is the exact reversal."""
+        betas = sigmoid_schedule(temperatures)
+        log_w = torch.zeros_like(chains.base, dtype=torch.float64)
+        accepted = torch.zeros_like(log_w[0])
+        for t in range(temperatures, 0, -1) if backwards else range(1, temperatures + 1):
+            width = betas[t] - betas[t - 1]
+            if not backwards:
+                log_w += width * chains.gap.double()
+            # Finer paths use each step size of the coarsest one several times.
+            step = steps[(t - 1) * len(steps) // temperatures]
+            chains, probability = self._move(scores, chains, betas[t], step, noise, backwards)
+            self.tally.add(chains.base.shape[1])
+            accepted += probability.double().mean(0)
+            if backwards:
+                log_w += width * chains.gap.double()
+        return log_w, accepted / temperatures
+
+    def _move(
+        self, scores: Scores, chains: Chains, beta: float, step: np.ndarray, noise: Noise, backwards: bool
+    ) -> tuple[Chains, Tensor]:
+        if self.discrete:
+            return gibbs_sweep(scores, chains, beta, noise, backwards)
+        return hamiltonian_move(scores, chains, beta, self._steps(step), self.leapfrog_steps, noise)
+
+    def _steps(self, values: np.ndarray) -> Float[Tensor, " batch"]:
+        return torch.from_numpy(values).to(device=self.device, dtype=self.dtype)
+
+    def _scores(self, x: Float[Tensor, "batch pixels"]) -> Scores:
+        generative, inference = self.model.generative, self.model.inference
+
+        def from_prior(latents: Latents) -> tuple[Tensor, Tensor]:
+            self.check()
+            return generative.log_prior(latents), generative.log_likelihood(x, latents)
+
+        def from_inference(latents: Latents) -> tuple[Tensor, Tensor]:
+            self.check()
+            log_q = inference(x, latents)
+            return log_q, generative(x, latents) - log_q
+
+        return from_prior if self.start == "prior" else from_inference
+
+    def _begin(self, scores: Scores, x: Float[Tensor, "batch pixels"], noise: Noise) -> Chains:
+        chains, batch = self.chains, x.shape[0]
+        if self.start == "prior":
+            drawn, _ = self.model.generative.sample(chains * batch, _Unfolded(noise, chains))
+            latents = tuple(h.reshape(chains, batch, -1) for h in drawn)
+        else:
+            latents, _ = self.model.inference.sample(x, chains, noise)
+        return Chains(latents, *scores(latents))

@@ -1,0 +1,72 @@
+"""What ``Progress`` prints on standard error, at a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from iwae_cli.core import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(progress, "monotonic", lambda: self.now)
+
+
+def errors(monkeypatch: pytest.MonkeyPatch, file: io.StringIO) -> io.StringIO:
+    """Replace standard error by ``file``."""
+    monkeypatch.setattr(sys, "stderr", file)
+    return file
+
+
+def test_without_a_terminal_there_is_a_plain_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
+    with progress.Progress("training", total=10, images_per_unit=1000) as shown:
+        for second in range(1, 13):
+            clock.now = second
+            shown.update(second / 2, bound=-100.0 + second)
+    lines = file.getvalue().splitlines()
+    assert lines == [
+        "training  pass 2.5/10  -95.00 nats  500 images/s  0:15 left",
+        "training  pass 5.0/10  -90.00 nats  500 images/s  0:10 left",
+        "training  pass 6.0/10  -88.00 nats  500 images/s  0:08 left",
+    ]
+    assert "\r" not in file.getvalue()
+    assert "\x1b" not in file.getvalue()
+
+
+def test_speed_and_time_left_count_from_where_a_resumed_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, file = Clock(monkeypatch), errors(monkeypatch, io.StringIO())
+    with progress.Progress("training", total=7300, images_per_unit=1, start=100.0) as shown:
+        clock.now = 10.0
+        shown.update(120.0)
+    assert file.getvalue() == "training  pass 120.0/7,300  2 images/s  59:50 left\n"
+
+
+def test_work_that_was_done_already_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = errors(monkeypatch, io.StringIO())
+    with progress.Progress("test, k=5000", total=250, unit="image"):
+        pass
+    assert file.getvalue() == ""
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    file = errors(monkeypatch, Terminal())
+    with progress.Progress("training", total=4, images_per_unit=1000) as shown:
+        shown.update(4, bound=-85.5)
+    assert "training" in file.getvalue()
+    assert "pass 4/4  -85.50 nats" in file.getvalue()
+    assert "images/s" in file.getvalue()
+    assert "\r" in file.getvalue()
