@@ -10,6 +10,7 @@ import torch
 from faults import Fault, Forks, terminate
 from small_runs import TINY, TINY_TWO_LAYERS, bits, last_of_each, read_json, run, run_folders
 
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.core.errors import Interrupted
 from iwae_cli.training import trainer
 

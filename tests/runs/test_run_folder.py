@@ -18,7 +18,7 @@ from faults import Fault
 from scipy.io import savemat
 from small_runs import TINY, bits, finished, read_json, run
 
-from iwae_cli.cli import train as cli
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.folder import RunFolder
 
@@ -38,7 +38,7 @@ def refused(output_dir: Path, *overrides: str, code: int = 2) -> str:
 def evaluate(folder: Path, *overrides: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.evaluate([str(folder), *overrides])
+        code = iwae_eval([str(folder), *overrides])
     return code, out.getvalue(), err.getvalue()
 
 
