@@ -89,7 +89,7 @@ def build(node: Any, base: type, path: str) -> Any:
         UserError: ``node`` has no allowed class, or that class refuses its arguments.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {_show(node)}")
+        raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {show(node)}")
     cls = resolve(node["_target_"], base, f"{path}._target_")
     values = {str(key): value for key, value in node.items() if key != "_target_"}
     if _is_optimizer(base):
@@ -117,7 +117,7 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
     if base is not object:
         wanted += f" derived from {base.__name__}"
     if not isinstance(target, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
-        raise UserError(f"{wanted}, got {_show(target)}")
+        raise UserError(f"{wanted}, got {show(target)}")
     module_name, _, name = target.rpartition(".")
     if not _is_within(module_name, allowed):
         raise UserError(f"{wanted}, got {target} (the environment variable {ALLOW_VARIABLE} allows more)")
@@ -257,7 +257,7 @@ def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: s
     if message is not None:
         # torch names the quantity ("learning rate"), not the key: the key is the one whose default would do.
         guilty = [key for key in arguments if refusal({k: v for k, v in arguments.items() if k != key}) is None]
-        where = f"{path}.{guilty[0]}={_show(arguments[guilty[0]])}" if guilty else path
+        where = f"{path}.{guilty[0]}={show(arguments[guilty[0]])}" if guilty else path
         raise UserError(f"{where} is refused by {cls.__name__}: {message}")
 
 
@@ -268,7 +268,7 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
     for key, value in arguments.items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
+                raise UserError(f"{path}.{key} must be finite, got {show(value)}")
     return functools.partial(cls, **arguments)
 
 
@@ -320,7 +320,7 @@ def _complaint(errors: list[Any], value: Any, hint: Any, path: str) -> str:
     place = deepest[0][0]
     wanted = dict.fromkeys(_wanted(error) for where, error in deepest if where == place)
     got = deepest[0][1]["input"]
-    shown = _show(got) if len(_show(got)) < 100 else f"a number of {len(str(got))} digits"
+    shown = show(got) if len(show(got)) < 100 else f"a number of {len(str(got))} digits"
     line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {shown}"
     return line + nearest(got, _literals(hint)) + _as_text(value, hint, path)
 
@@ -339,7 +339,7 @@ def _literals(hint: Any) -> list[str]:
     return [o for o in options if isinstance(o, str)] + [text for option in options for text in _literals(option)]
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """Return ``value`` as it would be typed."""
     if isinstance(value, str):
         return value if value and value == value.strip() else repr(value)
