@@ -32,7 +32,6 @@ class RunInfo:
         config: the resolved configuration, plain dicts, lists, strings and numbers.
         group: name shared by the runs of one sweep, or None.
         overrides: the command line, for display.
-        kind: role of the run in its group: ``train``, ``report``.
     """
 
     folder: Path
@@ -40,7 +39,6 @@ class RunInfo:
     config: Mapping[str, Any]
     group: str | None = None
     overrides: Sequence[str] = ()
-    kind: str = "train"
 
 
 class Logger(ABC):

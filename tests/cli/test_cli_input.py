@@ -33,7 +33,7 @@ WRONG = {
     "seed@x=3": "packages cannot be changed",
     # Types and ranges.
     "seed=true": "seed must be an integer, got true",
-    "seed=\"'3'\"": "seed must be an integer, got 3 as a text: write seed=3 without quotes",
+    "seed=\"'3'\"": "seed must be an integer, got 3",
     "objective.gradient=slt": "objective.gradient must be one of total, stl, dreg, got slt; did you mean stl?",
     "logger.wandb.mode=ofline": "logger.wandb.mode must be one of online, offline, disabled, got ofline",
     "model.latent_sizes=[a]": "model.latent_sizes[0] must be an integer, got a",
@@ -158,13 +158,11 @@ def test_the_trap_works(trap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert sorted(os.listdir()) == sorted([*before, "sprung"])
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "own" / "objective"
     folder.mkdir(parents=True)
     (folder / "broken.yaml").write_text("_target_: [\n")
     assert "broken.yaml" in refused(capsys, "--config-dir", "own", "objective=broken")
-    (folder / "latin.yaml").write_bytes("_target_: é".encode("latin-1"))
-    assert "own/objective/latin.yaml cannot be read: 'utf-8' codec" in refused(capsys, "--config-dir", "own")
 
 
 def test_a_choice_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path, capsys) -> None:
