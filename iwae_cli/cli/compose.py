@@ -80,8 +80,15 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
+        if sweeper.get("custom_search_space"):
+            raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
+        values = [(o.key_or_group, _values(o, is_grid)) for o in parsed]
+        if is_grid and prod(len(found) for _, found in values) > MAX_JOBS:
+            raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
+        grid = product(*(found for _, found in values))
         jobs = []
-        for texts in _grid(parsed) if is_grid else [_sample(parsed, sweeper)]:
+        # Of a search, which decides its jobs itself, one is checked.
+        for texts in grid if is_grid else [[found[0] for found in dict(values).values()]]:
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
             jobs.append(_job(cfg, cfg.hydra.runtime.choices, of_job))
@@ -306,40 +313,23 @@ def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Overrid
     return Job(config, names, lines)
 
 
-def _grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
-    """Return the overrides of every job of a grid, as Hydra's basic sweeper writes them."""
-    values = []
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            values.append([f"{key}={override.get_value_element_as_str()}"])
-            continue
-        if not override.is_discrete_sweep():
+def _values(override: Override, is_grid: bool) -> list[str]:
+    """Return what the jobs of a sweep have in place of ``override``, as Hydra's basic sweeper writes it."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        if is_grid:
             raise UserError(f"{override.input_line} is a range for a search: add hydra/sweeper=optuna")
-        try:
-            found = list(islice(override.sweep_string_iterator(), MAX_JOBS + 1))
-        except (HydraException, ValueError, ArithmeticError) as error:
-            raise UserError(f"{override.input_line}: {_first_line(error)}") from None
-        if not found:
-            raise UserError(f"{override.input_line} gives no job")
-        values.append([f"{key}={value}" for value in found])
-    if prod(map(len, values)) > MAX_JOBS:
-        raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
-    return list(product(*values))
-
-
-def _sample(overrides: Sequence[Override], sweeper: Mapping[str, Any]) -> list[str]:
-    """Return the overrides of one job that a search may try, so that it can be checked."""
-    if sweeper.get("custom_search_space"):
-        raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
-    texts = {}
-    for o in overrides:
-        texts[o.key_or_group] = str(o.input_line)
-        if o.is_sweep_override():
-            value: Any = o.value()
-            first = next(iter(o.sweep_string_iterator()), "") if o.is_discrete_sweep() else value.start
-            texts[o.key_or_group] = f"{o.get_key_element()}={first}"
-    return list(texts.values())
+        value: Any = override.value()
+        return [f"{key}={value.start}"]
+    try:
+        found = [f"{key}={text}" for text in islice(override.sweep_string_iterator(), MAX_JOBS + 1)]
+    except (HydraException, ValueError, ArithmeticError) as error:
+        raise UserError(f"{override.input_line}: {_first_line(error)}") from None
+    if not found:
+        raise UserError(f"{override.input_line} gives no job")
+    return found
 
 
 def _check_hydra(node: DictConfig) -> None:

@@ -86,22 +86,18 @@ def _report(argv: list[str]) -> bool:
         [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare],
     )
     if options.html is not None:
-        _write_page(made, options.html)
+        from iwae_cli.core.files import write_text
+        from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
+
+        try:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.html, page(made))
+        except OSError as error:
+            raise UserError(f"--html {options.html} cannot be written: {error.strerror}") from None
     _print(made, options.format)
     if options.html is not None:
         print(f"iwae-report: wrote {options.html}", file=sys.stderr)
     return False
-
-
-def _write_page(made: Report, path: Path) -> None:
-    from iwae_cli.core.files import write_text
-    from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page(made))
-    except OSError as error:
-        raise UserError(f"--html {path} cannot be written: {error.strerror}") from None
 
 
 def _print(made: Report, form: str) -> None:

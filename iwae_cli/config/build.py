@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -92,16 +92,11 @@ def build(node: Any, base: type, path: str) -> Any:
 
 
 def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PACKAGES) -> type:
-    """Return the class that ``target`` names.
+    """Return the class that the dotted name ``target`` names, derived from ``base``; ``path`` is for the message.
 
-    Only modules of the allowed packages are imported, the class is looked up in the module's own names, and it must be
-    defined in an allowed package too: walking attributes would reach ``os`` from anywhere.
-
-    Args:
-        target: dotted name.
-        base: required base class.
-        path: for the message.
-        packages: allowed packages, in addition to those of ``IWAE_ALLOW_TARGETS``.
+    Only modules of ``packages`` and of those in ``IWAE_ALLOW_TARGETS`` are imported, the class is looked up in the
+    module's own names, and it must be defined in an allowed package too: walking attributes would reach ``os`` from
+    anywhere.
     """
     allowed = (*packages, *(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()))
     wanted = f"{path} must name a class of {' or '.join(allowed)}"
@@ -130,11 +125,7 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
 def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iterable[str] = ()) -> dict[str, Any]:
     """Return ``values`` checked against the annotations of ``cls``'s constructor, nested nodes built.
 
-    Args:
-        cls: the class.
-        values: keyword arguments as written.
-        path: where they were written; empty for the root.
-        given: arguments that come from elsewhere.
+    ``path`` is where the values were written, empty for the root; arguments in ``given`` come from elsewhere.
     """
     given = set(given)
     parameters = {
@@ -199,43 +190,6 @@ def nearest(value: Any, known: Iterable[Any], prefix: str = "") -> str:
 def one_line(error: BaseException | str) -> str:
     """Return the message of an error without its line breaks."""
     return " ".join(str(error).split())
-
-
-def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: str, on_cpu: bool) -> None:
-    """Raise a UserError if an optimizer of two small parameters on the processor refuses to take a step.
-
-    Args:
-        cls, arguments: the class, and its keyword arguments.
-        path: where they were written.
-        on_cpu: whether the run uses it there; if not, what ``capturable`` requires of the device is ignored.
-    """
-    import torch
-
-    def refusal(kept: Mapping[str, Any]) -> str | None:
-        try:
-            # A matrix and a vector, since some optimizers take only one of them.
-            tried = [torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
-            optimizer = cls(tried, **kept)
-            for parameter in tried:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            of_the_device = isinstance(error, AssertionError) and "capturable" in str(error)
-            return None if of_the_device and not on_cpu else one_line(error)
-        except OSError as error:
-            # The first optimizer imports torch's compiler, which makes its folder.
-            raise UserError(
-                f"torch cannot make the folder {error.filename} for compiled code ({error.strerror}): "
-                "set TORCHINDUCTOR_CACHE_DIR to one that can be written to"
-            ) from error
-        return None
-
-    message = refusal(arguments)
-    if message is not None:
-        # torch names the quantity ("learning rate"), not the key: the key is the one whose default would do.
-        guilty = [key for key in arguments if refusal({k: v for k, v in arguments.items() if k != key}) is None]
-        where = f"{path}.{guilty[0]}={show(arguments[guilty[0]])}" if guilty else path
-        raise UserError(f"{where} is refused by {cls.__name__}: {message}")
 
 
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:

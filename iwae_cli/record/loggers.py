@@ -78,7 +78,7 @@ class Logger(ABC):
 
 @final
 class FanOut(Logger):
-    """Several loggers as one. Where several processes work on a run, all but the first have ``FanOut([])``.
+    """Several loggers as one, with the calls of one. Of several processes, all but the first have ``FanOut([])``.
 
     ``essential`` loggers are called directly and their errors are raised. Every other logger has a thread that makes
     the calls in their order: one that raises is left out from then on, with one warning, and one that hangs is left

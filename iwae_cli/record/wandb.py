@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -27,6 +28,7 @@ log = logging.getLogger("iwae_cli")
 
 
 @final
+@dataclass(kw_only=True, eq=False)
 class WandbLogger(Logger):
     """One W&B run for every run.
 
@@ -47,33 +49,26 @@ class WandbLogger(Logger):
         ValueError: a name is empty, too long or has a character that W&B refuses.
     """
 
-    def __init__(
-        self,
-        *,
-        mode: Mode,
-        project: str,
-        entity: str | None,
-        group: str | None,
-        tags: list[str],
-        name: str | None,
-    ) -> None:
-        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
-            raise ValueError(f"project must have 1 to 128 characters and none of / \\ # ? % :, got {project!r}")
-        for key, value in (("entity", entity), ("group", group), ("name", name)):
+    mode: Mode
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    name: str | None
+    _run: wandb.Run | None = field(default=None, init=False)
+    _folder: Path | None = field(default=None, init=False)
+    _to_upload: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"project must have 1 to 128 characters and none of / \\ # ? % :, got {self.project!r}")
+        for key in ("entity", "group", "name"):
+            value = getattr(self, key)
             if value is not None and not 0 < len(value) <= 128:
                 raise ValueError(f"{key} must have 1 to 128 characters or be null, got {value!r}")
-        for tag in tags:
+        for tag in self.tags:
             if not 0 < len(tag) <= 64:
                 raise ValueError(f"tags must have 1 to 64 characters each, got {tag!r}")
-        self.mode = mode
-        self.project = project
-        self.entity = entity
-        self.group = group
-        self.tags = list(tags)
-        self.name = name
-        self._run: wandb.Run | None = None
-        self._folder: Path | None = None
-        self._to_upload = False
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
         """Begin a W&B run and replay ``history`` into it."""
