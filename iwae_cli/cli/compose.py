@@ -47,7 +47,6 @@ _COMPOSITION_ERRORS = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError),
     *(OSError, ValueError, TypeError, AttributeError),
 )
-_SWEEPER_EXTRAS = {"optuna": "optuna"}
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 _FIXED = {
     **{"callbacks": {}, "env": {}, "hydra_logging": _NO_LOGGING, "job_logging": _NO_LOGGING, "output_subdir": None},
@@ -70,7 +69,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         base = composer.compose([o for o in parsed if not o.is_sweep_override()])
         stop = convert(base["on_error"], Literal["continue", "stop"], "on_error") == "stop"
         chosen = base.hydra.runtime.choices
-        launcher, sweeper = (_resolved(base.hydra[key], f"hydra.{key}") for key in ("launcher", "sweeper"))
+        launcher, sweeper = (_resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
         multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
         swept = [o for o in parsed if o.is_sweep_override()]
         if not multirun:
@@ -347,14 +346,13 @@ def _check_hydra(node: DictConfig) -> None:
             resolve(value, object, path, _ENGINE_PACKAGES)
 
 
-def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def _resolved(cfg: Any) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = str(error.full_key or prefix)
-        if isinstance(error, MissingMandatoryValue):
-            raise UserError(f"{key} has no value: write {key}=...") from None
-        raise UserError(f"{key}: {_first_line(error)}") from None
+        is_missing = isinstance(error, MissingMandatoryValue)
+        why = f" has no value: write {error.full_key}=..." if is_missing else f": {_first_line(error)}"
+        raise UserError(f"{error.full_key}{why}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -363,7 +361,7 @@ def _not_installed(group: str, name: Any) -> str | None:
     """Return the message about a launcher or sweeper that an extra brings; None for anything else."""
     if group not in _ENGINES or not isinstance(name, str):
         return None
-    extra = adapter(name).extra if group == "hydra/launcher" else _SWEEPER_EXTRAS.get(name)
+    extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"
 
 
