@@ -1,4 +1,4 @@
-"""What iwae-train and iwae-eval share: their parser, and errors that end in one line and an exit code."""
+"""What the commands share: their parser, and errors that end in one line and an exit code."""
 
 from __future__ import annotations
 

@@ -7,9 +7,7 @@ which keys exist. Every fault is a ``UserError`` of one line, raised before anyt
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from contextlib import contextmanager
 from itertools import islice, product
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import hydra
 import yaml
@@ -25,15 +23,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from iwae_cli.cli.guard import check_node
 from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
 from iwae_cli.cli.stdio import forgiving
-from iwae_cli.config.build import BASES, SEVERAL, convert, nearest, one_line, unknown_key
+from iwae_cli.config.build import BASES, SEVERAL, convert, nearest, one_line, resolve, show, unknown_key
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.sweeps.jobs import Job, Plan, run_job
@@ -46,9 +43,18 @@ MAX_JOBS = 10_000
 _WANDB = "iwae_cli.record.wandb.WandbLogger"
 _ENGINES = ("hydra/launcher", "hydra/sweeper")
 _ENGINE_KEYS = ("hydra.launcher.", "hydra.sweeper.")
-_SWEEPER_EXTRAS = {"optuna": "optuna"}
-_TO_BE_GIVEN = "??? "
-"""Begins a value of a preset that the command line must give; a description follows."""
+_COMPOSITION_ERRORS = (
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
+    *(OSError, ValueError, TypeError, AttributeError),
+)
+_NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+_FIXED = {
+    **{"callbacks": {}, "env": {}, "hydra_logging": _NO_LOGGING, "job_logging": _NO_LOGGING, "output_subdir": None},
+    **{"run.dir": ".", "sweep.dir": "${output_dir}/sweeps", "sweep.subdir": "."},
+    **{"job.chdir": False, "job.env_set": {}, "job.env_copy": []},
+}
+"""What in Hydra's node could run code or write files, as conf/config.yaml sets it."""
+_ENGINE_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samplers")
 
 
 def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Plan:
@@ -63,7 +69,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         base = composer.compose([o for o in parsed if not o.is_sweep_override()])
         stop = convert(base["on_error"], Literal["continue", "stop"], "on_error") == "stop"
         chosen = base.hydra.runtime.choices
-        launcher, sweeper = (_resolved(base.hydra[key], f"hydra.{key}") for key in ("launcher", "sweeper"))
+        launcher, sweeper = (_resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
         multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
         swept = [o for o in parsed if o.is_sweep_override()]
         if not multirun:
@@ -73,8 +79,15 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
+        if sweeper.get("custom_search_space"):
+            raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
+        values = [(o.key_or_group, _values(o, is_grid)) for o in parsed]
+        if is_grid and prod(len(found) for _, found in values) > MAX_JOBS:
+            raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
+        grid = product(*(found for _, found in values))
         jobs = []
-        for texts in _grid(parsed) if is_grid else [_sample(parsed, sweeper)]:
+        # Of a search, which decides its jobs itself, one is checked.
+        for texts in grid if is_grid else [[found[0] for found in dict(values).values()]]:
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
             jobs.append(_job(cfg, cfg.hydra.runtime.choices, of_job))
@@ -100,32 +113,11 @@ def _sweep_job(cfg: DictConfig) -> float | None:
         return run_job(job, Path(node.sweep.dir), node.job.num, chosen["hydra/launcher"])
 
 
-def shown(overrides: Sequence[str], config_dir: str | None, what: str, package: str | None, resolve: bool) -> str:
-    """Return the composed config as YAML: of the job, of Hydra or all.
-
-    Raises:
-        UserError: see ``plan``; or there is no ``package``.
-    """
-    with _composer(config_dir) as composer:
-        cfg = composer.compose([o for o in composer.parse(overrides) if not o.is_sweep_override()])
-        if what != "all":
-            keys = [str(key) for key in cfg if (key == "hydra") == (what == "hydra")]
-            cfg = OmegaConf.masked_copy(cfg, keys)
-        if resolve:
-            cfg = OmegaConf.create(_resolved(cfg))
-        if package is not None:
-            found = OmegaConf.select(cfg, package)
-            if not OmegaConf.is_config(found):
-                raise UserError(f"--package {package} is not there{nearest(package, map(str, cfg))}")
-            cfg = found
-        return OmegaConf.to_yaml(cfg)
-
-
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
-    """Return the overrides for Hydra's ``--info``, checked as ``plan`` does."""
+    """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked as ``plan`` does."""
     with _composer(config_dir) as composer:
-        parsed = composer.parse(overrides)
-        composer.compose([o for o in parsed if not o.is_sweep_override()])
+        parsed = [o for o in composer.parse(overrides) if not o.is_sweep_override()]
+        composer.compose(parsed)
         return [*composer.search_path, *(str(o.input_line) for o in parsed)]
 
 
@@ -141,21 +133,22 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
     saved = RunFolder(run).config()
     with _composer(config_dir) as composer:
         parsed = composer.parse(overrides)
-        for override in parsed:
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
         chosen = [o for o in parsed if composer.is_choice(o)]
-        lines = [f"{'+' if o.key_or_group == ESTIMATOR else ''}{o.input_line}" for o in chosen]
-        fresh = composer.choose(lines)
+        fresh = composer.choose([f"{'+' * (o.key_or_group == ESTIMATOR)}{o.input_line}" for o in chosen])
         about_objective = "objective" in (fresh.get(ESTIMATOR) or {})
         # Where data lie may change; what they hold is compared with what the run was trained on.
         allowed = ["evaluation", "device", "data_dir", *(["data.path"] if "path" in saved["data"] else []), ESTIMATOR]
         allowed += ["objective"] if about_objective else []
         for override in parsed:
-            key = override.key_or_group
-            if not {key, key.partition(".")[0]} & {*allowed}:
-                hint = nearest(key.partition(".")[0], allowed)
+            key, group = override.key_or_group, override.key_or_group.partition(".")[0]
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
+            if not {key, group} & {*allowed}:
+                hint = nearest(group, allowed)
                 raise UserError(f"{key} cannot be changed after training{hint} (allowed are {', '.join(allowed)})")
+            if group == ESTIMATOR and ESTIMATOR not in fresh:
+                names = " or ".join(f"{ESTIMATOR}={name}" for name in composer.groups[ESTIMATOR])
+                raise UserError(f"{key} belongs to an estimator: write {names} before it")
         config = OmegaConf.create({key: saved[key] for key in ("data", *allowed) if key in saved})
         for group in ("evaluation", "device"):
             # A run of an earlier version lacks keys that are new.
@@ -163,10 +156,6 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
                 config[group] = {**fresh[group], **config[group]}
         for override in chosen:
             config[override.key_or_group] = fresh[override.key_or_group]
-        for key in (o.key_or_group for o in parsed if ESTIMATOR not in config):
-            if key.startswith(f"{ESTIMATOR}."):
-                names = " or ".join(f"{ESTIMATOR}={name}" for name in composer.groups[ESTIMATOR])
-                raise UserError(f"{key} belongs to an estimator: write {names} before it")
         composer.set_values(config, [o for o in parsed if o not in chosen])
     changed = _resolved(config)
     if about_objective:
@@ -179,12 +168,11 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
 def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any] | None = None) -> None:
     """Run Hydra's own main with ``arguments``; exceptions of ``task`` are raised as they are."""
 
-    def nothing(cfg: DictConfig) -> NoReturn:
-        raise AssertionError("Hydra only displays here")
-
-    main = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(task or nothing)
-    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["iwae-train", *arguments], "1"
+    main = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(
+        task or (lambda cfg: None)
+    )
+    before, sys.argv = sys.argv, ["iwae-train", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
     except SystemExit as end:
@@ -192,9 +180,6 @@ def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any] | None = N
             raise SystemExit(UserError.exit_code) from None
     finally:
         sys.argv = before
-        del os.environ["HYDRA_FULL_ERROR"]
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 @contextmanager
@@ -221,33 +206,25 @@ class _Composer:
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
-        """Return the overrides, each key once.
-
-        Raises:
-            UserError: one cannot be read, or two contradict each other.
-        """
+        """Return the overrides, each key once."""
         parsed: dict[str, Override] = {}
         for text in overrides:
-            if text.startswith("experiment="):
-                # Hydra's word for no preset is an empty list.
-                text = re.sub(r"([=,(]\s*)null(?=\s*([,)]|$))", r"\1[]", text)
-            key, sign, value = text.partition("=")
             try:
                 (override,) = self._parser.parse_overrides([text])
                 if not override.key_or_group:
                     raise ValueError("no key")
             except (HydraException, ValueError):
                 # ValueError also for an integer of thousands of digits.
-                hint = "" if sign or not text.strip("+~-'\" ") else f"; did you mean {text}=...?"
-                if sign and not value.isascii():
-                    hint = f"; did you mean {shlex.quote(f'{key}={_quoted(value)}')}?"
-                text = text if len(text) < 200 else f"{text[:100]}..."
-                raise UserError(f"cannot read {text!r}: write key=value, quote special characters{hint}") from None
-            before = parsed.setdefault(override.key_or_group, override)
+                raise UserError(f"cannot read {text[:100]!r}: write key=value, quote special characters") from None
+            key = override.key_or_group
+            if override.package is not None:
+                raise UserError(f"{text}: packages cannot be changed, write {key}=...")
+            if override.is_delete():
+                raise UserError(f"~{key}: nothing can be taken away, choose another value with {key}=...")
+            before = parsed.setdefault(key, override)
             # As text: in Python 1, 1.0 and true are equal.
             if before.type != override.type or repr(before.value()) != repr(override.value()):
-                both = f"{before.input_line} and {override.input_line}"
-                raise UserError(f"{both} contradict each other: write one of them")
+                raise UserError(f"{before.input_line} and {text} contradict each other: write one of them")
         return list(parsed.values())
 
     def compose(self, overrides: Sequence[Override]) -> DictConfig:
@@ -259,8 +236,7 @@ class _Composer:
         chosen = [o for o in overrides if self.is_choice(o)]
         cfg = self.choose([str(o.input_line) for o in chosen])
         self.set_values(cfg, [o for o in overrides if o not in chosen])
-        engines = {key: _resolved(cfg.hydra[key], f"hydra.{key}") for key in ("launcher", "sweeper")}
-        check_node(OmegaConf.to_container(cfg.hydra, resolve=False), engines)
+        _check_hydra(cfg.hydra)
         return cfg
 
     def choose(self, lines: Sequence[str]) -> DictConfig:
@@ -269,15 +245,11 @@ class _Composer:
         if key not in self._composed:
             try:
                 cfg = hydra.compose("config", [*self.search_path, *lines], return_hydra_config=True)
-            except MissingConfigException as error:
-                group, _, name = str(error.missing_cfg_file).rpartition("/")
-                raise UserError(_not_installed(group, name) or _first_line(error)) from None
-            except yaml.YAMLError as error:
-                raise UserError(one_line(error)) from None
-            # Hydra looks into presets, and into its own node, without asking what has been made of them.
-            except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError) as error:
-                asked = shlex.join(lines) or "the configuration"
-                raise UserError(f"{asked} cannot be composed: {type(error).__name__}: {_first_line(error)}") from error
+            # Hydra looks into presets, and into its own node, without checking their types.
+            except _COMPOSITION_ERRORS as error:
+                group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+                why = f"{shlex.join(lines)} cannot be composed: {type(error).__name__}: {one_line(error)}"
+                raise UserError(_not_installed(group, name) or why) from error
             OmegaConf.set_readonly(cfg.hydra, False)
             self._composed[key] = cfg
         return copy.deepcopy(self._composed[key])
@@ -286,73 +258,52 @@ class _Composer:
         """Set keys of ``cfg`` that exist, or that ``+`` adds below a group (whose class decides)."""
         known = OmegaConf.to_container(cfg, resolve=False)
         for override in overrides:
-            self._check_key(override, known)
-            added = override.is_add() or override.is_force_add()
+            key, added = override.key_or_group, override.is_add() or override.is_force_add()
+            if not key.startswith("hydra"):
+                _check_key(key, known, added)
+            elif not key.startswith(_ENGINE_KEYS):
+                raise UserError(f"{key} cannot be changed; runs go to output_dir=..., several runs are asked for by -m")
             try:
-                OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=added)
+                OmegaConf.update(cfg, key, override.value(), force_add=added)
             except (OmegaConfBaseException, AssertionError) as error:
                 raise UserError(f"{override.input_line}: {_first_line(error)}") from None
 
-    def _check_key(self, override: Override, known: Any) -> None:
-        key = override.key_or_group
-        _check_form(override)
-        if key.partition(".")[0] == "hydra" or key.startswith("hydra/"):
-            if not key.startswith(_ENGINE_KEYS):
-                raise UserError(f"{key} cannot be changed; runs go to output_dir=..., several runs are asked for by -m")
-            return
-        node, path = known, ""
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                if path and isinstance(node, dict) and (override.is_add() or override.is_force_add()):
-                    return
-                there = node if isinstance(node, dict) else {}
-                names = [str(name) for name in there if name not in ("_target_", "hydra")]
-                names += [] if path else ["experiment"]
-                raise UserError(unknown_key(key, path, names))
-            node, path = node[part], f"{path}.{part}" if path else part
-        if override.is_add():
-            raise UserError(f"+{key} is there already: write {key}=... without +")
-
     def is_choice(self, override: Override) -> bool:
-        """Return whether ``override`` chooses from a group.
-
-        Raises:
-            UserError: it does, and what it chooses is not there.
-        """
+        """Return whether ``override`` chooses from a group, after checking that the choice is there."""
         group = override.key_or_group
         if group not in self.groups:
             return False
-        _check_form(override)
-        names, value = self.groups[group], override.value()
-        if override.type.name != "CHANGE" and group not in _ENGINES:
-            raise UserError(f"+{group} is there already: write {group}={_text(value)} without +")
+        if override.is_add() and group not in _ENGINES:
+            raise UserError(f"+{group} is there already: write {group}={show(override.value())} without +")
         if override.is_sweep_override():
             return True
-        listed = value if isinstance(value, list) and group in (*SEVERAL, "experiment") else [value]
-        for name in listed:
+        names, value = self.groups[group], override.value()
+        for name in value if isinstance(value, list) and group in (*SEVERAL, "experiment") else [value]:
             if not isinstance(name, str) or name not in names:
-                there = f"{group} must be one of {', '.join(summary(names))}, got {_text(name)}{nearest(name, names)}"
+                there = f"{group} must be one of {', '.join(summary(names))}, got {show(name)}{nearest(name, names)}"
                 raise UserError(_not_installed(group, name) or there)
         return True
 
 
-def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Override]) -> Job:
-    """Return the plain values of a run, without Hydra's node, with ``WANDB_MODE`` where no logger was typed.
+def _check_key(key: str, node: Any, added: bool) -> None:
+    path = ""
+    for part in key.split("."):
+        there = node if isinstance(node, dict) else {}
+        if part not in there:
+            if path and there and added:
+                return
+            names = [str(name) for name in there if name not in ("_target_", "hydra")]
+            raise UserError(unknown_key(key, path, names if path else [*names, "experiment"]))
+        node, path = node[part], f"{path}.{part}" if path else part
 
-    Raises:
-        UserError: a value is missing or cannot be resolved.
-    """
+
+def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Override]) -> Job:
+    """Return the plain values of a run, without Hydra's node, with ``WANDB_MODE`` where no logger was typed."""
     # How a sweep treats errors is no part of a run.
     config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")]))
-    for key, value in config.items():
-        if isinstance(value, str) and value.startswith(_TO_BE_GIVEN):
-            raise UserError(f"{key} has no value: write {key}=..., {value.removeprefix(_TO_BE_GIVEN)}")
     keys = [str(o.key_or_group) for o in overrides]
     mode = os.environ.get("WANDB_MODE")
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
-        modes = ("online", "offline", "disabled")
-        if mode not in modes:
-            raise UserError(f"WANDB_MODE must be one of {', '.join(modes)}, got {mode}{nearest(mode, modes)}")
         for node in (config["logger"] or {}).values():
             if isinstance(node, dict) and node.get("_target_") == _WANDB:
                 node["mode"] = mode
@@ -361,63 +312,47 @@ def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Overrid
     return Job(config, names, lines)
 
 
-def _grid(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
-    """Return the overrides of every job of a grid, as Hydra's basic sweeper writes them.
-
-    Raises:
-        UserError: there is no job, or too many, or a search range.
-    """
-    values = []
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            values.append([f"{key}={override.get_value_element_as_str()}"])
-            continue
-        if not override.is_discrete_sweep():
+def _values(override: Override, is_grid: bool) -> list[str]:
+    """Return what the jobs of a sweep have in place of ``override``, as Hydra's basic sweeper writes it."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        if is_grid:
             raise UserError(f"{override.input_line} is a range for a search: add hydra/sweeper=optuna")
-        try:
-            found = list(islice(override.sweep_string_iterator(), MAX_JOBS + 1))
-        except (HydraException, ValueError, ArithmeticError) as error:
-            raise UserError(f"{override.input_line}: {_first_line(error)}") from None
-        if not found:
-            raise UserError(f"{override.input_line} gives no job")
-        values.append([f"{key}={value}" for value in found])
-    if prod(map(len, values)) > MAX_JOBS:
-        raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
-    return list(product(*values))
+        value: Any = override.value()
+        return [f"{key}={value.start}"]
+    try:
+        found = [f"{key}={text}" for text in islice(override.sweep_string_iterator(), MAX_JOBS + 1)]
+    except (HydraException, ValueError, ArithmeticError) as error:
+        raise UserError(f"{override.input_line}: {_first_line(error)}") from None
+    if not found:
+        raise UserError(f"{override.input_line} gives no job")
+    return found
 
 
-def _sample(overrides: Sequence[Override], sweeper: Mapping[str, Any]) -> list[str]:
-    """Return the overrides of one job that a search may try, so that it can be checked."""
-    if sweeper.get("custom_search_space"):
-        raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
-    texts = {}
-    for o in overrides:
-        value: Any = o.value()
-        if o.is_sweep_override():
-            first = next(iter(o.sweep_string_iterator()), "") if o.is_discrete_sweep() else value.start
-            texts[o.key_or_group] = f"{o.get_key_element()}={first}"
-        else:
-            texts[o.key_or_group] = str(o.input_line)
-    return list(texts.values())
+def _check_hydra(node: DictConfig) -> None:
+    """Refuse a preset that would have Hydra run foreign code or write files: Hydra builds objects from its own node."""
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    for key, value in _FIXED.items():
+        first, _, rest = key.partition(".")
+        if (plain[first][rest] if rest else plain[first]) != value:
+            raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
+    nodes: list[tuple[str, Any]] = [(f"hydra.{key}", _resolved(node[key])) for key in ("launcher", "sweeper")]
+    for path, value in nodes:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        nodes += [(f"{path}.{key}", inner) for key, inner in items]  # extends the list that is walked
+        if path.endswith("._target_"):
+            resolve(value, object, path, _ENGINE_PACKAGES)
 
 
-def _check_form(override: Override) -> None:
-    key = override.key_or_group
-    if override.package is not None:
-        raise UserError(f"{override.input_line}: packages cannot be changed, write {key}=...")
-    if override.is_delete():
-        raise UserError(f"~{key}: nothing can be taken away, choose another value with {key}=...")
-
-
-def _resolved(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def _resolved(cfg: Any) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = str(error.full_key or prefix)
-        if isinstance(error, MissingMandatoryValue):
-            raise UserError(f"{key} has no value: write {key}=...") from None
-        raise UserError(f"{key}: {_first_line(error)}") from None
+        is_missing = isinstance(error, MissingMandatoryValue)
+        why = f" has no value: write {error.full_key}=..." if is_missing else f": {_first_line(error)}"
+        raise UserError(f"{error.full_key}{why}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -426,7 +361,7 @@ def _not_installed(group: str, name: Any) -> str | None:
     """Return the message about a launcher or sweeper that an extra brings; None for anything else."""
     if group not in _ENGINES or not isinstance(name, str):
         return None
-    extra = adapter(name).extra if group == "hydra/launcher" else _SWEEPER_EXTRAS.get(name)
+    extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"
 
 
@@ -437,7 +372,3 @@ def _quoted(text: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

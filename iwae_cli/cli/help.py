@@ -22,17 +22,12 @@ def own_folder(folder: str, option: str) -> Path:
     """Return the absolute path of a user's folder with groups and choices.
 
     Raises:
-        UserError: it is not there, a file in it is no text, or a choice has the name of one of ours, which Hydra would
-            take instead.
+        UserError: it is not there, or a choice has the name of one of ours, which Hydra would take instead.
     """
     path = Path(folder).absolute()
     if not folder or not path.is_dir():
         raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
     for file in config_files(path):
-        try:
-            file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
         ours = conf_folder() / file.relative_to(path)
         if ours.is_file() and ours.read_bytes() != file.read_bytes():
             raise UserError(f"{file} has the name of a choice that comes with iwae-cli: give it another")

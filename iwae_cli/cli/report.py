@@ -5,17 +5,15 @@ What it needs is imported where it is used: ``--help`` and wrong options need no
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from iwae_cli import __version__
-from iwae_cli.cli.stdio import exit_code, forgiving
+from iwae_cli.cli.command import Parser, answer
 from iwae_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from iwae_cli.report.reader import Found, Run
     from iwae_cli.report.writers import Report
 
-FORMATS = ("terminal", "markdown", "csv", "latex", "json")
 HELP = """\
 iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
 
@@ -62,22 +59,15 @@ exit codes: 0 done, 1 the output cannot be written, 2 wrong input
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Run ``iwae-report`` and return the exit code (0 done, 1 not written, 2 wrong input)."""
-    with forgiving() as out:
-        try:
-            _report(list(sys.argv[1:] if argv is None else argv))
-        except UserError as error:
-            print(f"iwae-report: {' '.join(str(error).split())}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            return 130
-        return exit_code("iwae-report", out, needed=True)
+    return answer("iwae-report", lambda: _report(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _report(argv: list[str]) -> None:
+def _report(argv: list[str]) -> bool:
+    """Return False: standard output is what it makes."""
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
-        return
-    options = _parser().parse_args(argv)
+        return False
+    options = _parser().parse_intermixed_args(argv)
     if options.html is not None and options.html.is_dir():
         raise UserError(f"--html {options.html} is a folder; name a file, such as {options.html / 'report.html'}")
 
@@ -96,31 +86,26 @@ def _report(argv: list[str]) -> None:
         [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare],
     )
     if options.html is not None:
-        _write_page(made, options.html)
+        from iwae_cli.core.files import write_text
+        from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
+
+        try:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.html, page(made))
+        except OSError as error:
+            raise UserError(f"--html {options.html} cannot be written: {error.strerror}") from None
     _print(made, options.format)
     if options.html is not None:
         print(f"iwae-report: wrote {options.html}", file=sys.stderr)
-
-
-def _write_page(made: Report, path: Path) -> None:
-    from iwae_cli.core.files import write_text
-    from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page(made))
-    except OSError as error:
-        raise UserError(f"--html {path} cannot be written: {error.strerror}") from None
+    return False
 
 
 def _print(made: Report, form: str) -> None:
     from iwae_cli.report import writers
 
-    if form == "terminal":
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(writers.terminal(made, width), end="")
-        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     write: dict[str, Callable[[Report], str]] = {
+        "terminal": lambda made: writers.terminal(made, width),
         "markdown": writers.markdown,
         "csv": writers.comma_separated,
         "latex": writers.latex,
@@ -181,19 +166,13 @@ def _values(keys: Mapping[str, str], found: Found) -> str:
     return "".join(f"; {key} is {', '.join(there)}" for key, there in values.items())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; iwae-report --help shows examples")
-
-
-def _parser() -> _Parser:
-    parser = _Parser("iwae-report", add_help=False, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"iwae-report {__version__}")
+def _parser() -> Parser:
+    parser = Parser("iwae-report")
     parser.add_argument("paths", nargs="*")
     parser.add_argument("--rows", type=_keys)
     parser.add_argument("--columns", type=_keys)
     parser.add_argument("--split", choices=["test", "validation", "train"], default="test")
-    parser.add_argument("--format", choices=FORMATS, default="terminal")
+    parser.add_argument("--format", choices=["terminal", "markdown", "csv", "latex", "json"], default="terminal")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--against")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
@@ -201,8 +180,7 @@ def _parser() -> _Parser:
 
 
 def _keys(text: str) -> list[str]:
-    keys = [key.strip() for key in text.split(",")]
-    return list(dict.fromkeys(key for key in keys if key))
+    return list(dict.fromkeys(key.strip() for key in text.split(",") if key.strip()))
 
 
 if __name__ == "__main__":

@@ -82,16 +82,10 @@ def forgiving() -> Iterator[Forgiving]:
 
 
 def exit_code(program: str, out: Forgiving, *, needed: bool) -> int:
-    """Return the exit code of a command that has done its work.
+    """Return the exit code of a command that has done its work: 0 unless its output ``out`` is all that it makes.
 
-    Args:
-        program: its name.
-        out: its standard output.
-        needed: whether its output is all that it makes.
-
-    Returns:
-        0; where the output is ``needed``, 141 if the reader has left (as shells report a broken pipe), and 1 if it
-        cannot be written for another reason.
+    Where the output is ``needed``, 141 if the reader has left (as shells report a broken pipe), and 1 if it cannot be
+    written for another reason.
     """
     out.flush()
     if out.lost is None:

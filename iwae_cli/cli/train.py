@@ -55,19 +55,17 @@ def _train(argv: list[str]) -> bool:
     asked = _parser().parse_intermixed_args(argv)
     if asked.shell_completion and not re.fullmatch(r"(un)?install=\w+|query=\w+", " ".join(asked.overrides)):
         raise UserError("-sc wants install=SHELL or uninstall=SHELL, SHELL one of bash, zsh, fish")
-    if (asked.package or asked.resolve) and not asked.cfg:
-        raise UserError("--package and --resolve go with --cfg job")
-
     from iwae_cli.cli import compose
 
     if asked.shell_completion:
         compose.run_hydra(["--shell-completion", *asked.overrides])
     elif asked.hydra_help:
         compose.run_hydra(["--hydra-help"])
-    elif asked.cfg:
-        print(compose.shown(asked.overrides, asked.config_dir, asked.cfg, asked.package, asked.resolve), end="")
-    elif asked.info:
-        compose.run_hydra(["--info", asked.info, "--", *compose.checked(asked.overrides, asked.config_dir)])
+    elif asked.cfg or asked.info:
+        options = {"--cfg": asked.cfg, "--package": asked.package, "--info": asked.info}
+        flags = [part for option, value in options.items() if value for part in (option, value)]
+        flags += ["--resolve"] * asked.resolve
+        compose.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
     else:
         _run(compose.plan(asked.overrides, asked.multirun, asked.config_dir), argv)
         return True

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -65,9 +65,6 @@ def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -
     """Return the object of every group of a resolved, plain ``config``.
 
     ``optimizer`` is a ``functools.partial`` without its parameters; a group of ``SEVERAL`` is a tuple of objects.
-
-    Raises:
-        UserError: a missing group, an unknown key, a wrong value.
     """
     objects: dict[str, Any] = {}
     for group in groups:
@@ -83,41 +80,30 @@ def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -
 
 
 def build(node: Any, base: type, path: str) -> Any:
-    """Return the object that ``node`` describes, an instance of ``base``.
-
-    Raises:
-        UserError: ``node`` has no allowed class, or that class refuses its arguments.
-    """
+    """Return the object that ``node`` describes, an instance of ``base``; ``path`` is where the node was written."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {_show(node)}")
+        raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {show(node)}")
     cls = resolve(node["_target_"], base, f"{path}._target_")
     values = {str(key): value for key, value in node.items() if key != "_target_"}
-    if _is_optimizer(base):
+    optim = sys.modules.get("torch.optim")
+    if optim is not None and issubclass(base, optim.Optimizer):
         return _optimizer(cls, check_arguments(cls, values, path, given={"params"}), path)
     return call(cls, check_arguments(cls, values, path), path)
 
 
 def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PACKAGES) -> type:
-    """Return the class that ``target`` names.
+    """Return the class that the dotted name ``target`` names, derived from ``base``; ``path`` is for the message.
 
-    Only modules of the allowed packages are imported, the class is looked up in the module's own names, and it must be
-    defined in an allowed package too: walking attributes would reach ``os`` from anywhere.
-
-    Args:
-        target: dotted name.
-        base: required base class.
-        path: for the message.
-        packages: allowed packages, in addition to those of ``IWAE_ALLOW_TARGETS``.
-
-    Raises:
-        UserError: not such a class.
+    Only modules of ``packages`` and of those in ``IWAE_ALLOW_TARGETS`` are imported, the class is looked up in the
+    module's own names, and it must be defined in an allowed package too: walking attributes would reach ``os`` from
+    anywhere.
     """
-    allowed = (*packages, *_further_packages())
+    allowed = (*packages, *(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()))
     wanted = f"{path} must name a class of {' or '.join(allowed)}"
     if base is not object:
         wanted += f" derived from {base.__name__}"
     if not isinstance(target, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
-        raise UserError(f"{wanted}, got {_show(target)}")
+        raise UserError(f"{wanted}, got {show(target)}")
     module_name, _, name = target.rpartition(".")
     if not _is_within(module_name, allowed):
         raise UserError(f"{wanted}, got {target} (the environment variable {ALLOW_VARIABLE} allows more)")
@@ -129,7 +115,9 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
     if not inspect.isclass(found):
         classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         raise UserError(f"{wanted}, got {target}{nearest(name, classes)}")
-    if not _is_defined_in(allowed, found) or not issubclass(found, base) or inspect.isabstract(found):
+    home = vars(sys.modules.get(found.__module__, object))
+    is_ours = _is_within(found.__module__, allowed) and home.get(found.__name__) is found
+    if not is_ours or not issubclass(found, base) or inspect.isabstract(found):
         raise UserError(f"{wanted}, got {target}")
     return found
 
@@ -137,14 +125,7 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
 def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iterable[str] = ()) -> dict[str, Any]:
     """Return ``values`` checked against the annotations of ``cls``'s constructor, nested nodes built.
 
-    Args:
-        cls: the class.
-        values: keyword arguments as written.
-        path: where they were written; empty for the root.
-        given: arguments that come from elsewhere.
-
-    Raises:
-        UserError: unknown or missing key, wrong type.
+    ``path`` is where the values were written, empty for the root; arguments in ``given`` come from elsewhere.
     """
     given = set(given)
     parameters = {
@@ -164,11 +145,7 @@ def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iter
 
 
 def call(cls: type, arguments: Mapping[str, Any], path: str) -> Any:
-    """Return ``cls(**arguments)``.
-
-    Raises:
-        UserError: the constructor raised a ValueError; the message names the override.
-    """
+    """Return ``cls(**arguments)``; where that raises a ValueError, the UserError names the override."""
     try:
         return cls(**arguments)
     except ValueError as error:
@@ -183,9 +160,6 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     """Return ``value`` as an instance of the annotation ``hint``: an int serves as a float, a bool never as a number.
 
     A node (see the module) serves where ``hint`` is, or may be, a class.
-
-    Raises:
-        UserError: it is not one.
     """
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     classes = [option for option in options if not _is_plain(option)]
@@ -197,68 +171,25 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     try:
         return TypeAdapter(_strict(hint)).validate_python(value)
     except ValidationError as error:
-        raise UserError(_complaint(error.errors(), value, hint, path)) from None
+        raise UserError(_complaint(error.errors(), hint, path)) from None
 
 
 def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
     """Return the message for a key that is not one of ``known`` under ``path``."""
     known = list(known)
-    line = f"{key} is unknown"
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-    if close:
-        line += f"; did you mean {_join(path, close[0])}?"
-    return f"{line} ({f'{path} has' if path else 'there are'} {', '.join(known) or 'no keys'})"
+    close = nearest(key.rpartition(".")[2], known, f"{path}." if path else "")
+    return f"{key} is unknown{close} ({f'{path} has' if path else 'there are'} {', '.join(known) or 'no keys'})"
 
 
-def nearest(value: Any, known: Iterable[Any]) -> str:
+def nearest(value: Any, known: Iterable[Any], prefix: str = "") -> str:
     """Return ``; did you mean ...?`` or nothing."""
     close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def one_line(error: BaseException | str) -> str:
     """Return the message of an error without its line breaks."""
     return " ".join(str(error).split())
-
-
-def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: str, on_cpu: bool) -> None:
-    """Make an optimizer of two small parameters on the processor and let it take a step with dense gradients.
-
-    Args:
-        cls, arguments: the class, and its keyword arguments.
-        path: where they were written.
-        on_cpu: whether the run uses it there; if not, what ``capturable`` requires of the device is ignored.
-
-    Raises:
-        UserError: the optimizer refuses, or torch cannot make the folder of its compiler.
-    """
-    import torch
-
-    def refusal(kept: Mapping[str, Any]) -> str | None:
-        try:
-            # A matrix and a vector, since some optimizers take only one of them.
-            tried = [torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
-            optimizer = cls(tried, **kept)
-            for parameter in tried:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            of_the_device = isinstance(error, AssertionError) and "capturable" in str(error)
-            return None if of_the_device and not on_cpu else one_line(error)
-        except OSError as error:
-            # The first optimizer imports torch's compiler, which makes its folder.
-            raise UserError(
-                f"torch cannot make the folder {error.filename} for compiled code ({error.strerror}): "
-                "set TORCHINDUCTOR_CACHE_DIR to one that can be written to"
-            ) from error
-        return None
-
-    message = refusal(arguments)
-    if message is not None:
-        # torch names the quantity ("learning rate"), not the key: the key is the one whose default would do.
-        guilty = [key for key in arguments if refusal({k: v for k, v in arguments.items() if k != key}) is None]
-        where = f"{path}.{guilty[0]}={_show(arguments[guilty[0]])}" if guilty else path
-        raise UserError(f"{where} is refused by {cls.__name__}: {message}")
 
 
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
@@ -268,22 +199,8 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
     for key, value in arguments.items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{path}.{key} must be finite, got {_show(value)}")
+                raise UserError(f"{path}.{key} must be finite, got {show(value)}")
     return functools.partial(cls, **arguments)
-
-
-def _is_optimizer(base: type) -> bool:
-    optim = sys.modules.get("torch.optim")
-    return optim is not None and issubclass(base, optim.Optimizer)
-
-
-def _further_packages() -> tuple[str, ...]:
-    return tuple(name for name in (part.strip() for part in os.environ.get(ALLOW_VARIABLE, "").split(",")) if name)
-
-
-def _is_defined_in(packages: Iterable[str], cls: type) -> bool:
-    home = sys.modules.get(cls.__module__)
-    return _is_within(cls.__module__, packages) and home is not None and vars(home).get(cls.__name__) is cls
 
 
 def _is_within(module: str, packages: Iterable[str]) -> bool:
@@ -311,7 +228,7 @@ def _strict(hint: Any) -> Any:
     return hint
 
 
-def _complaint(errors: list[Any], value: Any, hint: Any, path: str) -> str:
+def _complaint(errors: list[Any], hint: Any, path: str) -> str:
     """Return one line about the deepest of pydantic's ``errors``; equally deep ones are the options of a union."""
     # Besides indices, a location holds names of union members, which nobody writes.
     places = [[part for part in error["loc"] if isinstance(part, int)] for error in errors]
@@ -320,9 +237,9 @@ def _complaint(errors: list[Any], value: Any, hint: Any, path: str) -> str:
     place = deepest[0][0]
     wanted = dict.fromkeys(_wanted(error) for where, error in deepest if where == place)
     got = deepest[0][1]["input"]
-    shown = _show(got) if len(_show(got)) < 100 else f"a number of {len(str(got))} digits"
+    shown = show(got) if len(show(got)) < 100 else f"a number of {len(str(got))} digits"
     line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {shown}"
-    return line + nearest(got, _literals(hint)) + _as_text(value, hint, path)
+    return line + nearest(got, _literals(hint))
 
 
 def _wanted(error: Mapping[str, Any]) -> str:
@@ -339,7 +256,7 @@ def _literals(hint: Any) -> list[str]:
     return [o for o in options if isinstance(o, str)] + [text for option in options for text in _literals(option)]
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """Return ``value`` as it would be typed."""
     if isinstance(value, str):
         return value if value and value == value.strip() else repr(value)
@@ -347,17 +264,6 @@ def _show(value: Any) -> str:
         return json.dumps(value).replace('"', "")
     except (TypeError, ValueError):
         return repr(value)
-
-
-def _as_text(value: Any, hint: Any, path: str) -> str:
-    """Return what to type instead of a number, list or truth value in quotes, which is a text; else nothing."""
-    if not isinstance(value, str):
-        return ""
-    try:
-        convert(json.loads(value), hint, path)
-    except (ValueError, UserError):
-        return ""
-    return f" as a text: write {path}={value} without quotes (of a variable: {path}=$NAME)"
 
 
 def _join(path: str, key: str) -> str:

@@ -52,24 +52,15 @@ def plot_run(
     originals: Images | None = None,
     reconstructions: Images | None = None,
 ) -> dict[str, Path]:
-    """Draw the figures of a run folder and return their files by name.
-
-    Args:
-        folder: the folder of figures.
-        curves: as for ``plot_training``.
-        bounds: as for ``plot_bounds``.
-        samples, originals, reconstructions: as for ``plot_samples`` and ``plot_reconstructions``; None if the
-            observations are no images.
-    """
+    """Draw the figures of a run into ``folder`` and return their files by name; no images where these are None."""
     made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k")}
-    plot_training(made["training"], curves, label="bound")
+    plot_training(made["training"], curves)
     plot_bounds(made["bound_vs_k"], bounds)
     if samples is not None:
-        made["samples"] = folder / "samples.png"
-        plot_samples(made["samples"], samples)
+        plot_samples(made.setdefault("samples", folder / "samples.png"), samples)
     if originals is not None and reconstructions is not None:
-        made["reconstructions"] = folder / "reconstructions.png"
-        plot_reconstructions(made["reconstructions"], originals, reconstructions)
+        path = made.setdefault("reconstructions", folder / "reconstructions.png")
+        plot_reconstructions(path, originals, reconstructions)
     return made
 
 
@@ -89,17 +80,7 @@ def plot_samples(path: str | Path, images: Images) -> None:
 
 
 def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images, columns: int = 10) -> None:
-    """Draw pairs of rows: observations above, their reconstructions below.
-
-    Args:
-        path: PNG file.
-        originals: images as for ``plot_samples``.
-        reconstructions: the same shape and order.
-        columns: pairs per row.
-
-    Raises:
-        ValueError: as ``plot_samples``, or the shapes differ.
-    """
+    """Draw pairs of rows: observations above, their reconstructions below; images as for ``plot_samples``."""
     if originals.shape != reconstructions.shape:
         raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
     columns = min(columns, len(originals))
@@ -107,20 +88,14 @@ def plot_reconstructions(path: str | Path, originals: Images, reconstructions: I
     _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), "Observed above, reconstructed below", group=2)
 
 
-def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str) -> None:
-    """Draw bounds against passes over the training data into a PNG file.
-
-    Args:
-        path: PNG file.
-        curves: such as ``{"train": [(pass, nats), ...], "validation": [...]}``.
-        label: title of the vertical axis without the unit (nats), such as ``"bound, IWAE k = 50"``.
-    """
-    named = (
+def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw bounds (nats) against passes over the training data into a PNG file; points (pass, nats) by name."""
+    named = [
         Curve(f"{name}: {_nats(points[-1][1])} at the end", points, i)
         for i, (name, points) in enumerate(curves.items())
         if len(points)
-    )
-    _save(training_figure(list(named), f"{label} (nats)", marked=40), path)
+    ]
+    _save(training_figure(named, "bound (nats)", marked=40), path)
 
 
 def training_figure(curves: Sequence[Curve], label: str, focus: bool = False, marked: int = MARKED) -> Figure:
@@ -199,14 +174,16 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
     """Return a figure as an ``svg`` element for an HTML page, without the legend.
 
     Text takes the font of the page. Colours are the CSS variables ``--ink``, ``--rule`` and, on ``<g class="line cN">``
-    of a curve with colour N, ``--c``, so that one element serves light and dark pages. Ids begin with ``title``, which
-    must be unique in the page.
-
-    Args:
-        figure: from ``training_figure`` or ``bounds_figure``.
-        curves: as given there.
-        title: name of the figure for screen readers.
+    of a curve with colour N, ``--c``, so that one element serves light and dark pages. ``title`` names the figure for
+    screen readers and begins its ids: it must be unique in the page.
     """
+
+    def tag(match: re.Match[str]) -> str:
+        curve = curves[int(match[1])]
+        values = "; ".join(f"{y:.2f} at {x:,.10g}" for x, y in curve.points) if len(curve.points) <= MARKED else ""
+        name = html.escape(f"{curve.name}: {values}" if values else curve.name)
+        return f' class="line c{curve.colour}"><title>{name}</title>'
+
     figure.set_size_inches(5, 3.3)
     for axes in figure.axes:
         axes.yaxis.labelpad = 9  # the text of a narrow page is larger
@@ -221,17 +198,11 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
     body = text[text.index("<g id=") :]
     body = re.sub(r"font: [^;\"]*;? ?|font-size: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), body)
-    body = re.sub(r' id="curve(\d+)">', lambda match: _curve_tag(curves[int(match[1])]), body)
+    body = re.sub(r' id="curve(\d+)">', tag, body)
     body = re.sub(r' id="[a-z][\w.]*_\w+"', "", body)  # not unique in a page with several figures
     for colour, variable in {INK: "var(--soft)", FAINT: "var(--rule)", **dict.fromkeys(COLOURS, "var(--c)")}.items():
         body = body.replace(colour, variable)
     return f'<svg {box[0]} role="img" aria-label="{html.escape(title)}">\n{body}'
-
-
-def _curve_tag(curve: Curve) -> str:
-    values = "; ".join(f"{y:.2f} at {x:,.10g}" for x, y in curve.points) if len(curve.points) <= MARKED else ""
-    name = html.escape(f"{curve.name}: {values}" if values else curve.name)
-    return f' class="line c{curve.colour}"><title>{name}</title>'
 
 
 def _rows(images: Images, columns: int) -> Shaped[np.ndarray, "rows columns height width colours"]:

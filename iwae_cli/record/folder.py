@@ -59,21 +59,30 @@ class RunFolder:
 
     def set_status(self, status: str, step: int, error: str | None = None) -> None:
         """Write ``status.json``: running, interrupted, failed or finished."""
-        value = {
-            "status": status,
-            "step": step,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "error": error,
-        }
-        write_json(self.path / "status.json", value)
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_json(self.path / "status.json", {"status": status, "step": step, **process, "error": error})
+
+    def status_record(self) -> dict[str, Any]:
+        """Return the content of ``status.json``; empty if there is none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            record = json.loads((self.path / "status.json").read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError("status.json cannot be read")
+        return record
 
     def status(self) -> str | None:
         """Return running, interrupted, failed or finished; None where it cannot be read."""
-        try:
-            return str(json.loads((self.path / "status.json").read_text())["status"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        with suppress(OSError, ValueError):
+            return self.status_record().get("status")
+        return None
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration, that of a run of 0.2.0 with the class paths and keys of this version.
@@ -138,19 +147,14 @@ def folder_ending(output_dir: Path, digest: str, first: str) -> RunFolder | None
     """Return the folder in ``output_dir`` whose name ends with ``-digest``; of several the one named ``first``."""
     if os.path.lexists(output_dir / first):
         return RunFolder(output_dir / first)
-    try:
-        names = sorted(entry.name for entry in os.scandir(output_dir) if entry.is_dir())
-    except OSError:
-        return None
-    return next((RunFolder(output_dir / name) for name in names if name.endswith(f"-{digest}")), None)
+    return next((RunFolder(path) for path in sorted(output_dir.glob(f"*-{digest}")) if path.is_dir()), None)
 
 
 def folders_recording(output_dir: Path, text: str) -> list[RunFolder]:
     """Return the run folders in ``output_dir`` whose config.yaml holds ``text``."""
-    try:
+    with suppress(OSError):
         return [RunFolder(path) for path in _recording(output_dir, text, output_dir.stat().st_mtime_ns)]
-    except OSError:
-        return []
+    return []
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PACKAGE = "iwae_cli"
 LONGEST_PART = 40
 """Characters of one readable part of a folder's name."""
 
@@ -18,10 +17,8 @@ LONGEST_PART = 40
 def training_name(parts: Sequence[str], config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
     """Return the name of a run folder: readable parts, and a hash of everything that decides the trained weights.
 
-    Args:
-        parts: the readable parts; the hash does not depend on them.
-        config: the resolved configuration, whose classes have been imported.
-        fingerprints: hashes of the content of files, where there are any: ``data`` and ``init_from``.
+    The classes of ``config`` must have been imported; ``fingerprints`` are hashes of the content of files, where there
+    are any: ``data`` and ``init_from``.
     """
     readable = (re.sub(r"[^\w.+]", "_", part)[:LONGEST_PART] for part in parts)
     return "-".join([*readable, _digest(training_config(config, fingerprints))])
@@ -98,22 +95,16 @@ def one_spelling(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return int(value) if isinstance(value, float) and value.is_integer() else value
     node = {key: one_spelling(inner) for key, inner in value.items()}
-    cls = _imported(node.get("_target_"))
-    if cls is None:
+    module, _, name = str(node.get("_target_")).rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    if not inspect.isclass(cls):  # or its module has not been imported
         return node
-    own = cls.__module__.partition(".")[0] == PACKAGE
+    own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
     node["_target_"] = cls.__name__ if own else f"{cls.__module__}.{cls.__name__}"
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name in node and _text(node[name]) == _text(one_spelling(parameter.default)):
-            del node[name]
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if key in node and _text(node[key]) == _text(one_spelling(parameter.default)):
+            del node[key]
     return node
-
-
-def _imported(target: Any) -> type | None:
-    """Return the class that ``target`` names, if its module has been imported."""
-    module, _, name = str(target).rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if inspect.isclass(found) else None
 
 
 def _text(value: Any) -> str:

@@ -32,7 +32,6 @@ class RunInfo:
         config: the resolved configuration, plain dicts, lists, strings and numbers.
         group: name shared by the runs of one sweep, or None.
         overrides: the command line, for display.
-        kind: role of the run in its group: ``train``, ``report``.
     """
 
     folder: Path
@@ -40,7 +39,6 @@ class RunInfo:
     config: Mapping[str, Any]
     group: str | None = None
     overrides: Sequence[str] = ()
-    kind: str = "train"
 
 
 class Logger(ABC):
@@ -80,7 +78,7 @@ class Logger(ABC):
 
 @final
 class FanOut(Logger):
-    """Several loggers as one. Where several processes work on a run, all but the first have ``FanOut([])``.
+    """Several loggers as one, with the calls of one. Of several processes, all but the first have ``FanOut([])``.
 
     ``essential`` loggers are called directly and their errors are raised. Every other logger has a thread that makes
     the calls in their order: one that raises is left out from then on, with one warning, and one that hangs is left

@@ -75,12 +75,8 @@ def number_at(numbers: Mapping[str, Any], key: str) -> Any:
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the headings of the columns of numbers, and for every label its formatted numbers.
-
-    Args:
-        result: the content of ``result.json``, of any estimator; before 0.3 it has no ``rows``.
-    """
-    rows = result.get("rows") or split_rows(result)
+    """Return the headings of the columns of a ``result.json``, and for every label its formatted numbers."""
+    rows = result.get("rows") or split_rows(result)  # before 0.3 there are no rows
     parts = [next((part for part in key.split(".") if part in COLUMNS), "") for _, key, _ in rows]
     columns = [name for name in COLUMNS if name in parts] or [""]
     lines: dict[str, list[str]] = {}
@@ -124,11 +120,7 @@ def result_table(
 ) -> None:
     """Print a ``result.json`` in short to standard output: its rows, warnings, notes and reasons for missing numbers.
 
-    Args:
-        result: the content of ``result.json``, of any estimator.
-        folder: where it lies.
-        sync: the command that uploads the run to W&B.
-        since: when the training ended, if that was before this command.
+    ``sync`` is the command that uploads the run to W&B; ``since`` is given if the training ended before this command.
     """
     out = Console(highlight=False, markup=False)
     columns, lines = table_of(result)

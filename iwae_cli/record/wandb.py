@@ -8,9 +8,10 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from iwae_cli.record.loggers import Logger, Metrics, RunInfo, Status
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
+ONLINE = "wandb/run-*"
 UPLOAD_SECONDS = 60
 """Time that wandb has for uploads when a run ends."""
 
@@ -26,6 +28,7 @@ log = logging.getLogger("iwae_cli")
 
 
 @final
+@dataclass(kw_only=True, eq=False)
 class WandbLogger(Logger):
     """One W&B run for every run.
 
@@ -46,35 +49,26 @@ class WandbLogger(Logger):
         ValueError: a name is empty, too long or has a character that W&B refuses.
     """
 
-    def __init__(
-        self,
-        *,
-        mode: Mode,
-        project: str,
-        entity: str | None,
-        group: str | None,
-        tags: list[str],
-        name: str | None,
-    ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
-            raise ValueError(f"project must have 1 to 128 characters and none of / \\ # ? % :, got {project!r}")
-        for key, value in (("entity", entity), ("group", group), ("name", name)):
+    mode: Mode
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    name: str | None
+    _run: wandb.Run | None = field(default=None, init=False)
+    _folder: Path | None = field(default=None, init=False)
+    _to_upload: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"project must have 1 to 128 characters and none of / \\ # ? % :, got {self.project!r}")
+        for key in ("entity", "group", "name"):
+            value = getattr(self, key)
             if value is not None and not 0 < len(value) <= 128:
                 raise ValueError(f"{key} must have 1 to 128 characters or be null, got {value!r}")
-        for tag in tags:
+        for tag in self.tags:
             if not 0 < len(tag) <= 64:
                 raise ValueError(f"tags must have 1 to 64 characters each, got {tag!r}")
-        self.mode = mode
-        self.project = project
-        self.entity = entity
-        self.group = group
-        self.tags = list(tags)
-        self.name = name
-        self._run: wandb.Run | None = None
-        self._folder: Path | None = None
-        self._to_upload = False
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
         """Begin a W&B run and replay ``history`` into it."""
@@ -101,48 +95,22 @@ class WandbLogger(Logger):
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record one row; a metric that is None has no point there."""
-        self._log(step, lambda: {name: value for name, value in metrics.items() if value is not None})
+        if self._run is not None:
+            self._run.log({AXIS: step} | {name: value for name, value in metrics.items() if value is not None})
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Record a picture, copied into W&B's folder."""
-
-        def row() -> dict[str, Any]:
+        if self._run is not None:
             import wandb
 
-            return {name: wandb.Image(str(path))}
-
-        self._log(step, row)
+            self._run.log({AXIS: step, name: wandb.Image(str(path))})
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Record a histogram of the finite ``values``; -inf is a proper log-weight but has no place on an axis."""
-
-        def row() -> dict[str, Any]:
+        if self._run is not None and (finite := [value for value in map(float, values) if math.isfinite(value)]):
             import wandb
 
-            finite = [value for value in map(float, values) if math.isfinite(value)]
-            return {name: wandb.Histogram(finite)} if finite else {}
-
-        self._log(step, row)
-
-    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
-        """Record a table; every row has as many values as there are columns."""
-
-        def row() -> dict[str, Any]:
-            import wandb
-
-            return {name: wandb.Table(columns=list(columns), data=[list(values) for values in rows])}
-
-        self._log(step, row)
-
-    def html(self, step: int, name: str, page: str) -> None:
-        """Record a page that needs no other file."""
-
-        def row() -> dict[str, Any]:
-            import wandb
-
-            return {name: wandb.Html(page, inject=False)}
-
-        self._log(step, row)
+            self._run.log({AXIS: step, name: wandb.Histogram(finite)})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Record the final numbers; nested names are joined with ``/``."""
@@ -168,14 +136,15 @@ class WandbLogger(Logger):
         """Return a new W&B run, and whether it has to be uploaded by hand."""
         if self.mode == "offline":
             return self._init(run, "offline"), True
-        before = _online_folders(run.folder)
+        before = {*run.folder.glob(ONLINE)}
         try:
             online = self._init(run, "online")
             log.info("W&B: recording at %s", online.url)
             return online, False
         except Exception as error:
-            log.warning("W&B: cannot go online (%s); recording offline instead", _first_line(error))
-        if leftovers := _online_folders(run.folder) - before:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("W&B: cannot go online (%s); recording offline instead", why)
+        if leftovers := {*run.folder.glob(ONLINE)} - before:
             import wandb
 
             # The service keeps trying, and refuses the same id until then.
@@ -194,7 +163,7 @@ class WandbLogger(Logger):
             project=self.project,
             entity=self.entity,
             group=self.group or run.group,
-            job_type=run.kind,
+            job_type="train",
             tags=self.tags or None,
             name=self.name or run.identity,
             notes=" ".join(run.overrides) or None,
@@ -216,10 +185,6 @@ class WandbLogger(Logger):
             ),
         )
 
-    def _log(self, step: int, row: Callable[[], dict[str, Any]]) -> None:
-        if self._run is not None:
-            self._run.log({AXIS: step, **row()})
-
 
 def left_to_upload(run_folder: Path) -> str | None:
     """Return ``wandb sync`` with the newest record in a run folder, if that is offline and not uploaded."""
@@ -233,14 +198,6 @@ def left_to_upload(run_folder: Path) -> str | None:
 def _sync(folder: Path) -> str:
     here = Path.cwd()
     return f"wandb sync {shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _online_folders(folder: Path) -> set[Path]:
-    return set((folder / "wandb").glob("run-*"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

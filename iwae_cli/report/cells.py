@@ -214,10 +214,6 @@ def tables(
     Where ``rows`` and ``columns`` leave runs in one cell that differ by more than their seed, the keys that tell
     them apart are added to the rows: nothing but seeds is averaged.
 
-    Args:
-        scored: from ``comparable``.
-        rows, columns: keys; None takes ``ROWS`` without those among the columns, and ``COLUMNS``.
-
     Raises:
         UserError: a key that no run has, or one that is in both.
     """

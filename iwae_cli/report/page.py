@@ -17,7 +17,6 @@ from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warnings
 from iwae_cli.report.cells import Cell, Table
-from iwae_cli.report.reader import Run
 from iwae_cli.report.selection import MISSING, Scored
 from iwae_cli.report.writers import Report
 
@@ -61,12 +60,20 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     if len(drawn) < len(table.cells):
         notes.append(f"drawn below: the {len(drawn)} cells of lowest NLL, of {len(table.cells)}")
     damaged: list[str] = []
-    charts = [_bounds(drawn, table), *_training(drawn, damaged)]
+    bounds = [Curve(cell.name, [(float(k), y) for k, y in cell.bounds.items()], i) for i, cell in enumerate(drawn)]
+    bounds = [curve for curve in bounds if curve.points]
+    charts = [("Bound against k", f"mean over {table.split} images and seeds", bounds, bounds_figure(bounds))]
+    for title, words, curves in _training(drawn, damaged):
+        charts.append((title, words, curves, training_figure(curves, "nats", focus=True)))
     return {
         "table": table,
         "notes": notes,
         "drawn": drawn,
-        "charts": [_chart(index, *chart) for chart in charts if chart[2]],
+        "charts": [
+            {"title": title, "words": words, "svg": Markup(svg(figure, curves, f"{title}, table {index + 1}"))}
+            for title, words, curves, figure in charts
+            if curves
+        ],
         "damaged": damaged,
         "bars": _bars(drawn),
         "headings": ["run", "seed", f"NLL_{table.k}", "stderr_images", "stderr_mc", "bias_mc", "L_1", "ESS, median",
@@ -80,17 +87,6 @@ Chart = tuple[str, str, list[Curve]]
 """Title, words beside it, curves."""
 
 
-def _chart(index: int, title: str, words: str, curves: list[Curve]) -> dict[str, Any]:
-    is_bounds = title.startswith("Bound")
-    figure = bounds_figure(curves) if is_bounds else training_figure(curves, "nats", focus=True)
-    return {"title": title, "words": words, "svg": Markup(svg(figure, curves, f"{title}, table {index + 1}"))}
-
-
-def _bounds(cells: Sequence[Cell], table: Table) -> Chart:
-    curves = [Curve(cell.name, [(float(k), y) for k, y in cell.bounds.items()], i) for i, cell in enumerate(cells)]
-    return "Bound against k", f"mean over {table.split} images and seeds", [curve for curve in curves if curve.points]
-
-
 def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
     """Yield a chart of validation for every data set and k, and one of training; add unreadable runs to ``damaged``."""
     validation: dict[tuple[str, int], list[Curve]] = {}
@@ -99,13 +95,13 @@ def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
         for scored in cell.runs[:CURVES]:
             run = scored.run
             try:
-                history = _history(run)
+                history = [(x, row) for _, row in read_history(run.path) if (x := row.get("pass") or 0) > 0]
             except (UserError, OSError, ValueError, TypeError) as error:
                 damaged.append(f"{run.identity}: {error}")
                 continue
             on_same = validation.setdefault((run.dataset, int(run.keys["validation.k"])), [])
             for key, curves in (("validation/bound", on_same), ("train/bound", training)):
-                points = [(x, values[key]) for x, values in history if key in values and x > 0]
+                points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
                 if points:
                     curves.append(Curve(f"{cell.name}, seed {run.seed}", points, i))
     some = f"; the first {CURVES} seeds of each" if any(len(cell.runs) > CURVES for cell in cells) else ""
@@ -113,15 +109,6 @@ def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
     for (dataset, k), curves in sorted(validation.items()):
         yield f"Validation{f' on {dataset}' * several}, L_{k}", f"the same images and noise for all{some}", curves
     yield "Training", f"every run's own bound: not comparable between objectives{some}", training
-
-
-def _history(run: Run) -> list[tuple[float, dict[str, float]]]:
-    """Return (passes, numbers) of every row of the run's metrics."""
-    rows = []
-    for step, metrics in read_history(run.path):
-        numbers = {key: float(value) for key, value in metrics.items() if value is not None}
-        rows.append((numbers.get("pass", float(step)), numbers))
-    return rows
 
 
 def _bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:

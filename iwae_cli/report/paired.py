@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -78,6 +78,10 @@ class Paired:
             )
         return found
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return all attributes and the cautions."""
+        return {**asdict(self), "cautions": self.cautions}
+
     @property
     def lines(self) -> list[str]:
         """The comparison in words."""
@@ -101,12 +105,10 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
     """Compare two groups of finished runs; the runs of a group must differ by their seed only.
 
     Raises:
-        UserError: a group is empty or mixes trainings, both hold the same run, the runs do not share an evaluation
+        UserError: a group mixes trainings, both hold the same run, the runs do not share an evaluation
             (images, k, weights, precision), or a file of per-image values is missing or damaged.
     """
     for name, group in ((name_a, a), (name_b, b)):
-        if not group:
-            raise UserError(f"--compare {name}: no finished run is that")
         # First by any evaluation: two trainings in one group are often evaluated in two ways.
         _one_training(name, [Scored(run, run.scores[0], split) for run in group])
     both = {run.identity for run in a} & {run.identity for run in b}
@@ -197,7 +199,8 @@ def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
     """
     path, numbers = scored.score.arrays, scored.numbers
     name = "log_px" if scored.split == "test" else f"{scored.split}_log_px"
-    again = f"{_writer(path)} writes it again"
+    again = "iwae-eval" if path.parent.parent.name == "evaluations" else "the command of the run"
+    again += " writes it again"
     try:
         # Opened here: numpy does not close a file that is no archive.
         with path.open("rb") as opened, np.load(opened) as file:
@@ -212,7 +215,3 @@ def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
     if abs(values.mean() + numbers["nll"]) > 1e-6 * max(1.0, abs(numbers["nll"])):
         raise UserError(f"{path} is of another evaluation than result.json: its mean is not -{numbers['nll']:.4f}")
     return values
-
-
-def _writer(path: Path) -> str:
-    return "iwae-eval" if path.parent.parent.name == "evaluations" else "the command of the run"

@@ -113,15 +113,13 @@ def deviations(run: Run) -> list[str]:
     """Return how the training differs from the paper's, such as ``schedule.stages = 3 (paper: 8)``."""
     wanted = TRAINING
     classes = {group: class_name(run.keys[f"{group}._target_"]) for group in ("optimizer", "schedule")}
-    keys = {**run.keys, **classes}
+    keys, found = {**run.keys, **classes}, []
     if keys["init_from"]:
         wanted = {key: value for key, value in TRAINING.items() if key != "schedule.stages"} | SWAP
     if keys.get("schedule") != wanted["schedule"]:
         # One line instead of one for every argument of another schedule.
         wanted = {key: value for key, value in wanted.items() if not key.startswith("schedule")}
         found = [f"{run.result['epochs']:,} passes on schedule {run.keys['schedule']}"]
-    else:
-        found = []
     return found + [
         f"{key} = {keys.get(key)} (paper: {value})" for key, value in wanted.items() if keys.get(key) != value
     ]

@@ -19,7 +19,7 @@ from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.identity import training_config
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
-MARKS = ("status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock")
+MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock"}
 """A folder with one of these files is a run folder, complete or not."""
 SWEEP = "sweep.json"
 """File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
@@ -136,8 +136,10 @@ class Run:
             named = group in self.result or group in ("model", "objective")
             keys[group] = str(self.result[group]["name"]) if named else class_name(keys[f"{group}._target_"])
         keys.setdefault("training.backward", "all")  # the only choice of older versions
-        keys["init_from"] = _ancestor(self.config.get("init_from"))
-        keys["init_from.training"] = _training_hash(self.config.get("init_from"))
+        source = self.config.get("init_from")
+        # Its name without seed and hash; alone it would mix second stages of different first trainings.
+        keys["init_from"] = source and re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(source).name)
+        keys["init_from.training"] = source and _training_hash(source)
         return keys
 
     @cached_property
@@ -177,7 +179,7 @@ def read(paths: Sequence[str | Path]) -> Found:
         if not path.is_dir():
             what = "is a file" if path.exists() else "is not there"
             raise UserError(f"{path} {what}; name a folder of runs, such as outputs")
-        folders.update(_walk(path, found, set()))
+        folders.update(_walk(path, found))
     first: dict[str, Run] = {}
     for folder in sorted(folders):
         run = _read_run(folder, found)
@@ -192,25 +194,25 @@ def read(paths: Sequence[str | Path]) -> Found:
     return found
 
 
-def _walk(path: Path, found: Found, seen: set[Path]) -> Iterator[Path]:
-    """Yield the run folders in ``path``, without descending into one."""
-    place = path.resolve()
-    if place in seen:
-        return
-    seen.add(place)
-    try:
-        entries = {entry.name: entry for entry in os.scandir(path)}
-    except OSError as error:
-        found.left_out.append(LeftOut(path, "damaged", f"cannot be read: {error.strerror}"))
-        return
-    if SWEEP in entries:
-        yield from _jobs(path, found)
-    elif any(mark in entries for mark in MARKS):
-        yield place
-    else:
-        for name in sorted(entries):
-            if entries[name].is_dir() and not name.startswith("."):
-                yield from _walk(path / name, found, seen)
+def _walk(top: Path, found: Found) -> Iterator[Path]:
+    """Yield the run folders in ``top``, without descending into one; links may lead in circles."""
+
+    def unreadable(error: OSError) -> None:
+        found.left_out.append(LeftOut(Path(error.filename), "damaged", f"cannot be read: {error.strerror}"))
+
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
+        path = Path(place).resolve()
+        inside, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        if path in seen:
+            continue
+        seen.add(path)
+        if SWEEP in files:
+            yield from _jobs(Path(place), found)
+        elif not MARKS.isdisjoint(files):
+            yield path
+        else:
+            folders += inside
 
 
 def _jobs(sweep: Path, found: Found) -> Iterator[Path]:
@@ -224,13 +226,11 @@ def _jobs(sweep: Path, found: Found) -> Iterator[Path]:
             if place is not None:
                 yield place.resolve()
                 continue
-            overrides = job.get("overrides") or []
-            typed = overrides if isinstance(overrides, str) else " ".join(map(str, overrides))
             state, why = str(job.get("status") or "not begun"), job.get("error")
             if state == "finished":
                 state, why = "gone", "its run folder is not there"
+            which = f"job of sweep {sweep.name} ({' '.join(map(str, job.get('overrides') or ()))})"
             why = why or "has no run folder; the command of the sweep starts it"
-            which = f"job of sweep {sweep.name}" + (f" ({typed})" if typed else "")
             found.left_out.append(LeftOut(outputs / names[-1] if names else sweep, state, f"{which}: {why}"))
     except MALFORMED as error:
         found.left_out.append(LeftOut(sweep, "damaged", f"{SWEEP} cannot be read: {_reason(error)}"))
@@ -251,7 +251,7 @@ def _read_run(path: Path, found: Found) -> Run | None:
         scores = (_score(result, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
         run = Run(path, folder.config(), result, scores, tuple(x for x in others if isinstance(x, Estimate)))
         assert run.keys and run.training  # raises here if a key is missing
-        status = _status(folder).get("status")
+        status = folder.status_record().get("status")
         if status != "finished":
             what = {"running": "being evaluated again", None: "without status.json"}.get(status, f"{status} since")
             found.notes.append(f"{run.identity} is {what}; its last result counts")
@@ -264,7 +264,7 @@ def _read_run(path: Path, found: Found) -> Run | None:
 
 
 def _unfinished(folder: RunFolder) -> LeftOut:
-    status = _status(folder)
+    status = folder.status_record()
     state, step, error = status.get("status"), status.get("step"), status.get("error")
     resume = "the same command resumes it"
     where = f"process {status.get('pid')}"
@@ -278,18 +278,6 @@ def _unfinished(folder: RunFolder) -> LeftOut:
     if state == "running" and not process_alive(status.get("host"), status.get("pid")):
         return LeftOut(folder.path, "killed", f"at step {step} or later, {where} is gone; {resume}")
     return LeftOut(folder.path, *states.get(state, ("damaged", f"status.json says {state!r}")))
-
-
-def _status(folder: RunFolder) -> dict[str, Any]:
-    try:
-        status = json.loads((folder.path / "status.json").read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        status = None
-    if not isinstance(status, dict):
-        raise ValueError("status.json cannot be read")
-    return status
 
 
 def process_alive(host: Any, pid: Any) -> bool:
@@ -369,18 +357,8 @@ def class_name(target: str) -> str:
     return target.rpartition(".")[2]
 
 
-def _ancestor(path: str | None) -> str | None:
-    """Return the name of the run that this one started from, without its seed and hash."""
-    return None if path is None else re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(path).name)
-
-
-def _training_hash(path: str | None) -> str | None:
-    """Return a hash of the settings, without the seed, that decided the initial weights; None if unreadable.
-
-    The name of the ancestor alone would mix second stages of different first trainings.
-    """
-    if path is None:
-        return None
+def _training_hash(path: str) -> str | None:
+    """Return a hash of the settings of a run, without the seed, that decided its weights; None if unreadable."""
     try:
         decides = training_config(RunFolder(Path(path)).config(), {})
     except (UserError, OSError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from iwae_cli.config.build import nearest
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.reader import LeftOut, Run, Score
 
@@ -75,14 +75,14 @@ def _why(run: Run, split: str, wanted: Kind | None) -> str:
     if wanted is None or not kinds:
         has = ", ".join(run.scores[0].splits) or "none"
         return f"its {split} split was not evaluated (but {has}); iwae-eval {path} evaluation.splits=[{split}]"
-    nearest = max(kinds, key=lambda found: sum(a == b for a, b in zip(found, wanted, strict=True)))
+    closest = max(kinds, key=lambda found: sum(a == b for a, b in zip(found, wanted, strict=True)))
     differing = [
         f"other {name} ({_short(mine)}, most have {_short(theirs)})"
-        for name, mine, theirs in zip(Kind._fields, nearest, wanted, strict=True)
+        for name, mine, theirs in zip(Kind._fields, closest, wanted, strict=True)
         if mine != theirs
     ]
     repair = f"; iwae-eval {path} evaluation.k={wanted.k} evaluation.weights={wanted.weights}"
-    return ", ".join(differing) + (repair if nearest[2:] == wanted[2:] else "")
+    return ", ".join(differing) + (repair if closest[2:] == wanted[2:] else "")
 
 
 def _short(value: object) -> str:
@@ -121,8 +121,7 @@ def known_key(key: str, runs: Iterable[Run]) -> str:
     """
     keys = dict.fromkeys(name for run in runs for name in run.keys)
     if key not in keys:
-        near = difflib.get_close_matches(key, keys, 1)
-        hint = f"; did you mean {near[0]}?" if near else "; such as model, objective.k, optimizer.lr"
+        hint = nearest(key, keys) or "; such as model, objective.k, optimizer.lr"
         raise UserError(f"no run has the key {key}{hint}")
     return key
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -22,6 +22,8 @@ from iwae_cli.report.published import RECALLED
 from iwae_cli.report.reader import NUMBERS, Estimate, Found, LeftOut, Run
 from iwae_cli.report.selection import MISSING, Scored
 
+ERRORS = ("stderr_images", "stderr_seeds")
+"""Of a paired difference, for other images and for other seeds, nats."""
 LISTED = 20
 """Runs that a terminal lists one by one; more are counted."""
 
@@ -68,6 +70,11 @@ class Report:
         Comparisons, estimates, warnings, notes, and why each run is in no table; of estimates and runs at most
         ``listed`` each.
         """
+
+        def more(there: Sequence[object]) -> list[str]:
+            hidden = len(there[listed:]) if listed is not None else 0
+            return [f"  and {hidden} more: --format json or --html lists all"] if hidden else []
+
         lines = [line for paired in self.comparisons for line in paired.lines]
         for run, estimate in self.estimates[:listed]:
             lines.append(f"{run.identity}, {estimate.name}:")
@@ -76,20 +83,15 @@ class Report:
                     f"{column} {text}".strip() for column, text in zip(estimate.columns, numbers, strict=True) if text
                 )
                 lines.append(f"  {name.strip()}: {', '.join(cells)}")
-        lines += _more(len(self.estimates), listed)
+        lines += more(self.estimates)
         lines += [f"  {line}" if i else f"warning: {line}" for i, line in enumerate(self.warnings)]
         lines += [f"note: {line}" for line in self.found.notes]
         if self.left_out:
             states = Counter(left.state for left in self.left_out)
             lines.append(f"not in a table: {', '.join(f'{n} {state}' for state, n in states.items())}")
             lines += [f"  {left.path.name}: {left.state}, {left.why}" for left in self.left_out[:listed]]
-            lines += _more(len(self.left_out), listed)
+            lines += more(self.left_out)
         return lines
-
-
-def _more(there: int, listed: int | None) -> list[str]:
-    hidden = 0 if listed is None else max(0, there - listed)
-    return [f"  and {hidden} more: --format json or --html lists all"] if hidden else []
 
 
 def terminal(report: Report, width: int | None = None) -> str:
@@ -148,48 +150,38 @@ def _escaped(text: str) -> str:
 
 def comma_separated(report: Report) -> str:
     """Return one row per cell, all digits."""
-    rows = [_row(table, cell) for table in report.tables for cell in table.cells]
-    keys = dict.fromkeys(key for table in report.tables for key in (*table.rows, *table.columns))
-    names = ["data", "split", "k", "weights", "images", "seeds", "nll", "stderr_seeds", *NUMBERS, "active_units"]
-    if any(table.against for table in report.tables):
-        names += ["against", "difference", "difference_stderr_images", "difference_stderr_seeds"]
-    names += ["paper_nll", "paper_active_units", "paper_from_memory", "paper_training", "paper_source", "runs"]
+    compared = any(table.against for table in report.tables)
+    rows = [_row(table, cell, compared) for table in report.tables for cell in table.cells]
+    keys = [key for table in report.tables for key in (*table.rows, *table.columns)]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys((*keys, *names))), lineterminator="\n")
+    writer = csv.DictWriter(out, dict.fromkeys([*keys, *(name for row in rows for name in row)]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
 
-def _row(table: Table, cell: Cell) -> dict[str, Any]:
-    first = cell.runs[0]
-    row = {
-        **table.keyed(cell),
-        "data": first.run.dataset,
+def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
+    whole, paper, paired = _cell(table, cell), cell.published, cell.against
+    memory = {"nll": paper and paper.nll_recalled, "active_units": paper and paper.units is not None}
+    return {
+        **whole["keys"],
+        "data": cell.runs[0].run.dataset,
         "split": table.split,
-        "k": first.score.k,
+        "k": cell.runs[0].score.k,
         "weights": table.weights,
-        "images": first.numbers["n"],
+        "images": cell.runs[0].numbers["n"],
         "seeds": len(cell.runs),
-        "nll": cell.nll,
-        "stderr_seeds": cell.stderr,
-        **{key: cell.mean(key) for key in NUMBERS},
+        **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS)},
         "active_units": None if cell.units is None else cell.units_text,
+        **({"against": paired and paired.b, "difference": paired and paired.difference} if compared else {}),
+        **{f"difference_{key}": paired and getattr(paired, key) for key in ERRORS if compared},
+        "paper_nll": paper and paper.nll,
+        "paper_active_units": paper and paper.units and "+".join(map(str, paper.units)),
+        "paper_from_memory": " ".join(key for key, recalled in memory.items() if recalled),
+        "paper_training": paper and ("; ".join(cell.deviations) or "as in the paper"),
+        "paper_source": paper and paper.source,
         "runs": " ".join(s.run.identity for s in cell.runs),
     }
-    if (paired := cell.against) is not None:
-        row |= {"against": paired.b, "difference": paired.difference}
-        row |= {f"difference_{key}": getattr(paired, key) for key in ("stderr_images", "stderr_seeds")}
-    if (paper := cell.published) is not None:
-        recalled = {"nll": paper.nll_recalled, "active_units": paper.units is not None}
-        row |= {
-            "paper_nll": paper.nll,
-            "paper_active_units": None if paper.units is None else "+".join(map(str, paper.units)),
-            "paper_from_memory": " ".join(key for key, value in recalled.items() if value),
-            "paper_training": "; ".join(cell.deviations) or "as in the paper",
-            "paper_source": paper.source,
-        }
-    return row
 
 
 def latex(report: Report) -> str:
@@ -239,7 +231,7 @@ def json_text(report: Report) -> str:
             }
             for table in report.tables
         ],
-        "comparisons": [_comparison(paired) for paired in report.comparisons],
+        "comparisons": [paired.as_dict() for paired in report.comparisons],
         "estimates": [
             {
                 "identity": run.identity,
@@ -274,7 +266,7 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
         "nll": cell.nll,
         "stderr_seeds": cell.stderr,
         **{key: cell.mean(key) for key in NUMBERS},
-        "against": cell.against and _comparison(cell.against),
+        "against": cell.against and cell.against.as_dict(),
         "active_units": cell.units,
         "bounds": {str(m): value for m, value in cell.bounds.items()},
         "paper": paper,
@@ -291,7 +283,3 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
             for s in cell.runs
         ],
     }
-
-
-def _comparison(paired: Paired) -> dict[str, Any]:
-    return {**asdict(paired), "cautions": paired.cautions}

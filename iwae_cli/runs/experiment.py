@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from iwae_cli.config.build import try_optimizer
+from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data, Dataset

@@ -33,7 +33,7 @@ BOUNDS = {"test": {"1": -91.0, "5": -88.0, "50": -86.0}, "validation": {"1": -92
 PLOTS: dict[str, Callable[[Path], None]] = {
     "samples": lambda path: plot_samples(path, IMAGES),
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
-    "training": lambda path: plot_training(path, CURVES, label="bound"),
+    "training": lambda path: plot_training(path, CURVES),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
 }
 
@@ -119,9 +119,9 @@ def test_reconstructions_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 def test_curves_may_be_short_long_or_missing(tmp_path: Path) -> None:
     long = [(i / 2, -100.0 - 200 / (i + 1)) for i in range(6560)]
-    plot_training(tmp_path / "long.png", {"train": long, "validation": []}, label="bound")
-    plot_training(tmp_path / "one.png", {"train": [(1.0, -100.0)]}, label="bound")
-    plot_training(tmp_path / "none.png", {}, label="bound")
+    plot_training(tmp_path / "long.png", {"train": long, "validation": []})
+    plot_training(tmp_path / "one.png", {"train": [(1.0, -100.0)]})
+    plot_training(tmp_path / "none.png", {})
     plot_bounds(tmp_path / "k1.png", {"test": {"1": -100.0}})
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -183,7 +183,7 @@ def test_every_value_of_both_splits_is_written_where_it_can_be_read(
 
 
 def test_the_legend_shows_the_last_value(tmp_path: Path, drawn: list[Figure]) -> None:
-    plot_training(tmp_path / "t.png", {"training, iwae k = 5": [(1.0, -30.0), (2.0, -25.96)]}, label="bound")
+    plot_training(tmp_path / "t.png", {"training, iwae k = 5": [(1.0, -30.0), (2.0, -25.96)]})
     (axes,) = drawn[0].axes
     (text,) = axes.get_legend().get_texts()
     assert text.get_text() == "training, iwae k = 5: \N{MINUS SIGN}25.96 at the end"

@@ -261,7 +261,7 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, mo
         ([".", "--rows", "objektive.k"], "no run has the key objektive.k; did you mean objective.k?"),
         ([".", "--rows", "model", "--columns", "model"], "model is in --rows and in --columns"),
         ([".", "--format", "pdf"], "invalid choice: 'pdf'"),
-        ([".", "--colums", "model"], "unrecognized arguments: --colums"),
+        ([".", "--colums", "model"], "unknown option --colums; did you mean --columns?"),
         ([".", "--compare", "objective=iwae"], "expected 2 arguments"),
         ([".", "--compare", "iwae", "objective=elbo"], "--compare iwae is neither a folder nor KEY=VALUE"),
         ([".", "--compare", "objective=iwea", "objective=elbo"], "--compare objective=iwea: no finished run is that"),
