@@ -43,11 +43,9 @@ class Noise(Protocol):
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws, (k, batch, size)."""
-        ...
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1), (k, batch, size)."""
-        ...
 
 
 class GeneratorNoise:
@@ -77,9 +75,6 @@ class KeyedNoise:
         images: index within its split of each image of the batch.
         start: index of the first sample; a multiple of ``BLOCK``.
         dtype, device: of the returned tensors.
-
-    Raises:
-        ValueError: ``start`` is not a multiple of ``BLOCK``.
     """
 
     def __init__(

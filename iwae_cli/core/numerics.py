@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.core.errors import check_range
+
 
 def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
     """Return log (1/k sum_i exp(log_w_i)), (*batch,), nats; stable for any offset.
@@ -38,9 +40,6 @@ def log_mean_exp_of_others(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k
     """Return log (1/(k-1) sum_{j != i} exp(log_w_j)) for every i, (k, *batch), nats; stable, in O(k) memory.
 
     Subtracting w_i from the sum is accurate except for the largest weight, for which the others are summed again.
-
-    Raises:
-        ValueError: k < 2.
     """
     k = log_w.shape[0]
     if k < 2:
@@ -69,19 +68,9 @@ def grid_levels(k: int) -> list[int]:
     Only levels that divide k are kept. Each then divides the next, which orders the averages over disjoint groups:
     L_m <= L_m' holds for every image, not only in expectation, because the mean of logs never exceeds the log of the
     mean.
-
-    Raises:
-        ValueError: k < 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    levels = [1]
-    m = 5
-    while m < k:
-        if k % m == 0:
-            levels.append(m)
-        m *= 10
-    return levels if k == 1 else [*levels, k]
+    check_range("k", k, 1)
+    return sorted({1, k} | {m for m in (5 * 10**i for i in range(len(str(k)))) if m < k and k % m == 0})
 
 
 class _Groups:
@@ -145,11 +134,7 @@ class StreamingLogWeights:
         self._tail = torch.empty(0, batch, dtype=torch.float64, device=device)
 
     def add(self, log_w: Float[Tensor, "n batch"]) -> None:
-        """Add the next ``n`` samples.
-
-        Raises:
-            ValueError: more than ``k`` samples, or a piece that starts off a block boundary.
-        """
+        """Add the next ``n`` samples; raise ValueError beyond ``k`` samples and for pieces off block boundaries."""
         if self._seen % self._block:
             raise ValueError(f"pieces must start at multiples of {self._block} samples, got {self._seen}")
         if self._seen + log_w.shape[0] > self.k:

@@ -92,18 +92,17 @@ def finite(value: float, key: str, reasons: dict[str, str], reason: str) -> floa
     return None
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Return sd / sqrt(n); NaN for fewer than two values."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def array_name(split: str, key: str) -> str:
     """Return the name of a per-image array in an npz file; those of the test split have no prefix."""
     return key if split == "test" else f"{split}_{key}"
 
 
 def with_cheaper(plan: str, fewer: Mapping[str, tuple[int, int]], *more: str) -> str:
-    """Return a plan with the overrides that make it cheaper.
-
-    Args:
-        plan: what is about to be computed.
-        fewer: for each argument of the estimator its value and a small one.
-        more: further overrides.
-    """
+    """Return a plan with the overrides that make it cheaper; ``fewer``: argument -> its value and a small one."""
     shown = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few] + [*more]
     return f"{plan}; cheaper: {' '.join(shown)}" if shown else plan

@@ -14,8 +14,8 @@ matrix products:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Shaped
@@ -75,8 +75,8 @@ class FusedScorer:
         self._first, *upwards = inference.layers
         self._white = inference.white
         # A rounded q is a q as good as any, drawn from and scored; p must stay exact, and its Gaussians may be narrow.
-        self._upwards = _conditionals(upwards, bf16)
-        self._downwards = _conditionals(generative.layers, bf16=False)
+        self._upwards = [_conditional(layer, bf16) for layer in upwards]
+        self._downwards = [_conditional(layer, bf16=False) for layer in generative.layers]
         observation = generative.observation
         assert isinstance(observation, TanhPixels)
         self._body = _Body(observation.body, bf16)
@@ -106,14 +106,9 @@ class FusedScorer:
         images: Sequence[int],
         first: int = 0,
     ) -> Float[Tensor, "k batch"]:
-        """Return log w of ``k`` draws for every x, nats.
+        """Return log w of ``k`` draws for every binary x, nats.
 
-        Args:
-            x: binary pixels, in the dtype of the model.
-            k: number of samples.
-            noise: returns the noise of some images from one sample on, which is a multiple of ``BLOCK``.
-            images: index of each x, for ``noise``.
-            first: index of the first sample, for ``noise``.
+        ``noise`` returns the noise of some of the ``images`` from a sample on; ``first`` is a multiple of BLOCK.
         """
         log_w = x.new_empty(k, len(x))
         blocks = -(-k // BLOCK)
@@ -216,17 +211,8 @@ class _Body:
         return given
 
 
-class _Conditional:
-    """A Gaussian conditional with both of its heads in one product."""
-
-    def __init__(self, conditional: GaussianConditional, bf16: bool) -> None:
-        self._body = _Body(conditional.body, bf16)
-        self._heads = self._body.then([conditional.loc, conditional.log_scale])
-
-    def __call__(self, given: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n o"], Float[Tensor, "n o"]]:
-        loc, log_scale = self._heads(self._body(given)).chunk(2, dim=-1)
-        return loc, log_scale
-
-
-def _conditionals(layers: Iterable[nn.Module], bf16: bool) -> list[_Conditional]:
-    return [_Conditional(layer, bf16) for layer in layers if isinstance(layer, GaussianConditional)]
+def _conditional(layer: Any, bf16: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return a ``GaussianConditional`` as a function, (n, i) -> (n, o) twice, with both of its heads in one product."""
+    body = _Body(layer.body, bf16)
+    heads = body.then([layer.loc, layer.log_scale])
+    return lambda given: heads(body(given)).chunk(2, dim=-1)
