@@ -107,12 +107,6 @@ class StreamingLogWeights:
 
     Consecutive pieces of the sample axis are added and accumulated in float64. The results have the same bits for every
     cut into multiples of ``block`` (the last piece may be shorter).
-
-    Args:
-        k: number of samples that will be added in total.
-        batch: number of images.
-        block: samples summed together; pieces start at multiples of it.
-        device: of the sums; it must support float64.
     """
 
     def __init__(self, k: int, batch: int, *, block: int, device: torch.device | str = "cpu") -> None:
@@ -206,14 +200,11 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
     """Return the shape of a generalized Pareto distribution fitted to the largest weights of each column.
 
     The fit is the empirical Bayes estimate of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson,
-    Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5.
+    Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5. NaN where fewer than five weights
+    lie above the threshold, or all of them are equal within ``EQUAL`` (the fit would be to rounding errors).
 
     Args:
         largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
-
-    Returns:
-        k-hat per column, (batch,); NaN where fewer than five weights lie above the threshold, or all of them are equal
-        within ``EQUAL`` (the fit would be to rounding errors).
     """
     m = largest.shape[0] - 1
     if m < SMALLEST_TAIL:

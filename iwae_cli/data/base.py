@@ -186,13 +186,7 @@ class GreyDataset(Dataset, ABC):
     ) -> Data:
         """Return ``splits`` (train, validation, test) of square images, with a protocol that says what they are.
 
-        Args:
-            splits: grey values, (n, side * side).
-            side: height and width.
-            source: of the files.
-            which: which images the validation split holds, in brackets.
-            how: anything else about the images.
-            facts: see ``Data``.
+        ``which`` names the images of the validation split, ``how`` more about all of them.
         """
         if self.binarization == "dynamic":
             levels = "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"

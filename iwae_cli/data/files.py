@@ -125,6 +125,8 @@ def obtain(
         UserError: no network, no room, no permission, or a damaged download; the message names the files, their folder,
             and a data set that needs none.
     """
+    if all(path.exists() for path in wanted):
+        return
     folder = wanted[0].parent
     try:
         with _locked(data_dir):

@@ -46,11 +46,10 @@ class IdxImages(GreyDataset, ABC):
     def load(self) -> Data:
         """Return the data, see the base class."""
         files = [self._raw / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
-        if not all(self._found(path).exists() for path in files):
-            # Packed files count as present: torchvision downloads only the others.
-            missing = [path for path in files if not self._found(path).exists()]
-            what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
-            obtain(self.name, self._root, missing, what, self._fetch)
+        # Packed files count as present: torchvision downloads only the others.
+        missing = [path for path in files if not self._found(path).exists()]
+        what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
+        obtain(self.name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
         splits = (*train.split([len(train) - self.validation, self.validation]), test)
         return self.data(splits, SIDE, self.source, which=" (the last of the training file)")

@@ -57,8 +57,7 @@ class Omniglot(GreyDataset):
         facts = {}
         if self._path is None:
             path = self._root / "OMNIGLOT" / "chardata.mat"
-            if not path.exists():
-                obtain(self.name, self._root, [path], path.name, self._fetch)
+            obtain(self.name, self._root, [path], path.name, self._fetch)
             train, test = self._read_authors(path)
             source = "the file chardata.mat of Burda et al. 2016"
         else:

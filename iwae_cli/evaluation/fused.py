@@ -47,23 +47,23 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
     """Raise UserError if ``evaluation.precision=bf16`` is not possible with this model and device."""
     if evaluation.precision == "float32":
         return
-    wrong = None
-    if type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None:
-        wrong = "Gaussian models of binary pixels, as model=one_layer or two_layer"
-    elif device.resolve().type != "cpu":
-        wrong = "device=cpu"
-    elif device.precision != "float32":
-        wrong = "device.precision=float32"
-    if wrong is not None:
-        raise UserError(f"evaluation.precision=bf16 is for {wrong}; write evaluation.precision=float32")
+    wrong = {
+        "Gaussian models of binary pixels, as model=one_layer or two_layer": (
+            type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None
+        ),
+        "device=cpu": device.resolve().type != "cpu",
+        "device.precision=float32": device.precision != "float32",
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(f"evaluation.precision=bf16 is for {what}; write evaluation.precision=float32")
 
 
 @final
 class FusedScorer:
-    """Computes the log-weights of one model, whose weights must not change meanwhile.
+    """Computes the log-weights of one model that ``fits``, whose weights must not change meanwhile.
 
     Args:
-        model: a model for which ``fits`` holds.
         rows: largest number of samples computed together.
         bf16: use products of bfloat16 numbers, for a model in float32.
     """
@@ -71,7 +71,6 @@ class FusedScorer:
     def __init__(self, model: LatentVariableModel, rows: int = CHUNK, bf16: bool = False) -> None:
         self._blocks = max(1, min(rows, CHUNK) // BLOCK)
         generative, inference = model.generative, model.inference
-        assert isinstance(generative, GenerativeChain) and isinstance(inference, InferenceChain)
         self._first, *upwards = inference.layers
         self._white = inference.white
         # A rounded q is a q as good as any, drawn from and scored; p must stay exact, and its Gaussians may be narrow.
@@ -189,10 +188,7 @@ class _Body:
     def then(self, heads: Sequence[nn.Linear], padding: int = 0, factor: int = 1) -> _Linear:
         """Fold tanh(a) = 2 sigmoid(2a) - 1 into the concatenated weights of ``heads``, scaled by ``factor``.
 
-        Args:
-            heads: layers on top of the layers so far.
-            padding: number of outputs to add that are always ``CERTAIN``.
-            factor: 2 where a sigmoid follows, 1 for outputs.
+        ``padding`` outputs that are always ``CERTAIN`` are added; ``factor`` is 2 where a sigmoid follows.
         """
         weight = torch.cat([head.weight.detach() for head in heads]).t().contiguous() * factor  # (i, o)
         bias = torch.cat([head.bias.detach() for head in heads]) * factor  # (o,)

@@ -19,7 +19,7 @@ from torch import Tensor
 from iwae_cli.core.errors import check_range
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper, without_nan
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.summary import Row
@@ -32,10 +32,9 @@ MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
 
 @dataclass(frozen=True)
 class SignalToNoise:
-    """Ratios for the gradient of one network, over draws of the latents with the observations held fixed.
+    """Ratios for the gradient of one network, over M draws of the latents with fixed observations.
 
     Attributes:
-        draws: M.
         per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
         floor: .80 / sqrt(M), the average ratio without signal.
         directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
@@ -44,7 +43,6 @@ class SignalToNoise:
         parameters: number of parameters whose gradient varies; the others have no ratio and are left out.
     """
 
-    draws: int
     per_parameter: float
     floor: float
     directional: float
@@ -95,7 +93,6 @@ class _Moments:
         median = math.sqrt(max(0.0, float(squared.quantile(0.5)))) if len(squared) else math.nan
         directional, noise = float(np.mean(self._ratios)), float(np.mean(self._ratios_of_noise))
         return SignalToNoise(
-            draws=m,
             per_parameter=median if median > floor else math.nan,
             floor=floor,
             directional=directional if math.isfinite(noise) and directional > noise else math.nan,
@@ -215,9 +212,8 @@ class GradientSNR(Estimator):
                 "directional": f"not above {ratio.directional_floor:.3f}, the value of a direction without signal",
                 "directional_floor": "there is one parameter only, or the gradient does not vary",
             }
-            numbers[str(k)] = {
-                key: finite(getattr(ratio, key), f"{network}.{k}.{key}", reasons, reason) for key, reason in why.items()
-            } | {"parameters": ratio.parameters}
+            held = {key: getattr(ratio, key) for key in why} | {"parameters": ratio.parameters}
+            numbers[str(k)] = without_nan(held, f"{network}.{k}.", reasons, "", **why)
         known = {k: ratio.per_parameter for k, ratio in found.items() if math.isfinite(ratio.per_parameter)}
         slope = np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)[0] if len(known) > 1 else math.nan
         reason = "fewer than two values of k give a ratio above the floor"

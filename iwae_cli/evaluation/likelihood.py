@@ -22,7 +22,15 @@ from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulat
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.active_units import RULES, active_units
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, finite, standard_error
+from iwae_cli.evaluation.estimator import (
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    array_name,
+    finite,
+    standard_error,
+    without_nan,
+)
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
@@ -224,52 +232,48 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     k, n, log_px, ess = likelihood.k, len(likelihood.log_px), likelihood.log_px, likelihood.ess
     reasons: dict[str, str] = {}
     broken = _not_finite(k, log_px)
-
-    def number(key: str, value: float, reason: str = "") -> float | None:
-        return finite(value, key, reasons, broken or reason)
-
     v = np.maximum(0.0, 1 / ess - 1 / k)
+    khat = likelihood.khat[~np.isnan(likelihood.khat)]
     # One sample always has all of the weight: without this rule it would claim to have no error.
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
-    khat = likelihood.khat[~np.isnan(likelihood.khat)]
+    why = {"stderr_images": "one image has no standard error", "stderr_mc": one_sample, "bias_mc": one_sample}
+    why["khat_share_above_0.7"] = _no_khat(k)
     with np.errstate(invalid="ignore"):
-        nll = -log_px.mean()
-        numbers: dict[str, Any] = {
-            "nll": number("nll", nll),
+        found: dict[str, Any] = {
+            "nll": -log_px.mean(),
             "k": k,
             "n": n,
-            "stderr_images": number("stderr_images", standard_error(log_px), "one image has no standard error"),
-            "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n if k > 1 else math.nan, one_sample),
-            "bias_mc": number("bias_mc", -v.mean() / 2 if k > 1 else math.nan, one_sample),
+            "stderr_images": standard_error(log_px),
+            "stderr_mc": math.sqrt(v.sum()) / n if k > 1 else math.nan,
+            "bias_mc": -v.mean() / 2 if k > 1 else math.nan,
             "bounds": {
-                str(m): number(f"bounds.{m}", bound.mean(), _not_finite(m, bound))
+                str(m): finite(bound.mean(), f"bounds.{m}", reasons, broken or _not_finite(m, bound))
                 for m, bound in likelihood.bounds.items()
             },
-            "ess_median": number("ess_median", float(np.median(ess))),
-            "ess_min": number("ess_min", ess.min()),
-            "ess_share_below_10": number("ess_share_below_10", math.nan if broken else (ess < 10).mean()),
-            "khat_share_above_0.7": number(
-                "khat_share_above_0.7", (khat > 0.7).sum() / n if len(khat) else math.nan, _no_khat(k)
-            ),
-            "top_weight_share_above_0.5": number(
-                "top_weight_share_above_0.5", math.nan if broken else (likelihood.top_weight > 0.5).mean()
-            ),
-            "bits_per_dim": number("bits_per_dim", nll / (pixels * math.log(2))),
+            "ess_median": np.median(ess),
+            "ess_min": ess.min(),
+            "ess_share_below_10": math.nan if broken else (ess < 10).mean(),
+            "khat_share_above_0.7": (khat > 0.7).sum() / n if len(khat) else math.nan,
+            "top_weight_share_above_0.5": math.nan if broken else (likelihood.top_weight > 0.5).mean(),
+            "bits_per_dim": -log_px.mean() / (pixels * math.log(2)),
         }
-        if likelihood.exact is not None:
-            reason = "the exact log p(x) of the model is not finite"
-            numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
         if likelihood.jackknife is not None:
-            reason = "in some image one weight is larger than all others together, and L_k-1 without it has no value"
-            numbers["nll_jackknife"] = number("nll_jackknife", -likelihood.jackknife.mean(), reason)
+            found["nll_jackknife"] = -likelihood.jackknife.mean()
+            why["nll_jackknife"] = (
+                "in some image one weight is larger than all others together, and L_k-1 without it has no value"
+            )
         if likelihood.float32 is not None:
             both = ~np.isnan(likelihood.float32)
             shift = likelihood.float32[both] - log_px[both]
-            reason = "L_k is not finite in float32 for some image"
-            numbers["bf16_shift"] = number("bf16_shift", shift.mean() if len(shift) else math.nan, reason)
-            reason = reason if n > 1 else "one image has no standard error"
-            numbers["bf16_shift_stderr"] = number("bf16_shift_stderr", standard_error(shift), reason)
-            numbers["bf16_shift_images"] = len(shift)
+            found["bf16_shift"] = shift.mean() if len(shift) else math.nan
+            found["bf16_shift_stderr"] = standard_error(shift)
+            found["bf16_shift_images"] = len(shift)
+            why["bf16_shift"] = "L_k is not finite in float32 for some image"
+            why["bf16_shift_stderr"] = why["bf16_shift"] if n > 1 else why["stderr_images"]
+        numbers = without_nan(found, "", reasons, broken, **({} if broken else why))
+        if likelihood.exact is not None:
+            reason = "the exact log p(x) of the model is not finite"
+            numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
     return numbers, reasons
 
 

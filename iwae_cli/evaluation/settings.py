@@ -29,12 +29,8 @@ class Evaluation:
         rows: bound on images x samples computed at once by one worker, and so on the memory, for any k.
         workers: threads that share the images; null is one per available core.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
-        precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with
-            float32 sums, for Gaussian models of binary pixels on a processor, faster where it has instructions for
-            them; the shift of NLL_k is measured on some images and reported.
-
-    Raises:
-        ValueError: a number out of range, no split or a repeated one.
+        precision: ``float32``: that of the device. ``bf16``: products of bfloat16 numbers with float32 sums, for
+            Gaussian models of binary pixels on a CPU; the shift of NLL_k is measured on some images and reported.
     """
 
     k: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, final
 
 import numpy as np
@@ -18,6 +18,8 @@ from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
+OBSERVATIONS: Mapping[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
+"""The kind of pixels that each likelihood is for."""
 
 
 class PixelLikelihood(ABC):
@@ -168,12 +170,6 @@ class TanhPixels(Pixels):
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
         """Return the values."""
         return self.head(self.body(given))
-
-
-def likelihood_observation(name: LikelihoodName) -> Observation:
-    """Return the kind of pixels that a likelihood is for."""
-    kinds: dict[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
-    return kinds[name]
 
 
 def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:

@@ -25,14 +25,15 @@ from iwae_cli.evaluation.estimator import (
     Estimator,
     EstimatorInput,
     array_name,
-    finite,
     standard_error,
     with_cheaper,
+    without_nan,
 )
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.priors import OneHotPrior
 from iwae_cli.record.summary import SPLITS, split_rows
 
+NOT_FINITE = "a log-weight is not finite"
 SIMULATED_ROWS = (
     ("lower", "lower", "{:.2f}"),
     ("upper", "upper", "{:.2f}"),
@@ -282,7 +283,8 @@ class AIS(Estimator):
             exact = model.generative.exact_log_px(x.to(next(model.parameters())))
         if exact is not None:
             numbers["exact_nll"] = -float(exact.double().cpu().numpy().mean())
-        return _without_nan(name, numbers, "one image has no standard error" if n == 1 else "", reasons)
+        reason = "one image has no standard error" if n == 1 else NOT_FINITE
+        return without_nan(numbers, f"{name}.", reasons, reason)
 
     def _notes(self, numbers: Mapping[str, Any]) -> list[str]:
         notes = []
@@ -324,10 +326,5 @@ def _simulated(found: Sandwich, reasons: dict[str, str]) -> dict[str, Any]:
     }
     if found.exact is not None:
         numbers["exact"] = float(found.exact.mean())
-    return _without_nan("simulated", numbers, "one observation has no standard error" if len(gap) == 1 else "", reasons)
-
-
-def _without_nan(name: str, numbers: dict[str, Any], reason: str, reasons: dict[str, str]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, with the reason."""
-    why = reason or "a log-weight is not finite"
-    return {k: finite(v, f"{name}.{k}", reasons, why) if isinstance(v, float) else v for k, v in numbers.items()}
+    reason = "one observation has no standard error" if len(gap) == 1 else NOT_FINITE
+    return without_nan(numbers, "simulated.", reasons, reason)

@@ -51,30 +51,20 @@ class ImageNoise:
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws; ``layer`` is ignored, the order of the calls decides."""
-        return self._stacked([s.standard_normal((k, size), dtype=np.float32) for s in self._streams], batch)
+        return self._draw("standard_normal", k, batch, size)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1); ``layer`` is ignored, the order of the calls decides."""
-        return self._stacked([s.random((k, size), dtype=np.float32) for s in self._streams], batch)
+        return self._draw("random", k, batch, size)
 
-    def _stacked(self, draws: list[np.ndarray], batch: int) -> Tensor:
-        if batch != len(draws):
-            raise ValueError(f"batch must be the {len(draws)} images of this noise, got {batch}")
-        return torch.from_numpy(np.stack(draws, axis=1)).to(device=self._device, dtype=self._dtype)
-
-
-class _Unfolded:
-    """Noise of (chains, batch) for ``chains * batch`` draws of p(h), which have a single batch axis."""
-
-    def __init__(self, noise: Noise, chains: int) -> None:
-        self._noise = noise
-        self._chains = chains
-
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        return self._noise.normal(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        return self._noise.uniform(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
+    def _draw(self, kind: str, k: int, batch: int, size: int) -> Tensor:
+        if batch % len(self._streams):
+            raise ValueError(f"batch must be the {len(self._streams)} images of this noise, got {batch}")
+        # Draws of p(h) have all chains of all images in one batch.
+        each = k * batch // len(self._streams)
+        draws = [getattr(stream, kind)((each, size), dtype=np.float32) for stream in self._streams]
+        drawn = torch.from_numpy(np.stack(draws, axis=1)).reshape(k, batch, size)
+        return drawn.to(device=self._device, dtype=self._dtype)
 
 
 def sigmoid_schedule(temperatures: int) -> list[float]:
@@ -262,7 +252,7 @@ class Paths:
     def _begin(self, scores: Scores, x: Float[Tensor, "batch pixels"], noise: Noise) -> Chains:
         chains, batch = self.chains, x.shape[0]
         if self.start == "prior":
-            drawn, _ = self.model.generative.sample(chains * batch, _Unfolded(noise, chains))
+            drawn, _ = self.model.generative.sample(chains * batch, noise)
             latents = tuple(h.reshape(chains, batch, -1) for h in drawn)
         else:
             latents, _ = self.model.inference.sample(x, chains, noise)

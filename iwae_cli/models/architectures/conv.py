@@ -17,10 +17,10 @@ from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import DiagonalGaussian
 from iwae_cli.models.kl import diagonal_to_standard_normal, register_kl
 from iwae_cli.models.likelihoods import (
+    OBSERVATIONS,
     LikelihoodName,
     PixelLikelihood,
     Pixels,
-    likelihood_observation,
     make_likelihood,
 )
 from iwae_cli.models.networks import check_size, check_sizes
@@ -131,7 +131,7 @@ class GaussianConvolutional(Architecture):
         if len(self.channels) != 2:
             raise ValueError(f"channels must hold two sizes, got {len(self.channels)}")
         check_size("hidden_size", self.hidden_size)
-        self.observation = likelihood_observation(self.likelihood)
+        self.observation = OBSERVATIONS[self.likelihood]
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""

@@ -13,7 +13,7 @@ import numpy as np
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import GaussianConditional
-from iwae_cli.models.likelihoods import LikelihoodName, TanhPixels, likelihood_observation, make_likelihood
+from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, TanhPixels, make_likelihood
 from iwae_cli.models.networks import check_sizes
 from iwae_cli.models.priors import Prior, StandardNormal
 
@@ -44,7 +44,7 @@ class GaussianMLP(Architecture):
                 "hidden_sizes must hold one list per stochastic layer: "
                 f"latent_sizes has {self.layers}, got {len(self.hidden_sizes)}"
             )
-        self.observation = likelihood_observation(self.likelihood)
+        self.observation = OBSERVATIONS[self.likelihood]
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
