@@ -50,9 +50,8 @@ def as_user_error(folder: Path, advice: str) -> Iterator[None]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success fsync it and rename it to ``path``.
 
-    After a crash at any moment ``path`` is the old file or the new one. If the block raises, the old file stays and the
-    temporary one is removed. The folder must exist, so that one renamed by the user is not created again. The temporary
-    name ends like ``path``, for writers such as ``np.savez`` that add a missing suffix.
+    After a crash at any moment ``path`` is the old file or the new one; if the block raises it is the old one. The
+    folder must exist. The temporary name ends like ``path``, for writers such as ``np.savez`` that add a suffix.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")

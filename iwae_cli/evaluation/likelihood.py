@@ -237,7 +237,12 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     # One sample always has all of the weight: without this rule it would claim to have no error.
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
     why = {"stderr_images": "one image has no standard error", "stderr_mc": one_sample, "bias_mc": one_sample}
-    why["khat_share_above_0.7"] = _no_khat(k)
+    why["khat_share_above_0.7"] = "k-hat is fitted to the largest weights, and in every image all weights are equal"
+    if tail_size(k) < SMALLEST_TAIL:
+        why["khat_share_above_0.7"] = (
+            f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
+            f"use evaluation.k={5 * SMALLEST_TAIL} or more"
+        )
     with np.errstate(invalid="ignore"):
         found: dict[str, Any] = {
             "nll": -log_px.mean(),
@@ -275,16 +280,6 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             reason = "the exact log p(x) of the model is not finite"
             numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
     return numbers, reasons
-
-
-def _no_khat(k: int) -> str:
-    """Return why k-hat is not defined for any image."""
-    if tail_size(k) < SMALLEST_TAIL:
-        return (
-            f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
-            f"use evaluation.k={5 * SMALLEST_TAIL} or more"
-        )
-    return "k-hat is fitted to the largest weights, and in every image all weights are equal"
 
 
 def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:

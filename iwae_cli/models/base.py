@@ -103,11 +103,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
-        """Return the networks for such data, see ``build``; their weights are replaced.
-
-        Raises:
-            UserError: observations of this shape cannot be modelled.
-        """
+        """Return the networks for such data, see ``build``, whose weights are replaced; UserError for wrong shapes."""
 
     @final
     def build(
@@ -145,10 +141,6 @@ class Architecture(ABC):
 
     @final
     def outline(self, image_shape: tuple[int, ...], levels: int | None) -> LatentVariableModel:
-        """Return the networks for such data with arbitrary weights, to check what fits them.
-
-        Raises:
-            UserError: observations of this shape cannot be modelled.
-        """
+        """Return the networks for such data with arbitrary weights, to check what fits them; see ``build``."""
         mean = np.full(math.prod(image_shape), 0.5)
         return LatentVariableModel(*self.networks(image_shape, mean, levels)[:2])

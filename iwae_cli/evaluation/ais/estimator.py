@@ -133,9 +133,6 @@ class AIS(Estimator):
             x: observations.
             stream: key of the noise, with the seed and the index of each image.
             how: arguments of ``Paths``: seed, rows, workers, check, tally.
-
-        Raises:
-            UserError: latents that are neither real nor bits.
         """
         paths = self._paths(model, stream, **how)
         paths.tally.start(f"annealing {stream}, step sizes")
@@ -169,9 +166,6 @@ class AIS(Estimator):
         Args:
             model, how: as in ``anneal``.
             temperatures: ``temperatures`` times a power of two; None: ``temperatures``.
-
-        Raises:
-            UserError: latents that are neither real nor bits.
         """
         count = temperatures or self.temperatures
         paths = self._paths(model, "simulated", **how)
