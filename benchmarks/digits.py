@@ -29,7 +29,7 @@ class EnlargedDigits(GreyDataset):
         protocol = small.protocol.replace("8x8", "28x28, enlarged from 8x8,")
         return dataclasses.replace(
             small,
-            name=self.full_name,
+            name=self.name,
             protocol=protocol,
             train=enlarged(small.train),
             validation=enlarged(small.validation),

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, final, get_args
+from dataclasses import dataclass, field
+from typing import Literal, final
 
 import torch
 
-from iwae_cli.core.errors import RunFailed, UserError
+from iwae_cli.core.errors import RunFailed, UserError, check_range
 
 Kind = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "float64"]
@@ -24,6 +25,7 @@ MAX_THREADS = 1024
 
 
 @final
+@dataclass
 class Device:
     """A choice of device; ``resolve`` looks for it, so that a configuration can be read on any machine.
 
@@ -35,30 +37,19 @@ class Device:
             compiler and the planned training is long enough to gain from it.
 
     Raises:
-        ValueError: unknown choice, threads outside 1 to ``MAX_THREADS``, float64 on mps, which does not support it.
+        ValueError: threads outside 1 to ``MAX_THREADS``, or float64 on mps, which does not support it.
     """
 
-    def __init__(
-        self, kind: Kind, precision: Precision = "float32", threads: int = 1, compile: Compile = "auto"
-    ) -> None:
-        for name, value, choices in (
-            ("kind", kind, get_args(Kind)),
-            ("precision", precision, get_args(Precision)),
-            ("compile", compile, get_args(Compile)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if threads < 1:
-            raise ValueError(f"threads must be >= 1, got {threads}")
-        if threads > MAX_THREADS:
-            raise ValueError(f"threads must be <= {MAX_THREADS}, got {threads}")
-        if kind == "mps" and precision == "float64":
+    kind: Kind
+    precision: Precision = "float32"
+    threads: int = 1
+    compile: Compile = "auto"
+    _index: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        check_range("threads", self.threads, 1, MAX_THREADS)
+        if self.kind == "mps" and self.precision == "float64":
             raise ValueError("precision must be float32 with device=mps, which has no float64")
-        self.kind: Kind = kind
-        self.precision: Precision = precision
-        self.threads = threads
-        self.compile: Compile = compile
-        self._index: int | None = None
 
     def assign_gpu(self, number: int) -> None:
         """Use GPU ``number`` modulo their count, for job ``number`` of several that run at once; no-op without GPUs."""
@@ -77,9 +68,7 @@ class Device:
             UserError: the requested kind is not available.
         """
         found = available()
-        kind = self.kind
-        if kind == "auto":
-            kind = "cuda" if "cuda" in found else "cpu"
+        kind = self.kind if self.kind != "auto" else "cuda" if "cuda" in found else "cpu"
         if kind not in found:
             raise UserError(f"device={kind} is not there; this machine has {', '.join(found)}: write device=auto")
         return torch.device(kind, self._index) if kind == "cuda" and self._index is not None else torch.device(kind)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 
 class UserError(Exception):
     """The request cannot be carried out; the message names the override or file and what to type instead."""
 
     exit_code = 2
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise ValueError unless ``value`` is from ``least`` to ``most``; the message begins with ``name``."""
+    if value < least:
+        raise ValueError(f"{name} must be >= {least:,}, got {value:,}")
+    if value > most:
+        raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
 
 
 class RunLocked(UserError):

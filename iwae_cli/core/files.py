@@ -50,9 +50,8 @@ def as_user_error(folder: Path, advice: str) -> Iterator[None]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success fsync it and rename it to ``path``.
 
-    After a crash at any moment ``path`` is the old file or the new one. If the block raises, the old file stays and the
-    temporary one is removed. The folder must exist, so that one renamed by the user is not created again. The temporary
-    name ends like ``path``, for writers such as ``np.savez`` that add a missing suffix.
+    After a crash at any moment ``path`` is the old file or the new one; if the block raises it is the old one. The
+    folder must exist. The temporary name ends like ``path``, for writers such as ``np.savez`` that add a suffix.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
@@ -89,14 +88,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def dump_json(value: Any, name: str, indent: int | None = None) -> str:
-    """Return ``value`` as standard JSON, which has neither NaN nor Infinity.
-
-    Args:
-        name: names the value in errors.
-
-    Raises:
-        ValueError: as ``write_json``.
-    """
+    """Return ``value``, which errors call ``name``, as standard JSON; raise ValueError as ``write_json``."""
     for key, leaf in _leaves(value, ""):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise ValueError(f"{name}: {key} must be finite or null, got {leaf}")
@@ -111,12 +103,9 @@ class RunLock:
     A kernel lock (flock) on ``<folder>/.lock``: it ends with the process, so kill -9 leaves nothing stale. Children do
     not inherit it: the descriptor is closed on exec and after a fork.
 
-    Args:
-        folder: the run folder; it must exist.
-
     Raises:
         RunLocked: on entering, another process (or another lock in this one) holds it; the message names the holder.
-        OSError: on entering, the folder cannot be written to, or its file system has no locks.
+        OSError: on entering, the folder does not exist or cannot be written to, or its file system has no locks.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -187,15 +176,11 @@ def _sync(path: Path, flags: int) -> None:
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Yield every value that is not a container, with its dotted key."""
-    if isinstance(value, Mapping):
-        children = [(str(name), child) for name, child in value.items()]
-    elif isinstance(value, (list, tuple)):
-        children = [(str(i), child) for i, child in enumerate(value)]
-    else:
+    if not isinstance(value, (Mapping, list, tuple)):
         yield key or "the value", value
         return
-    for name, child in children:
-        yield from _leaves(child, f"{key}.{name}" if key else name)
+    for name, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
 
 
 def shown(path: Path) -> str:

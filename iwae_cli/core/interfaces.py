@@ -47,8 +47,8 @@ class Particles:
     def log_w_frozen(self) -> Float[Tensor, "k batch"]:
         """Return log w with the weights of q frozen and h live: its gradient for phi is the path derivative alone.
 
-        Freezing the parameters of the *distributions* (loc, scale) instead would cut d loc_2 / d h_1 and bias
-        every estimator whose weights depend on the latents as soon as there are two stochastic layers.
+        Freezing the parameters of the *distributions* (loc, scale) instead would cut d loc_2 / d h_1: biased from two
+        stochastic layers on.
         """
         return self.log_p - self.rescore()
 
@@ -96,8 +96,5 @@ class Inference(Protocol):
 class StochasticLayers(Protocol):
     """The stochastic layers of a model, known before it is built, for refusing combinations that cannot work."""
 
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def discrete(self) -> bool: ...
+    layers: int
+    discrete: bool

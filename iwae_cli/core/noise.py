@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,10 +21,7 @@ BLOCK = 64
 
 
 def derive(*key: int | str) -> int:
-    """Return a 128-bit hash of ``key``.
-
-    Adding an index to a seed would make (seed 0, index 1) collide with (seed 1, index 0); hashing does not.
-    """
+    """Return a 128-bit hash of ``key``: a sum of seed and index would collide, (0, 1) with (1, 0)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "little")
 
 
@@ -43,29 +41,28 @@ class Noise(Protocol):
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws, (k, batch, size)."""
-        ...
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1), (k, batch, size)."""
-        ...
 
 
+@dataclass(frozen=True, eq=False)
 class GeneratorNoise:
     """Noise from one torch generator in the order of the calls, for training and figures; ``layer`` is ignored."""
 
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> None:
-        self._generator = generator
-        self._dtype = dtype
+    generator: torch.Generator
+    dtype: torch.dtype = torch.float32
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws, (k, batch, size)."""
-        return torch.randn(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
+        return torch.randn(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1), (k, batch, size)."""
-        return torch.rand(k, batch, size, generator=self._generator, dtype=self._dtype, device=self._generator.device)
+        return torch.rand(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
 
 
+@dataclass(frozen=True, eq=False)
 class KeyedNoise:
     """Noise for evaluation: a function of (seed, stream, layer, image, sample index) alone.
 
@@ -77,27 +74,18 @@ class KeyedNoise:
         images: index within its split of each image of the batch.
         start: index of the first sample; a multiple of ``BLOCK``.
         dtype, device: of the returned tensors.
-
-    Raises:
-        ValueError: ``start`` is not a multiple of ``BLOCK``.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        stream: str,
-        images: Sequence[int],
-        start: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if start % BLOCK:
-            raise ValueError(f"start must be a multiple of {BLOCK}, got {start}")
-        self._key = (seed, stream)
-        self._images = images
-        self._block = start // BLOCK
-        self._dtype = dtype
-        self._device = device
+    seed: int
+    stream: str
+    images: Sequence[int]
+    start: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.start % BLOCK:
+            raise ValueError(f"start must be a multiple of {BLOCK}, got {self.start}")
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws, (k, batch, size), for samples ``start`` to ``start + k - 1``."""
@@ -108,20 +96,20 @@ class KeyedNoise:
         return self._draw("uniform", layer, k, batch, size)
 
     def _draw(self, kind: str, layer: int, k: int, batch: int, size: int) -> Tensor:
-        if batch != len(self._images):
-            raise ValueError(f"batch must be the {len(self._images)} images of this noise, got {batch}")
+        if batch != len(self.images):
+            raise ValueError(f"batch must be the {len(self.images)} images of this noise, got {batch}")
         blocks = -(-k // BLOCK)
         out = np.empty((batch, blocks * BLOCK, size), dtype=np.float32)
-        for image, blocks_of_image in zip(self._images, out.reshape(batch, blocks, BLOCK, size), strict=True):
-            philox = np.random.Philox(key=derive(*self._key, kind, layer, int(image)))
+        for image, blocks_of_image in zip(self.images, out.reshape(batch, blocks, BLOCK, size), strict=True):
+            philox = np.random.Philox(key=derive(self.seed, self.stream, kind, layer, int(image)))
             random = np.random.Generator(philox)
             fill = random.standard_normal if kind == "normal" else random.random
             initial = philox.state
             counter = initial["state"]["counter"]
-            for block, whole in enumerate(blocks_of_image, start=self._block):
+            for block, whole in enumerate(blocks_of_image, start=self.start // BLOCK):
                 # The third word of the 256-bit counter is the block's number: blocks are 2^128 numbers apart.
                 counter[2] = block
                 philox.state = initial
                 fill(out=whole, dtype=np.float32)
         drawn = torch.from_numpy(out).transpose(0, 1)[:k]
-        return drawn.to(device=self._device, dtype=self._dtype)
+        return drawn.to(device=self.device, dtype=self.dtype)

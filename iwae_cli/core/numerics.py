@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.core.errors import check_range
+
 
 def log_mean_exp(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
     """Return log (1/k sum_i exp(log_w_i)), (*batch,), nats; stable for any offset.
@@ -38,9 +40,6 @@ def log_mean_exp_of_others(log_w: Float[Tensor, "k *batch"]) -> Float[Tensor, "k
     """Return log (1/(k-1) sum_{j != i} exp(log_w_j)) for every i, (k, *batch), nats; stable, in O(k) memory.
 
     Subtracting w_i from the sum is accurate except for the largest weight, for which the others are summed again.
-
-    Raises:
-        ValueError: k < 2.
     """
     k = log_w.shape[0]
     if k < 2:
@@ -69,19 +68,9 @@ def grid_levels(k: int) -> list[int]:
     Only levels that divide k are kept. Each then divides the next, which orders the averages over disjoint groups:
     L_m <= L_m' holds for every image, not only in expectation, because the mean of logs never exceeds the log of the
     mean.
-
-    Raises:
-        ValueError: k < 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    levels = [1]
-    m = 5
-    while m < k:
-        if k % m == 0:
-            levels.append(m)
-        m *= 10
-    return levels if k == 1 else [*levels, k]
+    check_range("k", k, 1)
+    return sorted({1, k} | {m for m in (5 * 10**i for i in range(len(str(k)))) if m < k and k % m == 0})
 
 
 class _Groups:
@@ -118,12 +107,6 @@ class StreamingLogWeights:
 
     Consecutive pieces of the sample axis are added and accumulated in float64. The results have the same bits for every
     cut into multiples of ``block`` (the last piece may be shorter).
-
-    Args:
-        k: number of samples that will be added in total.
-        batch: number of images.
-        block: samples summed together; pieces start at multiples of it.
-        device: of the sums; it must support float64.
     """
 
     def __init__(self, k: int, batch: int, *, block: int, device: torch.device | str = "cpu") -> None:
@@ -145,11 +128,7 @@ class StreamingLogWeights:
         self._tail = torch.empty(0, batch, dtype=torch.float64, device=device)
 
     def add(self, log_w: Float[Tensor, "n batch"]) -> None:
-        """Add the next ``n`` samples.
-
-        Raises:
-            ValueError: more than ``k`` samples, or a piece that starts off a block boundary.
-        """
+        """Add the next ``n`` samples; raise ValueError beyond ``k`` samples and for pieces off block boundaries."""
         if self._seen % self._block:
             raise ValueError(f"pieces must start at multiples of {self._block} samples, got {self._seen}")
         if self._seen + log_w.shape[0] > self.k:
@@ -221,14 +200,11 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
     """Return the shape of a generalized Pareto distribution fitted to the largest weights of each column.
 
     The fit is the empirical Bayes estimate of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson,
-    Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5.
+    Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5. NaN where fewer than five weights
+    lie above the threshold, or all of them are equal within ``EQUAL`` (the fit would be to rounding errors).
 
     Args:
         largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
-
-    Returns:
-        k-hat per column, (batch,); NaN where fewer than five weights lie above the threshold, or all of them are equal
-        within ``EQUAL`` (the fit would be to rounding errors).
     """
     m = largest.shape[0] - 1
     if m < SMALLEST_TAIL:

@@ -23,11 +23,9 @@ class Progress:
 
     Args:
         title: start of the line.
-        total: units of the whole work.
+        total, start: units of the whole work, and those done before by a run that is resumed.
         unit: name of a unit, such as ``"pass"`` or ``"image"``.
-        images_per_unit: for the speed in images per second.
-        start: units done before, by a run that is resumed.
-        things: what the speed counts, if not images.
+        images_per_unit, things: for the speed in images (or other things) per second.
         may_grow: whether ``change`` may raise the total, so that the time left is a lower bound.
     """
 

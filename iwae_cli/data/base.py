@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -117,9 +117,6 @@ class Data:
             name: train, validation or test.
             binarization_seed: seed of the draw.
             first: number of images, from the first; None is all.
-
-        Raises:
-            ValueError: ``name`` is not a split.
         """
         if name not in SPLITS:
             raise ValueError(f"name must be one of {', '.join(SPLITS)}, got {name!r}")
@@ -167,12 +164,6 @@ class GreyDataset(Dataset, ABC):
     """A data set of grey images, binarized or, with ``binarization="none"``, unchanged.
 
     Their results are not comparable, so the second has another name, ``<name>_grey``.
-
-    Args:
-        binarization: ``dynamic`` or ``none``.
-
-    Raises:
-        ValueError: neither.
     """
 
     levels: ClassVar[int]
@@ -183,14 +174,36 @@ class GreyDataset(Dataset, ABC):
         self.binarization: GreyBinarization = binarization
         self.observation = "binary" if binarization == "dynamic" else "grey"
 
-    @property
-    def full_name(self) -> str:
-        """Name of the data for the record."""
-        return self.name if self.binarization == "dynamic" else f"{self.name}_grey"
+    def data(
+        self,
+        splits: Sequence[Shaped[Tensor, "_ pixels"]],
+        side: int,
+        source: str,
+        *,
+        which: str = "",
+        how: str = "",
+        **facts: str,
+    ) -> Data:
+        """Return ``splits`` (train, validation, test) of square images, with a protocol that says what they are.
 
-    @property
-    def sentence(self) -> str:
-        """Part of the protocol that says how grey levels are used."""
+        ``which`` names the images of the validation split, ``how`` more about all of them.
+        """
         if self.binarization == "dynamic":
-            return "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
-        return f"grey levels 0 to {self.levels - 1} as they are, not binarized"
+            levels = "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
+        else:
+            levels = f"grey levels 0 to {self.levels - 1} as they are, not binarized"
+        train, validation, test = splits
+        return Data(
+            name=self.name if self.binarization == "dynamic" else f"{self.name}_grey",
+            protocol=(
+                f"{len(train):,} training, {len(validation):,} validation{which} and {len(test):,} test images of "
+                f"{side}x{side}{how}, {levels}; {source}"
+            ),
+            train=train,
+            validation=validation,
+            test=test,
+            levels=self.levels,
+            binarization=self.binarization,
+            image_shape=(side, side),
+            facts=facts,
+        )

@@ -49,20 +49,11 @@ class Digits(GreyDataset):
             raise Damaged(path, "is altered or damaged: its digits are not the published ones", _REINSTALL)
         order = numpy_generator("digits", "split").random(len(values)).argsort(kind="stable")
         images = torch.from_numpy(values[order])
-        ends = np.cumsum(SIZES).tolist()
-        return Data(
-            name=self.full_name,
-            protocol=(
-                f"{SIZES[0]:,} training, {SIZES[1]} validation and {SIZES[2]} test images of {SIDE}x{SIDE} after one "
-                f"fixed permutation, {LEVELS} grey levels, {self.sentence}; "
-                "Alpaydin and Kaynak 1998, the copy in scikit-learn"
-            ),
-            train=images[: ends[0]],
-            validation=images[ends[0] : ends[1]],
-            test=images[ends[1] : ends[2]],
-            levels=LEVELS,
-            binarization=self.binarization,
-            image_shape=(SIDE, SIDE),
+        return self.data(
+            images.split(SIZES),
+            SIDE,
+            "Alpaydin and Kaynak 1998, the copy in scikit-learn",
+            how=f" after one fixed permutation, {LEVELS} grey levels",
         )
 
 

@@ -31,13 +31,7 @@ _kept: list[torch.library.Library] = []
 
 
 class Damaged(UserError):
-    """A file that is truncated, altered, or of another format.
-
-    Args:
-        path: the file.
-        what: the fault, in words that follow its name.
-        advice: the remedy.
-    """
+    """A file that is truncated, altered, or of another format: ``what`` is its fault, ``advice`` the remedy."""
 
     def __init__(self, path: Path, what: str, advice: str = AFRESH) -> None:
         super().__init__(f"{path} {what}; {advice}")
@@ -131,6 +125,8 @@ def obtain(
         UserError: no network, no room, no permission, or a damaged download; the message names the files, their folder,
             and a data set that needs none.
     """
+    if all(path.exists() for path in wanted):
+        return
     folder = wanted[0].parent
     try:
         with _locked(data_dir):
@@ -140,16 +136,17 @@ def obtain(
             temporary = next(place for place in (folder, *folder.parents) if place.exists()) / f".download-{data}"
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process, since this one holds the lock
             temporary.mkdir()
+            before = socket.getdefaulttimeout()
             try:
-                with _timeout(TIMEOUT):
-                    print(f"downloading {what}", file=sys.stderr)
-                    fetched = fetch(temporary)
-                for path in fetched:
+                socket.setdefaulttimeout(TIMEOUT)  # the downloader has no limit
+                print(f"downloading {what}", file=sys.stderr)
+                for path in fetch(temporary):
                     if not (folder / path.name).exists():
                         folder.mkdir(parents=True, exist_ok=True)
                         with atomic_path(folder / path.name) as place:
                             os.replace(path, place)
             finally:
+                socket.setdefaulttimeout(before)
                 shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException, Damaged) as error:
         if isinstance(error, urllib.error.HTTPError):
@@ -181,29 +178,13 @@ def _locked(folder: Path) -> Iterator[None]:
 def _lock(path: Path) -> IO[str]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileNotFoundError):  # the holder of the lock has removed the folder that it made
             file = open(path, "w")  # noqa: SIM115  (closed by the holder of the lock)
-        except FileNotFoundError:  # the process that made the folder has removed it
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that downloads into {path.parent}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that downloads into {path.parent}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        except FileNotFoundError:
-            pass
-        file.close()
-
-
-@contextlib.contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Limit the wait for a server, since the downloader has no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+            file.close()

@@ -27,9 +27,6 @@ class IdxImages(GreyDataset, ABC):
 
     They are read directly; torchvision is imported only for a download. The last ``validation`` images of the training
     file are the validation split, in the order of the file.
-
-    Raises:
-        ValueError: ``data_dir`` is empty, or unknown ``binarization``.
     """
 
     folder: ClassVar[str]
@@ -49,26 +46,13 @@ class IdxImages(GreyDataset, ABC):
     def load(self) -> Data:
         """Return the data, see the base class."""
         files = [self._raw / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
-        if not all(self._found(path).exists() for path in files):
-            # Packed files count as present: torchvision downloads only the others.
-            missing = [path for path in files if not self._found(path).exists()]
-            what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
-            obtain(self.name, self._root, missing, what, self._fetch)
+        # Packed files count as present: torchvision downloads only the others.
+        missing = [path for path in files if not self._found(path).exists()]
+        what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
+        obtain(self.name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
-        cut = len(train) - self.validation
-        return Data(
-            name=self.full_name,
-            protocol=(
-                f"{cut:,} training, {self.validation:,} validation (the last of the training file) and "
-                f"{len(test):,} test images of {SIDE}x{SIDE}, {self.sentence}; {self.source}"
-            ),
-            train=train[:cut],
-            validation=train[cut:],
-            test=test,
-            levels=self.levels,
-            binarization=self.binarization,
-            image_shape=(SIDE, SIDE),
-        )
+        splits = (*train.split([len(train) - self.validation, self.validation]), test)
+        return self.data(splits, SIDE, self.source, which=" (the last of the training file)")
 
     @staticmethod
     def _found(path: Path) -> Path:

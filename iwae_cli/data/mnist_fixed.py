@@ -15,7 +15,6 @@ from iwae_cli.data.base import Data, Dataset
 from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
 
 SIDE = 28
-URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
 
 
 class Amat(NamedTuple):
@@ -32,14 +31,11 @@ class FixedMNIST(Dataset):
 
     Larochelle, Murray 2011, The Neural Autoregressive Distribution Estimator; the binarization is that of
     Salakhutdinov, Murray 2008, On the Quantitative Analysis of Deep Belief Networks.
-
-    Raises:
-        ValueError: ``data_dir`` is empty.
     """
 
     name = "mnist_fixed"
     observation: Observation = "binary"
-    url: ClassVar[str] = URL
+    url: ClassVar[str] = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
     files: ClassVar[Mapping[str, Amat]] = {
         "train": Amat(
             "binarized_mnist_train.amat", 50_000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"
@@ -59,8 +55,7 @@ class FixedMNIST(Dataset):
         """Return the data, see the base class."""
         folder = self._root / "BinaryMNIST"
         paths = [folder / file.name for file in self.files.values()]
-        if not all(path.exists() for path in paths):
-            obtain(self.name, self._root, paths, ", ".join(path.name for path in paths), self._fetch)
+        obtain(self.name, self._root, paths, ", ".join(path.name for path in paths), self._fetch)
         splits = {split: _read(folder / file.name, file) for split, file in self.files.items()}
         train, validation, test = (f"{len(x):,}" for x in splits.values())
         return Data(

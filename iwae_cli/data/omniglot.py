@@ -19,6 +19,7 @@ from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download
 
 SIDE = 28
 VALIDATION = 1_345
+ADVICE = "give a whole file in the layout of the authors' chardata.mat"
 
 
 @final
@@ -33,9 +34,6 @@ class Omniglot(GreyDataset):
         data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
         path: another file of the same layout and any size.
         binarization: ``dynamic`` or ``none``.
-
-    Raises:
-        ValueError: ``data_dir`` or ``path`` is empty, or unknown ``binarization``.
     """
 
     name = "omniglot"
@@ -56,35 +54,21 @@ class Omniglot(GreyDataset):
 
     def load(self) -> Data:
         """Return the data, see the base class."""
-        facts: dict[str, str] = {}
+        facts = {}
         if self._path is None:
             path = self._root / "OMNIGLOT" / "chardata.mat"
-            if not path.exists():
-                obtain(self.name, self._root, [path], path.name, self._fetch)
+            obtain(self.name, self._root, [path], path.name, self._fetch)
             train, test = self._read_authors(path)
             source = "the file chardata.mat of Burda et al. 2016"
         else:
             content = self._content(self._path)
-            facts["sha256"] = hashlib.sha256(content).hexdigest()
+            facts = {"sha256": hashlib.sha256(content).hexdigest()}
             train, test = _read(self._path, content)
             source = f"the file {self._path.name}, which has the layout of that of Burda et al. 2016 but is another"
         train = train[np.random.RandomState(123).permutation(len(train))]
         validation = min(VALIDATION, len(train) // 10)
-        cut = len(train) - validation
-        return Data(
-            name=self.full_name,
-            protocol=(
-                f"{cut:,} training, {validation:,} validation (the last after one fixed permutation) and "
-                f"{len(test):,} test images of {SIDE}x{SIDE}, {self.sentence}; {source}"
-            ),
-            train=train[:cut],
-            validation=train[cut:],
-            test=test,
-            levels=self.levels,
-            binarization=self.binarization,
-            image_shape=(SIDE, SIDE),
-            facts=facts,
-        )
+        splits = (*train.split([len(train) - validation, validation]), test)
+        return self.data(splits, SIDE, source, which=" (the last after one fixed permutation)", **facts)
 
     @staticmethod
     def _content(path: Path) -> bytearray:
@@ -114,22 +98,16 @@ def _read(path: Path, content: bytearray) -> tuple[UInt8[Tensor, "n pixels"], UI
     try:
         found = loadmat(BytesIO(content))
     except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
-        raise _damaged(path, f"cannot be read, it may be truncated ({' '.join(str(error).split())})") from error
+        what = f"cannot be read, it may be truncated ({' '.join(str(error).split())})"
+        raise Damaged(path, what, ADVICE) from error
     images = []
     for key, least in (("data", 10), ("testdata", 1)):
-        values = found.get(key)
-        if values is None:
-            raise _damaged(path, f"has no {key!r}")
-        shaped = values.ndim == 2 and values.shape[0] == SIDE * SIDE and values.shape[1] >= least
-        if not shaped or values.dtype.kind not in "uif":
-            shape = f"({SIDE * SIDE}, {least} or more)"
-            raise _damaged(path, f"has a {key!r} that is {values.dtype} {values.shape}, not numbers of shape {shape}")
-        if not (values.min() >= 0 and values.max() <= 1):  # false for NaN too
-            raise _damaged(path, f"has values outside [0, 1] in {key!r}")
+        values = found.get(key, np.zeros(()))
+        fits = values.ndim == 2 and values.shape[0] == SIDE**2 and values.shape[1] >= least
+        numbers = fits and values.dtype.kind in "uif" and values.min() >= 0 and values.max() <= 1  # false for NaN too
+        if not numbers:
+            what = f"has no {key!r} of shape ({SIDE**2}, {least} or more) with numbers in [0, 1]"
+            raise Damaged(path, what, ADVICE)
         grey = np.rint(values.T * 255.0).astype(np.uint8).reshape(-1, SIDE, SIDE)
         images.append(torch.from_numpy(np.ascontiguousarray(grey.transpose(0, 2, 1)).reshape(-1, SIDE * SIDE)))
     return images[0], images[1]
-
-
-def _damaged(path: Path, what: str) -> Damaged:
-    return Damaged(path, what, "give a whole file in the layout of the authors' chardata.mat")

@@ -23,7 +23,6 @@ RULES = {"active_units": ("test", None, 500), "active_units_authors_rule": ("tra
 def active_units(
     model: LatentVariableModel,
     x: Shaped[Tensor, "n pixels"],
-    *,
     draws: int,
     seed: int,
     stream: str,
@@ -35,16 +34,7 @@ def active_units(
 
     The variance is over the images, with n in the denominator. A layer above the first averages its mean over
     ``draws`` samples of the layer below: with one draw, the authors' rule, Var(mu_2|x) is added and more units look
-    active than are.
-
-    Args:
-        model: in evaluation mode.
-        x: observations.
-        draws: samples of the layer below.
-        seed, stream: key of the noise.
-        rows: bound on images x draws computed at once by one worker; one image is computed with all its draws.
-        workers: threads that share the images; None is one per core on a CPU, one on another device.
-        on_progress: called with the number of finished images; may raise to stop.
+    active than are. An image is computed with all its draws; other arguments as in ``log_likelihood``.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype

@@ -19,7 +19,8 @@ from iwae_cli.core.errors import RunFailed
 
 T = TypeVar("T")
 Work = Callable[[Sequence[int]], T]
-Serial = Callable[[Work[Any], list[range], int], list[Any]]
+OnProgress = Callable[[int], None] | None
+Serial = Callable[[Work[Any], list[range], int, OnProgress], list[Any]]
 
 
 @final
@@ -45,14 +46,10 @@ class Ranks:
         # The others wait while rank 0 trains.
         dist.init_process_group("gloo", timeout=timedelta(days=365))
 
-    def share(self, work: Work[T], batches: list[range], workers: int, serial: Serial) -> list[T]:
+    def share(self, work: Work[T], batches: list[range], workers: int, on_progress: OnProgress = None) -> list[T]:
         """Return the results of ``work`` on all ``batches``, in their order; rank 0 calls it, the others ``serve``.
 
-        Args:
-            work: computes one batch.
-            batches: all of them.
-            workers: threads on this machine, divided among its ranks.
-            serial: computes the batches of this rank.
+        ``workers`` threads are divided among the ranks of this machine; ``on_progress`` counts this rank's batches.
 
         Raises:
             RunFailed: another rank has ended.
@@ -60,7 +57,7 @@ class Ranks:
         import cloudpickle
 
         self._broadcast_task(cloudpickle.dumps((work, batches, workers)))
-        return self._gathered(work, batches, workers, serial)
+        return self._gathered(work, batches, workers, on_progress)
 
     def serve(self) -> None:
         """Compute what rank 0 shares, until it calls ``release`` or has ended."""
@@ -73,17 +70,17 @@ class Ranks:
         with suppress(RunFailed):
             while (task := self._broadcast_task(None)) is not None:
                 work, batches, workers = cloudpickle.loads(task)
-                self._gathered(work, batches, workers, self._serial)
+                self._gathered(work, batches, workers)
 
     def release(self) -> None:
         """Let the other ranks return from ``serve``."""
         self._broadcast_task(None)
 
-    def _gathered(self, work: Work[T], batches: list[range], workers: int, serial: Serial) -> list[T]:
+    def _gathered(self, work: Work[T], batches: list[range], workers: int, on_progress: OnProgress = None) -> list[T]:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        mine = serial(work, batches[self.rank :: self.size], max(1, workers // self._local_size))
+        mine = self._serial(work, batches[self.rank :: self.size], max(1, workers // self._local_size), on_progress)
         with _broken_connection_as_run_failed():
             dist.all_gather_object(found, mine)
         return [found[number % self.size][number // self.size] for number in range(len(batches))]
@@ -113,9 +110,5 @@ def are_several() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit at once, without Python's own clean-up: everything is written and flushed.
-
-    gloo's threads finish their last exchange in their own time. Where that comes while the process group or Python is
-    torn down, the process aborts, about once in ten runs on a busy machine.
-    """
+    """Exit at once, without Python's own clean-up, during which gloo's threads abort about one run in ten."""
     os._exit(code)

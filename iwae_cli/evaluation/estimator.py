@@ -30,8 +30,8 @@ class EstimatorInput:
         model: in evaluation mode, on its device; its dtype is the dtype of the computation.
         data: the data that it was trained on.
         evaluation: splits, seeds, and the bound on memory.
-        objective: returns the objective with another k, for an estimator whose yaml has the key ``objective``: the
-            objective of the run, with the overrides of ``objective``.
+        objective: returns the run's objective, with the overrides of ``objective``, at another k; for an estimator
+            whose yaml has the key ``objective``.
     """
 
     model: LatentVariableModel
@@ -75,9 +75,7 @@ class Estimator(ABC):
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return everything that goes into the record.
 
-        Args:
-            subject: what to measure.
-            check: to be called often; may raise to stop.
+        ``check`` is to be called often and may raise to stop.
 
         Raises:
             UserError: the model has no such number.
@@ -92,18 +90,27 @@ def finite(value: float, key: str, reasons: dict[str, str], reason: str) -> floa
     return None
 
 
+def without_nan(
+    numbers: Mapping[str, Any], prefix: str, reasons: dict[str, str], reason: str, **why: str
+) -> dict[str, Any]:
+    """Return ``numbers`` with None for every float that is not finite, and why: ``why[key]``, else ``reason``."""
+    return {
+        key: finite(value, f"{prefix}{key}", reasons, why.get(key, reason)) if isinstance(value, float) else value
+        for key, value in numbers.items()
+    }
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return sd / sqrt(n); NaN for fewer than two values."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def array_name(split: str, key: str) -> str:
     """Return the name of a per-image array in an npz file; those of the test split have no prefix."""
     return key if split == "test" else f"{split}_{key}"
 
 
 def with_cheaper(plan: str, fewer: Mapping[str, tuple[int, int]], *more: str) -> str:
-    """Return a plan with the overrides that make it cheaper.
-
-    Args:
-        plan: what is about to be computed.
-        fewer: for each argument of the estimator its value and a small one.
-        more: further overrides.
-    """
+    """Return a plan with the overrides that make it cheaper; ``fewer``: argument -> its value and a small one."""
     shown = [f"estimator.{name}={few}" for name, (asked, few) in fewer.items() if asked > few] + [*more]
     return f"{plan}; cheaper: {' '.join(shown)}" if shown else plan

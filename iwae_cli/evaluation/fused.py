@@ -14,8 +14,8 @@ matrix products:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Shaped
@@ -47,23 +47,23 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
     """Raise UserError if ``evaluation.precision=bf16`` is not possible with this model and device."""
     if evaluation.precision == "float32":
         return
-    wrong = None
-    if type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None:
-        wrong = "Gaussian models of binary pixels, as model=one_layer or two_layer"
-    elif device.resolve().type != "cpu":
-        wrong = "device=cpu"
-    elif device.precision != "float32":
-        wrong = "device.precision=float32"
-    if wrong is not None:
-        raise UserError(f"evaluation.precision=bf16 is for {wrong}; write evaluation.precision=float32")
+    wrong = {
+        "Gaussian models of binary pixels, as model=one_layer or two_layer": (
+            type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None
+        ),
+        "device=cpu": device.resolve().type != "cpu",
+        "device.precision=float32": device.precision != "float32",
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(f"evaluation.precision=bf16 is for {what}; write evaluation.precision=float32")
 
 
 @final
 class FusedScorer:
-    """Computes the log-weights of one model, whose weights must not change meanwhile.
+    """Computes the log-weights of one model that ``fits``, whose weights must not change meanwhile.
 
     Args:
-        model: a model for which ``fits`` holds.
         rows: largest number of samples computed together.
         bf16: use products of bfloat16 numbers, for a model in float32.
     """
@@ -71,12 +71,11 @@ class FusedScorer:
     def __init__(self, model: LatentVariableModel, rows: int = CHUNK, bf16: bool = False) -> None:
         self._blocks = max(1, min(rows, CHUNK) // BLOCK)
         generative, inference = model.generative, model.inference
-        assert isinstance(generative, GenerativeChain) and isinstance(inference, InferenceChain)
         self._first, *upwards = inference.layers
         self._white = inference.white
         # A rounded q is a q as good as any, drawn from and scored; p must stay exact, and its Gaussians may be narrow.
-        self._upwards = _conditionals(upwards, bf16)
-        self._downwards = _conditionals(generative.layers, bf16=False)
+        self._upwards = [_conditional(layer, bf16) for layer in upwards]
+        self._downwards = [_conditional(layer, bf16=False) for layer in generative.layers]
         observation = generative.observation
         assert isinstance(observation, TanhPixels)
         self._body = _Body(observation.body, bf16)
@@ -106,14 +105,9 @@ class FusedScorer:
         images: Sequence[int],
         first: int = 0,
     ) -> Float[Tensor, "k batch"]:
-        """Return log w of ``k`` draws for every x, nats.
+        """Return log w of ``k`` draws for every binary x, nats.
 
-        Args:
-            x: binary pixels, in the dtype of the model.
-            k: number of samples.
-            noise: returns the noise of some images from one sample on, which is a multiple of ``BLOCK``.
-            images: index of each x, for ``noise``.
-            first: index of the first sample, for ``noise``.
+        ``noise`` returns the noise of some of the ``images`` from a sample on; ``first`` is a multiple of BLOCK.
         """
         log_w = x.new_empty(k, len(x))
         blocks = -(-k // BLOCK)
@@ -194,10 +188,7 @@ class _Body:
     def then(self, heads: Sequence[nn.Linear], padding: int = 0, factor: int = 1) -> _Linear:
         """Fold tanh(a) = 2 sigmoid(2a) - 1 into the concatenated weights of ``heads``, scaled by ``factor``.
 
-        Args:
-            heads: layers on top of the layers so far.
-            padding: number of outputs to add that are always ``CERTAIN``.
-            factor: 2 where a sigmoid follows, 1 for outputs.
+        ``padding`` outputs that are always ``CERTAIN`` are added; ``factor`` is 2 where a sigmoid follows.
         """
         weight = torch.cat([head.weight.detach() for head in heads]).t().contiguous() * factor  # (i, o)
         bias = torch.cat([head.bias.detach() for head in heads]) * factor  # (o,)
@@ -216,17 +207,8 @@ class _Body:
         return given
 
 
-class _Conditional:
-    """A Gaussian conditional with both of its heads in one product."""
-
-    def __init__(self, conditional: GaussianConditional, bf16: bool) -> None:
-        self._body = _Body(conditional.body, bf16)
-        self._heads = self._body.then([conditional.loc, conditional.log_scale])
-
-    def __call__(self, given: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n o"], Float[Tensor, "n o"]]:
-        loc, log_scale = self._heads(self._body(given)).chunk(2, dim=-1)
-        return loc, log_scale
-
-
-def _conditionals(layers: Iterable[nn.Module], bf16: bool) -> list[_Conditional]:
-    return [_Conditional(layer, bf16) for layer in layers if isinstance(layer, GaussianConditional)]
+def _conditional(layer: Any, bf16: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return a ``GaussianConditional`` as a function, (n, i) -> (n, o) twice, with both of its heads in one product."""
+    body = _Body(layer.body, bf16)
+    heads = body.then([layer.loc, layer.log_scale])
+    return lambda given: heads(body(given)).chunk(2, dim=-1)

@@ -7,18 +7,19 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper, without_nan
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.summary import Row
@@ -31,10 +32,9 @@ MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
 
 @dataclass(frozen=True)
 class SignalToNoise:
-    """Ratios for the gradient of one network, over draws of the latents with the observations held fixed.
+    """Ratios for the gradient of one network, over M draws of the latents with fixed observations.
 
     Attributes:
-        draws: M.
         per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
         floor: .80 / sqrt(M), the average ratio without signal.
         directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
@@ -43,7 +43,6 @@ class SignalToNoise:
         parameters: number of parameters whose gradient varies; the others have no ratio and are left out.
     """
 
-    draws: int
     per_parameter: float
     floor: float
     directional: float
@@ -94,7 +93,6 @@ class _Moments:
         median = math.sqrt(max(0.0, float(squared.quantile(0.5)))) if len(squared) else math.nan
         directional, noise = float(np.mean(self._ratios)), float(np.mean(self._ratios_of_noise))
         return SignalToNoise(
-            draws=m,
             per_parameter=median if median > floor else math.nan,
             floor=floor,
             directional=directional if math.isfinite(noise) and directional > noise else math.nan,
@@ -131,13 +129,7 @@ def gradient_snr(
         seed: key of the noise.
         check: called before every gradient; may raise to stop.
         on_draw: called with the number of finished draws.
-
-    Raises:
-        ValueError: draws < 8.
     """
-    if draws < 8:
-        raise ValueError(f"draws must be >= 8, got {draws}")
-    networks: dict[str, nn.Module] = {name: getattr(model, name) for name in NETWORKS}
     moments = {name: _Moments(draws) for name in NETWORKS}
     for draw in range(draws):
         noise = GeneratorNoise(generator(x.device, seed, "gradient snr", draw), x.dtype)
@@ -145,14 +137,11 @@ def gradient_snr(
         for name in NETWORKS:
             check()
             # Each loss has the right gradient for its own parameters only.
-            moments[name].add(_gradient(getattr(losses, name), networks[name].parameters()))
+            parameters = list(getattr(model, name).parameters())
+            found = torch.autograd.grad(getattr(losses, name), parameters, retain_graph=True, materialize_grads=True)
+            moments[name].add(torch.cat([part.flatten() for part in found]).double())
         on_draw(draw + 1)
     return {name: moments[name].result() for name in NETWORKS}
-
-
-def _gradient(loss: Float[Tensor, ""], parameters: Iterable[nn.Parameter]) -> Float64[Tensor, " parameters"]:
-    found = torch.autograd.grad(loss, list(parameters), retain_graph=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in found]).double()
 
 
 @final
@@ -166,9 +155,6 @@ class GradientSNR(Estimator):
         ks: values of the objective's ``k``, rising.
         draws: M, gradients drawn at each k.
         images: number of images of the training split, one batch.
-
-    Raises:
-        ValueError: a number out of range, or ``ks`` that do not rise.
     """
 
     ks: list[int]
@@ -180,18 +166,15 @@ class GradientSNR(Estimator):
             raise ValueError("ks must hold at least one k, got []")
         if self.ks[0] < 1 or sorted(set(self.ks)) != self.ks:
             raise ValueError(f"ks must be >= 1 and rise, got {self.ks}")
-        if self.draws < 8:
-            raise ValueError(f"draws must be >= 8, got {self.draws}")
-        if self.images < 1:
-            raise ValueError(f"images must be >= 1, got {self.images}")
+        check_range("draws", self.draws, 8)
+        check_range("images", self.images, 1)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the ratios for every k, and the slope of log ratio against log k."""
-        model, evaluation = subject.model, subject.evaluation
-        parameter = next(model.parameters())
+        model, seed = subject.model, subject.evaluation.seed
         objectives = {k: subject.objective(k) for k in self.ks}
-        split = subject.data.evaluation_split("train", evaluation.binarization_seed)
-        x = split.x[: self.images].to(device=parameter.device, dtype=parameter.dtype)
+        split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
+        x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}
         # The cost of a gradient is proportional to its samples.
         total, done = self.draws * sum(self.ks), 0
@@ -203,9 +186,7 @@ class GradientSNR(Estimator):
                 def on_draw(draw: int, k: int = k, done: int = done) -> None:
                     progress.update(done + draw * k)
 
-                found[k] = gradient_snr(
-                    model, objective, x, draws=self.draws, seed=evaluation.seed, check=check, on_draw=on_draw
-                )
+                found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=seed, check=check, on_draw=on_draw)
                 done += self.draws * k
         reasons: dict[str, str] = {}
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
@@ -224,7 +205,6 @@ class GradientSNR(Estimator):
         )
 
     def _numbers(self, network: str, found: dict[int, SignalToNoise], reasons: dict[str, str]) -> dict[str, Any]:
-        """Return the ratios of one network by k, and their slope over k."""
         numbers: dict[str, Any] = {}
         for k, ratio in found.items():
             why = {
@@ -232,10 +212,10 @@ class GradientSNR(Estimator):
                 "directional": f"not above {ratio.directional_floor:.3f}, the value of a direction without signal",
                 "directional_floor": "there is one parameter only, or the gradient does not vary",
             }
-            numbers[str(k)] = {
-                key: finite(getattr(ratio, key), f"{network}.{k}.{key}", reasons, reason) for key, reason in why.items()
-            } | {"parameters": ratio.parameters}
-        slope = _slope({k: ratio.per_parameter for k, ratio in found.items()})
+            held = {key: getattr(ratio, key) for key in why} | {"parameters": ratio.parameters}
+            numbers[str(k)] = without_nan(held, f"{network}.{k}.", reasons, "", **why)
+        known = {k: ratio.per_parameter for k, ratio in found.items() if math.isfinite(ratio.per_parameter)}
+        slope = np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)[0] if len(known) > 1 else math.nan
         reason = "fewer than two values of k give a ratio above the floor"
         return numbers | {"slope": finite(slope, f"{network}.slope", reasons, reason)}
 
@@ -252,18 +232,9 @@ class GradientSNR(Estimator):
         return rows + [("slope", f"gradient_snr.{network}.slope", "{:.3f}") for network in NETWORKS]
 
     def _plan(self, images: int) -> str:
-        """Return what is about to be computed, and which overrides make it less."""
         plan = (
             f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
             f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
         )
         shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
         return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
-
-
-def _slope(ratios: dict[int, float]) -> float:
-    """Return the least-squares slope of log ratio against log k; NaN for fewer than two finite ratios."""
-    known = {k: ratio for k, ratio in ratios.items() if math.isfinite(ratio)}
-    if len(known) < 2:
-        return math.nan
-    return float(np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)[0])

@@ -22,7 +22,15 @@ from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulat
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.active_units import RULES, active_units
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, finite
+from iwae_cli.evaluation.estimator import (
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    array_name,
+    finite,
+    standard_error,
+    without_nan,
+)
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
@@ -71,10 +79,7 @@ class Likelihood:
 
 @final
 class LogLikelihood(Estimator):
-    """L_k of every split of the evaluation, and the active units: what ``iwae-eval`` computes without ``estimator=``.
-
-    Its settings (k, jackknife, precision) are those of the group ``evaluation``.
-    """
+    """L_k of every split and the active units, without ``estimator=``; its settings are those of ``evaluation``."""
 
     file = "log_likelihood.npz"
 
@@ -106,15 +111,9 @@ class LogLikelihood(Estimator):
             for key in ("log_px", "ess", "khat", "top_weight"):
                 arrays[array_name(name, key)] = getattr(likelihood, key)
         for key, (of, images, draws) in RULES.items():
+            x = subject.data.evaluation_split(of, evaluation.binarization_seed, images).x
             numbers[key] = active_units(
-                model,
-                subject.data.evaluation_split(of, evaluation.binarization_seed, images).x,
-                draws=draws,
-                seed=evaluation.seed,
-                stream=key,
-                rows=evaluation.rows,
-                workers=evaluation.workers,
-                on_progress=lambda _: check(),
+                model, x, draws, evaluation.seed, key, evaluation.rows, evaluation.workers, lambda _: check()
             )
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
@@ -146,13 +145,11 @@ def log_likelihood(
         model: in evaluation mode, on its device; its dtype is the dtype of the computation.
         split: the images.
         k: samples per image.
-        seed: evaluation seed.
+        seed, stream: key of the noise; the stream is named as the split by default.
         rows: bound on images x samples computed at once by one worker (at least one block of 64).
         workers: threads that share the images; None is one per core on a CPU, one on another device.
-        stream: name of the noise stream; the split's name by default.
         with_jackknife: also compute the jackknife estimate; keeps all k log-weights of a batch of images.
-        plain: compute the log-weights by the model itself, even where ``FusedScorer`` computes them faster (they differ
-            by the rounding of sums in another order).
+        plain: let the model compute, not ``FusedScorer``, whose sums are rounded in another order.
         bf16: multiply numbers of bfloat16 (see ``FusedScorer``), and compute some of the images in float32 too.
         check: called by every worker before each of its computations; may raise to stop.
         on_progress: called with the number of finished images; may raise to stop.
@@ -180,7 +177,7 @@ def log_likelihood(
         return KeyedNoise(seed, stream or split.name, images, start, dtype, device)
 
     def score(images: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """L_m by level m, and the other results by name; (images,) each."""
+        # L_m by level m, and the other results by name; (images,) each.
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         sums = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         compare = bf16 and images[0] // batch % compare_every == 0
@@ -209,13 +206,11 @@ def log_likelihood(
         return {m: bound.cpu() for m, bound in sums.bounds().items()}, {name: v.cpu() for name, v in found.items()}
 
     results = map_batches(score, len(split.x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
-    bounds = {m: _joined([bounds[m] for bounds, _ in results]) for m in results[0][0]}
-    values = {name: _joined([found[name] for _, found in results]) for name in results[0][1]}
+    bounds, values = (
+        {key: torch.cat([part[key] for part in parts]).to(torch.float64).numpy() for key in parts[0]}
+        for parts in zip(*results, strict=True)
+    )
     return Likelihood(k, bounds[k], bounds, **values)
-
-
-def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " n"]:
-    return torch.cat(parts).to(torch.float64).numpy()
 
 
 def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -232,74 +227,59 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     - ``bf16_shift`` = NLL_k in bfloat16 - NLL_k in float32, nats, on the ``bf16_shift_images`` that have both, with
       its standard error over them.
 
-    Returns:
-        (numbers, reasons): plain floats, ints and None; ``reasons`` has an entry for every None.
+    Numbers are plain floats, ints and None, with a reason for every None.
     """
     k, n, log_px, ess = likelihood.k, len(likelihood.log_px), likelihood.log_px, likelihood.ess
     reasons: dict[str, str] = {}
     broken = _not_finite(k, log_px)
-
-    def number(key: str, value: float, reason: str = "") -> float | None:
-        return finite(value, key, reasons, broken or reason)
-
     v = np.maximum(0.0, 1 / ess - 1 / k)
+    khat = likelihood.khat[~np.isnan(likelihood.khat)]
     # One sample always has all of the weight: without this rule it would claim to have no error.
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
-    khat = likelihood.khat[~np.isnan(likelihood.khat)]
-    with np.errstate(invalid="ignore"):
-        nll = -log_px.mean()
-        numbers: dict[str, Any] = {
-            "nll": number("nll", nll),
-            "k": k,
-            "n": n,
-            "stderr_images": number("stderr_images", _standard_error(log_px), "one image has no standard error"),
-            "stderr_mc": number("stderr_mc", math.sqrt(v.sum()) / n if k > 1 else math.nan, one_sample),
-            "bias_mc": number("bias_mc", -v.mean() / 2 if k > 1 else math.nan, one_sample),
-            "bounds": {
-                str(m): number(f"bounds.{m}", bound.mean(), _not_finite(m, bound))
-                for m, bound in likelihood.bounds.items()
-            },
-            "ess_median": number("ess_median", float(np.median(ess))),
-            "ess_min": number("ess_min", ess.min()),
-            "ess_share_below_10": number("ess_share_below_10", math.nan if broken else (ess < 10).mean()),
-            "khat_share_above_0.7": number(
-                "khat_share_above_0.7", (khat > 0.7).sum() / n if len(khat) else math.nan, _no_khat(k)
-            ),
-            "top_weight_share_above_0.5": number(
-                "top_weight_share_above_0.5", math.nan if broken else (likelihood.top_weight > 0.5).mean()
-            ),
-            "bits_per_dim": number("bits_per_dim", nll / (pixels * math.log(2))),
-        }
-        if likelihood.exact is not None:
-            reason = "the exact log p(x) of the model is not finite"
-            numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
-        if likelihood.jackknife is not None:
-            reason = "in some image one weight is larger than all others together, and L_k-1 without it has no value"
-            numbers["nll_jackknife"] = number("nll_jackknife", -likelihood.jackknife.mean(), reason)
-        if likelihood.float32 is not None:
-            both = ~np.isnan(likelihood.float32)
-            shift = likelihood.float32[both] - log_px[both]
-            reason = "L_k is not finite in float32 for some image"
-            numbers["bf16_shift"] = number("bf16_shift", shift.mean() if len(shift) else math.nan, reason)
-            reason = reason if n > 1 else "one image has no standard error"
-            numbers["bf16_shift_stderr"] = number("bf16_shift_stderr", _standard_error(shift), reason)
-            numbers["bf16_shift_images"] = len(shift)
-    return numbers, reasons
-
-
-def _standard_error(values: Float64[np.ndarray, " n"]) -> float:
-    """Return sd / sqrt(n); NaN for fewer than two values."""
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _no_khat(k: int) -> str:
-    """Return why k-hat is not defined for any image."""
+    why = {"stderr_images": "one image has no standard error", "stderr_mc": one_sample, "bias_mc": one_sample}
+    why["khat_share_above_0.7"] = "k-hat is fitted to the largest weights, and in every image all weights are equal"
     if tail_size(k) < SMALLEST_TAIL:
-        return (
+        why["khat_share_above_0.7"] = (
             f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
             f"use evaluation.k={5 * SMALLEST_TAIL} or more"
         )
-    return "k-hat is fitted to the largest weights, and in every image all weights are equal"
+    with np.errstate(invalid="ignore"):
+        found: dict[str, Any] = {
+            "nll": -log_px.mean(),
+            "k": k,
+            "n": n,
+            "stderr_images": standard_error(log_px),
+            "stderr_mc": math.sqrt(v.sum()) / n if k > 1 else math.nan,
+            "bias_mc": -v.mean() / 2 if k > 1 else math.nan,
+            "bounds": {
+                str(m): finite(bound.mean(), f"bounds.{m}", reasons, broken or _not_finite(m, bound))
+                for m, bound in likelihood.bounds.items()
+            },
+            "ess_median": np.median(ess),
+            "ess_min": ess.min(),
+            "ess_share_below_10": math.nan if broken else (ess < 10).mean(),
+            "khat_share_above_0.7": (khat > 0.7).sum() / n if len(khat) else math.nan,
+            "top_weight_share_above_0.5": math.nan if broken else (likelihood.top_weight > 0.5).mean(),
+            "bits_per_dim": -log_px.mean() / (pixels * math.log(2)),
+        }
+        if likelihood.jackknife is not None:
+            found["nll_jackknife"] = -likelihood.jackknife.mean()
+            why["nll_jackknife"] = (
+                "in some image one weight is larger than all others together, and L_k-1 without it has no value"
+            )
+        if likelihood.float32 is not None:
+            both = ~np.isnan(likelihood.float32)
+            shift = likelihood.float32[both] - log_px[both]
+            found["bf16_shift"] = shift.mean() if len(shift) else math.nan
+            found["bf16_shift_stderr"] = standard_error(shift)
+            found["bf16_shift_images"] = len(shift)
+            why["bf16_shift"] = "L_k is not finite in float32 for some image"
+            why["bf16_shift_stderr"] = why["bf16_shift"] if n > 1 else why["stderr_images"]
+        numbers = without_nan(found, "", reasons, broken, **({} if broken else why))
+        if likelihood.exact is not None:
+            reason = "the exact log p(x) of the model is not finite"
+            numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
+    return numbers, reasons
 
 
 def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:

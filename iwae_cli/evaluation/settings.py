@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from iwae_cli.core.errors import check_range
 
 MAX_K = 100_000_000
 """Samples of one image, which take hours."""
@@ -26,12 +29,8 @@ class Evaluation:
         rows: bound on images x samples computed at once by one worker, and so on the memory, for any k.
         workers: threads that share the images; null is one per available core.
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
-        precision: ``float32``: all of it in the precision of the device. ``bf16``: products of bfloat16 numbers with
-            float32 sums, for Gaussian models of binary pixels on a processor, faster where it has instructions for
-            them; the shift of NLL_k is measured on some images and reported.
-
-    Raises:
-        ValueError: a number out of range, no split or a repeated one.
+        precision: ``float32``: that of the device. ``bf16``: products of bfloat16 numbers with float32 sums, for
+            Gaussian models of binary pixels on a CPU; the shift of NLL_k is measured on some images and reported.
     """
 
     k: int
@@ -45,19 +44,15 @@ class Evaluation:
     precision: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be >= 1, got {self.k}")
-        at_most = {"k": (self.k, MAX_K), "rows": (self.rows, MAX_ROWS), "workers": (self.workers or 1, MAX_WORKERS)}
-        for name, (value, most) in at_most.items():
-            if value > most:
-                raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
-        for name, value in {"seed": self.seed, "binarization_seed": self.binarization_seed}.items():
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
-        if self.rows < 64:
-            raise ValueError(f"rows must be >= 64 (one block of samples), got {self.rows}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be >= 1 or null, got {self.workers}")
+        for name, least, most in (
+            ("k", 1, MAX_K),
+            ("rows", 64, MAX_ROWS),  # one block of samples at least
+            ("workers", 1, MAX_WORKERS),
+            ("seed", 0, math.inf),
+            ("binarization_seed", 0, math.inf),
+        ):
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, least, most)
         if not self.splits:
             raise ValueError("splits must name at least one of train, validation, test, got []")
         if len(set(self.splits)) < len(self.splits):

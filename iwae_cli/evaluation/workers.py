@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ def share_with(ranks: Ranks | None) -> None:
 
 
 def processes() -> int:
-    """How many share the work."""
+    """Return the number of processes that share the work."""
     return 1 if _ranks is None else _ranks.size
 
 
@@ -65,15 +65,10 @@ def map_batches(
         workers: threads.
         on_progress: called in the calling thread with the number of finished images; may raise to stop.
     """
-
     batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
-
-    def serial(work: Callable[[Sequence[int]], Any], mine: list[range], workers: int) -> list[Any]:
-        # The other ranks are assumed to be as far as this one.
-        images = batch * len(batches) / max(1, len(mine))
-        return map_here(work, mine, workers, on_progress and (lambda done: on_progress(min(n, int(images * done)))))
-
-    return serial(work, batches, workers) if _ranks is None else _ranks.share(work, batches, workers, serial)
+    # The other ranks are assumed to be as far as this one.
+    report = on_progress and (lambda done: on_progress(min(n, done * batch * processes())))
+    return (map_here if _ranks is None else _ranks.share)(work, batches, workers, report)
 
 
 def map_here(

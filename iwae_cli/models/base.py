@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from torch.func import functional_call
 
 from iwae_cli.core.interfaces import Model, Observation, Particles
 from iwae_cli.core.noise import Noise
-from iwae_cli.models.chain import GenerativeNetwork, InferenceNetwork
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.kl import find_kl
-
-__all__ = ["Architecture", "GenerativeNetwork", "InferenceNetwork", "LatentVariableModel", "Networks"]
 
 
 @Model.register  # from Python 3.12 on a protocol does not see submodules, which are no attributes of the class
@@ -26,7 +24,7 @@ __all__ = ["Architecture", "GenerativeNetwork", "InferenceNetwork", "LatentVaria
 class LatentVariableModel(nn.Module):
     """A generative and an inference network, which may share parameters where one loss trains both."""
 
-    def __init__(self, generative: GenerativeNetwork, inference: InferenceNetwork) -> None:
+    def __init__(self, generative: GenerativeChain, inference: InferenceChain) -> None:
         super().__init__()
         self.generative = generative
         self.inference = inference
@@ -84,16 +82,14 @@ class Networks(NamedTuple):
         start: its first values, float64.
     """
 
-    generative: GenerativeNetwork
-    inference: InferenceNetwork
+    generative: GenerativeChain
+    inference: InferenceChain
     output_bias: nn.Parameter
     start: Float64[np.ndarray, " values"]
 
 
 class Architecture(ABC):
-    """A model before its data is known: checked sizes and choices; ``build`` makes the networks.
-
-    This is what a yaml of ``conf/model`` names.
+    """A model before its data is known: checked sizes and choices. This is what a yaml of ``conf/model`` names.
 
     Attributes:
         observation: kind of the pixels of its data.
@@ -103,15 +99,11 @@ class Architecture(ABC):
 
     observation: Observation
     layers: int
-    discrete: ClassVar[bool] = False
+    discrete: bool = False
 
     @abstractmethod
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
-        """Return the networks for such data, see ``build``; their weights are replaced.
-
-        Raises:
-            UserError: observations of this shape cannot be modelled.
-        """
+        """Return the networks for such data, see ``build``, whose weights are replaced; UserError for wrong shapes."""
 
     @final
     def build(
@@ -121,13 +113,13 @@ class Architecture(ABC):
         generator: torch.Generator,
         levels: int | None = None,
     ) -> LatentVariableModel:
-        """Return the model, initialized from ``generator``, in float32 on the CPU.
+        """Return the model in float32 on the CPU, with weights drawn from ``generator``.
 
         Args:
             image_shape: (height, width), (channels, height, width) or (pixels,).
             mean: mean of every pixel over the training split, (pixels,), float64; in [0, 1] for binary data,
                 in grey levels for grey data.
-            generator: a CPU generator that the initial weights are drawn from.
+            generator: of the CPU.
             levels: number of grey levels of the data; models of binary or real-valued data ignore it.
 
         Raises:
@@ -135,28 +127,20 @@ class Architecture(ABC):
         """
         generative, inference, output_bias, start = self.networks(image_shape, mean, levels)
         model = LatentVariableModel(generative, inference)
-        _initialize(model, generator)
+        # Glorot-uniform weights (Glorot and Bengio 2010) in the order of the modules, zero biases.
+        for part in model.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.xavier_uniform_(part.weight, generator=generator)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+            if isinstance(part, Conditional):
+                part.initialize(generator)
         with torch.no_grad():
             output_bias.copy_(torch.from_numpy(start))
         return model
 
     @final
     def outline(self, image_shape: tuple[int, ...], levels: int | None) -> LatentVariableModel:
-        """Return the networks for such data with arbitrary weights, to check what fits them.
-
-        Raises:
-            UserError: observations of this shape cannot be modelled.
-        """
+        """Return the networks for such data with arbitrary weights, to check what fits them; see ``build``."""
         mean = np.full(math.prod(image_shape), 0.5)
         return LatentVariableModel(*self.networks(image_shape, mean, levels)[:2])
-
-
-def _initialize(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw Glorot-uniform weights (Glorot and Bengio 2010) in the order of the modules, with zero biases."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(part.weight, generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        if isinstance(part, Conditional):
-            part.initialize(generator)

@@ -1,8 +1,7 @@
-"""The two networks of a model, and both as a chain of conditionals."""
+"""The two networks of a model, each a chain of conditionals."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -18,61 +17,8 @@ from iwae_cli.models.exact import exact_log_px
 Images = Float[Tensor, "batch pixels"]
 
 
-class GenerativeNetwork(nn.Module, ABC):
-    """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L), with parameters theta."""
-
-    @abstractmethod
-    def log_likelihood(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
-        """Return log p(x|h), nats."""
-
-    @abstractmethod
-    def log_prior(self, latents: Latents) -> Float[Tensor, "k batch"]:
-        """Return log p(h), nats."""
-
-    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
-        """Return log p(x, h), nats."""
-        return self.log_likelihood(x, latents) + self.log_prior(latents)
-
-    @abstractmethod
-    def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
-        """Return ``n`` draws (h, x) ~ p(x, h); the latents have shape (1, n, d_l)."""
-
-    @abstractmethod
-    def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
-        """Return E[x|h] in the units of x, for pictures."""
-
-    def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
-        """Return log p(x), nats, where it has a closed form; None where it has none."""
-        return None
-
-
-class InferenceNetwork(nn.Module, ABC):
-    """q(h|x) = q(h_1|x) q(h_2|h_1) ..., with parameters phi.
-
-    Attributes:
-        reparameterized: whether draws are smooth functions of phi; if not, their gradient is the score of q.
-    """
-
-    reparameterized: bool = True
-
-    @abstractmethod
-    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
-        """Return ``k`` draws h ~ q(h|x) for every x, and log q(h|x) in nats, in one pass."""
-
-    @abstractmethod
-    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
-        """Return log q(h|x) of given latents, nats."""
-
-    @abstractmethod
-    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
-        """Return E_q[h_l|x] for every layer; None for discrete layers, for which active units are not defined.
-
-        A layer above the first averages its mean over ``draws`` of the layer below.
-        """
-
-
-class GenerativeChain(GenerativeNetwork):
-    """p(x|h_1) p(h_1|h_2) ... p(h_L), each factor a ``Conditional``.
+class GenerativeChain(nn.Module):
+    """p(x, h) = p(x|h_1) p(h_1|h_2) ... p(h_L) with parameters theta, each factor a ``Conditional``.
 
     Args:
         prior: p(h_L).
@@ -98,8 +44,12 @@ class GenerativeChain(GenerativeNetwork):
             log_p = log_p + layer.log_prob(below, above)
         return log_p
 
+    def forward(self, x: Images, latents: Latents) -> Float[Tensor, "k batch"]:
+        """Return log p(x, h), nats."""
+        return self.log_likelihood(x, latents) + self.log_prior(latents)
+
     def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
-        """Return draws from the top layer down."""
+        """Return ``n`` draws (h, x) ~ p(x, h) from the top layer down; the latents have shape (1, n, d_l)."""
         factors = [self.observation, *self.layers, self.prior]
         values: list[Tensor] = []
         for level in reversed(range(len(factors))):
@@ -127,13 +77,16 @@ class GenerativeChain(GenerativeNetwork):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class InferenceChain(InferenceNetwork):
-    """q(h_1|x) q(h_2|h_1) ..., each factor a ``Conditional``.
+class InferenceChain(nn.Module):
+    """q(h|x) = q(h_1|x) q(h_2|h_1) ... with parameters phi, each factor a ``Conditional``.
 
     Args:
         layers: the factors, nearest to x first.
         white: largest value of a pixel; the first factor is given x / white.
     """
+
+    reparameterized: bool = True
+    """Whether draws are smooth functions of phi; if not, their gradient is the score of q."""
 
     def __init__(self, layers: Sequence[Conditional], white: float = 1.0) -> None:
         super().__init__()
@@ -142,7 +95,7 @@ class InferenceChain(InferenceNetwork):
         self.reparameterized = all(layer.reparameterized for layer in layers)
 
     def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
-        """Return draws from the bottom layer up, and log q."""
+        """Return ``k`` draws h ~ q(h|x) for every x from the bottom layer up, and log q(h|x) in nats."""
         latents: list[Tensor] = []
         log_q, given = x.new_zeros(()), x / self.white
         for level, layer in enumerate(self.layers, start=1):
@@ -159,7 +112,10 @@ class InferenceChain(InferenceNetwork):
         return log_q
 
     def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
-        """See the base class; exact for the first layer and where means are linear."""
+        """Return E_q[h_l|x] of every layer; None for discrete layers, for which active units are not defined.
+
+        Exact for the first layer and where means are linear; else averaged over ``draws`` of the layer below.
+        """
         if not self.reparameterized:
             return None
         given = x / self.white

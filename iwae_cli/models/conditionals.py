@@ -15,7 +15,6 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.models.networks import (
     bernoulli_draw,
     bernoulli_log_prob,
-    categorical_draw,
     normal_log_prob,
     standard_normal_log_prob,
     tanh_network,
@@ -74,13 +73,7 @@ class DiagonalGaussian(Conditional):
 
 
 class GaussianConditional(DiagonalGaussian):
-    """A diagonal Gaussian whose location and log-scale are heads on a tanh network.
-
-    Args:
-        inputs: size of ``given``.
-        hidden: sizes of the tanh layers.
-        outputs: size of h.
-    """
+    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on tanh layers of ``hidden`` sizes."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
@@ -173,7 +166,10 @@ class OneHot(Conditional):
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return one-hot draws and their log-probabilities, whose gradient is the score."""
         log_probability = torch.log_softmax(self(given), -1)
-        h = categorical_draw(log_probability.expand(k, batch, -1), level, noise)
+        below = torch.softmax(log_probability.detach().expand(k, batch, -1), -1).cumsum(-1)
+        # Inverts the distribution function; without the last category, since rounding may leave its sum short of 1.
+        chosen = (noise.uniform(level, k, batch, 1) >= below[..., :-1]).sum(-1)
+        h = F.one_hot(chosen, below.shape[-1]).to(log_probability.dtype)
         return h, (h * log_probability).sum(-1)
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:

@@ -28,9 +28,9 @@ _KNOWN: dict[tuple[type, type], KL] = {}
 
 
 def register_kl(q: type[nn.Module], p: type[nn.Module]) -> Callable[[KL], KL]:
-    """Return a decorator that makes a function the KL of these two classes: of a conditional and a prior.
+    """Return a decorator that makes a function the KL of these two classes: a conditional and a prior.
 
-    For a model whose networks are no chains of conditionals, name the classes of its networks.
+    Subclasses of ``InferenceChain`` and ``GenerativeChain`` can be named as well.
     """
 
     def register(function: KL) -> KL:
@@ -45,10 +45,10 @@ def find_kl(q: nn.Module, p: nn.Module) -> Callable[[Float[Tensor, "batch pixels
 
     None if no closed form is registered, and for chains of more than one layer.
     """
-    function, white = _KNOWN.get((type(q), type(p))), 1.0
+    white = 1.0
     if type(q) is InferenceChain and type(p) is GenerativeChain and len(q.layers) == 1:
         q, p, white = q.layers[0], p.prior, cast(float, q.white)
-        function = _KNOWN.get((type(q), type(p)))
+    function = _KNOWN.get((type(q), type(p)))
     return None if function is None else lambda x: function(q, p, x / white)
 
 

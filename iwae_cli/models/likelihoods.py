@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, final, get_args
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
+OBSERVATIONS: Mapping[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
+"""The kind of pixels that each likelihood is for."""
 
 
 class PixelLikelihood(ABC):
@@ -50,11 +52,7 @@ class PixelLikelihood(ABC):
 
 @final
 class Bernoulli(PixelLikelihood):
-    """Pixels in {0, 1}; the values are logits.
-
-    Args:
-        mean: training mean of every pixel, in [0, 1].
-    """
+    """Pixels in {0, 1}; the values are logits, and ``mean`` is the training mean of every pixel."""
 
     per_pixel = 1
     white = 1.0
@@ -94,10 +92,7 @@ class DiscretizedLogistic(PixelLikelihood):
 
     Args:
         mean: training mean of every pixel, in grey levels.
-        levels: number of grey levels.
-
-    Raises:
-        ValueError: fewer than two levels.
+        levels: number of grey levels, at least 2.
     """
 
     per_pixel = 2
@@ -165,39 +160,20 @@ class Pixels(Conditional):
 
 
 class TanhPixels(Pixels):
-    """Pixels whose values are a linear head on a tanh network.
-
-    Args:
-        inputs: size of h_1.
-        hidden: sizes of the tanh layers.
-        pixels: size of x.
-        likelihood: of the pixels.
-    """
+    """Pixels whose values are a linear head on tanh layers of ``hidden`` sizes; ``inputs`` is the size of h_1."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], pixels: int, likelihood: PixelLikelihood) -> None:
         super().__init__(likelihood)
-        sizes = [inputs, *hidden]
-        self.body = tanh_network(sizes)
-        self.head = nn.Linear(sizes[-1], likelihood.per_pixel * pixels)
+        self.body = tanh_network([inputs, *hidden])
+        self.head = nn.Linear([inputs, *hidden][-1], likelihood.per_pixel * pixels)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
         """Return the values."""
         return self.head(self.body(given))
 
 
-def likelihood_observation(name: LikelihoodName) -> Observation:
-    """Return the kind of pixels that a likelihood is for; raise ValueError if there is none of that name."""
-    if name not in get_args(LikelihoodName):
-        raise ValueError(f"likelihood must be one of {', '.join(get_args(LikelihoodName))}, got {name!r}")
-    return "binary" if name == "bernoulli" else "grey"
-
-
 def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:
-    """Return the likelihood ``name`` for data of the given training mean and number of grey levels.
-
-    Raises:
-        ValueError: ``discretized_logistic`` for data without grey levels.
-    """
+    """Return the likelihood ``name`` for data of the given training mean and number of grey levels, if it needs one."""
     if name == "bernoulli":
         return Bernoulli(mean)
     if levels is None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.core.noise import Noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -41,15 +42,6 @@ def bernoulli_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise)
     return (noise.uniform(layer, *logits.shape) < torch.sigmoid(logits)).to(logits.dtype)
 
 
-def categorical_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise) -> Float[Tensor, "k batch d"]:
-    """Return one-hot draws, without gradient, by inverting the distribution function at one uniform number."""
-    k, batch, categories = logits.shape
-    below = torch.softmax(logits.detach(), -1).cumsum(-1)
-    # Without the last category: rounding may leave its sum short of 1.
-    chosen = (noise.uniform(layer, k, batch, 1) >= below[..., :-1]).sum(-1)
-    return F.one_hot(chosen, categories).to(logits.dtype)
-
-
 def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
     """Return linear layers of the given sizes, input first, each followed by tanh."""
     layers: list[nn.Module] = []
@@ -58,12 +50,9 @@ def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def check_size(name: str, size: int) -> None:
-    """Raise ValueError unless ``size`` is from 1 to ``MAX_SIZE``."""
-    if size < 1:
-        raise ValueError(f"{name} must be >= 1, got {size}")
-    if size > MAX_SIZE:
-        raise ValueError(f"{name} must be <= {MAX_SIZE:,}, got {size:,}")
+def check_size(name: str, size: int, least: int = 1) -> None:
+    """Raise ValueError unless ``size`` is from ``least`` to ``MAX_SIZE``."""
+    check_range(name, size, least, MAX_SIZE)
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> None:
@@ -71,7 +60,4 @@ def check_sizes(name: str, sizes: Sequence[int]) -> None:
     if not sizes:
         raise ValueError(f"{name} must name at least one layer, got []")
     for size in sizes:
-        if size < 1:
-            raise ValueError(f"{name} must hold sizes >= 1, got {size}")
-        if size > MAX_SIZE:
-            raise ValueError(f"{name} must hold sizes <= {MAX_SIZE:,}, got {size:,}")
+        check_size(name, size)

@@ -22,11 +22,7 @@ class Prior(ABC):
 
 
 class StandardNormal(Conditional):
-    """N(0, I).
-
-    Args:
-        size: of h.
-    """
+    """N(0, I) of ``size`` units."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

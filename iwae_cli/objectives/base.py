@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
 from iwae_cli.core.noise import Noise
 
@@ -22,8 +23,7 @@ class Losses:
 
     Attributes:
         generative: scalar whose gradient with respect to theta is used.
-        inference: scalar whose gradient with respect to phi is used; the same object as ``generative`` where
-            one backward pass serves both.
+        inference: the same for phi; the same object as ``generative`` where one backward pass serves both.
         bound: (batch,), nats, detached: the bound itself, never a surrogate.
     """
 
@@ -36,30 +36,25 @@ class Objective(ABC):
     """A bound on log p(x) and the losses that maximize it. This is what a yaml of ``conf/objective`` names.
 
     Args:
-        k: draws of q per observation.
-
-    Raises:
-        ValueError: k below ``least_k``.
+        k: draws of q per observation, at least ``least_k``.
     """
 
     least_k: ClassVar[int] = 1
     lower_bound: bool = True
     """Whether E[bound] <= log p(x) always; only then may a value be called an NLL."""
+    one_loss: bool = False
+    """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
+    through_latents: bool = False
+    """Whether it differentiates through the latents: the score of q of discrete ones would be dropped silently."""
 
     def __init__(self, k: int) -> None:
-        if k < self.least_k:
-            raise ValueError(f"k must be >= {self.least_k}, got {k}")
+        check_range("k", k, self.least_k)
         self.k = k
 
     @property
     def num_samples(self) -> int:
         """Draws of q per observation and step."""
         return self.k
-
-    @property
-    def one_loss(self) -> bool:
-        """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
-        return False
 
     @abstractmethod
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
@@ -85,7 +80,12 @@ class Objective(ABC):
 
     def check(self, architecture: StochasticLayers) -> str | None:
         """Return why this objective cannot train models of such layers, and which ones can; None if it can."""
-        return None
+        if not (self.through_latents and architecture.discrete):
+            return None
+        return (
+            f"{type(self).__name__} differentiates through the latents and cannot train discrete ones; "
+            "use objective=vimco, objective=rws, or objective=tvo with objective.gradient=covariance"
+        )
 
     def check_networks(self, model: Model) -> str | None:
         """Return why this objective cannot train these built networks; None if it can."""
@@ -111,25 +111,16 @@ class BoundObjective(Objective, ABC):
 
     The path derivative freezes the *weights* of q and keeps h live everywhere. Where every log-weight of an image is
     -inf, its bound is -inf and its gradient is finite; -inf beside finite ones counts as a weight of zero.
-
-    Args:
-        k: draws of q per observation.
-        gradient: ``total``, ``stl`` or ``dreg``.
-
-    Raises:
-        ValueError: k too small or unknown ``gradient``.
     """
+
+    through_latents = True
 
     def __init__(self, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k)
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
         self.gradient: str = gradient
-
-    @property
-    def one_loss(self) -> bool:
-        """Whether ``gradient`` is total."""
-        return self.gradient == "total"
+        self.one_loss = gradient == "total"
 
     @abstractmethod
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
@@ -168,20 +159,6 @@ class BoundObjective(Objective, ABC):
                     "objective.gradient=dreg is not",
                 )
         return caveats
-
-    def check(self, architecture: StochasticLayers) -> str | None:
-        """Refuse discrete latents: the score of q would be dropped silently."""
-        return refuse_discrete(self, architecture)
-
-
-def refuse_discrete(objective: Objective, architecture: StochasticLayers) -> str | None:
-    """Return the message of an objective that differentiates through the latents, for a model of discrete ones."""
-    if not architecture.discrete:
-        return None
-    return (
-        f"{type(objective).__name__} differentiates through the latents and cannot train discrete ones; "
-        "use objective=vimco, objective=rws, or objective=tvo with objective.gradient=covariance"
-    )
 
 
 def weighted_sum(weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:

@@ -20,11 +20,8 @@ class CIWAE(BoundObjective):
 
     Args:
         k: draws of q per observation.
-        beta: share of the ELBO.
+        beta: share of the ELBO, in [0, 1].
         gradient: ``total``, ``stl`` (biased unless beta = 1 or k = 1) or ``dreg``.
-
-    Raises:
-        ValueError: k < 1, beta outside [0, 1] or unknown gradient.
     """
 
     def __init__(self, k: int, beta: float, gradient: Gradient = "total") -> None:

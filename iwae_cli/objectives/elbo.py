@@ -22,9 +22,6 @@ class ELBO(BoundObjective):
         gradient: ``total``, ``stl`` or ``dreg``.
         analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for models of one
             layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
-
-    Raises:
-        ValueError: k < 1, unknown gradient, or analytic_kl with a gradient other than total.
     """
 
     def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:

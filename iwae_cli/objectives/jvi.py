@@ -44,9 +44,6 @@ class JVI(BoundObjective):
     Args:
         k: draws of q per observation, at least 2: one is left out.
         gradient: ``total``, ``stl`` (biased) or ``dreg``.
-
-    Raises:
-        ValueError: k < 2 or unknown gradient.
     """
 
     least_k = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
@@ -22,15 +23,11 @@ class MIWAE(BoundObjective):
         m: groups.
         k: draws inside each logarithm.
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
-
-    Raises:
-        ValueError: m < 1, k < 1 or unknown gradient.
     """
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)
-        if m < 1:
-            raise ValueError(f"m must be >= 1, got {m}")
+        check_range("m", m, 1)
         self.m = m
 
     @property

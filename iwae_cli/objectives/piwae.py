@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import Noise
-from iwae_cli.objectives.base import Gradient, Losses, Objective, refuse_discrete
+from iwae_cli.objectives.base import Gradient, Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.miwae import MIWAE
 
@@ -23,10 +23,9 @@ class PIWAE(Objective):
         m: groups.
         k: draws inside each logarithm that phi sees.
         gradient: estimator for phi: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
-
-    Raises:
-        ValueError: m < 1, k < 1 or unknown gradient.
     """
+
+    through_latents = True
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k)
@@ -52,7 +51,3 @@ class PIWAE(Objective):
     def caveats(self) -> tuple[str, ...]:
         """Return those of its parts."""
         return self.generative.caveats + self.inference.caveats
-
-    def check(self, architecture: StochasticLayers) -> str | None:
-        """Refuse discrete latents: the score of q would be dropped silently."""
-        return refuse_discrete(self, architecture)

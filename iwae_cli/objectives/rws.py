@@ -30,11 +30,8 @@ class RWS(Objective):
     maximizes the bound that is reported here for theta alone. Le et al. 2019 (arXiv 1805.10469) compare them.
 
     Args:
-        k: draws of q per observation.
+        k: draws of q per observation, at least 2 unless ``phi`` is ``sleep``.
         phi: ``wake``, ``sleep`` or ``both``.
-
-    Raises:
-        ValueError: k < 1, k < 2 unless phi=sleep, or unknown phi.
     """
 
     def __init__(self, k: int, phi: Literal["wake", "sleep", "both"] = "wake") -> None:

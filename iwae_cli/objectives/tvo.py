@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
+from iwae_cli.core.errors import check_range
+from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import Noise
 from iwae_cli.core.numerics import normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Losses, score_term, weighted_sum
@@ -34,14 +35,11 @@ class TVO(BoundObjective):
     biased at finite k, as self-normalized weights are.
 
     Args:
-        k: draws of q per observation.
+        k: draws of q per observation, at least 2 for ``covariance``.
         partitions: number of intervals J.
         schedule: ``log``: beta_1 to 1 equally spaced in the logarithm; ``linear``: 0 to 1 equally spaced.
-        beta_1: first point after 0 of the ``log`` schedule; no other uses it.
+        beta_1: first point after 0 of the ``log`` schedule; no other uses it; between 0 and 1.
         gradient: ``total``, ``stl`` (biased unless partitions = 1), ``dreg``, or ``covariance``.
-
-    Raises:
-        ValueError: k < 1 (k < 2 for covariance), partitions < 1, beta_1 outside (0, 1), unknown schedule or gradient.
     """
 
     def __init__(
@@ -54,10 +52,11 @@ class TVO(BoundObjective):
     ) -> None:
         super().__init__(k, "total" if gradient == "covariance" else gradient)
         self.gradient = gradient
+        self.one_loss = gradient == "total"
+        self.through_latents = gradient != "covariance"
         if gradient == "covariance" and k < 2:
             raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
-        if partitions < 1:
-            raise ValueError(f"partitions must be >= 1, got {partitions}")
+        check_range("partitions", partitions, 1)
         if not 0 < beta_1 < 1:
             raise ValueError(f"beta_1 must be between 0 and 1, both excluded, got {beta_1}")
         if schedule not in ("log", "linear"):
@@ -118,10 +117,6 @@ class TVO(BoundObjective):
         if self.gradient == "covariance" and len(self.betas) > 1:
             caveats += ("objective.gradient=covariance is biased at finite k for more than one partition",)
         return caveats
-
-    def check(self, architecture: StochasticLayers) -> str | None:
-        """Refuse discrete latents but with the covariance form."""
-        return None if self.gradient == "covariance" else super().check(architecture)
 
 
 def _tilted(beta: float, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:

@@ -30,9 +30,6 @@ class VIMCO(Objective):
 
     Args:
         k: draws of q per observation, at least 2: the baseline of a draw is made from the others.
-
-    Raises:
-        ValueError: k < 2.
     """
 
     least_k = 2

@@ -30,9 +30,6 @@ class VR(BoundObjective):
         alpha: order of the divergence, not 1; or ``max``.
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``; VR-max, whose derivative jumps where the
             largest weight changes, has ``total`` alone.
-
-    Raises:
-        ValueError: k < 1, alpha = 1 or not finite, unknown gradient or one without a meaning.
     """
 
     def __init__(self, k: int, alpha: float | Literal["max"], gradient: Gradient = "total") -> None:

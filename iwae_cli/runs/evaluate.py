@@ -60,10 +60,10 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     else:
         check_bf16(evaluation, objects["model"], device)
         estimator = LogLikelihood()
-    objective = _objective(config, objects["model"])
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
+    objective = _objective(config, objects["model"], model)
     data = objects["data"].load()
     checkpoint.require_data(state, data)
     subject = EstimatorInput(model, data, evaluation, **objective)
@@ -73,7 +73,9 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _objective(config: Mapping[str, Any], model: Architecture) -> dict[str, Callable[[int], Objective]]:
+def _objective(
+    config: Mapping[str, Any], architecture: Architecture, model: LatentVariableModel
+) -> dict[str, Callable[[int], Objective]]:
     """Return ``EstimatorInput.objective`` by its name if the estimator has the key ``objective``, else nothing.
 
     Raises:
@@ -87,7 +89,8 @@ def _objective(config: Mapping[str, Any], model: Architecture) -> dict[str, Call
         made: Objective = build({**node, "k": k}, Objective, "objective")
         return made
 
-    refusal = build(node, Objective, "objective").check(model)
+    asked = build(node, Objective, "objective")
+    refusal = asked.check(architecture) or asked.check_networks(model)
     if refusal is not None:
         raise UserError(refusal)
     return {"objective": objective}

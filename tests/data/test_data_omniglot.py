@@ -96,22 +96,22 @@ def test_a_path_to_nothing_is_named(tmp_path: Path, method: str) -> None:
 
 GREY = column_major(pictures(12))
 WRONG = {
-    "no test images": ({"data": GREY}, "has no 'testdata'"),
-    "another name": ({"images": GREY, "testdata": GREY}, "has no 'data'"),
-    "lying": ({"data": GREY.T, "testdata": GREY}, r"has a 'data' that is float64 \(12, 784\), not numbers of shape"),
-    "too few": ({"data": GREY[:, :9], "testdata": GREY}, r"has a 'data' that is float64 \(784, 9\)"),
-    "letters": ({"data": "abc", "testdata": GREY}, "has a 'data' that is <U3"),
-    "bytes": ({"data": GREY, "testdata": GREY * 255}, r"has values outside \[0, 1\] in 'testdata'"),
-    "nan": ({"data": np.where(GREY > 0.9, np.nan, GREY), "testdata": GREY}, r"has values outside \[0, 1\] in 'data'"),
+    "no test images": ({"data": GREY}, "testdata"),
+    "another name": ({"images": GREY, "testdata": GREY}, "data"),
+    "lying": ({"data": GREY.T, "testdata": GREY}, "data"),
+    "too few": ({"data": GREY[:, :9], "testdata": GREY}, "data"),
+    "letters": ({"data": "abc", "testdata": GREY}, "data"),
+    "bytes": ({"data": GREY, "testdata": GREY * 255}, "testdata"),
+    "nan": ({"data": np.where(GREY > 0.9, np.nan, GREY), "testdata": GREY}, "data"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_another_layout_is_named(tmp_path: Path, case: str) -> None:
-    content, what = WRONG[case]
+    content, key = WRONG[case]
     path = tmp_path / "wrong.mat"
     savemat(path, content)
-    with pytest.raises(UserError, match=rf"^{path} {what}"):
+    with pytest.raises(UserError, match=rf"^{path} has no '{key}' of shape \(784, "):
         Omniglot(str(tmp_path), path=str(path)).load()
 
 

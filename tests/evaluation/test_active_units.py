@@ -11,7 +11,8 @@ import torch
 from iwae_cli.evaluation.active_units import active_units
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
-from iwae_cli.models.base import InferenceNetwork, LatentVariableModel
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.chain import InferenceChain
 
 
 def zeroed(model: LatentVariableModel) -> LatentVariableModel:
@@ -27,7 +28,7 @@ def mlp(latent_sizes: list[int], hidden_sizes: list[list[int]], pixels: int = 6)
     return zeroed(architecture.build((pixels,), np.full(pixels, 0.5), torch.Generator().manual_seed(0)))
 
 
-def linear(inference: InferenceNetwork, layer: int, index: int) -> torch.nn.Linear:
+def linear(inference: InferenceChain, layer: int, index: int) -> torch.nn.Linear:
     """Matrix ``index`` of the network of one stochastic layer: its tanh layers, then location, then log-scale."""
     parts = [part for part in inference.layers[layer].modules() if isinstance(part, torch.nn.Linear)]
     return parts[index]

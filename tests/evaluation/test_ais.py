@@ -325,7 +325,7 @@ def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
         ({"max_temperatures": 59}, "max_temperatures must be >= temperatures = 60, got 59"),
         ({"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
         ({"start": "posterior"}, "start must be one of prior, inference, got posterior"),
-        ({"images": 0}, "images must be >= 1 or null, got 0"),
+        ({"images": 0}, "images must be >= 1, got 0"),
         ({"simulated": -1}, "simulated must be >= 0, got -1"),
     ],
 )

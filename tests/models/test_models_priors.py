@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from own_models import Mixture, MixturePrior, VampMLP
-from small_runs import TINY, finished, read_json, run
+from small_runs import TINY, finished, read_json, run, snapshot
 from torch import Tensor
 
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer
@@ -163,10 +164,15 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
 
 @pytest.mark.parametrize("model", ["mixture", "vamp"])
 def test_a_model_with_a_prior_of_its_user_is_trained_and_evaluated(
-    own: tuple[str, ...], tmp_path: Path, model: str
+    own: tuple[str, ...], tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = finished(tmp_path / "runs", *own, f"model={model}", "objective=iwae")
     assert np.isfinite(read_json(folder / "result.json")["test"]["nll"])
+    refused = {"mixture": "objective=elbo objective.analytic_kl=true", "vamp": "objective.gradient=dreg"}[model]
+    before = snapshot(folder)
+    assert evaluate([str(folder), *own[:2], "estimator=gradient_snr", *refused.split()]) == 2
+    assert {"mixture": "objective.analytic_kl=false", "vamp": "share parameters"}[model] in capsys.readouterr().err
+    assert snapshot(folder) == before
     if model == "vamp":
         again = (*own, f"model={model}", "train=inference", f"init_from={folder}", f"output_dir={tmp_path / 'again'}")
         code, _, err = run(*again)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iwae_cli.models.base import GenerativeNetwork, InferenceNetwork, LatentVariableModel
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.kl import register_kl
 from iwae_cli.objectives.base import Objective
 
@@ -43,11 +44,11 @@ def normal(h: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return -0.5 * ((h - loc) / log_scale.exp()) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)
 
 
-class ScalarChainP(GenerativeNetwork):
+class ScalarChainP(GenerativeChain):
     """x | h_1 ~ N(slope_0 h_1, exp(log_scale_0)^2), h_1 | h_2 ~ N(slope_1 h_2, ...), ..., h_L ~ N(0, 1)."""
 
     def __init__(self, slope: list[float], log_scale: list[float], n: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.slope, self.log_scale = rows(slope, n), rows(log_scale, n)
 
     def log_likelihood(self, x, latents):
@@ -72,11 +73,11 @@ class ScalarChainP(GenerativeNetwork):
         return self.slope[0][:, None] * latents[0]
 
 
-class ScalarChainQ(InferenceNetwork):
+class ScalarChainQ(InferenceChain):
     """h_1 | x ~ N(loc_0 + slope_0 x, exp(log_scale_0)^2), h_2 | h_1 ~ N(loc_1 + slope_1 h_1, ...), ..."""
 
     def __init__(self, loc: list[float], slope: list[float], log_scale: list[float], n: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.loc, self.slope, self.log_scale = rows(loc, n), rows(slope, n), rows(log_scale, n)
 
     def sample(self, x, k, noise):
@@ -107,11 +108,11 @@ def scalar_kl(q, p, x):
     return 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale)
 
 
-class BitsP(GenerativeNetwork):
+class BitsP(GenerativeChain):
     """Two bits h with prior logits, one binary pixel with logit slope_0 + slope_1 h_1 + slope_2 h_2."""
 
     def __init__(self, n: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.prior, self.slope = rows([0.3, -0.7], n), rows([-0.4, 1.5, -1.1], n)
 
     def log_likelihood(self, x, latents):
@@ -129,13 +130,13 @@ class BitsP(GenerativeNetwork):
         return torch.sigmoid(self.slope[0] + (latents[0] * self.slope[1:].T).sum(-1))[..., None]
 
 
-class BitsQ(InferenceNetwork):
+class BitsQ(InferenceChain):
     """Independent bits with logits, cut from the graph as draws of a discrete q are."""
 
     reparameterized = False
 
     def __init__(self, n: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.logits = rows([0.5, -0.2], n)
 
     def sample(self, x, k, noise):

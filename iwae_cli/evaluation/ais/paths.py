@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from iwae_cli.core.noise import Noise, numpy_generator
 from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.evaluation.ais.moves import Chains, Scores, gibbs_sweep, hamiltonian_move
-from iwae_cli.evaluation.workers import processes
+from iwae_cli.evaluation.workers import map_batches, processes, threads
 from iwae_cli.models.base import LatentVariableModel
 
 SIGMOID_SPAN = 4.0
@@ -51,30 +51,20 @@ class ImageNoise:
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws; ``layer`` is ignored, the order of the calls decides."""
-        return self._stacked([s.standard_normal((k, size), dtype=np.float32) for s in self._streams], batch)
+        return self._draw("standard_normal", k, batch, size)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1); ``layer`` is ignored, the order of the calls decides."""
-        return self._stacked([s.random((k, size), dtype=np.float32) for s in self._streams], batch)
+        return self._draw("random", k, batch, size)
 
-    def _stacked(self, draws: list[np.ndarray], batch: int) -> Tensor:
-        if batch != len(draws):
-            raise ValueError(f"batch must be the {len(draws)} images of this noise, got {batch}")
-        return torch.from_numpy(np.stack(draws, axis=1)).to(device=self._device, dtype=self._dtype)
-
-
-class _Unfolded:
-    """Noise of (chains, batch) for ``chains * batch`` draws of p(h), which have a single batch axis."""
-
-    def __init__(self, noise: Noise, chains: int) -> None:
-        self._noise = noise
-        self._chains = chains
-
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        return self._noise.normal(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        return self._noise.uniform(layer, self._chains, batch // self._chains, size).reshape(k, batch, size)
+    def _draw(self, kind: str, k: int, batch: int, size: int) -> Tensor:
+        if batch % len(self._streams):
+            raise ValueError(f"batch must be the {len(self._streams)} images of this noise, got {batch}")
+        # Draws of p(h) have all chains of all images in one batch.
+        each = k * batch // len(self._streams)
+        draws = [getattr(stream, kind)((each, size), dtype=np.float32) for stream in self._streams]
+        drawn = torch.from_numpy(np.stack(draws, axis=1)).reshape(k, batch, size)
+        return drawn.to(device=self._device, dtype=self._dtype)
 
 
 def sigmoid_schedule(temperatures: int) -> list[float]:
@@ -85,12 +75,7 @@ def sigmoid_schedule(temperatures: int) -> list[float]:
 
 
 class Tally:
-    """Count of transitions, each of all chains of one image, over all threads.
-
-    Args:
-        progress: displays the count; None: nothing is displayed.
-        planned: number of transitions that are certain to come.
-    """
+    """Count of transitions, each of all chains of one image, over all threads; ``planned`` are certain to come."""
 
     def __init__(self, progress: Progress | None = None, planned: int = 0) -> None:
         self._progress = progress
@@ -128,7 +113,9 @@ class Paths:
         leapfrog_steps: of every HMC transition.
         start: distribution at beta = 0.
         key: of the noise, to which the purpose and the image are added.
-        check: called whenever p is evaluated; may raise to stop.
+        rows: bound on chains x images computed at once by one worker.
+        workers: threads that share the images; None is one per core on a CPU, one on another device.
+        check: called by every worker whenever p is evaluated; may raise to stop.
         tally: counts the transitions.
     """
 
@@ -137,31 +124,35 @@ class Paths:
     leapfrog_steps: int
     start: Start
     key: tuple[int | str, ...]
-    check: Callable[[], None]
-    tally: Tally
+    rows: int = 2000
+    workers: int | None = None
+    check: Callable[[], None] = lambda: None
+    tally: Tally = field(default_factory=Tally)
+
+    def share(self, work: Callable[[Sequence[int]], np.ndarray], n: int) -> np.ndarray:
+        """Return ``work`` of ``n`` images by threads, joined along its last axis."""
+
+        def with_gradients(images: Sequence[int]) -> np.ndarray:
+            # Tensors made in inference mode cannot be differentiated.
+            with torch.inference_mode(False), torch.no_grad():
+                return work(images)
+
+        workers = threads(self.workers, self._parameter.device)
+        # Images are independent, so a few of them can be spread over all workers.
+        batch = min(max(1, self.rows // self.chains), -(-n // workers))
+        return np.concatenate(map_batches(with_gradients, n, batch=batch, workers=workers), axis=1)
 
     @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the model."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def discrete(self) -> bool:
-        """Whether the latents are bits."""
-        return not self.model.inference.reparameterized
+    def _parameter(self) -> Tensor:
+        return next(self.model.parameters())
 
     def observed(self, x: Tensor, images: Sequence[int]) -> Float[Tensor, "batch pixels"]:
         """Return the observations of some images."""
-        return x[images[0] : images[-1] + 1].to(device=self.device, dtype=self.dtype)
+        return x[images[0] : images[-1] + 1].to(self._parameter)
 
     def noise(self, purpose: str, images: Sequence[int]) -> ImageNoise:
         """Return the noise of some images for one purpose."""
-        return ImageNoise((*self.key, purpose), images, self.dtype, self.device)
+        return ImageNoise((*self.key, purpose), images, self._parameter.dtype, self._parameter.device)
 
     def tune(
         self, images: Sequence[int], x: Float[Tensor, "batch pixels"], temperatures: int
@@ -169,7 +160,7 @@ class Paths:
         """Return step sizes for every temperature and image, from chains that are not used for anything else."""
         log_step = np.full(len(images), math.log(FIRST_STEP))
         steps = np.empty((temperatures, len(images)))
-        if self.discrete:
+        if not self.model.inference.reparameterized:
             return np.ones_like(steps)
         noise = self.noise("tune", images)
         scores = self._scores(x)
@@ -230,23 +221,19 @@ class Paths:
             if not backwards:
                 log_w += width * chains.gap.double()
             # Finer paths use each step size of the coarsest one several times.
-            step = steps[(t - 1) * len(steps) // temperatures]
-            chains, probability = self._move(scores, chains, betas[t], step, noise, backwards)
+            step = self._steps(steps[(t - 1) * len(steps) // temperatures])
+            if self.model.inference.reparameterized:
+                chains, probability = hamiltonian_move(scores, chains, betas[t], step, self.leapfrog_steps, noise)
+            else:
+                chains, probability = gibbs_sweep(scores, chains, betas[t], noise, backwards)
             self.tally.add(chains.base.shape[1])
             accepted += probability.double().mean(0)
             if backwards:
                 log_w += width * chains.gap.double()
         return log_w, accepted / temperatures
 
-    def _move(
-        self, scores: Scores, chains: Chains, beta: float, step: np.ndarray, noise: Noise, backwards: bool
-    ) -> tuple[Chains, Tensor]:
-        if self.discrete:
-            return gibbs_sweep(scores, chains, beta, noise, backwards)
-        return hamiltonian_move(scores, chains, beta, self._steps(step), self.leapfrog_steps, noise)
-
     def _steps(self, values: np.ndarray) -> Float[Tensor, " batch"]:
-        return torch.from_numpy(values).to(device=self.device, dtype=self.dtype)
+        return torch.from_numpy(values).to(self._parameter)
 
     def _scores(self, x: Float[Tensor, "batch pixels"]) -> Scores:
         generative, inference = self.model.generative, self.model.inference
@@ -265,7 +252,7 @@ class Paths:
     def _begin(self, scores: Scores, x: Float[Tensor, "batch pixels"], noise: Noise) -> Chains:
         chains, batch = self.chains, x.shape[0]
         if self.start == "prior":
-            drawn, _ = self.model.generative.sample(chains * batch, _Unfolded(noise, chains))
+            drawn, _ = self.model.generative.sample(chains * batch, noise)
             latents = tuple(h.reshape(chains, batch, -1) for h in drawn)
         else:
             latents, _ = self.model.inference.sample(x, chains, noise)

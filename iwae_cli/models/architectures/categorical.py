@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 
-from iwae_cli.core.interfaces import Observation
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import LinearBits, LinearOneHot
@@ -15,6 +14,7 @@ from iwae_cli.models.networks import check_size
 from iwae_cli.models.priors import OneHotPrior
 
 
+@dataclass(eq=False)
 class Categorical(Architecture):
     """Size of one categorical latent; log p(x) is exact, by enumeration.
 
@@ -22,20 +22,15 @@ class Categorical(Architecture):
 
     Args:
         categories: states of the latent.
-
-    Raises:
-        ValueError: fewer than two categories, or too many.
     """
 
-    observation: Observation = "binary"
+    categories: int
+    observation = "binary"
     layers = 1
-    discrete: ClassVar[bool] = True
+    discrete = True
 
-    def __init__(self, categories: int) -> None:
-        if categories < 2:
-            raise ValueError(f"categories must be >= 2, got {categories}")
-        check_size("categories", categories)
-        self.categories = categories
+    def __post_init__(self) -> None:
+        check_size("categories", self.categories, least=2)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the logit of the training mean."""

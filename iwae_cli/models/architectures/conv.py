@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import DiagonalGaussian
 from iwae_cli.models.kl import diagonal_to_standard_normal, register_kl
 from iwae_cli.models.likelihoods import (
+    OBSERVATIONS,
     LikelihoodName,
     PixelLikelihood,
     Pixels,
-    likelihood_observation,
     make_likelihood,
 )
 from iwae_cli.models.networks import check_size, check_sizes
@@ -37,8 +38,7 @@ class ConvolutionalConditional(DiagonalGaussian):
     Args:
         image: channels, height and width.
         channels: after the first and after the second convolution.
-        hidden: size of the hidden layer.
-        outputs: size of the Gaussian.
+        hidden, outputs: sizes of the hidden layer and of the Gaussian.
     """
 
     def __init__(self, image: tuple[int, int, int], channels: Sequence[int], hidden: int, outputs: int) -> None:
@@ -73,10 +73,8 @@ class ConvolutionalPixels(Pixels):
     The bias is one number per pixel and value, so that the filters need not learn the mean image.
 
     Args:
-        inputs: size of the latents.
-        hidden: size of the hidden layer.
-        channels: as in ``ConvolutionalConditional``.
-        image: channels, height and width.
+        inputs, hidden: sizes of the latents and of the hidden layer.
+        channels, image: as in ``ConvolutionalConditional``.
         likelihood: of the pixels.
     """
 
@@ -108,6 +106,7 @@ class ConvolutionalPixels(Pixels):
         return self.body(given.flatten(0, 1)).unflatten(0, given.shape[:2]) + self.bias
 
 
+@dataclass(eq=False)
 class GaussianConvolutional(Architecture):
     """Sizes of a convolutional pair with one Gaussian layer, for images with sides divisible by 4.
 
@@ -117,32 +116,22 @@ class GaussianConvolutional(Architecture):
         hidden_size: of the layer between convolutions and latents.
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
         prior: p(h); None is N(0, I).
-
-    Raises:
-        ValueError: a size out of range, other than two channels, unknown likelihood.
     """
 
+    latent_size: int
+    channels: list[int]
+    hidden_size: int
+    likelihood: LikelihoodName = "bernoulli"
+    prior: Prior | None = None
     layers = 1
 
-    def __init__(
-        self,
-        latent_size: int,
-        channels: list[int],
-        hidden_size: int,
-        likelihood: LikelihoodName = "bernoulli",
-        prior: Prior | None = None,
-    ) -> None:
-        check_size("latent_size", latent_size)
-        check_sizes("channels", channels)
-        if len(channels) != 2:
-            raise ValueError(f"channels must hold two sizes, got {len(channels)}")
-        check_size("hidden_size", hidden_size)
-        self.observation = likelihood_observation(likelihood)
-        self.latent_size = latent_size
-        self.channels = channels
-        self.hidden_size = hidden_size
-        self.likelihood: LikelihoodName = likelihood
-        self.prior = prior
+    def __post_init__(self) -> None:
+        check_size("latent_size", self.latent_size)
+        check_sizes("channels", self.channels)
+        if len(self.channels) != 2:
+            raise ValueError(f"channels must hold two sizes, got {len(self.channels)}")
+        check_size("hidden_size", self.hidden_size)
+        self.observation = OBSERVATIONS[self.likelihood]
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""

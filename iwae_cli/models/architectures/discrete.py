@@ -6,12 +6,11 @@ arXiv 1406.2751) and of Mnih and Rezende 2016 (VIMCO, arXiv 1602.06725), for the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 
-from iwae_cli.core.interfaces import Observation
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import LinearBits
@@ -20,24 +19,22 @@ from iwae_cli.models.networks import check_sizes
 from iwae_cli.models.priors import BitsPrior
 
 
+@dataclass(eq=False)
 class SigmoidBeliefNetwork(Architecture):
     """Sizes of a sigmoid belief network; p and q are linear between stochastic layers.
 
     Args:
         latent_sizes: Bernoulli units of every stochastic layer, nearest to x first. log p(x) is exact, by
             enumeration, where they are 14 or fewer in all.
-
-    Raises:
-        ValueError: no layer or a size below 1.
     """
 
-    observation: Observation = "binary"
-    discrete: ClassVar[bool] = True
+    latent_sizes: list[int]
+    observation = "binary"
+    discrete = True
 
-    def __init__(self, latent_sizes: list[int]) -> None:
-        check_sizes("latent_sizes", latent_sizes)
-        self.layers = len(latent_sizes)
-        self.latent_sizes = latent_sizes
+    def __post_init__(self) -> None:
+        check_sizes("latent_sizes", self.latent_sizes)
+        self.layers = len(self.latent_sizes)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the logit of the training mean."""

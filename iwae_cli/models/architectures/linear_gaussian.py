@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from iwae_cli.core.interfaces import Observation
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import CholeskyConditional, LinearConditional
@@ -14,22 +14,20 @@ from iwae_cli.models.networks import check_sizes
 from iwae_cli.models.priors import StandardNormal
 
 
+@dataclass(eq=False)
 class LinearGaussianModel(Architecture):
     """Sizes of a linear-Gaussian chain: p has constant diagonal scales, q full covariances.
 
     Args:
         latent_sizes: size of every stochastic layer, nearest to x first.
-
-    Raises:
-        ValueError: no layer or a size below 1.
     """
 
-    observation: Observation = "real"
+    latent_sizes: list[int]
+    observation = "real"
 
-    def __init__(self, latent_sizes: list[int]) -> None:
-        check_sizes("latent_sizes", latent_sizes)
-        self.layers = len(latent_sizes)
-        self.latent_sizes = latent_sizes
+    def __post_init__(self) -> None:
+        check_sizes("latent_sizes", self.latent_sizes)
+        self.layers = len(self.latent_sizes)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts at the training mean."""

@@ -5,6 +5,7 @@ Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy as np
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import GaussianConditional
-from iwae_cli.models.likelihoods import LikelihoodName, TanhPixels, likelihood_observation, make_likelihood
+from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, TanhPixels, make_likelihood
 from iwae_cli.models.networks import check_sizes
 from iwae_cli.models.priors import Prior, StandardNormal
 
 
+@dataclass(eq=False)
 class GaussianMLP(Architecture):
     """Sizes of a Gaussian chain with tanh networks between its layers; p mirrors q.
 
@@ -25,32 +27,24 @@ class GaussianMLP(Architecture):
         hidden_sizes: sizes of the tanh layers below each stochastic layer, in the direction of q.
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
         prior: p(h_L); None is N(0, I).
-
-    Raises:
-        ValueError: no layer, a size below 1, lists of different lengths, unknown likelihood.
     """
 
-    def __init__(
-        self,
-        latent_sizes: list[int],
-        hidden_sizes: list[list[int]],
-        likelihood: LikelihoodName = "bernoulli",
-        prior: Prior | None = None,
-    ) -> None:
-        check_sizes("latent_sizes", latent_sizes)
-        for hidden in hidden_sizes:
+    latent_sizes: list[int]
+    hidden_sizes: list[list[int]]
+    likelihood: LikelihoodName = "bernoulli"
+    prior: Prior | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes("latent_sizes", self.latent_sizes)
+        for hidden in self.hidden_sizes:
             check_sizes("hidden_sizes", hidden)
-        if len(hidden_sizes) != len(latent_sizes):
+        self.layers = len(self.latent_sizes)
+        if len(self.hidden_sizes) != self.layers:
             raise ValueError(
                 "hidden_sizes must hold one list per stochastic layer: "
-                f"latent_sizes has {len(latent_sizes)}, got {len(hidden_sizes)}"
+                f"latent_sizes has {self.layers}, got {len(self.hidden_sizes)}"
             )
-        self.observation = likelihood_observation(likelihood)
-        self.layers = len(latent_sizes)
-        self.latent_sizes = latent_sizes
-        self.hidden_sizes = hidden_sizes
-        self.likelihood: LikelihoodName = likelihood
-        self.prior = prior
+        self.observation = OBSERVATIONS[self.likelihood]
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
