@@ -29,7 +29,7 @@ from iwae_cli.objectives.piwae import PIWAE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.training.steps.plain import train_step
+from iwae_cli.training.steps.plain import PlainStep
 
 
 def built(architecture: GaussianMLP, pixels: int = 4) -> LatentVariableModel:
@@ -208,7 +208,7 @@ def test_a_shared_parameter_is_trained_by_the_derivative_of_the_bound() -> None:
     x = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     weight = model.inference.layers[0].loc.weight
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-300)
-    train_step(model, IWAE(3), optimizer, x, noise())
+    PlainStep(model, IWAE(3), optimizer)(x, noise())
     values = []
     for sign in (1, -1):
         with torch.no_grad():
