@@ -63,18 +63,14 @@ class Case:
 
 CASES = {
     "one layer": Case(GaussianMLP([3], [[7, 5]]), (3, 2), [3]),
-    "two layers": Case(GaussianMLP([4, 2], [[7], [6, 5]]), (3, 2), [4, 2]),
     "three layers": Case(GaussianMLP([4, 3, 2], [[7], [6], [5]]), (3, 2), [4, 3, 2]),
     "grey": Case(GaussianMLP([4, 2], [[7], [6]], likelihood="discretized_logistic"), (2, 2), [4, 2], levels=5),
-    "linear gaussian": Case(LinearGaussianModel([3]), (5,), [3]),
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
-    "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
     "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (3, 4, 8), [3], levels=5),
-    "discrete": Case(SigmoidBeliefNetwork([4]), (3, 2), [4]),
     "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
     "categorical": Case(Categorical(4), (3, 2), [4]),
 }
-DISCRETE = {"discrete", "discrete, three layers", "categorical"}
+DISCRETE = {"discrete, three layers", "categorical"}
 every_model = pytest.mark.parametrize("name", list(CASES))
 
 

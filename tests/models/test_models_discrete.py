@@ -123,18 +123,6 @@ def test_the_enumeration_has_the_gradient_of_log_px(name: str) -> None:
         assert a.abs().max() > 0
 
 
-@every_architecture
-def test_latents_are_zeros_and_ones_without_gradient(name: str) -> None:
-    model = build(name)
-    latents, _ = model.inference.sample(EVERY_X, 50, noise())
-    for h in (*latents, *model.generative.sample(50, noise())[0]):
-        assert ((h == 0) | (h == 1)).all()
-        assert not h.requires_grad
-        assert h.dtype == torch.float64
-        if name == "categorical":
-            assert (h.sum(-1) == 1).all()
-
-
 def test_a_categorical_q_can_be_the_exact_posterior() -> None:
     """T2 for discrete latents: log p(h|x) is linear in x, up to a constant; every log w is then log p(x)."""
     model = build("categorical")

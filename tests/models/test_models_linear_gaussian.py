@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
@@ -202,10 +202,3 @@ def test_the_bounds_lie_below_and_the_estimate_agrees(sizes: list[int]) -> None:
     gaps = [exact.mean() - likelihood.bounds[m].mean() for m in (1, 5, 50)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > gaps[1] > 5 * summary["stderr_mc"]
-
-
-def test_the_output_begins_at_the_training_mean() -> None:
-    mean = np.linspace(-3, 2, PIXELS)
-    model = LinearGaussianModel([2]).build((PIXELS,), mean, torch.Generator().manual_seed(0))
-    bias = next(m.bias for m in model.generative.modules() if isinstance(m, nn.Linear))
-    np.testing.assert_allclose(bias.detach().numpy(), mean, rtol=1e-6)
