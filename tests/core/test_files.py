@@ -77,15 +77,6 @@ def test_json_errors_name_the_key_and_write_nothing(tmp_path: Path, value: objec
     assert names(tmp_path) == ["r.json"]
 
 
-def test_np_savez_adds_no_second_suffix(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / "values.npz") as path:
-        assert path.parent == tmp_path
-        np.savez(path, a=np.arange(3))
-    assert names(tmp_path) == ["values.npz"]
-    with np.load(tmp_path / "values.npz") as values:
-        assert values["a"].tolist() == [0, 1, 2]
-
-
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "old")
     with pytest.raises(RuntimeError, match="disk"), atomic_path(tmp_path / "a") as path:

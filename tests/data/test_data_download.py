@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import socket
 import subprocess
 import sys
@@ -122,17 +121,6 @@ def test_torchvisions_sets_are_fetched_by_torchvision(
     asked = len(server.asked)
     KMNIST(str(root)).load()
     assert len(server.asked) == asked
-
-
-def test_only_what_is_missing_is_put_there(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    offer_fixed(server, monkeypatch)
-    kept = tmp_path / "BinaryMNIST" / AMAT_FILES["test"].name
-    kept.parent.mkdir()
-    kept.write_bytes(AMAT["test"])
-    os.utime(kept, ns=(5, 5))
-    FixedMNIST(str(tmp_path)).load()
-    assert kept.stat().st_mtime_ns == 5
-    assert everything(tmp_path) == {f"BinaryMNIST/{file.name}" for file in AMAT_FILES.values()}
 
 
 SCRIPT = """

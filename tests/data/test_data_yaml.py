@@ -15,11 +15,6 @@ FILES = sorted((Path(__file__).resolve().parents[2] / "conf" / "data").glob("*.y
 NEED_NO_FILES = {"digits", "linear_gaussian"}
 
 
-def test_all_are_there() -> None:
-    names = {file.stem for file in FILES}
-    assert names >= {"digits", "mnist", "fashion_mnist", "kmnist", "mnist_fixed", "omniglot", "linear_gaussian"}
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_is_the_arguments_of_a_data_set_of_that_name(file: Path) -> None:
     values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

@@ -67,7 +67,7 @@ def test_a_single_ratio_is_debiased() -> None:
     """With 50 draws mean^2/variance is 1/50 too large; over many parameters the debiased one is right."""
     model, x = fixture(60, 30, 1)
     ratios = [
-        gradient_snr(model, Known([0.2]), x, draws=50, seed=seed)["generative"].per_parameter for seed in range(10)
+        gradient_snr(model, Known([0.2]), x, draws=50, seed=seed)["generative"].per_parameter for seed in range(4)
     ]
     # Median of a noncentral chi-squared of one degree of freedom (0.2^2 * 50 = 2), divided by 50, less 1/50.
     sample = np.random.default_rng(0).standard_normal(400_000) + math.sqrt(2)
