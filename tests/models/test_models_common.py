@@ -66,6 +66,7 @@ CASES = {
     "three layers": Case(GaussianMLP([4, 3, 2], [[7], [6], [5]]), (3, 2), [4, 3, 2]),
     "grey": Case(GaussianMLP([4, 2], [[7], [6]], likelihood="discretized_logistic"), (2, 2), [4, 2], levels=5),
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
+    "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
     "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (3, 4, 8), [3], levels=5),
     "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
     "categorical": Case(Categorical(4), (3, 2), [4]),
