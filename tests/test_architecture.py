@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -23,16 +22,6 @@ def test_private_parts_of_torch_are_imported_by_the_steps_alone() -> None:
     private = re.compile(r"^\s*(?:from|import) torch\.(?:fx|_\w+)", re.MULTILINE)
     found = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*.py") if private.search(f.read_text("utf-8"))}
     assert found and all(file.startswith("training/steps/") for file in found), found
-
-
-def test_no_two_classes_share_a_name() -> None:
-    files: dict[str, list[str]] = {}
-    for file in PACKAGE.rglob("*.py"):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                files.setdefault(node.name, []).append(file.relative_to(PACKAGE).as_posix())
-    assert len(files) > 50
-    assert {name: found for name, found in files.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize("module", ["iwae_cli", "iwae_cli.cli.train", "iwae_cli.cli.report"])

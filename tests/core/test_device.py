@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -36,26 +35,17 @@ def test_auto_is_the_best_kind(machine, kinds, best) -> None:
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_missing_device_is_refused(machine, kind) -> None:
     machine()
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=f"device={kind} .*device=auto"):
         Device(kind).resolve()
-    assert str(refusal.value) == f"device={kind} is not there; this machine has cpu: write device=auto"
-
-
-def test_dtype() -> None:
-    assert (Device("cpu").dtype, Device("cpu", "float64").dtype) == (torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "cpu", "threads": 0}, "threads must be >= 1, got 0"),
-        ({"kind": "mps", "precision": "float64"}, "precision must be float32 with device=mps, which has no float64"),
-    ],
+    ("argument", "settings"),
+    [("threads", {"kind": "cpu", "threads": 0}), ("precision", {"kind": "mps", "precision": "float64"})],
 )
-def test_invalid_settings_are_refused(arguments, message) -> None:
-    with pytest.raises(ValueError) as refusal:
-        Device(**arguments)
-    assert str(refusal.value) == message
+def test_invalid_settings_are_refused(argument, settings) -> None:
+    with pytest.raises(ValueError, match=f"^{argument} "):
+        Device(**settings)
 
 
 @pytest.mark.parametrize(
@@ -70,17 +60,11 @@ def test_invalid_settings_are_refused(arguments, message) -> None:
 def test_out_of_memory_errors_become_one_line(error: Exception, size: str | None) -> None:
     with pytest.raises(RunFailed) as failure, device.oom_as_run_failed():
         raise error
-    where = "" if size is None else f" (in an allocation of {size})"
-    assert str(failure.value).startswith(f"memory ran out{where}: reduce")
-    with pytest.raises(RuntimeError, match="another"), device.oom_as_run_failed():
-        raise RuntimeError("another")
-
-
-def test_real_out_of_memory_errors() -> None:
+    assert (size or "") in str(failure.value) and "\n" not in str(failure.value)
     with pytest.raises(RunFailed), device.oom_as_run_failed():
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(RunFailed), device.oom_as_run_failed():
-        np.empty(2**60, dtype=np.uint8)
+    with pytest.raises(RuntimeError, match="another"), device.oom_as_run_failed():
+        raise RuntimeError("another")
 
 
 def test_setup_can_be_repeated() -> None:
@@ -92,6 +76,7 @@ tiny = torch.tensor([1e-39], dtype=torch.float32)
 assert (tiny * 0.5).item() != 0, "the test needs a machine with denormals"
 for _ in range(2):
     Device("cpu", threads=2).setup()
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
     flushed = torch.full((100_000,), 1e-39) * 0.5
     print(torch.get_num_threads(), int((flushed != 0).sum()), torch.get_float32_matmul_precision())
 """

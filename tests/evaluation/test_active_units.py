@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 import torch
 
 from iwae_cli.evaluation.active_units import active_units
@@ -61,9 +60,8 @@ def test_units_whose_mean_does_not_move_are_not_active() -> None:
     assert counted(model, half_on()) == [0]
 
 
-@pytest.mark.parametrize("active", [0, 1, 3, 5])
-def test_as_many_as_were_made_active(active: int) -> None:
-    model = mlp([5], [[4]])
+def test_as_many_as_were_made_active() -> None:
+    model, active = mlp([5], [[4]]), 3
     for unit in range(active):
         live(model, unit, 0.5)
     assert counted(model, half_on()) == [active]
@@ -117,6 +115,5 @@ def test_neither_rows_nor_workers_matter() -> None:
     x = (torch.rand(60, 6) < 0.5).to(torch.uint8)
     reference = counted(model, x, draws=10)
     assert sum(reference) > 0
-    for rows in (64, 100, 10_000):
-        for workers in (1, 2):
-            assert counted(model, x, draws=10, rows=rows, workers=workers) == reference
+    for rows, workers in ((64, 2), (100, 1)):
+        assert counted(model, x, draws=10, rows=rows, workers=workers) == reference

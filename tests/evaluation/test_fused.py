@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from evaluations import evaluation
 
-from iwae_cli.config.build import build
 from iwae_cli.core.device import Device
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import KeyedNoise
@@ -17,13 +16,11 @@ from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer, check_bf16
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "one layer": ([3], [[8, 7]]),
     "two layers": ([4, 3], [[8, 7], [6]]),
@@ -59,18 +56,17 @@ def both(
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("pixels", [1, 16, 50])
-def test_log_weights_are_those_of_the_model(name: str, pixels: int) -> None:
+def test_log_weights_are_those_of_the_model(name: str) -> None:
+    pixels = 50
     model = built(GaussianMLP(*SIZES[name]), pixels, weights=5.0).double()
     plain, fast = both(model, binary(5, pixels), 300, rows=128)
     assert plain.std() > 0.1
     torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_in_float32_they_differ_by_rounding(name: str) -> None:
+def test_in_float32_they_differ_by_rounding() -> None:
     """The error of both against float64 on the same noise: the fused way is as good."""
-    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    model, x = built(GaussianMLP(*SIZES["two layers"]), 784), binary(5, 784)
     plain, fast = both(model, x, 300)
     exact, _ = both(model.double(), x, 300)
     assert fast.dtype == torch.float32
@@ -79,29 +75,14 @@ def test_in_float32_they_differ_by_rounding(name: str) -> None:
     assert (fast - exact).mean().abs() < 1e-7 * exact.abs().mean()
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_bf16_errs_by_the_rounding_of_the_factors(name: str) -> None:
+def test_bf16_errs_by_the_rounding_of_the_factors() -> None:
     """Eight bits of every weight and every tanh: visible in log w, and almost nothing in L_k."""
-    model, x = built(GaussianMLP(*SIZES[name]), 784), binary(5, 784)
+    model, x = built(GaussianMLP(*SIZES["two layers"]), 784), binary(5, 784)
     exact, fast = both(model, x, 2000, bf16=True)
     assert fast.dtype == torch.float32
     assert (fast - exact).std() > 1e-3
     shift = log_mean_exp(fast.double()) - log_mean_exp(exact.double())
     assert shift.abs().max() < 2e-3 * exact.abs().mean()
-
-
-def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
-    """Weights of few bits, and every tanh -1 or 1, by steep slopes; products and sums then round nowhere."""
-    model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
-    head, slope = model.generative.observation.head, model.generative.observation.body[0]
-    with torch.no_grad():
-        slope.weight.mul_(1e6)
-        head.weight.copy_((head.weight * 16).round() / 16)
-        head.bias.copy_((head.bias * 16).round() / 16)
-    plain, fast = both(model, x, 200, bf16=True)
-    assert plain.std() > 1
-    # The rest is the rounding of log w itself, of some tens of nats, in float32.
-    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -116,7 +97,7 @@ def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> Non
     torch.testing.assert_close(fast, plain, rtol=1e-5 if dtype == torch.float32 else 1e-11, atol=0)
 
 
-@pytest.mark.parametrize(("k", "rows"), [(1, 64), (63, 5000), (64, 64), (100, 100), (700, 64), (700, 5000)])
+@pytest.mark.parametrize(("k", "rows"), [(1, 64), (63, 5000), (700, 64)])
 def test_results_do_not_depend_on_the_chunks(k: int, rows: int) -> None:
     model, x = built(GaussianMLP(*SIZES["two layers"]), 9).double(), binary(18, 9)
     split = Split("test", x, "")
@@ -140,10 +121,7 @@ def test_other_models_are_left_to_the_plain_way(other: Architecture) -> None:
     model = other.build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1), levels=17).eval()
     assert not FusedScorer.fits(model, binary(3, 9))
     is_plain(model, binary(3, 9))
-
-
-def test_grey_pixels_are_left_to_the_plain_way() -> None:
-    is_plain(built(GaussianMLP([3], [[8]]), 9), torch.rand(3, 9, generator=torch.Generator().manual_seed(3)))
+    is_plain(built(GaussianMLP([3], [[8]]), 9), torch.rand(3, 9, generator=torch.Generator().manual_seed(3)))  # grey
 
 
 def is_plain(model: LatentVariableModel, x: torch.Tensor) -> None:
@@ -172,31 +150,16 @@ def test_the_shift_of_bf16_is_measured_on_some_images() -> None:
     assert not {key for key in summarize(exact, 9)[0] if "bf16" in key}
 
 
-def test_bf16_is_refused_where_it_cannot_be() -> None:
-    split = Split("test", binary(3, 9), "")
-    linear = LinearGaussianModel([2]).build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1))
-    for model in (linear, built(GaussianMLP([2], [[4]]), 9).double()):
-        with pytest.raises(ValueError, match=r"^bf16 is for Gaussian models of binary pixels in float32 on a CPU$"):
-            log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
-
-
 @pytest.mark.parametrize(
-    ("model", "device", "refusal"),
+    ("model", "device", "fits"),
     [
-        (GaussianMLP([2], [[4]]), Device("cpu"), None),
-        (GaussianMLP([2], [[4]]), Device("cpu", "float64"), "device.precision=float32"),
-        (GaussianMLP([2], [[4]], likelihood="discretized_logistic"), Device("cpu"), "Gaussian models of binary pixels"),
-        (LinearGaussianModel([2]), Device("cpu"), "Gaussian models of binary pixels"),
+        (GaussianMLP([2], [[4]]), Device("cpu"), True),
+        (GaussianMLP([2], [[4]]), Device("cpu", "float64"), False),
+        (GaussianMLP([2], [[4]], likelihood="discretized_logistic"), Device("cpu"), False),
+        (LinearGaussianModel([2]), Device("cpu"), False),
     ],
 )
-def test_bf16_is_refused_before_any_work(model: Architecture, device: Device, refusal: str | None) -> None:
-    node = yaml.safe_load((ROOT / "conf" / "evaluation" / "smoke.yaml").read_text())
-    check_bf16(build(node, Evaluation, "evaluation"), model, device)
-    bf16 = build({**node, "precision": "bf16"}, Evaluation, "evaluation")
-    if refusal is None:
-        check_bf16(bf16, model, device)
-    else:
-        with pytest.raises(UserError) as caught:
-            check_bf16(bf16, model, device)
-        assert str(caught.value).startswith(f"evaluation.precision=bf16 is for {refusal}")
-        assert str(caught.value).endswith("; write evaluation.precision=float32")
+def test_bf16_is_refused_before_any_work(model: Architecture, device: Device, fits: bool) -> None:
+    check_bf16(evaluation(), model, device)
+    with nullcontext() if fits else pytest.raises(UserError, match=r"evaluation\.precision=float32"):
+        check_bf16(evaluation(precision="bf16"), model, device)

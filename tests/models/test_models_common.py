@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Model
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
-from iwae_cli.data.base import Split
-from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.conv import GaussianConvolutional
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
@@ -65,18 +63,15 @@ class Case:
 
 CASES = {
     "one layer": Case(GaussianMLP([3], [[7, 5]]), (3, 2), [3]),
-    "two layers": Case(GaussianMLP([4, 2], [[7], [6, 5]]), (3, 2), [4, 2]),
     "three layers": Case(GaussianMLP([4, 3, 2], [[7], [6], [5]]), (3, 2), [4, 3, 2]),
     "grey": Case(GaussianMLP([4, 2], [[7], [6]], likelihood="discretized_logistic"), (2, 2), [4, 2], levels=5),
-    "linear gaussian": Case(LinearGaussianModel([3]), (5,), [3]),
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
     "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
     "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (3, 4, 8), [3], levels=5),
-    "discrete": Case(SigmoidBeliefNetwork([4]), (3, 2), [4]),
     "discrete, three layers": Case(SigmoidBeliefNetwork([4, 3, 2]), (3, 2), [4, 3, 2]),
     "categorical": Case(Categorical(4), (3, 2), [4]),
 }
-DISCRETE = {"discrete", "discrete, three layers", "categorical"}
+DISCRETE = {"discrete, three layers", "categorical"}
 every_model = pytest.mark.parametrize("name", list(CASES))
 
 
@@ -103,6 +98,8 @@ def test_shapes_and_structure(name: str) -> None:
     assert [tuple(h.shape) for h in latents] == [(1, 9, d) for d in case.latent_sizes]
     assert x.shape == (9, case.pixels)
     assert model.generative.mean(latents).shape == (1, 9, case.pixels)
+    knows_log_px = name in DISCRETE or isinstance(case.architecture, LinearGaussianModel)
+    assert (model.generative.exact_log_px(x) is not None) == knows_log_px
 
 
 @every_model
@@ -116,78 +113,44 @@ def test_log_q_of_a_draw_is_its_density(name: str) -> None:
     log_p = model.generative.log_likelihood(x, particles.latents) + model.generative.log_prior(particles.latents)
     torch.testing.assert_close(particles.log_p, log_p)
     torch.testing.assert_close(model(x, 6, noise()), particles.log_w)
+    # One sample of one image has the same scores alone.
+    alone = tuple(h[2:3, 1:2] for h in particles.latents)
+    for network, scores in ((model.generative, particles.log_p), (model.inference, particles.log_q)):
+        assert network(x[1:2], alone).item() == pytest.approx(scores[2, 1].item(), rel=1e-10)
+
+
+def largest_z(network: nn.Module, evaluate: Callable[[int], Tensor], batches: int = 60) -> float:
+    """Return the largest |mean / standard error| over batches of the gradient of every parameter."""
+    parameters = list(network.parameters())
+    gradients = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(evaluate(seed).mean(), parameters)])
+        for seed in range(batches)
+    ]
+    mean, error = torch.stack(gradients).mean(0), torch.stack(gradients).std(0) / math.sqrt(batches)
+    return (mean[error > 0] / error[error > 0]).abs().max().item()
 
 
 @every_model
-def test_every_sample_is_scored_by_itself(name: str) -> None:
-    """One sample of one image has the same score alone."""
-    case, model = CASES[name], CASES[name].build()
-    x = case.x(3)
-    particles = model.draw(x, 5, noise())
-    for i in range(5):
-        for j in range(3):
-            alone = tuple(h[i : i + 1, j : j + 1] for h in particles.latents)
-            for network, scores in ((model.generative, particles.log_p), (model.inference, particles.log_q)):
-                assert network(x[j : j + 1], alone).item() == pytest.approx(scores[i, j].item(), rel=1e-10)
-
-
-def mean_and_error(gradients: list[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield z-scores of the mean of every parameter's gradient over independent batches."""
-    for name in gradients[0]:
-        values = torch.stack([g[name] for g in gradients])
-        error = values.std(0) / math.sqrt(len(gradients))
-        moving = error > 0
-        yield name, (values.mean(0)[moving] / error[moving])
-
-
-def scores(network: nn.Module, evaluate: Callable[[int], Tensor], batches: int = 60) -> dict[str, Tensor]:
-    gradients = []
-    for seed in range(batches):
-        parameters = dict(network.named_parameters())
-        found = torch.autograd.grad(evaluate(seed).mean(), list(parameters.values()), allow_unused=True)
-        gradients.append({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
-    return dict(mean_and_error(gradients))
-
-
-@every_model
-def test_p_draws_what_it_scores(name: str) -> None:
-    """E[d/dtheta log p(x, h)] = 0 over draws of p itself, for every parameter; and not over draws of another p."""
-    case = CASES[name]
-    model, other = case.build(), case.build(seed=5)
-
-    def score(sampler: LatentVariableModel) -> dict[str, Tensor]:
-        def evaluate(seed: int) -> Tensor:
-            with torch.no_grad():
-                latents, x = sampler.generative.sample(200, noise(seed))
-            return model.generative(x, latents)
-
-        return scores(model.generative, evaluate)
-
-    z = score(model)
-    assert set(z) == {n for n, _ in model.generative.named_parameters()}
-    # Of some 200 numbers about normal with 59 degrees of freedom none is this far out.
-    assert max(v.abs().max().item() for v in z.values() if v.numel()) < 5.5
-    assert max(v.abs().max().item() for v in score(other).values() if v.numel()) > 10
-
-
-@every_model
-def test_q_draws_what_it_scores(name: str) -> None:
-    """E[d/dphi log q(h|x)] = 0 over draws of q itself, h held fixed."""
+def test_p_and_q_draw_what_they_score(name: str) -> None:
+    """E[d/dtheta log p(x, h)] = 0 over draws of p itself and not of another p; the same for log q(h|x) with h fixed."""
     case = CASES[name]
     model, other = case.build(), case.build(seed=5)
     x = case.x(5)
 
-    def score(sampler: LatentVariableModel) -> dict[str, Tensor]:
-        def evaluate(seed: int) -> Tensor:
-            with torch.no_grad():
-                latents, _ = sampler.inference.sample(x, 40, noise(seed))
-            return model.inference(x, latents)
+    def p_score(sampler: LatentVariableModel, seed: int) -> Tensor:
+        with torch.no_grad():
+            latents, drawn = sampler.generative.sample(200, noise(seed))
+        return model.generative(drawn, latents)
 
-        return scores(model.inference, evaluate)
+    def q_score(sampler: LatentVariableModel, seed: int) -> Tensor:
+        with torch.no_grad():
+            latents, _ = sampler.inference.sample(x, 40, noise(seed))
+        return model.inference(x, latents)
 
-    z = score(model)
-    assert max(v.abs().max().item() for v in z.values() if v.numel()) < 5.5
-    assert max(v.abs().max().item() for v in score(other).values() if v.numel()) > 10
+    for network, score in ((model.generative, p_score), (model.inference, q_score)):
+        # Of some 200 numbers about normal with 59 degrees of freedom none is this far out.
+        assert largest_z(network, partial(score, model)) < 5.5
+        assert largest_z(network, partial(score, other)) > 10
 
 
 @every_model
@@ -242,13 +205,6 @@ def test_freezing_keeps_the_path_and_drops_the_score(name: str) -> None:
         assert all(p.count_nonzero() == 0 for p in path)
 
 
-def test_shared_parameters_are_named() -> None:
-    model = CASES["one layer"].build()
-    assert model.shared == ()
-    model.inference.layers[0].loc.weight = model.generative.observation.body[0].weight
-    assert model.shared == ("observation.body.0.weight",)
-
-
 @pytest.mark.parametrize(
     ("name", "former"),
     [
@@ -268,27 +224,22 @@ def test_checkpoints_of_version_0_2_0_are_loaded(name: str, former: str) -> None
     other.load_state_dict(dict(zip(names, model.state_dict().values(), strict=True)))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({})
 
 
 @every_model
 def test_initial_weights_are_glorot_and_reproducible(name: str) -> None:
     case = CASES[name]
-
-    def build(seed: int) -> LatentVariableModel:
-        generator = torch.Generator().manual_seed(seed)
-        return case.architecture.build(case.image_shape, case.mean(), generator, case.levels)
-
-    first, again, other = build(0), build(0), build(1)
+    first, again, other = (
+        case.architecture.build(case.image_shape, case.mean(), torch.Generator().manual_seed(seed), case.levels)
+        for seed in (0, 0, 1)
+    )
     assert {p.dtype for p in first.parameters()} == {torch.float32}
-    for (key, p), q in zip(first.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q), key
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
     weights = [m.weight for m in first.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     assert weights
     for weight in weights:
-        receptive = weight[0, 0].numel()
-        bound = math.sqrt(6 / ((weight.shape[0] + weight.shape[1]) * receptive))
+        bound = math.sqrt(6 / ((weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()))
         assert weight.abs().max() <= bound
         if weight.numel() > 30:
             # Uniform on (-bound, bound): the sd is bound / sqrt 3, the largest is close to the bound.
@@ -297,7 +248,6 @@ def test_initial_weights_are_glorot_and_reproducible(name: str) -> None:
     # No two layers of equal shape begin identical (the authors' code seeds them alike).
     drawn = [w.detach().numpy().tobytes() for w in weights if w.numel() > 1]
     assert len(set(drawn)) == len(drawn)
-    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
     biases = [m.bias for m in first.inference.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert all(bias is not None and bias.count_nonzero() == 0 for bias in biases)
 
@@ -343,7 +293,7 @@ def test_closed_form_kl(name: str) -> None:
     with torch.no_grad():
         if name in DISCRETE or len(case.latent_sizes) > 1:
             assert not model.has_kl
-            with pytest.raises(TypeError, match="no closed form of KL"):
+            with pytest.raises(TypeError):
                 model.kl(x)
             return
         latents, log_q = model.inference.sample(x, 40_000, noise())
@@ -364,55 +314,21 @@ def test_float32_is_close_to_float64_on_the_same_noise(name: str) -> None:
     assert close.double().mean() > (0.98 if name in DISCRETE else 0.9999)
 
 
-@pytest.mark.parametrize("name", sorted(DISCRETE))  # linear-Gaussian ones need a q that is not drawn at random
-def test_the_estimate_agrees_with_the_exact_value(name: str) -> None:
-    """-L_k by the evaluation itself, on its own draws, within its own errors of the exact log p(x)."""
-    case, model = CASES[name], CASES[name].build()
-    with torch.no_grad():
-        _, x = model.generative.sample(40, noise(3))
-    split = Split("test", x, "")
-    summary, reasons = summarize(log_likelihood(model.eval(), split, k=5000, seed=0, rows=4000, workers=1), case.pixels)
-    assert reasons == {}
-    assert summary["exact_nll"] is not None
-    assert summary["stderr_mc"] > 0
-    assert abs(summary["nll"] - summary["exact_nll"]) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
-    # Not because the errors are large.
-    assert summary["stderr_mc"] < 0.05
-    assert list(summary["bounds"].values()) == sorted(summary["bounds"].values())
-    assert -summary["bounds"]["1"] - summary["exact_nll"] > 5 * summary["stderr_mc"]
-
-
-def test_which_models_know_log_px_exactly() -> None:
-    exact = {n for n, c in CASES.items() if c.build().generative.exact_log_px(c.x(1)) is not None}
-    assert exact == {"linear gaussian", "linear gaussian chain"} | DISCRETE
-
-
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "argument"),
     [
-        (lambda: GaussianMLP([], []), "latent_sizes must name at least one layer, got []"),
-        (lambda: GaussianMLP([0], [[5]]), "latent_sizes must be >= 1, got 0"),
-        (lambda: GaussianMLP([5], [[5, -1]]), "hidden_sizes must be >= 1, got -1"),
-        (lambda: GaussianMLP([5], [[]]), "hidden_sizes must name at least one layer, got []"),
-        (lambda: GaussianMLP([5, 2], [[5]]), "hidden_sizes must hold one list per stochastic layer"),
-        (lambda: GaussianMLP([5], [[5]], "gauss"), "likelihood must be one of bernoulli, discretized_logistic, got"),
-        (lambda: LinearGaussianModel([]), "latent_sizes must name at least one layer, got []"),
-        (lambda: LinearGaussianModel([2, 0]), "latent_sizes must be >= 1, got 0"),
-        (lambda: SigmoidBeliefNetwork([]), "latent_sizes must name at least one layer, got []"),
-        (lambda: SigmoidBeliefNetwork([-3]), "latent_sizes must be >= 1, got -3"),
-        (lambda: Categorical(1), "categories must be >= 2, got 1"),
-        (lambda: GaussianConvolutional(0, [2, 3], 5), "latent_size must be >= 1, got 0"),
-        (lambda: GaussianConvolutional(5, [2, 0], 5), "channels must be >= 1, got 0"),
-        (lambda: GaussianConvolutional(5, [2], 5), "channels must hold two sizes, got 1"),
-        (lambda: GaussianConvolutional(5, [2, 3], 0), "hidden_size must be >= 1, got 0"),
-        (lambda: GaussianConvolutional(5, [2, 3], 5, "gauss"), "likelihood must be one of bernoulli,"),
+        (lambda: GaussianMLP([], []), "latent_sizes"),
+        (lambda: GaussianMLP([5], [[5, -1]]), "hidden_sizes"),
+        (lambda: GaussianMLP([5], [[]]), "hidden_sizes"),
+        (lambda: GaussianMLP([5, 2], [[5]]), "hidden_sizes"),
+        (lambda: LinearGaussianModel([2, 0]), "latent_sizes"),
+        (lambda: SigmoidBeliefNetwork([-3]), "latent_sizes"),
+        (lambda: Categorical(1), "categories"),
+        (lambda: GaussianConvolutional(0, [2, 3], 5), "latent_size"),
+        (lambda: GaussianConvolutional(5, [2], 5), "channels"),
+        (lambda: GaussianConvolutional(5, [2, 3], 0), "hidden_size"),
     ],
 )
-def test_wrong_arguments_are_named(make: Callable[[], Architecture], message: str) -> None:
-    # The checker of types that tests run under may be there before the constructor.
-    with pytest.raises((ValueError, TypeCheckError)) as error:
+def test_wrong_arguments_are_named(make: Callable[[], Architecture], argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument} "):
         make()
-    if isinstance(error.value, ValueError):
-        assert str(error.value).startswith(message)
-    else:
-        assert message.startswith("likelihood")

@@ -23,7 +23,6 @@ from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import GaussianConditional
 from iwae_cli.models.priors import StandardNormal
-from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.piwae import PIWAE
@@ -143,21 +142,20 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "named"),
     [
         (("model=mixture", "objective=elbo", "objective.analytic_kl=true"), "objective.analytic_kl=false"),
-        (("model=vamp", "objective=iwae", "objective.gradient=stl"), "share parameters (prior.q.body.0.weight)"),
-        (("model=vamp", "objective=rws"), "share parameters"),
-        (("model=mixture", "model.prior.components=0"), "model.prior.components must be >= 1, got 0"),
-        (("model=conv", "data=colours", "+data.height=6"), "divisible by 4, this data has shape (3, 6, 8)"),
+        (("model=vamp", "objective=iwae", "objective.gradient=stl"), "prior.q.body.0.weight"),
+        (("model=mixture", "model.prior.components=0"), "model.prior.components"),
+        (("model=conv", "data=colours", "+data.height=6"), "(3, 6, 8)"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_work(
-    own: tuple[str, ...], tmp_path: Path, overrides: tuple[str, ...], words: str
+    own: tuple[str, ...], tmp_path: Path, overrides: tuple[str, ...], named: str
 ) -> None:
     code, _, err = run(*own, *overrides, f"output_dir={tmp_path / 'runs'}")
     assert code == 2, err
-    assert words in err
+    assert named in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
@@ -176,8 +174,7 @@ def test_a_model_with_a_prior_of_its_user_is_trained_and_evaluated(
     if model == "vamp":
         again = (*own, f"model={model}", "train=inference", f"init_from={folder}", f"output_dir={tmp_path / 'again'}")
         code, _, err = run(*again)
-        assert code == 2
-        assert "train=inference keeps p, but p and q of this model share parameters" in err
+        assert code == 2 and "train=inference" in err
         assert not (tmp_path / "again").exists()
 
 
@@ -188,23 +185,13 @@ def test_a_run_on_pictures_in_colour(own: tuple[str, ...], tmp_path: Path) -> No
     assert len(result["active_units"]) == 1
 
 
-ALONE: dict[str, Objective] = {
-    "stl": IWAE(3, "stl"),
-    "dreg": IWAE(3, "dreg"),
-    "piwae": PIWAE(2, 2),
-    "covariance": TVO(3, gradient="covariance"),
-    "rws": RWS(3),
-    "vimco": VIMCO(3),
-}
-
-
 def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
     vamp, plain = built(VampMLP([2], [[6]])), built(GaussianMLP([2], [[6]]))
     assert "prior.q.loc.weight" in vamp.shared and plain.shared == ()
     for objective in (IWAE(3), ELBO(2), TVO(3)):
         assert objective.check_networks(vamp) is None
-    for name, objective in ALONE.items():
-        assert "prior.q.body.0.weight" in (objective.check_networks(vamp) or ""), name
+    for objective in (IWAE(3, "stl"), IWAE(3, "dreg"), PIWAE(2, 2), TVO(3, gradient="covariance"), RWS(3), VIMCO(3)):
+        assert "prior.q.body.0.weight" in (objective.check_networks(vamp) or ""), objective
         assert objective.check_networks(plain) is None
 
 
