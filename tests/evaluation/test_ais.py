@@ -296,3 +296,16 @@ def test_a_number_that_is_not_finite_is_null_with_its_reason() -> None:
     found = settings(images=1, simulated=0, temperatures=2, max_temperatures=2).estimate(subject(), lambda: None)
     assert found.numbers["test"]["stderr_images"] is None
     assert set(found.reasons) == {"test.stderr_images"}
+
+
+def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
+    """A Bernoulli decoder with two Gaussian layers, small enough that draws of p(h) find every posterior."""
+    architecture = GaussianMLP([5, 3], [[12], [8]])
+    model, x = observed(architecture.build((10,), np.full(10, 0.3), torch.Generator().manual_seed(0)))
+    (found,) = anneal(settings(), model, x)
+    with torch.no_grad():
+        h, _ = model.generative.sample(20_000, GeneratorNoise(torch.Generator().manual_seed(3)))
+        draws = tuple(layer.transpose(0, 1).expand(-1, N, -1) for layer in h)
+        log_w = model.generative.log_likelihood(x, draws).double()
+    plain = (torch.logsumexp(log_w, 0) - math.log(len(log_w))).numpy()
+    assert abs((found.log_px - plain).mean()) < 3 * math.sqrt((found.stderr**2).sum()) / N + 0.03

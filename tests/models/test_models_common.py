@@ -332,3 +332,26 @@ def test_float32_is_close_to_float64_on_the_same_noise(name: str) -> None:
 def test_wrong_arguments_are_named(make: Callable[[], Architecture], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument} "):
         make()
+
+
+@pytest.mark.parametrize("name", sorted(DISCRETE))  # linear-Gaussian ones need a q that is not drawn at random
+def test_the_estimate_agrees_with_the_exact_value(name: str) -> None:
+    """-L_k by the evaluation itself, on its own draws, within its own errors of the exact log p(x)."""
+    case, model = CASES[name], CASES[name].build()
+    with torch.no_grad():
+        _, x = model.generative.sample(40, noise(3))
+    split = Split("test", x, "")
+    summary, reasons = summarize(log_likelihood(model.eval(), split, k=5000, seed=0, rows=4000, workers=1), case.pixels)
+    assert reasons == {}
+    assert summary["exact_nll"] is not None
+    assert summary["stderr_mc"] > 0
+    assert abs(summary["nll"] - summary["exact_nll"]) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+    # Not because the errors are large.
+    assert summary["stderr_mc"] < 0.05
+    assert list(summary["bounds"].values()) == sorted(summary["bounds"].values())
+    assert -summary["bounds"]["1"] - summary["exact_nll"] > 5 * summary["stderr_mc"]
+
+
+def test_which_models_know_log_px_exactly() -> None:
+    exact = {n for n, c in CASES.items() if c.build().generative.exact_log_px(c.x(1)) is not None}
+    assert exact == {"linear gaussian", "linear gaussian chain"} | DISCRETE
