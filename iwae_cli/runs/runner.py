@@ -133,6 +133,7 @@ class Runner:
                 finished_before = False
             self._publish(result)
             self.sink.close("finished")
+            checkpoint.drop_previous(folder.checkpoint)
             # Last of all: until it says so, the same command does again what may be missing.
             folder.set_status("finished", self.state.step)
             return result

@@ -23,7 +23,7 @@ from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Member, train_ensemble
-from iwae_cli.training.steps.choose import should_compile
+from iwae_cli.training.steps.choose import all_ours, should_compile
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
 
@@ -84,7 +84,8 @@ def train_together(
         standing: dict[tuple[int, bool], list[Experiment]] = defaultdict(list)
         with suppress(UserError):
             data = experiments[0].load()
-            for experiment in experiments:
+            model = experiments[0].model.outline(data.image_shape, data.levels)
+            for experiment in experiments if all_ours(model, experiments[0].objective) else ():
                 caught.check()
                 with suppress(UserError, OSError):
                     standing[_standing(experiment, stack)].append(experiment)

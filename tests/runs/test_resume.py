@@ -19,7 +19,7 @@ import torch
 from faults import RELEASE, Fault, Forks, fill_disk, interrupt, remove, rename, terminate
 from small_runs import TINY_TWO_LAYERS, bits, finished, last_of_each, read_json, run, run_folders, snapshot
 
-from iwae_cli.training import trainer
+from iwae_cli.training import checkpoint, trainer
 
 STEPS_PER_PASS = 13
 COMMAND = last_of_each(
@@ -250,11 +250,25 @@ def interrupted(output_dir: Path, partial: Path) -> Path:
     return only_folder(output_dir)
 
 
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(
+    interrupted: Path, output_dir: Path, reference: dict[str, Any]
+) -> None:
+    path = interrupted / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    code, _, err = command(output_dir)
+    assert code == 0 and "from step 20 " in err, err
+    (line,) = (line for line in (interrupted / "train.log").read_text().splitlines() if str(path) in line)
+    assert "step 21" in line and "step 20" in line
+    assert bits(interrupted) == reference
+    assert [file.name for file in interrupted.glob("*checkpoint*")] == ["checkpoint.pt"]
+
+
 def test_a_damaged_checkpoint_is_one_line_and_its_advice_works(
     interrupted: Path, output_dir: Path, reference: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = interrupted / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
+    for damaged in (path, checkpoint.previous(path)):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
     before = snapshot(interrupted)
     code, _, err = command(output_dir)
     assert code == 2

@@ -79,6 +79,26 @@ def test_one_flipped_bit(tmp_path: Path) -> None:
     assert "it is damaged" in refused(path) and "restart=true" in refused(path)
 
 
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged one never replaces it; once the newest has been read back it may go."""
+    path, written = tmp_path / "checkpoint.pt", state()
+    for step in (7, 8, 9):
+        written.step = step
+        checkpoint.save(written, path)
+    (tmp_path / "status.json").write_text('{"step": 9}')
+    path.write_bytes(path.read_bytes()[:1000])
+    checkpoint.drop_previous(path)
+    assert checkpoint.load(path, "digits-0123").step == 8
+    (line,) = caplog.messages
+    assert str(path) in line and "step 9" in line and "step 8" in line
+    written.step = 10
+    checkpoint.save(written, path)
+    assert checkpoint.load(checkpoint.previous(path)).step == 8
+    checkpoint.drop_previous(path)
+    assert checkpoint.load(path).step == 10
+    assert not checkpoint.previous(path).exists()
+
+
 def refused_best(path: Path, of: State) -> str:
     with pytest.raises(UserError) as caught:
         checkpoint.load_best(path, of)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iwae_cli.core.device import compiler
+from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import GeneratorNoise, Noise
 from iwae_cli.models.architectures.conv import GaussianConvolutional
@@ -17,6 +17,7 @@ from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.priors import StandardNormal
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
@@ -28,7 +29,7 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
-from iwae_cli.training.steps.choose import compiling_pays
+from iwae_cli.training.steps.choose import compiling_pays, should_compile
 from iwae_cli.training.steps.compiled import CompiledStep
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
@@ -304,3 +305,17 @@ MNIST, ONE_LAYER, TWO_LAYERS = 2980, 423_484, 566_234  # steps a pass in batches
 )
 def test_compiling_is_chosen_where_it_pays(steps: int, k: int, parameters: int, expected: bool) -> None:
     assert compiling_pays(steps, 20 * k, parameters) is expected
+
+
+class OwnPrior(StandardNormal):
+    """A user's own part of our chain."""
+
+
+def test_a_model_with_a_part_of_a_user_is_compiled_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would freeze what such a part counts."""
+    monkeypatch.setattr("iwae_cli.training.steps.choose.compiler", lambda: "g++")
+    model, device = built(ONE), Device("cpu")
+    assert should_compile(model, IWAE(3), device, 10**9, BATCH, None)
+    model.generative.prior = OwnPrior(3)
+    assert not should_compile(model, IWAE(3), device, 10**9, BATCH, None)
+    assert should_compile(model, IWAE(3), Device("cpu", compile="on"), 10**9, BATCH, None)
