@@ -8,6 +8,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,37 +61,22 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     else:
         check_bf16(evaluation, objects["model"], device)
         estimator = LogLikelihood()
-    objective = _objective(config, objects["model"])
+    node = config.get("estimator", {}).get("objective")
+    refusal = None if node is None else build(node, Objective, "objective").check(objects["model"])
+    if refusal is not None:
+        raise UserError(refusal)
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
     data = objects["data"].load()
     checkpoint.require_data(state, data)
-    subject = EstimatorInput(model, data, evaluation, **objective)
+    subject = EstimatorInput(model, data, evaluation)
+    if node is not None:
+        subject = replace(subject, objective=lambda k: build({**node, "k": k}, Objective, "objective"))
     with as_user_error(run.path, "an evaluation is kept there, so mend that first"), signals.caught() as caught:
         result = evaluate(run, subject, device, config, state, caught.check, estimator)
     summary.result_table(result, folder=shown(run.evaluation(result["evaluation"]["name"])))
     return result
-
-
-def _objective(config: Mapping[str, Any], model: Architecture) -> dict[str, Callable[[int], Objective]]:
-    """Return ``EstimatorInput.objective`` by its name if the estimator has the key ``objective``, else nothing.
-
-    Raises:
-        UserError: an objective that does not fit the model.
-    """
-    node = config.get("estimator", {}).get("objective")
-    if node is None:
-        return {}
-
-    def objective(k: int) -> Objective:
-        made: Objective = build({**node, "k": k}, Objective, "objective")
-        return made
-
-    refusal = build(node, Objective, "objective").check(model)
-    if refusal is not None:
-        raise UserError(refusal)
-    return {"objective": objective}
 
 
 def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
@@ -119,8 +105,8 @@ def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, run: R
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        fault = checkpoint.first_fault(error)
-        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {fault}") from None
+        fault = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {fault[0].strip()}") from None
     model.eval()
 
 

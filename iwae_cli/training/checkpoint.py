@@ -94,7 +94,7 @@ def save(state: State, path: Path) -> None:
     if path.exists() and _is_whole(path):
         with atomic_path(previous(path)) as temporary:
             shutil.copyfile(path, temporary)
-    _write({**vars(state), "model": _alone(state.model)}, path)
+    _write({**vars(state)}, path)
 
 
 def drop_previous(path: Path) -> None:
@@ -131,14 +131,8 @@ def _last_step(path: Path) -> object:
 
 
 def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
-    """Write the best weights so far to ``path``, atomically.
-
-    Args:
-        state: its ``best`` describes these weights.
-        model: their state dict.
-        path: of the file.
-    """
-    _write({"identity": state.identity, **state.best, "model": _alone(model)}, path)
+    """Write the best weights so far, described by ``state.best``, to ``path``, atomically."""
+    _write({"identity": state.identity, **state.best, "model": model}, path)
 
 
 def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
@@ -158,12 +152,9 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
     return best[1:]
 
 
-def _alone(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies: torch saves a slice with the whole tensor that it is part of."""
-    return {name: value.clone() for name, value in model.items()}
-
-
 def _write(value: dict[str, Any], path: Path) -> None:
+    # Copies: torch saves a slice with the whole tensor that it is part of.
+    value["model"] = {name: tensor.clone() for name, tensor in value["model"].items()}
     # Through memory: where the disk is full, torch's own file writer raises an error that does not say so.
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -228,9 +219,3 @@ def fingerprint(state: State, with_optimizer: bool) -> str:
     if with_optimizer:
         add("optimizer", state.optimizer["state"])
     return digest.hexdigest()
-
-
-def first_fault(error: RuntimeError) -> str:
-    """Return the first line of torch's message about a state dict that does not fit."""
-    lines = str(error).splitlines()
-    return lines[1 if len(lines) > 1 else 0].strip()
