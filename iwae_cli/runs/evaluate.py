@@ -94,7 +94,7 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
 
 
 def _build(architecture: Architecture, state: State) -> LatentVariableModel:
-    """Return the networks, whose initial weights do not matter: those of a checkpoint replace them."""
+    """Return the networks with arbitrary weights, which those of a checkpoint replace."""
     pixels = torch.Size(state.image_shape).numel()
     model = architecture.build(state.image_shape, np.full(pixels, 0.5), generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.

@@ -461,7 +461,9 @@ def _lacking(folder: RunFolder, result: dict[str, Any] | None) -> list[str]:
 @contextmanager
 def logging_to(folder: RunFolder) -> Iterator[None]:
     """Send log messages to ``train.log`` with the time of day, and warnings to the terminal too."""
-    file = _LogFile(folder.log)
+    file = logging.FileHandler(folder.log)
+    # Where there is no room for a line of the log, the run itself fails and says so.
+    file.handleError = lambda record: None  # type: ignore[method-assign]
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
@@ -477,8 +479,3 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
             log.removeHandler(handler)
             with suppress(OSError):
                 handler.close()
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore it: where there is no room for a line of the log, the run itself fails and says so."""

@@ -92,8 +92,8 @@ def train_together(
         caught.check()
         for (step, _), members in standing.items():
             if step != DONE and len(members) > 1 and not (any_failed and stop_on_error):
-                members = [member for member in members if _is_ready(member, stack)]
-                any_failed |= _train(members, data, caught, begins, failed, stop_on_error)
+                ready = [member for member in members if _is_ready(member, stack)]
+                any_failed |= _train(_begun(ready, data, caught), caught, begins, failed, stop_on_error)
     return any_failed
 
 
@@ -125,15 +125,13 @@ def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
 
 
 def _train(
-    members: Sequence[Experiment],
-    data: Data,
+    runners: Sequence[Runner],
     caught: Signals,
     begins: Callable[[Experiment], None],
     failed: Callable[[Experiment, BaseException], None],
     stop_on_error: bool,
 ) -> bool:
     """``train_together`` for runs that stand at the same step."""
-    runners = _begun(members, data, caught)
     if not runners:
         return False
     for runner in runners:

@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +60,7 @@ class Planned:
         overrides: what was asked for.
         folder: of the run.
         evaluation: name of the final evaluation within the run.
-        restart: whether it is to be begun again.
+        restart: whether it starts from the beginning.
     """
 
     overrides: Sequence[str]
@@ -360,9 +359,7 @@ class Sweep:
                 Text(str(job.get("identity", ""))),
             )
         # As wide as needed: names are copied from here.
-        out = Console(highlight=False, markup=False)
-        width = Measurement.get(out, out.options.update(max_width=sys.maxsize), sheet).maximum
-        out = Console(highlight=False, markup=False, width=max(out.width, width))
+        out = Console(highlight=False, markup=False, width=10_000)
         counts = Counter(job["status"] for job in jobs)
         out.print()
         out.print(self.folder.path.name, style="bold", soft_wrap=True)
