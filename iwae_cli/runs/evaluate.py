@@ -8,6 +8,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,37 +64,21 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     device.setup()
     state = checkpoint.load(run.checkpoint)
     model = _build(objects["model"], state).to(device=device.resolve(), dtype=device.dtype)
-    objective = _objective(config, objects["model"], model)
+    node = config.get("estimator", {}).get("objective")
+    if node is not None:
+        asked = build(node, Objective, "objective")
+        refusal = asked.check(objects["model"]) or asked.check_networks(model)
+        if refusal is not None:
+            raise UserError(refusal)
     data = objects["data"].load()
     checkpoint.require_data(state, data)
-    subject = EstimatorInput(model, data, evaluation, **objective)
+    subject = EstimatorInput(model, data, evaluation)
+    if node is not None:
+        subject = replace(subject, objective=lambda k: build({**node, "k": k}, Objective, "objective"))
     with as_user_error(run.path, "an evaluation is kept there, so mend that first"), signals.caught() as caught:
         result = evaluate(run, subject, device, config, state, caught.check, estimator)
     summary.result_table(result, folder=shown(run.evaluation(result["evaluation"]["name"])))
     return result
-
-
-def _objective(
-    config: Mapping[str, Any], architecture: Architecture, model: LatentVariableModel
-) -> dict[str, Callable[[int], Objective]]:
-    """Return ``EstimatorInput.objective`` by its name if the estimator has the key ``objective``, else nothing.
-
-    Raises:
-        UserError: an objective that does not fit the model.
-    """
-    node = config.get("estimator", {}).get("objective")
-    if node is None:
-        return {}
-
-    def objective(k: int) -> Objective:
-        made: Objective = build({**node, "k": k}, Objective, "objective")
-        return made
-
-    asked = build(node, Objective, "objective")
-    refusal = asked.check(architecture) or asked.check_networks(model)
-    if refusal is not None:
-        raise UserError(refusal)
-    return {"objective": objective}
 
 
 def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
@@ -111,7 +96,7 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
 
 
 def _build(architecture: Architecture, state: State) -> LatentVariableModel:
-    """Return the networks, whose initial weights do not matter: those of a checkpoint replace them."""
+    """Return the networks with arbitrary weights, which those of a checkpoint replace."""
     pixels = torch.Size(state.image_shape).numel()
     model = architecture.build(state.image_shape, np.full(pixels, 0.5), generator("cpu", 0), state.levels)
     # Weights of a run in float64 would lose half of their digits in a float32 model.
@@ -122,8 +107,8 @@ def _put(weights: Mapping[str, torch.Tensor], model: LatentVariableModel, run: R
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        fault = checkpoint.first_fault(error)
-        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {fault}") from None
+        fault = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"{run.checkpoint} is a checkpoint of another model: {fault[0].strip()}") from None
     model.eval()
 
 

@@ -113,7 +113,14 @@ class Experiment:
         Raises:
             UserError: data, model, objective, optimizer, device or ``init_from`` that do not go together.
         """
-        refusal = self._observations() or self.objective.check(self.model) or self.training.check(self.objective)
+        holds, wants = self.data.observation, self.model.observation
+        if holds != wants:
+            grey = ", or data.binarization=none" if (holds, wants) == ("binary", "grey") else ""
+            raise UserError(
+                f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
+                f"ones; with this data use {MODELS_FOR[holds]}{grey}"
+            )
+        refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
             raise UserError(refusal)
         on_cpu = self.device.resolve().type == "cpu"
@@ -121,21 +128,8 @@ class Experiment:
         check_bf16(self.evaluation, self.model, self.device)
         if self.device.compile == "on" and compiler() is None:
             raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
-        if self.source is not None:
-            self._check_source(self.source)
-
-    def _observations(self) -> str | None:
-        """Return why the data do not fit the model, if so."""
-        holds, wants = self.data.observation, self.model.observation
-        if holds == wants:
-            return None
-        instead = MODELS_FOR[holds]
-        if holds == "binary" and wants == "grey":
-            instead += ", or data.binarization=none"
-        return (
-            f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
-            f"ones; with this data use {instead}"
-        )
+        if self.init_from is not None:
+            self._check_source(RunFolder(Path(self.init_from)))
 
     def _check_source(self, source: RunFolder) -> None:
         try:
@@ -154,15 +148,10 @@ class Experiment:
                 "finish it first: its command resumes it"
             )
 
-    @property
-    def source(self) -> RunFolder | None:
-        """The run that this one starts from, if any."""
-        return None if self.init_from is None else RunFolder(Path(self.init_from))
-
     @cached_property
     def initial(self) -> checkpoint.State | None:
         """The checkpoint that this run starts from, if any; read once, so that what is hashed is what is used."""
-        return None if self.source is None else checkpoint.load(self.source.checkpoint)
+        return None if self.init_from is None else checkpoint.load(RunFolder(Path(self.init_from)).checkpoint)
 
     def identity(self) -> str:
         """Return the name of the training: what can be read from its objects, and a hash of what decides its weights.

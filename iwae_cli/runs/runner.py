@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
 import iwae_cli
 from iwae_cli.core import progress, signals
@@ -24,6 +26,7 @@ from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder, drawable
 from iwae_cli.record.identity import evaluation_name
@@ -34,7 +37,7 @@ from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.training import checkpoint
 from iwae_cli.training.minibatches import Minibatches
-from iwae_cli.training.steps.choose import Step, choose_step
+from iwae_cli.training.steps.choose import choose_step
 from iwae_cli.training.trainer import Trainer
 
 VALIDATION_SEED = 0
@@ -59,12 +62,13 @@ class Runner:
         self.data = data
         self.folder = folder
         self.signals = signals
-        self.device = experiment.device.resolve()
-        self.sink: Logger = FanOut([])
+        self.device, dtype = experiment.device.resolve(), experiment.device.dtype
+        self.logger: Logger = FanOut([])
         self.progress: progress.Progress | None = None
+        self._validation: Split | None = None
         self.model = experiment.model.build(
             data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
-        ).to(device=self.device, dtype=experiment.device.dtype)
+        ).to(device=self.device, dtype=dtype)
         initial = experiment.initial
         if initial is not None:
             self.model.load_state_dict(initial.model)
@@ -74,7 +78,7 @@ class Runner:
             model=self.model,
             optimizer=experiment.optimizer([p for p in self.model.parameters() if p.requires_grad]),
             schedule=experiment.schedule,
-            minibatches=Minibatches(data, experiment.batch_size, experiment.seed, self.device, experiment.device.dtype),
+            minibatches=Minibatches(data, experiment.batch_size, experiment.seed, self.device, dtype),
             validate=self._validate,
             validation_every=experiment.validation.every,
             state=checkpoint.State(
@@ -83,7 +87,7 @@ class Runner:
                 data_sha256=data.sha256(),
                 image_shape=data.image_shape,
                 levels=data.levels,
-                plan=self._plan(),
+                plan=_plan(experiment),
             ),
             hooks=self,
         )
@@ -92,7 +96,6 @@ class Runner:
             # Only its state: learning rate and other settings are those of this run.
             settings = self.trainer.optimizer.state_dict()
             self.trainer.optimizer.load_state_dict({**settings, "state": initial.optimizer["state"]})
-        self._validation: Split | None = None
 
     @property
     def state(self) -> checkpoint.State:
@@ -100,7 +103,7 @@ class Runner:
         return self.trainer.state
 
     def run(self) -> dict[str, Any]:
-        """Train what is left, evaluate, record; the status says at every moment how it stands.
+        """Train what is left, evaluate, record; ``status.json`` is right at every moment.
 
         Raises:
             RunFailed: training diverged, the folder can no longer be written to.
@@ -119,20 +122,18 @@ class Runner:
         log.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
         try:
             self.open()
-            self._train()
-            result = evaluate(
-                folder,
-                EstimatorInput(self.model, self.data, experiment.evaluation),
-                experiment.device,
-                experiment.config,
-                self.state,
-                self.signals.check,
-            )
+            if not self.trainer.is_done:
+                self._train()
+            self.signals.check()
+            self.model.eval()
+            subject = EstimatorInput(self.model, self.data, experiment.evaluation)
+            result = evaluate(folder, subject, experiment.device, experiment.config, self.state, self.signals.check)
             if finished_before:
                 self._begin()
                 finished_before = False
             self._publish(result)
-            self.sink.close("finished")
+            self.logger.close("finished")
+            checkpoint.drop_previous(folder.checkpoint)
             # Last of all: until it says so, the same command does again what may be missing.
             folder.set_status("finished", self.state.step)
             return result
@@ -143,153 +144,76 @@ class Runner:
             raise
 
     def begin(self) -> None:
-        """For the training alone: go on from where the run stands, with the local record alone.
-
-        The session that evaluates gives it to the other sinks.
-        """
+        """Prepare for training alone, with the local record; the process that evaluates opens the other loggers."""
         if self.folder.checkpoint.exists():
             self._resume()
         self._begin()
         self.open(local=True)
 
-    def open(self, local: bool = False) -> None:
-        """Open the record, with what is in it already: for every sink, or for the ``local`` one."""
-        experiment, folder = self.experiment, self.folder
-        self.sink = FanOut([JsonlLogger()] if local else [JsonlLogger(), *experiment.loggers])
-        self.sink.open(
-            RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
-            read_history(self.folder.path, self.state.step),
-        )
-
-    def ended(self, error: BaseException, finished_before: bool = False) -> BaseException:
-        """Record what ended it; returns what it is to be called.
-
-        Args:
-            error: what was raised.
-            finished_before: whether the run stays the finished one that it was.
-        """
-        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        if status == "interrupted":
-            log.warning("%s at step %d; the same command goes on from there", error, self.state.step)
-        else:
-            log.info("failed at step %d", self.state.step, exc_info=error)
-        failure = self._failure(error)
-        # What hinders these is what has just been raised.
-        if not finished_before:
-            with suppress(OSError):
-                named = "" if status == "interrupted" else f"{type(failure).__name__}: "
-                self.folder.set_status(status, self.state.step, f"{named}{failure}")
-        with suppress(OSError):
-            self.sink.close(status)
-        return failure
-
-    def _failure(self, error: BaseException) -> BaseException:
-        """``error``, or in one line what has become of the folder."""
-        words = trouble(error, self.folder.path) if isinstance(error, OSError) else None
-        if words is None:
-            return error
-        if not self.folder.path.is_dir():
-            return RunFailed(
-                f"{self.folder.path} is gone: it was renamed or removed while this run wrote to it; "
-                "under its old name the same command goes on from the last saved step"
-            )
-        return RunFailed(
-            f"{self.folder.path} cannot be written to ({words}); when it can, the same command goes on from the last "
-            "saved step; or choose another folder with output_dir=..."
-        )
-
     def _begin(self) -> None:
         self.folder.begin(self.experiment.config, self.experiment.overrides)
         self.folder.set_status("running", self.state.step)
 
-    def _publish(self, result: dict[str, Any]) -> None:
-        """Make a kept evaluation the result of the run."""
-        folder, splits = self.folder, self.experiment.evaluation.splits
-        # Without a result in between, a kill cannot leave the arrays of one evaluation beside the result of another.
-        (folder.path / "result.json").unlink(missing_ok=True)
-        with atomic_path(folder.path / "log_likelihood.npz") as temporary:
-            shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
-        write_json(folder.path / "result.json", result)
-        log.info("result: %s", json.dumps({split: result[split]["nll"] for split in splits}))
-        self.sink.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
-        try:
-            self._pictures(result)
-        except Interrupted:
-            raise
-        except Exception as error:
-            # Whatever a drawing library may come to: the numbers are written, and a run is not failed by its pictures.
-            why = f"{type(error).__name__}: {error}"
+    def _resume(self) -> None:
+        now = self.state.plan
+        self.trainer.state = checkpoint.load(self.folder.checkpoint, self.folder.identity)
+        checkpoint.require_data(self.state, self.data)
+        for key, value in self.state.plan.items():
+            if key == "threads":
+                torch.set_num_threads(value)
+            elif key in now and now[key] != value:
+                log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
+        self.model.load_state_dict(self.state.model)
+        kept, per_pass = {step for step, _ in read_history(self.folder.path)}, self.trainer.steps_per_pass
+        done = self.state.step // per_pass - self.trainer.is_validation_pending
+        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
+        if lost:
             log.warning(
-                "figures are missing: %s; they are drawn again by the same command once result.json is removed", why
+                "metrics.jsonl has no row of %d of the %d passes that are done, the first of them pass %d: "
+                "the curve of this run has a gap, its weights have not",
+                *(len(lost), done, lost[0]),
             )
-            log.info("how they failed", exc_info=True)
-            # Otherwise the same command would try again and again.
-            result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
-            with suppress(OSError):
-                write_json(folder.path / "result.json", result)
 
-    def on_step(self, step: int) -> None:
-        """Show that something happens."""
-        if self.progress is not None:
-            self.progress.update(step / self.trainer.steps_per_pass)
-
-    def on_best(self, state: checkpoint.State) -> None:
-        """Keep the best weights."""
-        checkpoint.save_best(state, self.model.state_dict(), self.folder.best)
-
-    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Record one pass."""
-        self.sink.log(step, metrics)
-        if self.progress is not None:
-            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
-
-    def on_save(self, state: checkpoint.State) -> None:
-        """Keep the state."""
-        checkpoint.save(state, self.folder.checkpoint)
-        self.folder.set_status("running", state.step)
-        log.info("saved step %d after %.1f s of training", state.step, state.seconds)
-
-    def interrupted(self) -> bool:
-        """Whether a signal has come."""
-        return self.signals.number is not None
+    def open(self, local: bool = False) -> None:
+        """Open all loggers, or the ``local`` one, with the rows so far."""
+        experiment, folder = self.experiment, self.folder
+        self.logger = FanOut([JsonlLogger()] if local else [JsonlLogger(), *experiment.loggers])
+        self.logger.open(
+            RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
+            read_history(folder.path, self.state.step),
+        )
 
     def _train(self) -> None:
-        per_pass = self.trainer.steps_per_pass
-        if not self.trainer.is_done:
-            if self.state.step:
-                progress.announce(f"goes on from step {self.state.step:,} of {self.trainer.total_steps:,}")
-            with progress.Progress(
-                "training",
-                total=self.experiment.schedule.passes,
-                images_per_unit=len(self.data.train),
-                start=self.state.step / per_pass,
-            ) as self.progress:
-                self.trainer.run(self._choose_step())
-            self.progress = None
-        self.signals.check()
-        self.model.eval()
-
-    def _choose_step(self) -> Step:
-        started, experiment = time.monotonic(), self.experiment
-        step = choose_step(
-            self.model,
-            experiment.objective,
-            self.trainer.optimizer,
-            experiment.training,
-            experiment.device,
-            self.trainer.total_steps,
-            self.trainer.minibatches.shape,
-            self.state.compiled,
-            self.signals.check,
-        )
-        seconds = time.monotonic() - started
-        self.state.seconds += seconds
-        log.info("the step is %s, made in %.1f s", step.name, seconds)
-        self.record_plan(step.name, runs_at_once=1)
-        return step
+        experiment, trainer = self.experiment, self.trainer
+        if self.state.step:
+            progress.announce(f"resumes from step {self.state.step:,} of {trainer.total_steps:,}")
+        with progress.Progress(
+            "training",
+            total=experiment.schedule.passes,
+            images_per_unit=len(self.data.train),
+            start=self.state.step / trainer.steps_per_pass,
+        ) as self.progress:
+            started = time.monotonic()
+            step = choose_step(
+                self.model,
+                experiment.objective,
+                trainer.optimizer,
+                experiment.training,
+                experiment.device,
+                trainer.total_steps,
+                trainer.minibatches.shape,
+                self.state.compiled,
+                self.signals.check,
+            )
+            seconds = time.monotonic() - started
+            self.state.seconds += seconds
+            log.info("the step is %s, made in %.1f s", step.name, seconds)
+            self.record_plan(step.name, runs_at_once=1)
+            trainer.run(step)
+        self.progress = None
 
     def record_plan(self, step: str, runs_at_once: int) -> None:
-        """Record how this session trains; warn where that differs from the sessions before."""
+        """Record how this process trains; warn where that differs from the processes before."""
         plan = {"step": step, "compiler": compiler() if "compiled" in step else None, "runs_at_once": runs_at_once}
         if "processes" in self.state.plan:
             # Version 0.2.0 could share a training over several processes.
@@ -299,6 +223,7 @@ class Runner:
             log.warning("resuming is not exact: %s", "; ".join(changes))
 
     def _validate(self) -> float:
+        """Return the bound of the validation split, nats."""
         if self._validation is None:
             self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
         likelihood = log_likelihood(
@@ -314,48 +239,66 @@ class Runner:
         )
         return float(likelihood.log_px.mean())
 
-    def _resume(self) -> None:
-        now = self.state.plan
-        self.trainer.state = checkpoint.load(self.folder.checkpoint, self.folder.identity)
-        checkpoint.require_data(self.state, self.data)
-        for key, value in self.state.plan.items():
-            if key == "threads":
-                torch.set_num_threads(value)
-            elif key in now and now[key] != value:
-                log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
-        self.model.load_state_dict(self.state.model)
-        history = read_history(self.folder.path, self.state.step)
-        kept, per_pass = {step for step, _ in history}, self.trainer.steps_per_pass
-        done = self.state.step // per_pass - self.trainer.is_validation_pending
-        lost = [number for number in range(1, done + 1) if number * per_pass not in kept]
-        if lost:
+    def on_step(self, step: int) -> None:
+        """Update the progress line."""
+        if self.progress is not None:
+            self.progress.update(step / self.trainer.steps_per_pass)
+
+    def on_best(self, state: checkpoint.State) -> None:
+        """Keep the best weights."""
+        checkpoint.save_best(state, self.model.state_dict(), self.folder.best)
+
+    def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Record one pass."""
+        self.logger.log(step, metrics)
+        if self.progress is not None:
+            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
+
+    def on_save(self, state: checkpoint.State) -> None:
+        """Keep the state."""
+        checkpoint.save(state, self.folder.checkpoint)
+        self.folder.set_status("running", state.step)
+        log.info("saved step %d after %.1f s of training", state.step, state.seconds)
+
+    def interrupted(self) -> bool:
+        """Return whether a signal has arrived."""
+        return self.signals.number is not None
+
+    def _publish(self, result: dict[str, Any]) -> None:
+        """Make a kept evaluation the result of the run."""
+        folder, splits = self.folder, self.experiment.evaluation.splits
+        # Without a result in between, a kill cannot leave the arrays of one evaluation beside the result of another.
+        (folder.path / "result.json").unlink(missing_ok=True)
+        with atomic_path(folder.path / "log_likelihood.npz") as temporary:
+            shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
+        write_json(folder.path / "result.json", result)
+        log.info("result: %s", json.dumps({split: result[split]["nll"] for split in splits}))
+        self.logger.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
+        try:
+            self._draw(result)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # The numbers are written; no error of a drawing library makes a run fail.
+            why = f"{type(error).__name__}: {error}"
             log.warning(
-                "%s has no row of %d of the %d passes that are done, the first of them pass %d: lost in a crash, or "
-                "deleted; the curve of this run has a gap, its weights have not",
-                *("metrics.jsonl", len(lost), done, lost[0]),
+                "figures are missing: %s; they are drawn again by the same command once result.json is removed", why
             )
+            log.info("how they failed", exc_info=True)
+            # Otherwise the same command would try again and again.
+            result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
+            with suppress(OSError):
+                write_json(folder.path / "result.json", result)
 
-    def _plan(self) -> dict[str, Any]:
-        return {
-            "device": self.device.type,
-            "threads": self.experiment.device.threads,
-            "torch": str(torch.__version__),  # a plain string is what weights_only reads back
-            "iwae-cli": iwae_cli.__version__,
-            "numpy": np.__version__,
-            "processor": torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else torch.backends.cpu.get_cpu_capability(),
-        }
-
-    def _pictures(self, result: Mapping[str, Any]) -> None:
+    def _draw(self, result: Mapping[str, Any]) -> None:
         """Draw the figures of the run folder and give them to the loggers."""
         # Imported here: matplotlib takes half a second, which would come before the first step.
         from iwae_cli.record.figures import plot_run
 
-        objective = self.experiment.objective
+        experiment = self.experiment
         shown = {
-            f"training, {self.experiment.names['objective']} k = {objective.num_samples}": "train/bound",
-            f"validation, $L_{{{self.experiment.validation.k}}}$": "validation/bound",
+            f"training, {experiment.names['objective']} k = {experiment.objective.num_samples}": "train/bound",
+            f"validation, $L_{{{experiment.validation.k}}}$": "validation/bound",
         }
         history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
         curves = {
@@ -363,28 +306,77 @@ class Runner:
             for name, key in shown.items()
         }
         bounds = {split: result[split]["bounds"] for split in summary.SPLITS if split in result}
-        test = self.data.evaluation_split("test", self.experiment.evaluation.binarization_seed).x[:50]
-        x = test.to(device=self.device, dtype=self.experiment.device.dtype)
-        images = {}
-        with torch.no_grad():
-            noise = KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device)
-            particles = self.model.draw(x, 50, noise)
-            if drawable(self.data.image_shape):
-                generative = self.model.generative
-                prior_noise = GeneratorNoise(generator(self.device, VALIDATION_SEED, "pictures"), x.dtype)
-                images["samples"] = generative.mean(generative.sample(100, prior_noise)[0])[0]
-                images["originals"] = x[:20]
-                images["reconstructions"] = generative.mean(tuple(h[:1, :20] for h in particles.latents))[0]
-        # Grey levels that are not binarized are numbers up to white.
-        white = self.data.levels - 1 if self.data.binarization == "none" and self.data.levels else 1
-        arrays = {
-            name: (values.double() / white).cpu().numpy().reshape(-1, *self.data.image_shape)
-            for name, values in images.items()
-        }
-        for name, path in plot_run(self.folder.figures, curves, bounds, **arrays).items():
-            self.sink.image(self.state.step, name, path)
-        spread = particles.log_w - particles.log_w.mean(0)  # (k, batch)
-        self.sink.histogram(self.state.step, "log_w minus its mean", spread.flatten().tolist())
+        test = self.data.evaluation_split("test", experiment.evaluation.binarization_seed).x[:50]
+        images, spread = pictures(self.model, self.data, test.to(device=self.device, dtype=experiment.device.dtype))
+        for name, path in plot_run(self.folder.figures, curves, bounds, **images).items():
+            self.logger.image(self.state.step, name, path)
+        self.logger.histogram(self.state.step, "log_w minus its mean", spread.flatten().tolist())
+
+    def ended(self, error: BaseException, finished_before: bool = False) -> BaseException:
+        """Record what ended the run; return ``error``, or in one line what happened to the folder.
+
+        Args:
+            error: what was raised.
+            finished_before: whether the run stays the finished one that it was.
+        """
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        if status == "interrupted":
+            log.warning("%s at step %d; the same command resumes from there", error, self.state.step)
+        else:
+            log.info("failed at step %d", self.state.step, exc_info=error)
+        folder, failure = self.folder, error
+        words = trouble(error, folder.path) if isinstance(error, OSError) else None
+        if words is not None and folder.path.is_dir():
+            failure = RunFailed(
+                f"{folder.path} cannot be written to ({words}); when it can, the same command resumes from the last "
+                "saved step; or choose another folder with output_dir=..."
+            )
+        elif words is not None:
+            failure = RunFailed(
+                f"{folder.path} is gone: it was renamed or removed while this run wrote to it; "
+                "under its old name the same command resumes from the last saved step"
+            )
+        # An error here has the cause of the one that was raised.
+        if not finished_before:
+            with suppress(OSError):
+                named = "" if status == "interrupted" else f"{type(failure).__name__}: "
+                folder.set_status(status, self.state.step, f"{named}{failure}")
+        with suppress(OSError):
+            self.logger.close(status)
+        return failure
+
+
+def _plan(experiment: Experiment) -> dict[str, Any]:
+    """Return what may change the bits of a training."""
+    device = experiment.device.resolve()
+    return {
+        "device": device.type,
+        "threads": experiment.device.threads,
+        "torch": str(torch.__version__),  # a plain string is what weights_only reads back
+        "iwae-cli": iwae_cli.__version__,
+        "numpy": np.__version__,
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@torch.no_grad()
+def pictures(
+    model: LatentVariableModel, data: Data, x: Float[Tensor, "batch pixels"]
+) -> tuple[dict[str, Shaped[np.ndarray, "n *image"]], Float[Tensor, "k batch"]]:
+    """Return the images of ``plot_run`` by name, none if they are not ``drawable``, and log w minus its mean, nats."""
+    drawn = model.draw(x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device))
+    images = {}
+    if drawable(data.image_shape):
+        p, noise = model.generative, GeneratorNoise(generator(x.device, VALIDATION_SEED, "pictures"), x.dtype)
+        images["samples"] = p.mean(p.sample(100, noise)[0])[0]
+        images["originals"] = x[:20]
+        images["reconstructions"] = p.mean(tuple(h[:1, :20] for h in drawn.latents))[0]
+    # Grey levels that are not binarized are numbers up to white.
+    white = data.levels - 1 if data.binarization == "none" and data.levels else 1
+    arrays = {
+        name: (values.double() / white).cpu().numpy().reshape(-1, *data.image_shape) for name, values in images.items()
+    }
+    return arrays, drawn.log_w - drawn.log_w.mean(0)
 
 
 @oom_as_run_failed()
@@ -404,7 +396,9 @@ def run(experiment: Experiment) -> dict[str, Any]:
     """
     experiment.check()
     folder = experiment.folder()
-    since, sync = _trained_at(folder), left_to_upload(folder.path)
+    since, sync = None, left_to_upload(folder.path)
+    if folder.status() == "finished" and folder.checkpoint.exists():
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
     with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
         result = None if experiment.restart else _finished(experiment, folder)
         lacking = _lacking(folder, result)
@@ -464,17 +458,12 @@ def _lacking(folder: RunFolder, result: dict[str, Any] | None) -> list[str]:
     return lacking
 
 
-def _trained_at(folder: RunFolder) -> str | None:
-    """Return the time of day at which the training of a finished run ended; None if there is anything to train."""
-    if folder.status() != "finished" or not folder.checkpoint.exists():
-        return None
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
-
-
 @contextmanager
 def logging_to(folder: RunFolder) -> Iterator[None]:
     """Send log messages to ``train.log`` with the time of day, and warnings to the terminal too."""
-    file = _LogFile(folder.log)
+    file = logging.FileHandler(folder.log)
+    # Where there is no room for a line of the log, the run itself fails and says so.
+    file.handleError = lambda record: None  # type: ignore[method-assign]
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
@@ -490,8 +479,3 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
             log.removeHandler(handler)
             with suppress(OSError):
                 handler.close()
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore it: where there is no room for a line of the log, the run itself fails and says so."""

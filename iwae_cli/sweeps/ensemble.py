@@ -23,7 +23,7 @@ from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Member, train_ensemble
-from iwae_cli.training.steps.choose import should_compile
+from iwae_cli.training.steps.choose import all_ours, should_compile
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
 
@@ -84,15 +84,16 @@ def train_together(
         standing: dict[tuple[int, bool], list[Experiment]] = defaultdict(list)
         with suppress(UserError):
             data = experiments[0].load()
-            for experiment in experiments:
+            model = experiments[0].model.outline(data.image_shape, data.levels)
+            for experiment in experiments if all_ours(model, experiments[0].objective) else ():
                 caught.check()
                 with suppress(UserError, OSError):
                     standing[_standing(experiment, stack)].append(experiment)
         caught.check()
         for (step, _), members in standing.items():
             if step != DONE and len(members) > 1 and not (any_failed and stop_on_error):
-                members = [member for member in members if _is_ready(member, stack)]
-                any_failed |= _train(members, data, caught, begins, failed, stop_on_error)
+                ready = [member for member in members if _is_ready(member, stack)]
+                any_failed |= _train(_begun(ready, data, caught), caught, begins, failed, stop_on_error)
     return any_failed
 
 
@@ -124,110 +125,108 @@ def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
 
 
 def _train(
-    members: Sequence[Experiment],
-    data: Data,
+    runners: Sequence[Runner],
     caught: Signals,
     begins: Callable[[Experiment], None],
     failed: Callable[[Experiment, BaseException], None],
     stop_on_error: bool,
 ) -> bool:
     """``train_together`` for runs that stand at the same step."""
-    sessions = _begun(members, data, caught)
-    if not sessions:
+    if not runners:
         return False
-    for session in sessions:
-        begins(session.experiment)
-    failures, saved = _trained(sessions, failed, stop_on_error)
-    for number, session in enumerate(sessions):
+    for runner in runners:
+        begins(runner.experiment)
+    failures, saved = _trained(runners, failed, stop_on_error)
+    for number, runner in enumerate(runners):
         if number in failures:
             continue
-        if session.trainer.is_done:
+        if runner.trainer.is_done:
             why = "trained; evaluated after all have trained"
         elif caught.number is not None:
             why = str(Interrupted(caught.number))
         else:
             why = "stopped, since another run failed" if failures and stop_on_error else "continues alone"
-        with suppress(OSError), logging_to(session.folder):
-            log.info("at step %d after %.1f s of training: %s", session.state.step, session.state.seconds, why)
+        with suppress(OSError), logging_to(runner.folder):
+            log.info("at step %d after %.1f s of training: %s", runner.state.step, runner.state.seconds, why)
             if saved:
-                session.folder.set_status("interrupted", session.state.step, why)
-            session.sink.close("interrupted")
+                runner.folder.set_status("interrupted", runner.state.step, why)
+            runner.logger.close("interrupted")
     caught.check()
     return bool(failures)
 
 
 def _begun(members: Sequence[Experiment], data: Data, caught: Signals) -> list[Runner]:
-    """Return the sessions that can train at once; none if there would be only one."""
-    sessions: list[Runner] = []
+    """Return the runners that can train at once; none if there would be only one."""
+    runners: list[Runner] = []
     for experiment in members if len(members) > 1 else ():
         folder = experiment.folder()
         try:
             with logging_to(folder):
-                session = Runner(experiment, data, folder, caught)
-                session.begin()
-                session.record_plan("compiled" if _machine_code(session) else "plain", runs_at_once=len(members))
-                at, of, others = session.state.step, session.trainer.total_steps, len(members) - 1
+                runner = Runner(experiment, data, folder, caught)
+                runner.begin()
+                runner.record_plan("compiled" if _machine_code(runner) else "plain", runs_at_once=len(members))
+                at, of, others = runner.state.step, runner.trainer.total_steps, len(members) - 1
                 log.info("begin at step %d of %d, at once with %d other runs", at, of, others)
         except (UserError, OSError):
             # Its job reports the error when it has its turn; the others begin again without it.
-            for session in sessions:
-                session.sink.close("interrupted")
+            for runner in runners:
+                runner.logger.close("interrupted")
             return _begun([member for member in members if member is not experiment], data, caught)
-        sessions.append(session)
-    return sessions
+        runners.append(runner)
+    return runners
 
 
-def _machine_code(session: Runner) -> bool:
-    trainer, experiment = session.trainer, session.experiment
+def _machine_code(runner: Runner) -> bool:
+    trainer, experiment = runner.trainer, runner.experiment
     rows, _ = trainer.minibatches.shape
     return should_compile(
-        trainer.model, experiment.objective, experiment.device, trainer.total_steps, rows, session.state.compiled
+        trainer.model, experiment.objective, experiment.device, trainer.total_steps, rows, runner.state.compiled
     )
 
 
-def _members(sessions: Sequence[Runner]) -> list[Member]:
-    """Return the trainings of the sessions; those with equal settings share one objective, and so its calls."""
+def _members(runners: Sequence[Runner]) -> list[Member]:
+    """Return the trainings of the runners; those with equal settings share one objective, and so its calls."""
     shared: dict[str, Objective] = {}
     members = []
-    for session in sessions:
-        named = json.dumps(session.experiment.config["objective"], sort_keys=True)
-        objective = shared.setdefault(named, session.experiment.objective)
-        members.append(Member(session.trainer, PlainStep(session.model, objective, session.trainer.optimizer)))
+    for runner in runners:
+        named = json.dumps(runner.experiment.config["objective"], sort_keys=True)
+        objective = shared.setdefault(named, runner.experiment.objective)
+        members.append(Member(runner.trainer, PlainStep(runner.model, objective, runner.trainer.optimizer)))
     return members
 
 
 def _trained(
-    sessions: Sequence[Runner], report: Callable[[Experiment, BaseException], None], stop_on_error: bool
+    runners: Sequence[Runner], report: Callable[[Experiment, BaseException], None], stop_on_error: bool
 ) -> tuple[set[int], bool]:
-    """Train; return the numbers of the sessions that failed, and whether the states of the others are saved."""
+    """Train; return the numbers of the runners that failed, and whether the states of the others are saved."""
     failures: set[int] = set()
 
     def failed(number: int, error: RunFailed | OSError) -> None:
         failures.add(number)
-        session = sessions[number]
+        runner = runners[number]
         with ExitStack() as stack:
             with suppress(OSError):
-                stack.enter_context(logging_to(session.folder))
-                session.sink.close("failed")
+                stack.enter_context(logging_to(runner.folder))
+                runner.logger.close("failed")
                 # The run ends here, so all loggers record it.
-                session.open()
-            report(session.experiment, session.ended(error))
+                runner.open()
+            report(runner.experiment, runner.ended(error))
 
-    trainer, state = sessions[0].trainer, sessions[0].state
+    trainer, state = runners[0].trainer, runners[0].state
     with progress.Progress(
-        f"training {len(sessions)} runs",
+        f"training {len(runners)} runs",
         total=trainer.schedule.passes,
-        images_per_unit=len(sessions[0].data.train) * len(sessions),
+        images_per_unit=len(runners[0].data.train) * len(runners),
         start=state.step / trainer.steps_per_pass,
     ) as shown:
-        for session in sessions:
-            session.progress = shown
+        for runner in runners:
+            runner.progress = shown
         try:
             with oom_as_run_failed():
-                train_ensemble(_members(sessions), _machine_code(sessions[0]), failed, stop_on_error)
+                train_ensemble(_members(runners), _machine_code(runners[0]), failed, stop_on_error)
         except (CannotCompileError, RunFailed) as error:
             # Ctrl-C also ends the compiler.
-            if sessions[0].signals.number is None:
+            if runners[0].signals.number is None:
                 progress.announce(f"these runs train one after the other from here on: {error}")
             return failures, isinstance(error, CannotCompileError)
     return failures, True

@@ -139,7 +139,12 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, list[str]], None
 
     def work() -> None:
         _train_together(together, SweepFolder(path), plan.stop_on_error)
-        engine(path, _remaining(plan, path))
+        left = []
+        if str(plan.sweeper["_target_"]).endswith(".OptunaSweeper"):
+            from iwae_cli.sweeps.optuna import remaining
+
+            left = remaining(plan.sweeper, path)
+        engine(path, left)
 
     launcher.start(plan.launcher)
     _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
@@ -246,12 +251,3 @@ def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop
         attempts.clear()
         if any_failed and _sweep is not None:
             _sweep.failed_here()
-
-
-def _remaining(plan: Plan, folder: Path) -> list[str]:
-    """Return overrides that make a search continue where it was stopped."""
-    if not str(plan.sweeper["_target_"]).endswith(".OptunaSweeper"):
-        return []
-    from iwae_cli.sweeps.optuna import remaining
-
-    return remaining(plan.sweeper, folder)

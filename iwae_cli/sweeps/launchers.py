@@ -107,7 +107,7 @@ LAUNCHERS: Mapping[str, Launcher] = {
 
 def adapter(name: str) -> Launcher:
     """Return the adapter of a choice of ``hydra/launcher``."""
-    return LAUNCHERS.get(name) or Launcher()
+    return LAUNCHERS.get(name, Launcher())
 
 
 def request_requeue(launcher: Launcher, number: int) -> None:

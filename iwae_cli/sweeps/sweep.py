@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +60,7 @@ class Planned:
         overrides: what was asked for.
         folder: of the run.
         evaluation: name of the final evaluation within the run.
-        restart: whether it is to be begun again.
+        restart: whether it starts from the beginning.
     """
 
     overrides: Sequence[str]
@@ -75,20 +74,14 @@ class SweepFolder:
 
     Attributes:
         path: absolute path of the folder; its name is the group of the sweep.
+        jobs: folder with one record per job.
+        stop: file that exists while the sweep is being stopped: no further job begins.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-
-    @property
-    def jobs(self) -> Path:
-        """Folder with one record per job."""
-        return self.path / "jobs"
-
-    @property
-    def stop(self) -> Path:
-        """File that exists while the sweep is being stopped: no further job begins."""
-        return self.path / "stop"
+        self.jobs = self.path / "jobs"
+        self.stop = self.path / "stop"
 
     def record(self, overrides: Sequence[str]) -> Path:
         """Return the path of the record of the job with these overrides."""
@@ -171,42 +164,41 @@ class Sweep:
             Stopped: by a signal or an error; the jobs have been asked to save their state.
             SweepFailed: not all runs are finished.
         """
-        with as_user_error(self.folder.path, "mend that, or choose another folder with output_dir=..."):
-            self._run(work)
-
-    def _run(self, work: Callable[[], None]) -> None:
-        self.folder.jobs.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.folder.path):
-            self._forget()
-            self._update()
-            ended: Exception | Stopped | None = None
-            with self._watched(), self._signals():
-                try:
-                    work()
-                except UserError:
-                    raise
-                except Exception as error:
-                    if self._exit_code is not None:
-                        # Ray makes an error of its own of what a handler raises.
-                        ended = Stopped(self._exit_code)
-                    else:
-                        # The engine lost a job (a worker was killed) and gave up; other jobs may still be running.
-                        ended = error
-                        self._settle()
-                except Stopped as stopped:
-                    ended = stopped
-            jobs = self._update()
-            self._show(jobs)
-        if isinstance(ended, Stopped):
-            raise ended
+        path = self.folder.path
+        with as_user_error(path, "mend that, or choose another folder with output_dir=..."):
+            self.folder.jobs.mkdir(parents=True, exist_ok=True)
+            with RunLock(path):
+                self._forget()
+                self._update()
+                with self._watched(), self._signals():
+                    ended = self._worked(work)
+                jobs = self._update()
+                self._show(jobs)
         if ended is not None:
-            what = (str(ended).strip().splitlines() or [""])[0]
-            raise SweepFailed(f"the launcher gave up: {type(ended).__name__}: {what}")
+            raise ended
         # A trial that failed is a result of a search.
         good = {"finished"} if self._planned is not None else {"finished", "failed"}
         left = Counter(job["status"] for job in jobs if job["status"] not in good)
         if left or not any(job["status"] == "finished" for job in jobs):
             raise SweepFailed(f"not all runs are finished: {_counted(left) or 'none was'}")
+
+    def _worked(self, work: Callable[[], None]) -> Stopped | SweepFailed | None:
+        """Call ``work``; return what ended it early."""
+        try:
+            work()
+        except UserError:
+            raise
+        except Stopped as stopped:
+            return stopped
+        except Exception as error:
+            if self._exit_code is not None:
+                # Ray replaces the exception of a signal handler by one of its own.
+                return Stopped(self._exit_code)
+            # The engine lost a job (a worker was killed) and gave up; other jobs may still be running.
+            self._settle()
+            what = (str(error).strip().splitlines() or [""])[0]
+            return SweepFailed(f"the launcher gave up: {type(error).__name__}: {what}")
+        return None
 
     def failed_here(self) -> None:
         """Stop the sweep if its jobs end at the first failure; called for a job that failed in this process."""
@@ -221,7 +213,7 @@ class Sweep:
         for path, record in self._records():
             if self._planned is not None:
                 path.unlink(missing_ok=True)
-            elif record["status"] == "running" and not _alive(record):
+            elif record["status"] == "running" and not process_alive(record["host"], record["pid"]):
                 write_json(path, {**record, "status": "killed"})
             elif record["status"] == "failed":
                 self._reported.add(path.name)
@@ -344,7 +336,8 @@ class Sweep:
         """Return the records of jobs that run in other processes of this machine."""
         here, me = socket.gethostname(), os.getpid()
         records = [record for _, record in self._records() if record["status"] == "running"]
-        return [record for record in records if record["host"] == here and record["pid"] != me and _alive(record)]
+        others = [record for record in records if record["host"] == here and record["pid"] != me]
+        return [record for record in others if process_alive(here, record["pid"])]
 
     # The end.
 
@@ -366,9 +359,7 @@ class Sweep:
                 Text(str(job.get("identity", ""))),
             )
         # As wide as needed: names are copied from here.
-        out = Console(highlight=False, markup=False)
-        width = Measurement.get(out, out.options.update(max_width=sys.maxsize), sheet).maximum
-        out = Console(highlight=False, markup=False, width=max(out.width, width))
+        out = Console(highlight=False, markup=False, width=10_000)
         counts = Counter(job["status"] for job in jobs)
         out.print()
         out.print(self.folder.path.name, style="bold", soft_wrap=True)
@@ -400,7 +391,7 @@ def _job(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry in ``sweep.json`` of a job that has begun."""
     keys = ("overrides", "status", "identity", "folder", "evaluation", "result", "error")
     job = {"error": None, **{key: record[key] for key in keys if key in record}}
-    if job["status"] == "running" and not _alive(record):
+    if job["status"] == "running" and not process_alive(record["host"], record["pid"]):
         job["status"] = "killed"
     return job
 
@@ -412,10 +403,6 @@ def _place(sweep: Path, folder: Path, evaluation: str) -> dict[str, str]:
         "evaluation": evaluation,
         "result": f"evaluations/{evaluation}/result.json",
     }
-
-
-def _alive(record: Mapping[str, Any]) -> bool:
-    return process_alive(record["host"], record["pid"])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

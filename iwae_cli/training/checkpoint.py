@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +21,12 @@ import torch
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.files import write_bytes
+from iwae_cli.core.files import atomic_path, write_bytes
 from iwae_cli.data.base import Data
 
 T = TypeVar("T")
+
+log = logging.getLogger("iwae_cli")
 
 
 @dataclass
@@ -79,33 +84,55 @@ class State:
         return str(self.plan.get(key)).rpartition(", then ")[2]
 
 
+def previous(path: Path) -> Path:
+    """Return where ``save`` keeps the checkpoint that was at ``path`` before."""
+    return path.with_name(f"previous-{path.name}")
+
+
 def save(state: State, path: Path) -> None:
-    """Write ``state`` to ``path``, atomically."""
-    _write({**vars(state), "model": _alone(state.model)}, path)
+    """Write ``state`` to ``path``, atomically; the checkpoint there becomes the ``previous`` one if it is whole."""
+    if path.exists() and _is_whole(path):
+        with atomic_path(previous(path)) as temporary:
+            shutil.copyfile(path, temporary)
+    _write({**vars(state)}, path)
+
+
+def drop_previous(path: Path) -> None:
+    """Remove the previous checkpoint once the one at ``path`` has been read back."""
+    if previous(path).exists() and _is_whole(path):
+        previous(path).unlink()
 
 
 def load(path: Path, identity: str | None = None) -> State:
-    """Read a state, on the CPU.
+    """Read a state, on the CPU; where it is damaged, the previous one, with a warning.
 
     Raises:
-        UserError: the file is missing, damaged, or belongs to another training than ``identity``.
+        UserError: the file is missing, damaged without a previous one, or of another training than ``identity``.
     """
     if not path.is_file():
         raise UserError(f"{path} is not there: the run has no checkpoint yet")
-    state: State = _read(path, lambda held: State(**held))
+    try:
+        state = _read(path, lambda held: State(**held))
+    except UserError:
+        if not (previous(path).exists() and _is_whole(previous(path))):
+            raise
+        state = _read(previous(path), lambda held: State(**held))
+        log.warning("%s, saved at step %s, is damaged; the one of step %d is used", path, _last_step(path), state.step)
     _require(path, state.identity, identity)
     return state
 
 
-def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
-    """Write the best weights so far to ``path``, atomically.
+def _last_step(path: Path) -> object:
+    """Return the step at which a damaged checkpoint was saved, as the status of the run records it."""
+    try:
+        return json.loads(path.with_name("status.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
-    Args:
-        state: its ``best`` describes these weights.
-        model: their state dict.
-        path: of the file.
-    """
-    _write({"identity": state.identity, **state.best, "model": _alone(model)}, path)
+
+def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
+    """Write the best weights so far, described by ``state.best``, to ``path``, atomically."""
+    _write({"identity": state.identity, **state.best, "model": model}, path)
 
 
 def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
@@ -125,12 +152,9 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
     return best[1:]
 
 
-def _alone(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies: torch saves a slice with the whole tensor that it is part of."""
-    return {name: value.clone() for name, value in model.items()}
-
-
 def _write(value: dict[str, Any], path: Path) -> None:
+    # Copies: torch saves a slice with the whole tensor that it is part of.
+    value["model"] = {name: tensor.clone() for name, tensor in value["model"].items()}
     # Through memory: where the disk is full, torch's own file writer raises an error that does not say so.
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -149,6 +173,13 @@ def _read(path: Path, convert: Callable[[dict[str, Any]], T]) -> T:
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged; the run's command with "
             "restart=true retrains and keeps the old folder under another name"
         ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return _read(path, bool)
+    except UserError:
+        return False
 
 
 def _require(path: Path, identity: str, wanted: str | None) -> None:
@@ -188,9 +219,3 @@ def fingerprint(state: State, with_optimizer: bool) -> str:
     if with_optimizer:
         add("optimizer", state.optimizer["state"])
     return digest.hexdigest()
-
-
-def first_fault(error: RuntimeError) -> str:
-    """Return the first line of torch's message about a state dict that does not fit."""
-    lines = str(error).splitlines()
-    return lines[1 if len(lines) > 1 else 0].strip()

@@ -8,16 +8,23 @@ from typing import final
 
 
 class Schedule(ABC):
-    """A number of passes and a factor for each. This is what a yaml of ``conf/schedule`` names."""
+    """A number of passes and a factor for each. This is what a yaml of ``conf/schedule`` names.
 
-    @property
-    @abstractmethod
-    def passes(self) -> int:
-        """Passes over the training split."""
+    Args:
+        passes: over the training split.
+
+    Raises:
+        ValueError: passes < 1.
+    """
+
+    def __init__(self, passes: int) -> None:
+        if passes < 1:
+            raise ValueError(f"passes must be >= 1, got {passes}")
+        self.passes = passes
 
     @abstractmethod
     def factor(self, pass_index: int) -> float:
-        """Factor on the optimizer's learning rate in pass ``pass_index`` = 0, 1, ..."""
+        """Return the factor on the optimizer's learning rate in pass ``pass_index`` = 0, 1, ..."""
 
 
 @final
@@ -36,15 +43,10 @@ class Burda(Schedule):
     def __init__(self, stages: int = 8) -> None:
         if not 1 <= stages <= 8:
             raise ValueError(f"stages must be 1 to 8, got {stages}")
-        self.stages = stages
-
-    @property
-    def passes(self) -> int:
-        """1 + 3 + 9 + ..."""
-        return (3**self.stages - 1) // 2
+        super().__init__((3**stages - 1) // 2)
 
     def factor(self, pass_index: int) -> float:
-        """10^(-i/7) in stage i, whose first pass is (3^i - 1) / 2."""
+        """Return 10^(-i/7) in stage i, whose first pass is (3^i - 1) / 2."""
         stage = 0
         while pass_index >= (3 ** (stage + 1) - 1) // 2:
             stage += 1
@@ -53,22 +55,10 @@ class Burda(Schedule):
 
 @final
 class Constant(Schedule):
-    """The optimizer's own learning rate throughout.
-
-    Raises:
-        ValueError: passes < 1.
-    """
-
-    def __init__(self, passes: int) -> None:
-        self._passes = _checked_passes(passes)
-
-    @property
-    def passes(self) -> int:
-        """As given."""
-        return self._passes
+    """The optimizer's own learning rate throughout."""
 
     def factor(self, pass_index: int) -> float:
-        """1."""
+        """Return 1."""
         return 1.0
 
 
@@ -81,19 +71,14 @@ class Exponential(Schedule):
     """
 
     def __init__(self, passes: int, final: float = 0.1) -> None:
+        super().__init__(passes)
         if not 0 < final <= 1:
             raise ValueError(f"final must be in (0, 1], got {final}")
-        self._passes = _checked_passes(passes)
         self.final = final
-
-    @property
-    def passes(self) -> int:
-        """As given."""
-        return self._passes
 
     def factor(self, pass_index: int) -> float:
         """See the class; 1 where there is one pass only."""
-        return float(self.final ** (pass_index / max(1, self._passes - 1)))
+        return float(self.final ** (pass_index / max(1, self.passes - 1)))
 
 
 @final
@@ -108,22 +93,11 @@ class Cosine(Schedule):
     """
 
     def __init__(self, passes: int, final: float = 0.0) -> None:
+        super().__init__(passes)
         if not 0 <= final <= 1:
             raise ValueError(f"final must be in [0, 1], got {final}")
-        self._passes = _checked_passes(passes)
         self.final = final
-
-    @property
-    def passes(self) -> int:
-        """As given."""
-        return self._passes
 
     def factor(self, pass_index: int) -> float:
         """See the class."""
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * pass_index / self._passes)) / 2
-
-
-def _checked_passes(passes: int) -> int:
-    if passes < 1:
-        raise ValueError(f"passes must be >= 1, got {passes}")
-    return passes
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * pass_index / self.passes)) / 2

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from iwae_cli.objectives.base import BoundObjective, Objective
 
@@ -36,6 +35,7 @@ class Validation:
                 raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
 
 
+@dataclass(frozen=True)
 class Training:
     """How a step differentiates its draws. This is what a yaml of ``conf/training`` names.
 
@@ -44,16 +44,15 @@ class Training:
         tau: roulette threshold; draws with at least this share of the weight always survive.
 
     Raises:
-        ValueError: unknown ``backward``, or tau outside (0, 1].
+        ValueError: tau outside (0, 1].
     """
 
-    def __init__(self, backward: Backward = "all", tau: float = 0.01) -> None:
-        if backward not in get_args(Backward):
-            raise ValueError(f"backward must be one of {', '.join(get_args(Backward))}, got {backward!r}")
-        if not (math.isfinite(tau) and 0 < tau <= 1):
-            raise ValueError(f"tau must be in (0, 1], got {tau}")
-        self.backward: Backward = backward
-        self.tau = tau
+    backward: Backward = "all"
+    tau: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must be in (0, 1], got {self.tau}")
 
     def check(self, objective: Objective) -> str | None:
         """Return why the roulette cannot be used with this objective, naming what can; None if it can."""

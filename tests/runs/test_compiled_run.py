@@ -95,10 +95,6 @@ def test_killed_and_resumed_a_compiled_run_ends_in_the_same_bits(
     assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(compiled).items())
 
 
-def test_a_run_too_short_to_gain_is_not_compiled(plain: Path) -> None:
-    assert plan(plain)["compiler"] is None and plan(plain)["step"] == "plain"
-
-
 def test_without_a_compiler_the_step_is_plain(
     tmp_path: Path, plain: Path, worthwhile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +187,19 @@ def test_a_checkpoint_of_an_earlier_version_keeps_its_plain_step(
     assert found == expected
 
 
-def test_an_unknown_choice_is_one_line(tmp_path: Path) -> None:
-    code, _, err = run(*COMMAND, "device.compile=true", f"output_dir={tmp_path / 'none'}")
-    assert code == 2 and len(err.strip().splitlines()) == 1
-    assert "device.compile must be one of auto, on, off" in err
+def test_runs_of_a_model_with_a_part_of_a_user_train_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``hydra/launcher=batched`` maps only classes of this package over several models."""
+    file = tmp_path / "conf" / "model" / "own.yaml"
+    file.parent.mkdir(parents=True)
+    prior = "{_target_: own_parts.OwnPrior}"
+    file.write_text(
+        "_target_: iwae_cli.models.architectures.mlp.GaussianMLP\n"
+        f"latent_sizes: [3]\nhidden_sizes: [[8]]\nprior: {prior}\n"
+    )
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "own_parts")
+    sweep = ("model=own", *TINY[2:], "seed=0,1", "hydra/launcher=batched", f"output_dir={tmp_path / 'outputs'}")
+    code, _, err = run("-m", *sweep, "--config-dir", str(tmp_path / "conf"))
+    assert code == 0, err
+    assert [plan(folder)["runs_at_once"] for folder in run_folders(tmp_path / "outputs")] == [1, 1]

@@ -10,7 +10,7 @@ import torch
 from faults import Fault, Forks, terminate
 from small_runs import TINY, TINY_TWO_LAYERS, bits, last_of_each, read_json, run, run_folders
 
-from iwae_cli.cli.evaluate import evaluate as iwae_eval
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.core.errors import Interrupted
 from iwae_cli.training import trainer
 
@@ -54,7 +54,7 @@ def test_an_evaluation_of_an_unfinished_run_is_not_its_result(tmp_path: Path, mo
         context.setattr(trainer, "SAVE_EVERY_SECONDS", -1.0)
         assert run(*overrides)[0] == 143
     (folder,) = run_folders(output_dir)
-    assert iwae_eval([str(folder)]) == 0
+    assert evaluate([str(folder)]) == 0
     (kept,) = folder.glob("evaluations/*/result.json")
     assert (read_json(kept)["status"], read_json(kept)["steps"]) == ("unfinished", 20)
     assert run(*overrides)[0] == 0
@@ -78,5 +78,5 @@ def test_changed_data_are_refused(folder: Path) -> None:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save({**state, "data_sha256": "0" * 64}, folder / "checkpoint.pt")
     before = list(folder.glob("evaluations/*"))
-    assert iwae_eval([str(folder), "evaluation.k=60"]) == 2
+    assert evaluate([str(folder), "evaluation.k=60"]) == 2
     assert list(folder.glob("evaluations/*")) == before

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from faults import Fault
 from scipy.io import savemat
 from small_runs import TINY, bits, finished, read_json, run
@@ -88,19 +87,6 @@ def test_an_output_dir_that_cannot_be_created(
     line = refused(output_dir, *sweep)
     assert str(output_dir) in line and line.endswith("choose another folder with output_dir=...")
     assert sorted(tmp_path.rglob("*")) in (before, [*before, tmp_path / "there"])
-
-
-def test_a_file_where_the_run_folder_belongs(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("mine")
-    assert f"{folder} cannot be used (File exists: {folder})" in refused(folder.parent)
-
-
-@pytest.mark.parametrize("key", ["output_dir", "init_from"])
-def test_an_empty_name_is_not_the_current_folder(key: str, tmp_path: Path) -> None:
-    code, _, err = run(f"{key}=")
-    assert (code, err) == (2, f"iwae-train: {key} must name a folder, got ''\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 # A disk that cannot be written to.
@@ -221,24 +207,13 @@ def test_files_where_folders_belong(folder: Path) -> None:
     assert (folder / "figures").read_text() == "mine"
 
 
-def test_missing_and_damaged_best_weights_differ(folder: Path) -> None:
-    (folder / "best.pt").write_bytes((folder / "best.pt").read_bytes()[:-500])
-    code, _, err = evaluate(folder, "evaluation.weights=best")
-    assert code == 2 and err.count("\n") == 1 and str(folder / "best.pt") in err
-    (folder / "best.pt").unlink()
-    code, _, err = evaluate(folder, "evaluation.weights=best")
-    assert code == 2 and err.count("\n") == 1 and "evaluation.weights=last" in err
-
-
 # Files outside the run folder.
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda source: source / "config.yaml", "config.yaml"),
         (lambda source: source.parent / "nowhere", "nowhere"),
-        (lambda source: rewritten(source, "model"), "config.yaml"),
         (lambda source: (source / "checkpoint.pt").unlink() or source, "checkpoint.pt"),
         (lambda source: (source / "checkpoint.pt").write_bytes(b"x") and source, "restart=true"),
     ],
@@ -247,13 +222,6 @@ def test_an_invalid_source(folder: Path, damage: Callable[[Path], Path], named: 
     line = refused(folder.parent.parent / "new", f"init_from={damage(folder)}")
     assert line.startswith(f"iwae-train: init_from: {folder.parent}") and named in line
     assert not (folder.parent.parent / "new").exists()
-
-
-def rewritten(source: Path, without: str) -> Path:
-    config = yaml.safe_load((source / "config.yaml").read_text())
-    del config[without]
-    (source / "config.yaml").write_text(yaml.safe_dump(config))
-    return source
 
 
 def test_data_that_were_moved(tmp_path: Path) -> None:

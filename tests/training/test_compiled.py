@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_parts import OwnStandardNormal
 
-from iwae_cli.core.device import compiler
+from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import GeneratorNoise, Noise
 from iwae_cli.models.architectures.conv import GaussianConvolutional
@@ -28,7 +29,7 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
-from iwae_cli.training.steps.choose import compiling_pays
+from iwae_cli.training.steps.choose import compiling_pays, should_compile
 from iwae_cli.training.steps.compiled import CompiledStep
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
@@ -100,14 +101,6 @@ def compare(model: LatentVariableModel, objective: Objective, rtol: float, dtype
 def test_the_graph_has_the_gradients_of_the_plain_step(case: str, traced_only: None) -> None:
     architecture, objective = CASES[case]
     compare(built(architecture), objective, rtol=1e-12)
-
-
-def test_a_frozen_generative_network_stays_so(traced_only: None) -> None:
-    model = built(TWO)
-    model.generative.requires_grad_(False)
-    before = copy.deepcopy(model.generative.state_dict())
-    compare(model, IWAE(3, "dreg"), rtol=1e-12)
-    torch.testing.assert_close(model.generative.state_dict(), before, rtol=0, atol=0)
 
 
 def stepped(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
@@ -304,3 +297,13 @@ MNIST, ONE_LAYER, TWO_LAYERS = 2980, 423_484, 566_234  # steps a pass in batches
 )
 def test_compiling_is_chosen_where_it_pays(steps: int, k: int, parameters: int, expected: bool) -> None:
     assert compiling_pays(steps, 20 * k, parameters) is expected
+
+
+def test_a_model_with_a_part_of_a_user_is_compiled_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would freeze what such a part counts."""
+    monkeypatch.setattr("iwae_cli.training.steps.choose.compiler", lambda: "g++")
+    model, device = built(ONE), Device("cpu")
+    assert should_compile(model, IWAE(3), device, 10**9, BATCH, None)
+    model.generative.prior = OwnStandardNormal(3)
+    assert not should_compile(model, IWAE(3), device, 10**9, BATCH, None)
+    assert should_compile(model, IWAE(3), Device("cpu", compile="on"), 10**9, BATCH, None)

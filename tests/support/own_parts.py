@@ -1,0 +1,17 @@
+"""A user's own part inside a model of this package."""
+
+from __future__ import annotations
+
+from iwae_cli.models.conditionals import Conditional
+from iwae_cli.models.priors import Prior, StandardNormal
+
+
+class OwnStandardNormal(StandardNormal):
+    """N(0, I) of a user's own class."""
+
+
+class OwnPrior(Prior):
+    """Settings of it."""
+
+    def build(self, size: int) -> Conditional:
+        return OwnStandardNormal(size)
