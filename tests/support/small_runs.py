@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,14 @@ def read_json(path: Path) -> Any:
 def arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return {key: file[key] for key in file.files}
+
+
+@cache
+def wandb_records(offline_run: Path) -> list[dict[str, Any]]:
+    """Return the records of a closed W&B run, read by wandb itself."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline_run)]
+    read = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in read.stdout.splitlines()]
 
 
 def _bits(value: Any) -> Any:
