@@ -111,6 +111,6 @@ def bits(folder: Path) -> dict[str, Any]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and content of every file but the lock, which whoever asks for it writes its name into."""
+    """Return modification time and content of every file but the lock, whose content changes with every command."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
