@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -175,28 +176,17 @@ class Broken(Logger):
         self.error = error or RuntimeError("no luck")
         self.calls: list[str] = []
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, *_: Any) -> None:
         self.calls.append(name)
         if name == self.where:
             raise self.error
 
-    def open(self, *_: Any) -> None:
-        self._call("open")
-
-    def log(self, *_: Any) -> None:
-        self._call("log")
-
-    def image(self, *_: Any) -> None:
-        self._call("image")
-
-    def histogram(self, *_: Any) -> None:
-        self._call("histogram")
-
-    def summary(self, *_: Any) -> None:
-        self._call("summary")
-
-    def close(self, *_: Any) -> None:
-        self._call("close")
+    open = partialmethod(_call, "open")
+    log = partialmethod(_call, "log")
+    image = partialmethod(_call, "image")
+    histogram = partialmethod(_call, "histogram")
+    summary = partialmethod(_call, "summary")
+    close = partialmethod(_call, "close")
 
 
 class Essential(Broken):
