@@ -74,6 +74,14 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``TINY``, alone in its parent; read it or copy it."""
+    from small_runs import TINY, finished
+
+    return finished(tmp_path_factory.mktemp("tiny"), *TINY)
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets, read-only; tests skip where it, or their data set, is missing."""
     if not DATA.is_dir():

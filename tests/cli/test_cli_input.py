@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 from pathlib import Path
@@ -17,56 +16,58 @@ from iwae_cli.cli.train import train
 
 WRONG = {
     # Groups and choices.
-    "objektive=elbo": "objektive is unknown; did you mean objective?",
-    "objective=iwea": ", got iwea; did you mean ",
-    "'objective={k: 3}'": "objective must be one of ",
-    "objective=[iwae,elbo]": "objective must be one of ",
-    "logger=[offline,onlin]": "logger must be one of disabled, offline, online, got onlin; did you mean online?",
-    "+objective=elbo": "write objective=elbo without +",
-    "~objective": "~objective: nothing can be taken away",
-    "experiment=burda/swap_vae_to_iwae": "with_optimizer has a meaning with init_from=RUN_FOLDER",
+    "objektive=elbo": "objektive objective",
+    "objective=iwea": "objective iwae",
+    "'objective={k: 3}'": "objective",
+    "objective=[iwae,elbo]": "objective",
+    "logger=[offline,onlin]": "logger online",
+    "+objective=elbo": "objective=elbo",
+    "~objective": "~objective",
+    "estimator=ais": "iwae-eval estimator=ais",
+    "experiment=burda/swap_vae_to_iwae": "init_from experiment=burda objective=elbo",
     # Keys.
-    "objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
-    "+objective.kk=3": "objective.kk is unknown; did you mean objective.k? (objective has k, gradient)",
-    "+foo=1": "init_from, with_optimizer, train, training, restart, on_error, experiment)",
-    "seed.x=3": "seed.x is unknown",
-    "seed@x=3": "packages cannot be changed",
+    "objective.kk=3": "objective.kk objective.k?",
+    "+objective.kk=3": "objective.kk objective.k?",
+    "+foo=1": "foo seed",
+    "seed.x=3": "seed.x",
+    "seed@x=3": "seed@x",
     # Types and ranges.
-    "seed=true": "seed must be an integer, got true",
-    "seed=\"'3'\"": "seed must be an integer, got 3",
-    "objective.gradient=slt": "objective.gradient must be one of total, stl, dreg, got slt; did you mean stl?",
-    "logger.wandb.mode=ofline": "logger.wandb.mode must be one of online, offline, disabled, got ofline",
-    "model.latent_sizes=[a]": "model.latent_sizes[0] must be an integer, got a",
-    f"seed={2**63}": "seed must be less than or equal to ",
-    f"seed={'9' * 5000}": "cannot read 'seed=9999",
-    "objective.k=0": "objective.k must be >= 1, got 0",
-    "optimizer.lr=nan": "optimizer.lr must be finite, got NaN",
-    "optimizer.lr=-1": "optimizer.lr=-1.0 is refused by Adam: Invalid learning rate",
-    "model=linear_gaussian": "with this data use model=one_layer",
-    "on_error=stopp": "on_error must be one of continue, stop, got stopp; did you mean stop?",
+    "seed=true": "seed integer",
+    "seed=\"'3'\"": "seed=3",
+    "objective.gradient=slt": "objective.gradient stl?",
+    "logger.wandb.mode=ofline": "logger.wandb.mode offline",
+    "model.latent_sizes=[a]": "model.latent_sizes[0] integer",
+    f"seed={2**63}": "seed",
+    f"seed={'9' * 5000}": "seed=9999",
+    "objective.k=0": "objective.k 1",
+    "optimizer.lr=nan": "optimizer.lr finite",
+    "optimizer.lr=-1": "optimizer.lr Adam",
+    "model=linear_gaussian": "model=one_layer",
+    "on_error=stopp": "on_error stop?",
     # Grammar, interpolations, missing values.
-    "objective.k=[": "cannot read 'objective.k=['",
-    "output_dir=zwölf": "cannot read 'output_dir=zwölf': write key=value, quote special characters",
-    "'seed=${nowhere}'": "seed: Interpolation key 'nowhere' not found",
-    "seed=???": "seed has no value: write seed=...",
-    "seed=1 seed=2": "seed=1 and seed=2 contradict each other: write one of them",
+    "objective.k=[": "objective.k=[",
+    "output_dir=zwölf": "output_dir=",
+    "'seed=${nowhere}'": "seed nowhere",
+    "seed=???": "seed=...",
+    "seed=1 seed=2": "seed=1 seed=2",
     # Targets, and Hydra's own node.
-    "optimizer._target_=os.system": "optimizer._target_ must name a class of iwae_cli or torch.optim",
-    "optimizer._target_=torch.optim.adam.Tensor": "optimizer._target_ must name a class",
-    "objective._target_=iwae_cli.objectives.iwae.IWEA": "did you mean IWAE?",
-    "hydra.launcher._target_=os.system": "hydra.launcher._target_ must name a class of hydra",
-    "hydra.run.dir=elsewhere": "hydra.run.dir cannot be changed; runs go to output_dir=...",
-    "hydra/launcher=nowhere": "hydra/launcher must be one of basic",
+    "optimizer._target_=os.system": "optimizer._target_ torch.optim",
+    "optimizer._target_=torch.optim.adam.Tensor": "optimizer._target_",
+    "objective._target_=iwae_cli.objectives.iwae.IWEA": "objective._target_ IWAE?",
+    "hydra.launcher._target_=os.system": "hydra.launcher._target_",
+    "hydra.run.dir=elsewhere": "hydra.run output_dir=",
+    "hydra/launcher=nowhere": "hydra/launcher basic",
     # Sweeps.
-    "objective.k=1,5": "add -m",
-    "-m objective.k=1,2,0": "objective.k must be >= 1, got 0",
-    "-m seed=range(1000000000)": "a sweep may have 10,000 jobs, and this one has more",
-    "-m seed=range(9,3)": "seed=range(9,3) gives no job",
+    "objective.k=1,5": "objective.k -m",
+    "-m objective.k=1,2,0": "objective.k 1",
+    "-m seed=range(1000000000)": "10,000",
+    "-m seed=range(9,3)": "seed=range(9,3)",
     # Options.
-    "--config-dir=nowhere": "--config-dir must be a folder that exists, got nowhere",
-    "--objective=elbo": "did you mean objective=elbo?",
-    "--cfg job objective.kk=3": "did you mean objective.k?",
+    "--config-dir=nowhere": "--config-dir nowhere",
+    "--objective=elbo": "objective=elbo",
+    "--cfg job objective.kk=3": "objective.k?",
 }
+"""What is typed -> what the line must name: the override, and what to type."""
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -83,19 +84,18 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_input_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert WRONG[line] in refused(capsys, *shlex.split(line))
+    err = refused(capsys, *shlex.split(line))
+    assert not [word for word in WRONG[line].split() if word not in err], err
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "device=cuda is not there; this machine has " in refused(capsys, "device=cuda")
+    assert "device=cuda" in refused(capsys, "device=cuda")
 
 
 def test_wandb_mode_must_be_valid(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
-    assert "logger.wandb.mode must be one of online, offline, disabled, got ofline; did you mean offline?" in refused(
-        capsys
-    )
+    assert "WANDB_MODE" in (err := refused(capsys)) and "offline?" in err
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("experiment=logging", "hydra.job_logging cannot be changed"),
         ("experiment=launcher", "hydra.launcher._target_ must name a class"),
         ("experiment=sweeper", "hydra.sweeper.params.x._target_ must name a class"),
-        ("experiment=environment", "hydra.job.env_set cannot be changed"),
-        ("experiment=folder", "hydra.run.dir cannot be changed"),
+        ("experiment=environment", "hydra.job cannot be changed"),
+        ("experiment=folder", "hydra.run cannot be changed"),
         ("experiment=nothing", "experiment=nothing cannot be composed: "),
         ("optimizer=sparse", "optimizer is refused by SparseAdam: SparseAdam does not support dense gradients"),
     ],
@@ -158,11 +158,13 @@ def test_the_trap_works(trap: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert sorted(os.listdir()) == sorted([*before, "sprung"])
 
 
-def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "own" / "objective"
     folder.mkdir(parents=True)
     (folder / "broken.yaml").write_text("_target_: [\n")
     assert "broken.yaml" in refused(capsys, "--config-dir", "own", "objective=broken")
+    (folder / "latin.yaml").write_bytes("_target_: é".encode("latin-1"))
+    assert "own/objective/latin.yaml cannot be read: 'utf-8' codec" in refused(capsys, "--config-dir", "own")
 
 
 def test_a_choice_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path, capsys) -> None:
@@ -183,26 +185,10 @@ def test_only_the_groups_of_a_config_folder_are_read(tmp_path: Path) -> None:
 
 
 def test_no_preset() -> None:
-    swept = plan(["experiment=[],smoke"], True, None)
+    assert plan(["experiment=null"], False, None).jobs[0].config == plan([], False, None).jobs[0].config
+    swept = plan(["experiment=null,smoke", "seed=3"], True, None)
     assert [job.config["evaluation"]["k"] for job in swept.jobs] == [5000, 500]
-
-
-def test_a_folder_that_torch_cannot_make(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where there is no room in /tmp: torch makes it when the first optimizer is made."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/x")
-
-    monkeypatch.setattr(torch.optim.Optimizer, "__init__", refuse)
-    err = refused(capsys)
-    assert "cannot make the folder /dev/null/x " in err and "(Not a directory): set TORCHINDUCTOR_CACHE_DIR" in err
-
-
-@pytest.mark.parametrize("twice", ["seed=1 seed=1", "optimizer.lr=1e-3 optimizer.lr=0.001", "-m seed=1,2 seed=1,2"])
-def test_the_same_value_twice_is_no_contradiction(twice: str) -> None:
-    overrides = [override for override in twice.split() if override != "-m"]
-    jobs = plan(overrides, "-m" in twice, None).jobs
-    assert [job.config for job in jobs] == [job.config for job in plan(overrides[:1], "-m" in twice, None).jobs]
+    assert swept.overrides == ["experiment=[],smoke", "seed=3"], "for Hydra, which knows no null there"
 
 
 def test_what_only_cuda_can_do_is_refused_elsewhere(

@@ -1,7 +1,6 @@
 """Every yaml of conf/ trains: composed, constructed, and one real step taken, at its own sizes.
 
-Data sets that need files get small ones, written here in their layout. That every choice constructs, and that presets
-leave the other groups alone, is tested beside the command line; estimators are tested where they live.
+Data sets that need files get small ones, written here in their layout.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from iwae_cli.runs.runner import Runner
 CHOICES = choices([conf_folder()])
 CYCLED = ("data", "optimizer", "schedule", "logger", "device")
 """Groups whose choices take their step together with one objective or another."""
-SMALL = ("data=linear_gaussian", "data.n_train=30", "data.n_validation=3", "data.n_test=4", "model=linear_gaussian")
 
 
 @pytest.fixture
@@ -91,8 +89,11 @@ def test_every_objective_takes_a_step_and_with_it_every_choice_of_other_groups(r
     one_step(*(f"{group}={name}" for group, name in chosen.items()))
 
 
-def test_there_are_rows_enough_for_every_choice() -> None:
+def test_every_choice_has_a_row_and_every_group_a_test() -> None:
     assert max(len(CHOICES[group]) for group in CYCLED) <= len(CHOICES["objective"])
+    groups = {"objective", "model", *CYCLED, "validation", "evaluation", "experiment", "estimator"}
+    assert {path.parent.name for path in conf_folder().glob("*/*.yaml")} == groups
+    assert {group for group in CHOICES if "/" not in group} == groups
 
 
 @pytest.mark.parametrize("name", CHOICES["model"])
@@ -100,12 +101,6 @@ def test_every_model_takes_a_step(name: str) -> None:
     model = composed(f"model={name}", group="model")
     data = ["data=linear_gaussian"] if model.observation == "real" else []
     one_step(f"model={name}", *data, *(["objective=vimco"] if model.discrete else []), "logger=disabled")
-
-
-def test_devices_that_are_not_there_are_refused() -> None:
-    for name in {*CHOICES["device"]} - {"auto", *available()}:
-        code, _, err = run(f"device={name}", "logger=disabled", "output_dir=out")
-        assert code == 2 and f"device={name} is not there; this machine has" in err
 
 
 @pytest.mark.parametrize("name", CHOICES["experiment"])
@@ -116,27 +111,9 @@ def test_a_preset_takes_a_step(name: str, files: Path) -> None:
         return
     if name == "sweeps/search" and not find_spec("optuna"):
         code, _, err = run(f"experiment={name}", "output_dir=out")
-        assert (code, err) == (2, "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n")
+        assert code == 2 and "iwae-cli[optuna]" in err
         return
     one_step(f"experiment={name}", "logger=disabled")
-
-
-@pytest.mark.parametrize("name", CHOICES["evaluation"])
-def test_it_evaluates(name: str) -> None:
-    code, out, err = run(f"evaluation={name}", *SMALL, "schedule=smoke", "logger=disabled", "output_dir=out")
-    assert code == 0, err
-    (folder,) = run_folders(Path("out"))
-    result = read_json(folder / "result.json")
-    k = plan([f"evaluation={name}"], False, None).jobs[0].config["evaluation"]["k"]
-    assert result["test"]["k"] == k and f"NLL_{k}" in out
-
-
-def test_every_group_is_looked_at() -> None:
-    stepped = {"objective", "model", *CYCLED}
-    assert {group for group in CHOICES if "/" not in group} - {"validation"} == {
-        *(*stepped, "evaluation", "experiment", "estimator")
-    }
-    assert {path.parent.name for path in conf_folder().glob("*/*.yaml")} == {g for g in CHOICES if "/" not in g}
 
 
 def test_the_smoke_run_is_one_for_a_ci(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run folder as others read it: files, fields, types; and the three ways to its numbers, which must agree."""
+"""The run folder as a reader sees it: files, fields, types; and the three ways to its numbers, which must agree."""
 
 from __future__ import annotations
 
@@ -26,14 +26,8 @@ from iwae_cli.evaluation.likelihood import log_likelihood
 COMMAND = last_of_each(*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
 REAL = (
     *("data=linear_gaussian", "data.n_train=200", "data.n_validation=50", "data.n_test=60", "model=linear_gaussian"),
-    *(
-        "schedule=smoke",
-        "batch_size=50",
-        "validation=smoke",
-        "evaluation=smoke",
-        "logger=disabled",
-        "optimizer.lr=0.01",
-    ),
+    *("schedule=smoke", "batch_size=50", "validation=smoke", "evaluation=smoke"),
+    *("logger=disabled", "optimizer.lr=0.01"),
 )
 
 
@@ -44,7 +38,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(template: Path) -> Path:
-    """One finished run, for looking only."""
+    """One finished run, not to be changed."""
     return next(iter(run_folders(template / "digits")), None) or finished(template / "digits", *COMMAND)
 
 
@@ -55,7 +49,7 @@ def real(template: Path) -> Path:
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """The same run, for changing."""
+    """A copy of that run, which may be changed."""
     return Path(shutil.copytree(folder, tmp_path / folder.name))
 
 
@@ -83,64 +77,35 @@ def test_a_finished_run_prints_when_it_was_trained(copy: Path) -> None:
     """And the command that uploads it, until that was done."""
     os.utime(copy / "checkpoint.pt", (1.0e9, 1.0e9))
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1.0e9))
-    message = f"trained already, finished at {when}: nothing was trained now, this is its result"
     (record,) = (copy / "wandb").glob("offline-run-*")
-    command = f"wandb sync {copy.name}/wandb/{record.name}"
     code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
-    assert code == 0 and message in out.splitlines() and command in out
+    assert code == 0 and when in out and f"wandb sync {copy.name}/wandb/{record.name}" in out
     next(record.glob("*.wandb")).with_suffix(".wandb.synced").touch()
     code, out, _ = run(*COMMAND, f"output_dir={copy.parent}")
-    assert code == 0 and message in out.splitlines() and "wandb sync" not in out
-    code, out, _ = run(*last_of_each(*COMMAND, "evaluation.k=5"), f"output_dir={copy.parent}")
-    assert code == 0 and message in out.splitlines() and "NLL_5," in out
+    assert code == 0 and when in out and "wandb sync" not in out
 
 
-NUMBER = (int, float)
-SPLIT = {
-    "nll": float,
-    "k": int,
-    "n": int,
-    "stderr_images": float,
-    "stderr_mc": float,
-    "bias_mc": float,
-    "bounds": dict,
-    "ess_median": float,
-    "ess_min": float,
-    "ess_share_below_10": float,
-    "khat_share_above_0.7": float,
-    "top_weight_share_above_0.5": float,
-    "bits_per_dim": float,
-}
+NUMBERS = (
+    *("nll", "stderr_images", "stderr_mc", "bias_mc", "ess_median", "ess_min", "ess_share_below_10"),
+    *("khat_share_above_0.7", "top_weight_share_above_0.5", "bits_per_dim"),
+)
+SPLIT = {**dict.fromkeys(NUMBERS, float), "k": int, "n": int, "bounds": dict}
+GROUPS = (
+    *("dataset", "model", "objective", "optimizer", "schedule", "seconds", "versions", "device", "evaluation"),
+    *("reasons", "train", "validation", "test"),
+)
 RESULT = {
-    "status": str,
-    "identity": str,
-    "dataset": dict,
-    "model": dict,
-    "objective": dict,
-    "optimizer": dict,
-    "schedule": dict,
-    "seed": int,
-    "epochs": int,
-    "steps": int,
-    "parameters": int,
-    "weights": str,
-    "active_units": list,
-    "active_units_authors_rule": list,
-    "seconds": dict,
-    "versions": dict,
-    "device": dict,
+    **dict.fromkeys(("status", "identity", "weights"), str),
+    **dict.fromkeys(("seed", "epochs", "steps", "parameters"), int),
+    **dict.fromkeys(("active_units", "active_units_authors_rule"), list),
+    **dict.fromkeys(GROUPS, dict),
     "git": dict | None,
-    "evaluation": dict,
-    "reasons": dict,
-    **dict.fromkeys(("train", "validation", "test"), dict),
 }
 
 
 def check_types(value: dict[str, Any], fields: dict[str, Any]) -> None:
-    missing = fields.keys() - value.keys()
-    assert not missing
-    wrong = {key: value[key] for key, kind in fields.items() if not isinstance(value[key], kind)}
-    assert not wrong
+    assert not fields.keys() - value.keys()
+    assert not {key: value[key] for key, kind in fields.items() if not isinstance(value[key], kind)}
 
 
 def test_every_field_is_there_with_its_type(result: Any, folder: Path) -> None:
@@ -177,23 +142,6 @@ def test_every_field_is_there_with_its_type(result: Any, folder: Path) -> None:
     assert result["reasons"] == {}
 
 
-def test_hashes_do_not_depend_on_the_run(result: Any, tmp_path: Path) -> None:
-    other = read_json(finished(tmp_path, *COMMAND, "seed=5", "evaluation.seed=3") / "result.json")
-    assert other["dataset"]["evaluation_sha256"] == result["dataset"]["evaluation_sha256"]
-    assert other["test"]["nll"] != result["test"]["nll"]
-
-
-def test_no_json_holds_what_json_does_not_know(folder: Path, real: Path) -> None:
-    paths = [path for place in (folder, real) for path in place.rglob("*.json") if "wandb" not in path.parts]
-    assert len(paths) >= 6
-    for path in paths:
-        read_json(path)
-    for place in (folder, real):
-        for line in (place / "metrics.jsonl").read_text().splitlines():
-            assert not {"NaN", "Infinity"} & set(re.findall(r"[A-Za-z]+", line))
-            json.loads(line)
-
-
 def test_per_image_values(folder: Path, result: Any) -> None:
     found = arrays(folder / "log_likelihood.npz")
     keys = ("log_px", "ess", "khat", "top_weight")
@@ -227,7 +175,7 @@ def test_the_record_of_training(folder: Path) -> None:
     assert (folder / "train.log").read_text().count("saved step 26") == 1
 
 
-def test_what_was_asked_for(folder: Path) -> None:
+def test_config_and_overrides_are_recorded(folder: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["latent_sizes"] == [3] and config["seed"] == 4 and "hydra" not in config
     assert set(COMMAND) < set(yaml.safe_load((folder / "overrides.yaml").read_text()))
@@ -267,63 +215,46 @@ def evaluate(*arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def test_iwae_eval_keeps_its_result_beside_and_touches_nothing_else(copy: Path) -> None:
+def test_iwae_eval_keeps_its_result_beside_and_touches_nothing_else(copy: Path, result: Any) -> None:
+    """Also by another path to the run, and once only."""
     before = snapshot(copy)
-    code, out, err = evaluate(str(copy), "evaluation.k=500", "evaluation.splits=[test]")
+    link = copy.with_name("latest")
+    link.symlink_to(copy)
+    code, out, err = evaluate(str(link), "evaluation.k=500", "evaluation.splits=[test]")
     assert code == 0, err
+    assert evaluate(str(copy))[0] == 0
     after = snapshot(copy)
     assert {name: after[name] for name in before} == before
-    new = sorted(set(after) - set(before))
-    assert [Path(name).name for name in new] == ["log_likelihood.npz", "result.json"]
-    assert all(Path(name).parts[0] == "evaluations" for name in new)
-    result = read_json(copy / new[1])
-    check_types(result, {key: kind for key, kind in RESULT.items() if key not in ("train", "validation")})
-    assert result["test"]["k"] == 500 and list(result["test"]["bounds"]) == ["1", "5", "50", "500"]
-    assert f"{result['test']['nll']:.2f}" in out
+    (arrays_file, result_file) = sorted(set(after) - set(before))
+    assert [Path(name).name for name in (arrays_file, result_file)] == ["log_likelihood.npz", "result.json"]
+    assert Path(result_file).parts[0] == "evaluations"
+    other = read_json(copy / result_file)
+    check_types(other, {key: kind for key, kind in RESULT.items() if key not in ("train", "validation")})
+    assert other["identity"] == result["identity"]
+    assert other["test"]["k"] == 500 and list(other["test"]["bounds"]) == ["1", "5", "50", "500"]
     # The same images and more samples of the same noise: a tighter bound on average.
-    assert result["test"]["nll"] < read_json(copy / "result.json")["test"]["nll"]
-
-
-def test_iwae_eval_of_the_same_again_gives_the_same(copy: Path, result: Any) -> None:
-    before = snapshot(copy)
-    assert evaluate(str(copy))[0] == 0
-    assert snapshot(copy) == before
+    assert f"{other['test']['nll']:.2f}" in out and other["test"]["nll"] < result["test"]["nll"]
     shutil.rmtree(copy / "evaluations")
     assert evaluate(str(copy))[0] == 0
     (kept,) = copy.glob("evaluations/*/result.json")
-    again = read_json(kept)
-    assert {split: again[split] for split in ("train", "validation", "test")} == {
-        split: result[split] for split in ("train", "validation", "test")
-    }
+    assert {**read_json(kept), "seconds": None} == {**result, "seconds": None}
 
 
-def test_precision_is_a_small_shift_and_another_evaluation(copy: Path, result: Any) -> None:
-    code, _, err = evaluate(str(copy), "device.precision=float64")
-    assert code == 0, err
-    assert len(list((copy / "evaluations").iterdir())) == 2
-    (other,) = (r for path in copy.glob("evaluations/*/result.json") if (r := read_json(path)) != result)
-    assert other["device"]["precision"] == "float64"
-    # The same weights and noise: only rounding differs.
-    assert 0 < abs(other["test"]["nll"] - result["test"]["nll"]) < 1e-4
-
-
-def test_a_checkpoint_of_another_model_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize("fault", ["another model", "no config", "damaged config", "no checkpoint", "nothing"])
+def test_what_is_no_run_folder_is_named(copy: Path, fault: str) -> None:
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["model"]["latent_sizes"] = [4]
-    (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    code, _, err = evaluate(str(copy), "evaluation.k=60")
-    assert code == 2
-    assert len(err.strip().splitlines()) == 1 and "another model" in err and str(copy) in err
-    with pytest.raises(iwae_cli.core.errors.UserError, match="is a checkpoint of another model: size mismatch"):
-        iwae_cli.load(copy)
-
-
-@pytest.mark.parametrize("missing", ["config.yaml", "checkpoint.pt", None])
-def test_what_is_no_run_is_named(copy: Path, missing: str | None) -> None:
-    place = copy / "nowhere" if missing is None else copy
-    if missing:
-        (copy / missing).unlink()
+    match fault:
+        case "another model":
+            (copy / "config.yaml").write_text(yaml.safe_dump(config))
+        case "no config":
+            (copy / "config.yaml").unlink()
+        case "damaged config":
+            (copy / "config.yaml").write_text("a: [")
+        case "no checkpoint":
+            (copy / "checkpoint.pt").unlink()
+    place = copy / "nowhere" if fault == "nothing" else copy
     code, _, err = evaluate(str(place), "evaluation.k=60")
-    assert code == 2 and len(err.strip().splitlines()) == 1 and str(place) in err
+    assert code == 2 and err.count("\n") == 1 and str(place) in err
     with pytest.raises(iwae_cli.core.errors.UserError, match=re.escape(str(place))):
         iwae_cli.load(place)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
 import shutil
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,43 +32,20 @@ def evaluation(*overrides: str) -> str:
     return evaluation_name(plan(list(overrides), False, None).jobs[0].config)
 
 
-OF_THE_WEIGHTS = [
-    "seed=1",
-    "batch_size=21",
-    "data=linear_gaussian",
-    "model=two_layer",
-    "model.latent_sizes=[49]",
-    "objective=elbo",
-    "objective.k=6",
-    "objective.gradient=dreg",
-    "optimizer=burda",
-    "optimizer.lr=0.002",
-    "schedule=cosine",
-    "schedule.passes=99",
-    "schedule.final=0.2",
-    "device.precision=float64",
-    "validation.k=51",
-    "validation.every=4",
-]
-OF_THE_EVALUATION = [
-    "evaluation=smoke",
-    "evaluation.splits=[test]",
-    "evaluation.weights=best",
-    "evaluation.seed=1",
-    "evaluation.binarization_seed=1",
-    "evaluation.precision=bf16",
-]
-OF_NEITHER = [
-    "output_dir=elsewhere",
-    "data_dir=elsewhere",
-    "logger=disabled",
-    "logger.wandb.tags=[a]",
-    "device=cpu",
-    "device.threads=2",
-    "evaluation.rows=1000",
-    "evaluation.workers=1",
-    "restart=true",
-]
+OF_THE_WEIGHTS = (
+    *("seed=1", "batch_size=21", "data=linear_gaussian", "model=two_layer", "model.latent_sizes=[49]"),
+    *("objective=elbo", "objective.k=6", "objective.gradient=dreg", "optimizer=burda", "optimizer.lr=0.002"),
+    *("schedule=cosine", "schedule.passes=99", "schedule.final=0.2", "device.precision=float64"),
+    *("validation.k=51", "validation.every=4"),
+)
+OF_THE_EVALUATION = (
+    *("evaluation=smoke", "evaluation.splits=[test]", "evaluation.weights=best", "evaluation.seed=1"),
+    *("evaluation.binarization_seed=1", "evaluation.precision=bf16"),
+)
+OF_NEITHER = (
+    *("output_dir=elsewhere", "data_dir=elsewhere", "logger=disabled", "logger.wandb.tags=[a]", "device=cpu"),
+    *("device.threads=2", "evaluation.rows=1000", "evaluation.workers=1", "restart=true", "on_error=stop"),
+)
 
 
 def test_what_decides_the_weights_makes_another_run() -> None:
@@ -80,9 +54,8 @@ def test_what_decides_the_weights_makes_another_run() -> None:
     assert identity("seed=0") == identity()
 
 
-@pytest.mark.parametrize("override", [*OF_THE_EVALUATION, *OF_NEITHER])
-def test_what_cannot_change_the_weights_does_not(override: str) -> None:
-    assert identity(override) == identity()
+def test_what_cannot_change_the_weights_does_not() -> None:
+    assert {identity(override) for override in (*OF_THE_EVALUATION, *OF_NEITHER)} == {identity()}
 
 
 def test_what_decides_the_numbers_makes_another_evaluation() -> None:
@@ -128,20 +101,7 @@ def test_a_class_of_this_package_may_move_and_one_of_a_user_may_not(monkeypatch:
         assert (spelled == one_spelling(node)) == (package == "iwae_cli")
 
 
-def test_names_of_classes_are_unique_within_the_package() -> None:
-    """Otherwise two trainings might have one hash."""
-    targets = {
-        node["_target_"]
-        for path in conf_folder().rglob("*.yaml")
-        if isinstance(node := yaml.safe_load(path.read_text()), dict) and "_target_" in node
-    }
-    names = [target.rpartition(".")[2] for target in targets if target.startswith("iwae_cli.")]
-    assert len(set(names)) == len(names) > 20
-
-
 def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
-    """data.path is a path; what it names decides."""
-
     for name, value in (("a", 0.25), ("b", 0.25), ("c", 0.5)):
         images = torch.full((784, 20), value).numpy()
         savemat(tmp_path / f"{name}.mat", {"data": images, "testdata": images})
@@ -167,16 +127,9 @@ def test_data_whose_file_is_gone(tmp_path: Path) -> None:
 # Runs that are there already. Each test has a copy of one finished run.
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
-def outputs(template: Path, tmp_path: Path) -> Path:
-    if not run_folders(template):
-        finished(template, *TINY)
-    shutil.copytree(template, tmp_path / "outputs")
+def outputs(tiny_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_run.parent, tmp_path / "outputs")
     return tmp_path / "outputs"
 
 
@@ -211,26 +164,12 @@ def test_a_finished_run_needs_no_data(outputs: Path, monkeypatch: pytest.MonkeyP
     (only(outputs) / "metrics.csv").unlink()
     code, out, err = run(*TINY, f"output_dir={outputs}")
     assert code == 0 and only(outputs).name in out
-    assert err == "not regenerated: the data are missing\n"
+    assert err.count("\n") == 1 and "the data are missing" in err
     assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 2
     assert [path.name for path in outputs.iterdir()] == [only(outputs).name], "nothing is set aside for a new run"
 
 
-def test_a_check_and_a_trial_of_the_optimizer_for_each_run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    for name in ("iwae_cli.runs.experiment.Experiment.check", "iwae_cli.runs.experiment.try_optimizer"):
-        original = pkgutil.resolve_name(name)
-
-        def counted(*args: Any, name: str = name, original: Callable[..., None] = original) -> None:
-            calls.append(name.rpartition(".")[2])
-            original(*args)
-
-        monkeypatch.setattr(name, counted)
-    assert run(*TINY, f"output_dir={outputs}")[0] == 0
-    assert calls == ["check", "try_optimizer"]
-
-
-def test_a_run_is_found_whatever_its_folder_is_called(outputs: Path, no_training: None) -> None:
+def test_a_run_is_found_under_any_name_of_its_folder(outputs: Path, no_training: None) -> None:
     """As under a name of another version, or of a user."""
     folder = only(outputs)
     named = folder.rename(folder.with_name(f"mine-{folder.name.rpartition('-')[2]}"))
@@ -240,16 +179,9 @@ def test_a_run_is_found_whatever_its_folder_is_called(outputs: Path, no_training
     assert run_folders(outputs) == [named]
 
 
-def test_restart_and_init_from_follow_the_identity(outputs: Path) -> None:
-    folder = only(outputs)
-    named = folder.rename(folder.with_name(f"mine-{folder.name.rpartition('-')[2]}"))
-    assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 0
-    assert [path.name for path in run_folders(outputs)] == [named.name, f"{named.name}.old-1"]
-    second = [identity(*TINY, f"init_from={outputs / name}") for name in (named.name, f"{named.name}.old-1")]
-    assert second[0] == second[1], "the weights are the same"
-
-
-def test_another_evaluation_skips_training_and_both_are_kept(outputs: Path, no_training: None) -> None:
+def test_another_evaluation_skips_training_and_both_are_kept(
+    outputs: Path, no_training: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = only(outputs)
     checkpoint, metrics = (snapshot(folder)[name] for name in ("checkpoint.pt", "metrics.csv"))
     first = read_json(folder / "result.json")
@@ -262,21 +194,15 @@ def test_another_evaluation_skips_training_and_both_are_kept(outputs: Path, no_t
     result = read_json(folder / "result.json")
     assert result == read_json(kept[60]) and read_json(kept[50]) == first
     assert (folder / "log_likelihood.npz").read_bytes() == kept[60].with_name("log_likelihood.npz").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", lambda *_, **__: pytest.fail("it evaluates"))
+        assert run(*TINY, f"output_dir={outputs}", "evaluation.k=100")[0] == 0
+    assert read_json(folder / "result.json") == read_json(kept[100])
+    assert run(*TINY, f"output_dir={outputs}", "evaluation.k=60")[0] == 0
     assert not (arrays(folder / "log_likelihood.npz")["ess"] > 60).any()
     assert snapshot(folder)["checkpoint.pt"] == checkpoint
     assert snapshot(folder)["metrics.csv"][1] == metrics[1]
     assert read_json(folder / "status.json")["status"] == "finished"
-
-
-def test_going_back_to_an_earlier_evaluation_computes_nothing(
-    outputs: Path, no_training: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = only(outputs)
-    first = read_json(folder / "result.json")
-    assert run(*TINY, f"output_dir={outputs}", "evaluation.k=60")[0] == 0
-    monkeypatch.setattr("iwae_cli.evaluation.likelihood.log_likelihood", lambda *_, **__: pytest.fail("it evaluates"))
-    assert run(*TINY, f"output_dir={outputs}")[0] == 0
-    assert read_json(folder / "result.json") == first
 
 
 def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, no_training: None) -> None:
@@ -297,7 +223,7 @@ def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, 
     assert f"{test['bf16_shift']:+.4f}" in out
     code, _, err = run(*TINY, f"output_dir={outputs}", "evaluation.precision=bf16", "device.precision=float64")
     assert (code, err.count("\n")) == (2, 1)
-    assert "evaluation.precision=bf16 is for device.precision=float32; write evaluation.precision=float32" in err
+    assert "write evaluation.precision=float32" in err
 
 
 def test_the_best_weights_are_another_evaluation(outputs: Path, no_training: None) -> None:
@@ -314,41 +240,17 @@ def test_the_best_weights_are_another_evaluation(outputs: Path, no_training: Non
     assert result["active_units"] == [0]
 
 
-def test_restart_sets_the_old_run_aside_and_begins_again(outputs: Path) -> None:
+def test_restart_sets_the_old_run_aside_and_retrains(outputs: Path) -> None:
+    """Under the name that the folder has; the weights of both are one start for ``init_from``."""
     folder, before, expected = only(outputs), snapshot(only(outputs)), bits(only(outputs))
-    for number in (1, 2):
-        code, _, err = run(*TINY, f"output_dir={outputs}", "restart=true")
-        assert code == 0, err
-        assert folder.with_name(f"{folder.name}.old-{number}").is_dir()
-        assert bits(folder) == expected
-    assert snapshot(folder.with_name(f"{folder.name}.old-1")) == before
-    assert snapshot(folder)["checkpoint.pt"][0] > before["checkpoint.pt"][0]
-
-
-def test_restart_of_what_is_not_there_is_a_beginning(tmp_path: Path) -> None:
-    code, _, err = run(*TINY, "schedule.passes=1", f"output_dir={tmp_path / 'new'}", "restart=true")
+    old = folder.with_name(f"{folder.name}.old-1")
+    code, _, err = run(*TINY, f"output_dir={outputs}", "restart=true")
     assert code == 0, err
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [only(tmp_path / "new").name]
-
-
-def test_a_damaged_result_is_named(outputs: Path) -> None:
-    path = only(outputs) / "result.json"
-    path.write_text(path.read_text()[:100])
-    before = snapshot(only(outputs))
-    code, _, err = run(*TINY, f"output_dir={outputs}")
-    assert code == 2 and str(path) in err and len(err.strip().splitlines()) == 1
-    assert snapshot(only(outputs)) == before
-    path.unlink()
-    assert run(*TINY, f"output_dir={outputs}")[0] == 0
-
-
-def test_divergence_is_a_failed_run_with_advice(tmp_path: Path) -> None:
-    code, _, err = run(*TINY, "optimizer.lr=1e30", f"output_dir={tmp_path}")
-    assert code == 1
-    assert "diverged in pass 1" in err and "smaller optimizer.lr" in err and "Traceback" not in err
-    status = read_json(only(tmp_path) / "status.json")
-    assert status["status"] == "failed" and "diverged" in status["error"]
-    assert not (only(tmp_path) / "result.json").exists()
+    assert bits(folder) == expected and snapshot(old) == before
+    named = folder.rename(folder.with_name(f"mine-{folder.name.rpartition('-')[2]}"))
+    assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 0
+    assert {path.name for path in run_folders(outputs)} == {named.name, f"{named.name}.old-1", old.name}
+    assert identity(*TINY, f"init_from={named}") == identity(*TINY, f"init_from={old}") != identity(*TINY)
 
 
 def test_results_do_not_depend_on_the_order_of_the_runs_in_one_process(tmp_path: Path) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import wandb_records
 
 from iwae_cli.record.figures import plot_samples
 from iwae_cli.record.loggers import FanOut, RunInfo
 from iwae_cli.record.wandb import WandbLogger
 
 ROOT = Path(__file__).resolve().parents[2]
-WANDB = Path(sys.executable).with_name("wandb")
 
 
 def wandb_logger(mode: str = "offline", **changed: Any) -> WandbLogger:
@@ -43,19 +41,8 @@ def offline_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    read = subprocess.run(
-        [WANDB, "leet", "inspect", "--json", folder],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in read.stdout.splitlines()]
-
-
 def of_type(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [record[kind] for record in records(folder) if record["type"] == kind]
+    return [record[kind] for record in wandb_records(folder) if record["type"] == kind]
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -75,6 +62,7 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     picture = tmp_path / "samples.png"
     plot_samples(picture, np.eye(4)[None])
     run = wandb_logger(tags=["paper"], name="my run")
+    assert run.sync_command() is None
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run", group="sweep", overrides=["data=digits", "objective.k=50"]), [])
         run.log(10, {"train/bound": -90.5, "validation/bound": None})
@@ -86,15 +74,14 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not ours(caplog)
 
     [folder] = offline_folders(tmp_path / "run")
+    command = run.sync_command()
+    assert command is not None and shlex.split(command) == ["wandb", "sync", f"run/wandb/{folder.name}"]
     [begun] = of_type(folder, "run")
     config = {name: value for name, value in begun["config"]["update"].items() if name != "_wandb"}
     assert config == info(tmp_path / "run").config
-    assert begun["project"] == "iwae-test"
-    assert begun["run_group"] == "sweep"
-    assert begun["job_type"] == "train"
-    assert begun["tags"] == ["paper"]
-    assert begun["display_name"] == "my run"
-    assert begun["notes"] == "data=digits objective.k=50"
+    expected = {"project": "iwae-test", "run_group": "sweep", "job_type": "train", "tags": ["paper"]}
+    expected |= {"display_name": "my run", "notes": "data=digits objective.k=50"}
+    assert begun.items() >= expected.items()
 
     rows = history(folder)
     assert rows[:2] == [
@@ -110,33 +97,12 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert rows[3]["log_w.bins"][0] == -2
     assert rows[3]["log_w.bins"][-1] == 0
 
-    final = summary(folder)
-    assert final["test/nll"] == 81.5
-    assert final["test/bounds/50"] == -81.5
-    assert final["test/khat"] is None
-    assert final["active_units"] == [20, 5]
+    final = {"test/nll": 81.5, "test/bounds/50": -81.5, "test/khat": None, "active_units": [20, 5]}
+    assert summary(folder).items() >= final.items()
     assert [end.get("exit_code", 0) for end in of_type(folder, "exit")] == [0]
 
 
-def test_the_line_to_upload_names_the_folder_from_wherever_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = tmp_path / "with space"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    run = wandb_logger()
-    assert run.sync_command() is None
-    run.open(info(here / "run"), [])
-    run.close("finished")
-    [folder] = offline_folders(here / "run")
-    assert run.sync_command() == f"wandb sync run/wandb/{folder.name}"
-    monkeypatch.chdir(Path(__file__).parent)
-    command = run.sync_command()
-    assert command is not None
-    assert shlex.split(command) == ["wandb", "sync", str(folder)]
-
-
-def test_failed_and_interrupted_runs_say_so_and_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
+def test_failed_and_interrupted_runs_are_marked_and_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
     open_together = wandb_logger(), wandb_logger(group="mine")
     statuses = "failed", "interrupted"
     for i, run in enumerate(open_together):
@@ -152,8 +118,7 @@ def test_failed_and_interrupted_runs_say_so_and_two_runs_of_one_process_stay_apa
         assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
         begun += of_type(folder, "run")
     assert begun[0]["run_id"] != begun[1]["run_id"]
-    assert [run["run_group"] for run in begun] == ["sweep", "mine"]
-    assert [run["display_name"] for run in begun] == ["run0", "run1"]
+    assert [(run["run_group"], run["display_name"]) for run in begun] == [("sweep", "run0"), ("mine", "run1")]
 
 
 def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> None:
@@ -174,18 +139,6 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
     assert of_type(old, "run")[0]["run_id"] == of_type(new, "run")[0]["run_id"]
 
 
-def test_disabled_does_nothing(tmp_path: Path) -> None:
-    run = wandb_logger("disabled")
-    run.open(info(tmp_path / "run"), [(1, {"a": 1})])
-    run.log(2, {"a": 2})
-    run.image(2, "samples", tmp_path / "missing.png")
-    run.histogram(2, "log_w", [1.0])
-    run.summary({"a": 1})
-    run.close("finished")
-    assert run.sync_command() is None
-    assert list((tmp_path / "run").iterdir()) == []
-
-
 def test_an_error_of_wandb_is_one_warning_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,54 +151,10 @@ def test_an_error_of_wandb_is_one_warning_and_the_run_continues(
         run.summary({"a": 1})
         run.close("failed")
     [warning] = ours(caplog)
-    assert warning.startswith("WandbLogger failed and is left out; the local record is whole: ")
-    assert "\n" not in warning
+    assert warning.startswith("WandbLogger failed") and "\n" not in warning
     [folder] = offline_folders(tmp_path / "run")
     assert history(folder) == [{"step": 1, "a": 1}]
     assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
-
-
-def test_a_run_that_cannot_begin_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "wandb").write_text("in the way")
-    run = FanOut([wandb_logger()])
-    with caplog.at_level(logging.WARNING, "iwae_cli"):
-        run.open(info(folder), [(1, {"a": 1})])
-        run.log(2, {"a": 2})
-        run.close("finished")
-    [warning] = ours(caplog)
-    assert warning.startswith("WandbLogger failed and is left out")
-    assert run.sync_command() is None
-
-
-def test_the_end_does_not_wait_for_ever(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_end = threading.Event()
-    monkeypatch.setattr("iwae_cli.record.loggers.CLOSE_SECONDS", 0.1)
-    monkeypatch.setattr(WandbLogger, "_started", lambda *_: may_end.wait(60))
-    run = FanOut([wandb_logger()])
-    with caplog.at_level(logging.WARNING, "iwae_cli"):
-        run.open(info(tmp_path / "run"), [])
-        run.close("finished")
-    assert ours(caplog) == ["WandbLogger did not finish within 0.1 s and was left behind"]
-    assert run.sync_command() is None
-
-
-def test_an_empty_variable_is_one_that_is_not_set(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable in ("WANDB_MODE", "WANDB_INIT_TIMEOUT", "WANDB_SILENT", "WANDB_API_KEY", "WANDB_ERROR_REPORTING"):
-        monkeypatch.setenv(variable, "")
-    run = wandb_logger()
-    with caplog.at_level(logging.WARNING, "iwae_cli"):
-        run.open(info(tmp_path / "run"), [])
-        run.log(1, {"a": 1})
-        run.close("finished")
-    assert not ours(caplog)
-    [folder] = offline_folders(tmp_path / "run")
-    assert history(folder) == [{"step": 1, "a": 1}]
 
 
 ONLINE = """
@@ -284,8 +193,7 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
     )
     assert time.monotonic() - began < 30
     warning, command = done.stdout.splitlines()
-    assert warning.startswith("W&B: cannot go online (")
-    assert warning.endswith("recording offline instead")
+    assert "offline" in warning
     assert done.stderr == ""
     [offline] = offline_folders(folder)
     assert command.endswith(offline.name)
@@ -297,10 +205,7 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
     ("changed", "message"),
     [
         ({"project": "a/b"}, "project must have"),
-        ({"project": ""}, "project must have"),
-        ({"entity": ""}, "entity must have"),
         ({"group": "g" * 129}, "group must have"),
-        ({"name": ""}, "name must have"),
         ({"tags": ["ok", ""]}, "tags must have"),
     ],
 )

@@ -57,13 +57,15 @@ def test_the_table_of_a_terminal(runs: Path, command: Command) -> None:
     assert (code, err) == (0, "")
     one_layer = next(line for line in out.splitlines() if line.strip().startswith("one_layer"))
     # 84.85 and .3 / sqrt(2) / sqrt(2)
-    assert one_layer.split("  ") and "86.85 ± 0.15" in one_layer and "84.85 ± 0.15" in one_layer
-    assert "24.5" in one_layer and "86.35 / 20*†" in one_layer and "84.78 / 25*" in one_layer
-    assert "26+7" in out and "82.90 / 26+7*" in out
-    assert "* quoted from memory" in out
-    assert "† trained otherwise than in the paper: schedule.stages = 3 (paper: 8) in 1 of 3 cells" in out
-    assert "not in a table: 1 failed" in out and "at step 3: RunFailed" in out
-    assert "40 images" in out and "NLL_5000 in nats on test" in out
+    for number in ("86.85 ± 0.15", "84.85 ± 0.15", "24.5", "86.35 / 20*†", "84.78 / 25*"):
+        assert number in one_layer
+    assert "82.90 / 26+7*" in out and "schedule.stages = 3 (paper: 8)" in out
+    assert "1 failed" in out and "at step 3: RunFailed" in out and "40 images" in out
+    found = read([runs])
+    made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
+    wide, narrow = terminal(made), terminal(made, width=90)
+    assert max(map(len, wide.splitlines()[:6])) > 90 >= max(map(len, narrow.splitlines()[:6]))
+    assert all(number in narrow for number in ("86.85 ± 0.15", "84.85 ± 0.15", "82.90"))
 
 
 def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None:
@@ -74,14 +76,8 @@ def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None
     cells = {(cell["keys"]["objective"], cell["keys"]["model"]): cell for cell in value["tables"][0]["cells"]}
     iwae = cells["iwae", "one_layer"]
     assert iwae["nll"] == pytest.approx(84.85) and iwae["stderr_seeds"] == pytest.approx(0.15)
-    assert iwae["paper"] == {
-        "nll": 84.78,
-        "nll_from_memory": False,
-        "active_units": [25],
-        "active_units_from_memory": True,
-        "source": "Burda et al. 2016, arXiv 1509.00519",
-        "trained_otherwise": [],
-    }
+    assert (iwae["paper"]["nll"], iwae["paper"]["active_units"]) == (84.78, [25])
+    assert iwae["paper"]["trained_otherwise"] == [] and "1509.00519" in iwae["paper"]["source"]
     assert [run["seed"] for run in iwae["runs"]] == [0, 1]
     assert value["left_out"][0]["state"] == "failed"
 
@@ -105,15 +101,6 @@ def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None
     assert r"84.85 $\pm$ 0.15" in latex and r"one\_layer" in latex and r"86.35 / 20$^*$$^\dagger$" in latex
     comments = [line for line in latex.splitlines() if "failed" in line]
     assert comments and all(line.startswith("%") for line in comments)
-
-
-def test_a_terminal_too_narrow_has_a_row_a_cell(runs: Path) -> None:
-    found = read([runs])
-    made = Report(found, [], tables(comparable(found.runs, "test")[0]), [])
-    wide, narrow = terminal(made), terminal(made, width=90)
-    assert max(map(len, wide.splitlines()[:6])) > 90 >= max(map(len, narrow.splitlines()[:6]))
-    for number in ("86.85 ± 0.15", "84.85 ± 0.15", "82.90"):
-        assert number in wide and number in narrow
 
 
 def test_real_runs_to_the_last_digit(real_runs: list[Path], command: Command) -> None:
@@ -160,23 +147,14 @@ def test_the_numbers_of_every_estimator_are_shown(runs: Path, command: Command) 
 
 
 def test_groups_are_chosen_by_keys(runs: Path, command: Command) -> None:
-    code, out, err = command(
-        runs, "--compare", "objective=iwae,model.latent_sizes=[50]", "objective=elbo,objective.k=50.0"
-    )
-    assert (code, err) == (0, "")
-    assert "A - B = +2.0000 nats" in out and "A wins 40 images, B 0" in out
-    assert "0.2121 over seeds" in out
-
-
-def test_keys_are_typed_as_for_a_run(runs: Path, command: Command) -> None:
-    """Separated by spaces, as on the command line of iwae-train, with the names chosen there."""
-    pairs = ["objective=iwae  schedule=burda model.latent_sizes=[50]", "objective=elbo optimizer=burda"]
-    blanks = command(runs, "--compare", *pairs)
-    assert blanks[0] == 0 and "A - B = +2.0000 nats" in blanks[1]
-    commas = command(runs, "--compare", *(re.sub(r" +", ",", pair) for pair in pairs))
-    assert [line for line in commas[1].splitlines() if line.startswith("A - B")] == [
-        line for line in blanks[1].splitlines() if line.startswith("A - B")
-    ]
+    """Separated by commas or spaces, with the names chosen for iwae-train or the values behind them."""
+    for sides in (
+        ("objective=iwae,model.latent_sizes=[50]", "objective=elbo,objective.k=50.0"),
+        ("objective=iwae  schedule=burda model.latent_sizes=[50]", "objective=elbo optimizer=burda"),
+    ):
+        code, out, err = command(runs, "--compare", *sides)
+        assert (code, err) == (0, "")
+        assert "+2.0000 nats" in out and "A wins 40 images, B 0" in out and "0.2121 over seeds" in out
 
 
 def test_an_ambiguous_side_is_answered_with_overrides_that_work(tmp_path: Path, command: Command) -> None:
@@ -257,42 +235,39 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere is not there; name a folder of runs"),
-        ([".", "--rows", "objektive.k"], "no run has the key objektive.k; did you mean objective.k?"),
-        ([".", "--rows", "model", "--columns", "model"], "model is in --rows and in --columns"),
-        ([".", "--format", "pdf"], "invalid choice: 'pdf'"),
-        ([".", "--colums", "model"], "unknown option --colums; did you mean --columns?"),
-        ([".", "--compare", "objective=iwae"], "expected 2 arguments"),
-        ([".", "--compare", "iwae", "objective=elbo"], "--compare iwae is neither a folder nor KEY=VALUE"),
-        ([".", "--compare", "objective=iwea", "objective=elbo"], "--compare objective=iwea: no finished run is that"),
-        (
-            [".", "--compare", "objective=iwae", "objective=elbo"],
-            'choose "objective=iwae model=one_layer" or "objective=iwae model=two_layer"',
-        ),
-        ([".", "--compare", "schedule=Burda", "objective=elbo"], "no finished run is that; schedule is burda"),
-        ([".", "--compare", "objective=iwae schedul=burda", "x"], "no run has the key schedul; did you mean schedule?"),
-        ([".", "--against", "objective=vr"], "no cell of a table is that; objective is elbo, iwae"),
-        ([".", "--against", "seed=1"], "--against seed=1: no cell of a table is that"),
-        ([".", "--against", "elbo"], "--against elbo is neither a folder nor KEY=VALUE"),
-        ([".", "--html", "."], "is a folder; name a file"),
-        ([".", "--html", "/proc/nowhere/page.html"], "cannot be written"),
-        ([".", "--split", "tests"], "invalid choice: 'tests'"),
+        ("nowhere", "nowhere"),
+        (". --rows objektive.k", "objektive.k objective.k?"),
+        (". --rows model --columns model", "model --rows --columns"),
+        (". --format pdf", "pdf"),
+        (". --colums model", "--colums"),
+        (". --compare objective=iwae", "--compare"),
+        (". --compare iwae objective=elbo", "--compare iwae KEY=VALUE"),
+        (". --compare objective=iwea objective=elbo", "objective=iwea"),
+        (". --compare objective=iwae objective=elbo", "model=one_layer model=two_layer"),
+        (". --compare schedule=Burda objective=elbo", "schedule burda"),
+        (". --compare 'objective=iwae schedul=burda' x", "schedul schedule?"),
+        (". --against objective=vr", "objective elbo, iwae"),
+        (". --against seed=1", "seed=1"),
+        (". --html .", "folder"),
+        (". --html /proc/nowhere/page.html", "/proc/nowhere"),
+        (". --split tests", "tests"),
     ],
 )
 def test_wrong_input_is_one_line(
-    runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
 ) -> None:
     monkeypatch.chdir(runs)
-    code, out, err = command(*arguments)
-    assert (code, out) == (2, "")
-    assert words in err and err.startswith("iwae-report: ") and err.count("\n") == 1
+    code, out, err = command(*shlex.split(arguments))
+    assert (code, out) == (2, "") and err.startswith("iwae-report: ") and err.count("\n") == 1
+    assert not [word for word in words.split() if word not in err], err
 
 
 def test_nothing_finished_is_no_error(runs: Path, command: Command) -> None:
     (bad,) = (path for path in runs.iterdir() if not (path / "result.json").exists())
     for form in ("terminal", "markdown", "csv", "latex", "json"):
-        code, out, err = command(bad, "--format", form, "--rows", "model")
+        code, out, err = command(bad, "--format", form, "--rows", "model", "--html", runs.parent / "empty.html")
         assert code == 0 and "failed" in out + err
+    assert "RunFailed" in (runs.parent / "empty.html").read_text()
 
 
 def test_every_example_of_the_help_works(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,9 +277,8 @@ def test_every_example_of_the_help_works(tmp_path: Path, command: Command, monke
     b = write(place, config(objective="elbo"), values(86.0), names=("one_layer", "elbo"))
     sweep = place / "sweeps" / "SWEEP"
     sweep.mkdir(parents=True)
-    (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"identity": a.name}]}))
-    a.rename(place / "RUN_A").joinpath("x").touch()
-    b.rename(place / "RUN_B").joinpath("x").touch()
+    a.rename(place / "RUN_A")
+    b.rename(place / "RUN_B")
     (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"identity": "RUN_A"}]}))
     examples = HELP.split("examples:")[1].split("exit codes")[0].strip().splitlines()
     assert len(examples) > 4
@@ -325,11 +299,3 @@ def test_neither_torch_nor_hydra_is_imported(runs: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_help_and_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--help") == (0, HELP, "")
-    assert command("nowhere", "-h")[0] == 0
-    with pytest.raises(SystemExit, match="0"):
-        report(["--version"])
-    assert capsys.readouterr().out.startswith("iwae-report ")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import html
+import json
 import re
-from collections.abc import Iterator
+import shutil
+import subprocess
 from pathlib import Path
 
-import browser
 import pytest
 from matplotlib.figure import Figure
 from report_runs import change, config, values, write
@@ -83,12 +85,6 @@ def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
     }
 
 
-def test_a_page_of_nothing_finished(runs: Path, tmp_path: Path) -> None:
-    (bad,) = (path for path in runs.iterdir() if not (path / "result.json").exists())
-    assert report([str(bad), "--html", str(tmp_path / "empty.html")]) == 0
-    assert "Not in a table" in (tmp_path / "empty.html").read_text()
-
-
 def test_pictures_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = b"\x89PNG" + bytes(96)
     for seed, k in ((0, 1), (0, 5), (1, 5), (0, 50), (1, 50)):
@@ -105,54 +101,72 @@ def test_pictures_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "1 without figures/samples.png" in text and "4 more in their folders" in text
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    if browser.PROGRAM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with browser.Browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHECKS = """
+<pre id="found"></pre>
+<script>
+const find = (page, query) => [...page.querySelectorAll(query)];
+function layout(page, window) {
+  return {
+    requests: window.performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith("data:")),
+    hacked: window.hacked !== undefined,
+    sticks_out: page.documentElement.scrollWidth - window.innerWidth,
+    row: Math.max(...find(page, "tr").map(r => r.offsetHeight)),
+    font: Math.min(...find(page, "td").map(c => parseFloat(window.getComputedStyle(c).fontSize))),
+    left: page.querySelector("#left").textContent,
+  };
+}
+function behaviour(page) {
+  const click = (query, text) => find(page, query).find(b => b.textContent === text || text === undefined).click();
+  const column = () => find(page, ".results tbody tr").map(r => r.cells[1].textContent).join(" ");
+  const found = {columns: [column()]};
+  for (const name of ["NLL_5000", "NLL_5000", "objective.k", "objective.k"]) {
+    click(".results th button", name);
+    found.columns.push(column());
+  }
+  found.sorted = find(page, ".results [aria-sort]").length;
+  find(page, ".runs th button")[2].click();
+  found.nlls = find(page, ".runs tbody tr").map(r => Number(r.cells[2].dataset.v));
+  const legend = find(page, ".legend button");
+  legend[1].click();
+  found.on = find(page, ".on").map(e => e.classList.contains("c1"));
+  legend[1].click();
+  found.off = find(page, ".on, .lit").length;
+  return found;
+}
+window.onload = () => {
+  const found = {};
+  for (const frame of document.querySelectorAll("iframe")) {
+    found[frame.width] = layout(frame.contentDocument, frame.contentWindow);
+  }
+  found.behaviour = behaviour(document.querySelector("iframe").contentDocument);
+  document.querySelector("#found").textContent = JSON.stringify(found);
+};
+</script>
+"""
 
 
-def test_it_loads_alone_and_reads_on_a_phone(shown: browser.Browser, page: Path) -> None:
-    for width, height, mobile in ((1200, 900, False), (390, 844, True), (320, 568, True)):
-        shown.open(page, width, height, mobile)
-        assert [url for url in shown.requests if not url.startswith("data:")] == [page.as_uri()]
-        assert not shown.errors
-        assert shown.run("window.hacked === undefined")
-        assert shown.run("document.documentElement.scrollWidth") <= width, "nothing sticks out sideways"
-        # Nothing is squeezed either: a row of any table is a few lines high at most.
-        assert shown.run("Math.max(...[...document.querySelectorAll('tr')].map(r => r.offsetHeight))") < 120
-        sizes = "[...document.querySelectorAll('td')].map(c => parseFloat(getComputedStyle(c).fontSize))"
-        assert shown.run(f"Math.min(...{sizes})") >= 12
-        assert shown.run("[...document.images].every(i => i.loading === 'lazy' || i.complete)")
-    assert EVIL in shown.run("document.querySelector('#left').textContent")
-
-
-def test_tables_sort_both_ways_by_number(shown: browser.Browser, page: Path) -> None:
-    column = "[...document.querySelectorAll('.results tbody tr')].map(r => r.cells[1].textContent)"
-    click = "[...document.querySelectorAll('.results th button')].find(b => b.textContent === {!r}).click()"
-    shown.open(page)
-    assert shown.run(column) == ["1", "5", "50"]
-    shown.run(click.format("NLL_5000"))
-    assert shown.run(column) == ["50", "5", "1"]
-    shown.run(click.format("NLL_5000"))
-    assert shown.run(column) == ["1", "5", "50"]
-    shown.run(click.format("objective.k"))
-    shown.run(click.format("objective.k"))
-    assert shown.run(column) == ["50", "5", "1"], "50 after 5"
-    assert shown.run("document.querySelectorAll('.results [aria-sort]').length") == 1
-    runs_by_nll = "[...document.querySelectorAll('.runs tbody tr')].map(r => Number(r.cells[2].dataset.v))"
-    shown.run("[...document.querySelectorAll('.runs th button')][2].click()")
-    nlls = shown.run(runs_by_nll)
-    assert len(nlls) == 6 and nlls == sorted(nlls)
-
-
-def test_the_legend_highlights_one_cell(shown: browser.Browser, page: Path) -> None:
-    shown.open(page)
-    assert shown.run("document.querySelectorAll('.legend button').length") == 3
-    shown.run("document.querySelectorAll('.legend button')[1].click()")
-    assert shown.run("[...document.querySelectorAll('.on')].every(e => e.classList.contains('c1'))")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
+def test_it_loads_alone_reads_on_a_phone_sorts_and_highlights(page: Path, tmp_path: Path) -> None:
+    """In frames of three widths of one page, whose script looks at them."""
+    text = html.escape(page.read_text(encoding="utf-8"))
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{text}"></iframe>' for width in (1200, 390, 320))
+    (tmp_path / "frames.html").write_text(f'<meta charset="utf-8">{frames}{CHECKS}', encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), *options, (tmp_path / "frames.html").as_uri()], capture_output=True, text=True, timeout=60
+    )
+    dumped = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert dumped, done.stderr
+    found = json.loads(html.unescape(dumped[1]))
+    for width in ("1200", "390", "320"):
+        layout = found[width]
+        assert layout["requests"] == [] and not layout["hacked"] and EVIL in layout["left"]
+        assert layout["sticks_out"] <= 0 and layout["row"] < 120 and layout["font"] >= 12, width
+    behaviour = found["behaviour"]
+    assert behaviour["columns"] == ["1 5 50", "50 5 1", "1 5 50", "1 5 50", "50 5 1"], "50 after 5"
+    assert behaviour["sorted"] == 1
+    assert len(behaviour["nlls"]) == 6 and behaviour["nlls"] == sorted(behaviour["nlls"])
     # The bound, validation and training of two seeds, active units.
-    assert shown.run("document.querySelectorAll('.on').length") == 6
-    shown.run("document.querySelectorAll('.legend button')[1].click()")
-    assert shown.run("document.querySelectorAll('.on, .lit').length") == 0
+    assert len(behaviour["on"]) == 6 and all(behaviour["on"]) and behaviour["off"] == 0

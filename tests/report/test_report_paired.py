@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import change, config, write
+from report_runs import config, write
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.paired import Paired, compare
@@ -87,27 +89,23 @@ def test_groups_of_several_trainings_are_refused(tmp_path: Path) -> None:
         compare("a", a[:1], "b", b, "validation")
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "other name", "short", "not finite", "other evaluation"])
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "missing": Path.unlink,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "other name": lambda path: np.savez(path, values=np.zeros(2)),
+    "short": lambda path: np.savez(path, log_px=np.array([-80.0])),
+    "not finite": lambda path: np.savez(path, log_px=np.array([-80.0, -np.inf])),
+    "other evaluation": lambda path: np.savez(path, log_px=np.array([-80.0, -90.1])),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_values_are_refused(tmp_path: Path, how: str) -> None:
     folder = write(tmp_path, config(), np.array([-80.0, -90.0]), names=IWAE)
     write(tmp_path, config(objective="elbo"), np.array([-80.0, -91.0]), names=ELBO)
-    path = folder / "log_likelihood.npz"
-    match how:
-        case "missing":
-            path.unlink()
-        case "cut":
-            path.write_bytes(path.read_bytes()[:100])
-        case "other name":
-            np.savez(path, values=np.zeros(2))
-        case "short":
-            np.savez(path, log_px=np.array([-80.0]))
-        case "not finite":
-            np.savez(path, log_px=np.array([-80.0, -np.inf]))
-        case "other evaluation":
-            np.savez(path, log_px=np.array([-80.0, -90.1]))
-    with pytest.raises(UserError, match=r"log_likelihood\.npz is (damaged|not there|of another)") as caught:
+    DAMAGES[how](folder / "log_likelihood.npz")
+    with pytest.raises(UserError, match=r"^[^\n]*log_likelihood\.npz is (damaged|not there|of another)[^\n]*$"):
         paired(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_evaluation_that_both_have_is_found(tmp_path: Path) -> None:
@@ -119,10 +117,3 @@ def test_an_evaluation_that_both_have_is_found(tmp_path: Path) -> None:
     write(tmp_path, config(objective="elbo"), np.array([-80.0, -91.0]), names=ELBO)
     found = paired(tmp_path)
     assert (found.k, found.difference) == (5000, 0.5)
-
-
-def test_the_status_of_a_finished_run_does_not_matter(tmp_path: Path) -> None:
-    folder = write(tmp_path, config(), np.array([-80.0, -90.0]), names=IWAE)
-    change(folder / "status.json", status="running")
-    write(tmp_path, config(objective="elbo"), np.array([-80.0, -91.0]), names=ELBO)
-    assert paired(tmp_path).difference == 0.5

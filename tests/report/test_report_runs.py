@@ -7,13 +7,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from time import process_time
+from typing import Any
 
 import pytest
 from report_runs import change, config, values, write
-from small_runs import snapshot
 
-from iwae_cli.cli.report import report
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.reader import read
 
@@ -32,14 +30,13 @@ def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path
     real = real_runs[0]
     made = write(tmp_path / "made", config(), values(85.0))
     for name, part in (
-        ("result.json", None),
+        ("result.json", ""),
         ("result.json", "test"),
         ("result.json", "evaluation"),
-        ("status.json", None),
+        ("status.json", ""),
     ):
         mine, theirs = (json.loads((folder / name).read_text()) for folder in (made, real))
-        mine, theirs = (mine[part], theirs[part]) if part else (mine, theirs)
-        assert mine.keys() == theirs.keys()
+        assert (mine[part] if part else mine).keys() == (theirs[part] if part else theirs).keys()
     (run,), (other,) = read([real]).runs, read([made]).runs
     assert run.training.keys() - other.training.keys() == {"schedule.passes"}
     assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5
@@ -56,54 +53,38 @@ def test_what_is_not_finished_is_listed_with_the_reason(tmp_path: Path) -> None:
     for name in ("result.json", "status.json", "config.yaml"):
         (folders[4] / name).unlink()
     found = states(tmp_path)
-    assert found[folders[0].name] == (
-        "interrupted",
-        "at step 7: interrupted by signal 15; the same command resumes it",
-    )
-    assert found[folders[1].name] == ("failed", "at step 9: RunFailed: diverged")
-    assert found[folders[2].name][0] == "running"
-    assert found[folders[3].name][0] == "killed"
-    assert found[folders[4].name][0] == "not begun"
+    expected = ["interrupted", "failed", "running", "killed", "not begun"]
+    assert [found[folder.name][0] for folder in folders[:5]] == expected
+    assert "signal 15" in found[folders[0].name][1] and "RunFailed: diverged" in found[folders[1].name][1]
     assert [run.identity for run in read([tmp_path]).runs] == [folders[5].name]
 
 
-def damage(folder: Path) -> dict[str, str]:
-    """Return damaged contents of result.json by kind."""
-    result = json.loads((folder / "result.json").read_text())
-    return {
-        "cut": json.dumps(result)[:200],
-        "empty": "",
-        "list": "[]",
-        "number": "3",
-        "without a split's numbers": json.dumps({**result, "test": {"nll": 1.0}}),
-        "NaN": json.dumps({**result, "test": {**result["test"], "nll": float("nan")}}),
-        "words for a number": json.dumps({**result, "test": {**result["test"], "stderr_mc": "small"}}),
-        "without dataset": json.dumps({key: value for key, value in result.items() if key != "dataset"}),
-        "other k": json.dumps({**result, "test": {**result["test"], "k": 3}}),
-        "bytes": "\udcff",
-    }
+DAMAGES: dict[str, Any] = {
+    "cut": lambda result: json.dumps(result)[:200],
+    "empty": lambda result: "",
+    "a list": lambda result: "[]",
+    "bytes": lambda result: "\udcff",
+    "no numbers of a split": lambda result: json.dumps(result | {"test": {"nll": 1.0}}),
+    "NaN": lambda result: json.dumps(result | {"test": result["test"] | {"nll": float("nan")}}),
+    "words for a number": lambda result: json.dumps(result | {"test": result["test"] | {"stderr_mc": "small"}}),
+    "no dataset": lambda result: json.dumps({key: result[key] for key in result if key != "dataset"}),
+    "another k": lambda result: json.dumps(result | {"test": result["test"] | {"k": 3}}),
+}
 
 
-@pytest.mark.parametrize("how", [
-    "cut", "empty", "list", "number", "without a split's numbers", "NaN", "words for a number", "without dataset",
-    "other k", "bytes",
-])  # fmt: skip
-def test_a_damaged_result_is_reported_and_the_others_are_read(tmp_path: Path, how: str) -> None:
-    bad, good = (write(tmp_path, config(seed=s), values(85.0)) for s in range(2))
-    (bad / "result.json").write_bytes(damage(bad)[how].encode(errors="surrogateescape"))
+def test_damaged_files_are_reported_and_the_others_are_read(tmp_path: Path) -> None:
+    good = write(tmp_path, config(), values(85.0))
+    for seed, damage in enumerate(DAMAGES.values(), 1):
+        path = write(tmp_path, config(seed=seed), values(85.0)) / "result.json"
+        path.write_bytes(damage(json.loads(path.read_text())).encode(errors="surrogateescape"))
+    for seed, text in enumerate(("a: [", "- 1", "", "seed: 0", "\udcff"), 100):
+        path = write(tmp_path, config(seed=seed), values(85.0)) / "config.yaml"
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    write(tmp_path, config(seed=200), values(85.0)).joinpath("config.yaml").unlink()
     found = read([tmp_path])
-    assert [run.path.name for run in found.runs] == [good.name]
-    ((state, why),) = states(tmp_path).values()
-    assert state == "damaged" and len(why) > 10 and "\n" not in why
-
-
-@pytest.mark.parametrize("text", ["a: [", "- 1", "", "seed: 0", "\udcff"])
-def test_a_damaged_config_is_reported(tmp_path: Path, text: str) -> None:
-    folder = write(tmp_path, config(), values(85.0))
-    (folder / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
-    assert states(tmp_path)[folder.name][0] == "damaged"
-    (folder / "config.yaml").unlink()
-    assert states(tmp_path)[folder.name][0] == "damaged"
+    assert [run.path for run in found.runs] == [good]
+    assert [left.state for left in found.left_out] == ["damaged"] * (len(DAMAGES) + 6)
+    assert not [left.why for left in found.left_out if len(left.why) < 10 or "\n" in left.why]
 
 
 def test_old_and_copied_runs_do_not_count_twice(tmp_path: Path) -> None:
@@ -160,13 +141,6 @@ def test_a_sweep_is_its_jobs(tmp_path: Path) -> None:
     assert [(left.path, left.state) for left in read([sweep]).left_out] == [(sweep, "damaged")]
 
 
-def test_nothing_is_changed(tmp_path: Path) -> None:
-    folder = write(tmp_path, config(), values(85.0))
-    before = snapshot(folder)
-    read([tmp_path])
-    assert snapshot(folder) == before
-
-
 def test_no_run_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, words in (
@@ -176,24 +150,3 @@ def test_no_run_is_a_user_error(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             read([path])
-
-
-def test_circular_links_end(tmp_path: Path) -> None:
-    write(tmp_path / "runs", config(), values(85.0))
-    (tmp_path / "runs" / "round").symlink_to(tmp_path)
-    assert len(read([tmp_path]).runs) == 1
-
-
-def test_hundreds_of_runs_take_seconds(tmp_path: Path) -> None:
-    first = write(tmp_path, config(), values(85.0))
-    names = ("config.yaml", "result.json", "status.json", "metrics.jsonl")
-    texts = {name: (first / name).read_text() for name in names}
-    for seed in range(1, 300):
-        folder = tmp_path / f"run-{seed}"
-        folder.mkdir()
-        for name, text in texts.items():
-            (folder / name).write_text(text.replace(first.name, folder.name).replace("\nseed: 0", f"\nseed: {seed}"))
-    begun = process_time()
-    assert report([str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
-    assert process_time() - begun < 15, "some two seconds"
-    assert "over 300 seeds" in (tmp_path / "page.html").read_text()

@@ -10,56 +10,40 @@ from typing import Any
 import numpy as np
 import yaml
 
-PACKAGE = "iwae_cli"
-CONFIG: dict[str, Any] = {
-    "data": {"_target_": f"{PACKAGE}.data.mnist.MNIST", "data_dir": "data", "binarization": "dynamic"},
-    "model": {
-        "_target_": f"{PACKAGE}.models.mlp.GaussianMLP",
-        "latent_sizes": [50],
-        "hidden_sizes": [[200, 200]],
-        "likelihood": "bernoulli",
-    },
-    "objective": {"_target_": f"{PACKAGE}.objectives.iwae.IWAE", "k": 50, "gradient": "total"},
-    "optimizer": {
-        "_target_": "torch.optim.Adam",
-        "lr": 0.001,
-        "betas": [0.9, 0.999],
-        "eps": 1e-4,
-        "weight_decay": 0.0,
-        "fused": True,
-    },
-    "schedule": {"_target_": f"{PACKAGE}.training.schedule.Burda", "stages": 8},
-    "validation": {"_target_": f"{PACKAGE}.training.settings.Validation", "k": 50, "every": 5},
-    "evaluation": {
-        "_target_": f"{PACKAGE}.evaluation.protocol.Evaluation",
-        "k": 5000,
-        "splits": ["validation", "test"],
-        "weights": "last",
-        "seed": 0,
-        "binarization_seed": 0,
-        "rows": 2000,
-        "workers": None,
-        "jackknife": False,
-    },
-    "device": {"_target_": f"{PACKAGE}.device.Device", "kind": "auto", "precision": "float32", "threads": 1},
-    "logger": {
-        "_target_": f"{PACKAGE}.sinks.wandb.WandbLogger",
-        "mode": "offline",
-        "project": "iwae-cli",
-        "entity": None,
-        "group": None,
-        "tags": [],
-        "name": None,
-    },
-    "seed": 0,
-    "batch_size": 20,
-    "data_dir": "data",
-    "output_dir": "outputs",
-    "init_from": None,
-    "with_optimizer": False,
-    "train": "all",
-    "restart": False,
-}
+CONFIG: dict[str, Any] = yaml.safe_load("""
+data: {_target_: iwae_cli.data.mnist.MNIST, data_dir: data, binarization: dynamic}
+model:
+  _target_: iwae_cli.models.mlp.GaussianMLP
+  latent_sizes: [50]
+  hidden_sizes: [[200, 200]]
+  likelihood: bernoulli
+objective: {_target_: iwae_cli.objectives.iwae.IWAE, k: 50, gradient: total}
+optimizer:
+  {_target_: torch.optim.Adam, lr: 0.001, betas: [0.9, 0.999], eps: 0.0001, weight_decay: 0.0, fused: true}
+schedule: {_target_: iwae_cli.training.schedule.Burda, stages: 8}
+validation: {_target_: iwae_cli.training.settings.Validation, k: 50, every: 5}
+evaluation:
+  _target_: iwae_cli.evaluation.protocol.Evaluation
+  splits: [validation, test]
+  weights: last
+  k: 5000
+  seed: 0
+  binarization_seed: 0
+  rows: 2000
+  workers: null
+  jackknife: false
+device: {_target_: iwae_cli.device.Device, kind: auto, precision: float32, threads: 1}
+logger: {_target_: iwae_cli.sinks.wandb.WandbLogger, mode: offline, project: iwae-cli, tags: []}
+seed: 0
+batch_size: 20
+data_dir: data
+output_dir: outputs
+init_from: null
+with_optimizer: false
+train: all
+restart: false
+""")
+"""A configuration with the class paths of version 0.2.0, whose runs are still read."""
 MODELS = {"one_layer": ([50], [[200, 200]]), "two_layer": ([100, 50], [[200, 200], [100, 100]])}
 
 
@@ -68,7 +52,7 @@ def config(model: str = "one_layer", objective: str = "iwae", k: int = 50, seed:
     made = json.loads(json.dumps(CONFIG))
     made["model"]["latent_sizes"], made["model"]["hidden_sizes"] = MODELS[model]
     made["objective"]["k"], made["seed"] = k, seed
-    made["objective"]["_target_"] = f"{PACKAGE}.objectives.{objective}.{objective.upper()}"
+    made["objective"]["_target_"] = f"iwae_cli.objectives.{objective}.{objective.upper()}"
     if objective == "elbo":
         made["objective"]["analytic_kl"] = False
     for key, value in changed.items():
@@ -103,59 +87,29 @@ def write(
     asked = settings["evaluation"]
     evaluation = f"k{asked['k']}-test-{asked['weights']}-{hashlib.sha256(images.encode()).hexdigest()[:8]}"
     n, nll = len(log_px), -float(np.mean(log_px))
+    facts = {"seed": 0, "binarization_seed": 0, "precision": settings["device"]["precision"], "k": asked["k"]}
     split = {
-        "nll": nll,
-        "k": asked["k"],
-        "n": n,
+        **{"nll": nll, "k": asked["k"], "n": n, "stderr_mc": 0.004, "bias_mc": -0.002},
         "stderr_images": float(np.std(log_px, ddof=1) / np.sqrt(n)),
-        "stderr_mc": 0.004,
-        "bias_mc": -0.002,
         "bounds": {"1": -nll - 3.0, "50": -nll - 0.5, str(asked["k"]): -nll},
-        "ess_median": 800.0,
-        "ess_min": 40.0,
-        "ess_share_below_10": 0.0,
-        "khat_share_above_0.7": 0.0,
-        "top_weight_share_above_0.5": 0.0,
-        "bits_per_dim": nll / 784 / float(np.log(2)),
+        **{"ess_median": 800.0, "ess_min": 40.0, "ess_share_below_10": 0.0, "khat_share_above_0.7": 0.0},
+        **{"top_weight_share_above_0.5": 0.0, "bits_per_dim": nll / 784 / float(np.log(2))},
     }
     result = {
-        "status": "finished",
-        "identity": identity,
+        **{"status": "finished", "identity": identity, "seed": settings["seed"], "weights": asked["weights"]},
         "dataset": {
             "name": data,
             "protocol": "binarized",
             "sizes": {"train": 59600, "validation": 400, "test": n},
             "evaluation_sha256": {"test": hashlib.sha256(images.encode()).hexdigest()},
         },
-        "model": {"name": names[0]},
-        "objective": {"name": names[1]},
-        "optimizer": {"name": choices[0]},
-        "schedule": {"name": choices[1]},
-        "seed": settings["seed"],
-        "trained": settings["train"],
-        "init_from": settings["init_from"],
-        "epochs": 3280,
-        "steps": 100,
-        "parameters": 1,
-        "weights": asked["weights"],
-        "evaluation": {
-            "name": evaluation,
-            "step": 100,
-            "k": asked["k"],
-            "seed": 0,
-            "binarization_seed": 0,
-            "precision": settings["device"]["precision"],
-        },
-        "versions": {},
-        "device": {"kind": "cpu"},
-        "git": None,
-        "test": split,
-        "active_units": units,
-        "active_units_authors_rule": units,
-        "rows": [],
-        "notes": [],
-        "arrays": ["log_px"],
-        "reasons": {},
+        **{"model": {"name": names[0]}, "objective": {"name": names[1]}},
+        **{"optimizer": {"name": choices[0]}, "schedule": {"name": choices[1]}},
+        **{"trained": settings["train"], "init_from": settings["init_from"]},
+        **{"epochs": 3280, "steps": 100, "parameters": 1, "versions": {}, "device": {"kind": "cpu"}, "git": None},
+        "evaluation": {"name": evaluation, "step": 100, **facts},
+        **{"test": split, "active_units": units, "active_units_authors_rule": units},
+        **{"rows": [], "notes": [], "arrays": ["log_px"], "reasons": {}},
         "seconds": {"train": 1.0, "evaluate": 1.0},
     }
     status = {"status": "finished", "step": 100, "pid": 1, "host": "elsewhere", "error": None}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,14 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files}
 
 
+@cache
+def wandb_records(offline_run: Path) -> list[dict[str, Any]]:
+    """Return the records of a closed W&B run, read by wandb itself."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline_run)]
+    read = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in read.stdout.splitlines()]
+
+
 def _bits(value: Any) -> Any:
     """``value`` with every tensor as its bytes, so that == compares bits (and NaN equals NaN)."""
     if isinstance(value, torch.Tensor):
@@ -100,6 +111,6 @@ def bits(folder: Path) -> dict[str, Any]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and content of every file but the lock, which whoever asks for it writes its name into."""
+    """Return modification time and content of every file but the lock, whose content changes with every command."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}

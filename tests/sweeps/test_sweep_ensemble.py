@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import TINY, bits, last_of_each, read_json, run, run_folders
+from small_runs import TINY, bits, last_of_each, read_json, run, run_folders, wandb_records
 
+from iwae_cli.cli.compose import plan
 from iwae_cli.core.files import RunLock
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.objectives.base import Objective
@@ -75,20 +76,8 @@ def test_the_numbers_are_those_of_each_run_alone(tmp_path: Path) -> None:
         for row, expected_row in zip(rows, expected_rows, strict=True):
             assert row == pytest.approx(expected_row, rel=1e-5)
         assert {path.name for path in folder.iterdir()} == {"wandb", *(path.name for path in other.iterdir())}
-    (record,) = (folder / "wandb").glob("offline-run-*")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-    text = subprocess.run(inspect, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    history = [entry for entry in map(json.loads, text.splitlines()) if entry["type"] == "history"]
+    history = [entry for entry in wandb_records(*folder.glob("wandb/offline-run-*")) if entry["type"] == "history"]
     assert len(history) >= len(rows), "the record of the training is in W&B too"
-
-
-def exit_code(folder: Path) -> int:
-    """Return the exit code in the W&B record of a run."""
-    (record,) = (folder / "wandb").glob("offline-run-*")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-    text = subprocess.run(inspect, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    (found,) = (entry["exit"] for entry in map(json.loads, text.splitlines()) if entry["type"] == "exit")
-    return int(found.get("exit_code", 0))
 
 
 def test_a_failure_is_reported_when_it_happens_and_the_others_continue(
@@ -110,7 +99,12 @@ def test_a_failure_is_reported_when_it_happens_and_the_others_continue(
     for job in jobs_of(tmp_path):
         failed = "optimizer.lr=1e+30" in job["overrides"]
         assert read_json(job["path"] / "status.json")["status"] == ("failed" if failed else "finished")
-        assert (exit_code(job["path"]) == 0) != failed
+        (ended,) = (
+            entry["exit"]
+            for entry in wandb_records(*job["path"].glob("wandb/offline-run-*"))
+            if entry["type"] == "exit"
+        )
+        assert (ended.get("exit_code", 0) == 0) != failed
 
 
 @pytest.mark.parametrize("how", ["a disk that is full", "no graph of those that are left"])
@@ -158,28 +152,6 @@ def test_a_run_that_cannot_resume_is_reported_when_it_has_its_turn(tmp_path: Pat
     code, out, err = sweep(tmp_path, "seed=0,1,2", "schedule.passes=1", BATCHED)
     assert code == 1 and "training 2 runs" in err and "1 failed" in out and "2 finished" in out, out[-900:]
     assert err.count("the files of digits are not those that") == 1
-
-
-def test_a_finished_run_without_its_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
-    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
-    for folder in run_folders(tmp_path):
-        (folder / "checkpoint.pt").unlink()
-    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
-    assert code == 0 and "training" not in err
-    assert not any((folder / "checkpoint.pt").exists() for folder in run_folders(tmp_path))
-
-
-def test_a_signal_before_the_training_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
-    load = Experiment.load
-
-    def signalled(self: Experiment) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return load(self)
-
-    monkeypatch.setattr(Experiment, "load", signalled)
-    code, out, _ = sweep(tmp_path, "seed=0,1", "evaluation.k=6", BATCHED)
-    assert code == 143 and "2 pending" in out
 
 
 def test_stop_at_the_first_error(tmp_path: Path) -> None:
@@ -230,35 +202,50 @@ def test_jobs_that_cannot_be_mapped_train_alone_with_a_message(tmp_path: Path, m
         raise CannotCompileError("no rule for aten.mine")
 
     monkeypatch.setattr(sweep_ensemble, "train_ensemble", fail)
-    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
+    code, _, err = sweep(tmp_path, "seed=0,1", "schedule.passes=1", BATCHED)
     assert code == 0 and "these runs train one after the other from here on: no rule for aten.mine" in err
     assert at_once(tmp_path) == [1, 1]
 
 
 def test_a_locked_run_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sweep(tmp_path / "first", "seed=0,1,2", BATCHED)[0] == 0
-    held = tmp_path / "second" / run_folders(tmp_path / "first")[0].name
+    line = last_of_each(*QUICK, "seed=0", "schedule.passes=1", f"output_dir={tmp_path}")
+    held = plan(line, False, None).jobs[0].experiment().folder().path
     held.mkdir(parents=True)
     lock = RunLock(held)
     lock.__enter__()
     monkeypatch.setattr("iwae_cli.sweeps.jobs.time.sleep", lambda seconds: lock.__exit__(None, None, None))
-    code, _, err = sweep(tmp_path / "second", "seed=0,1,2", BATCHED)
+    code, _, err = sweep(tmp_path, "seed=0,1,2", "schedule.passes=1", BATCHED)
     assert code == 0 and "waiting:" in err and "training 2 runs" in err
-    assert at_once(tmp_path / "second") == [1, 2, 2]
+    assert at_once(tmp_path) == [1, 2, 2]
 
 
-def test_finished_runs_are_not_repeated_and_restarted_ones_begin_once(tmp_path: Path) -> None:
-    assert sweep(tmp_path, "seed=0,1", BATCHED)[0] == 0
+def test_finished_runs_are_not_repeated_and_restarted_ones_begin_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(tmp_path, "seed=0,1", "schedule.passes=1", BATCHED)[0] == 0
     before = {folder.name: bits(folder) for folder in run_folders(tmp_path)}
-    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED)
-    assert code == 0 and "training" not in err
-    code, _, err = sweep(tmp_path, "seed=0,1", BATCHED, "restart=true")
+    code, _, err = sweep(tmp_path, "seed=0,1", "schedule.passes=1", BATCHED, "restart=true")
     assert code == 0 and err.count("training 2 runs") == 1, err
     assert {folder.name for folder in run_folders(tmp_path)} == {*before, *(f"{name}.old-1" for name in before)}
     assert {name: bits(tmp_path / name) for name in before} == before
+    load = Experiment.load
+
+    def signalled(self: Experiment) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "load", signalled)
+        code, out, _ = sweep(tmp_path, "seed=0,1", "evaluation.k=6", "schedule.passes=1", BATCHED)
+    assert code == 143 and "2 pending" in out, "a signal before the training stops the sweep"
+    for name in before:
+        (tmp_path / name / "checkpoint.pt").unlink()
+    code, _, err = sweep(tmp_path, "seed=0,1", "schedule.passes=1", BATCHED)
+    assert code == 0 and "training" not in err
+    assert not any((tmp_path / name / "checkpoint.pt").exists() for name in before)
 
 
-def test_a_search_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     code, _, err = run("-m", "hydra/sweeper=optuna", "seed=0,1", BATCHED, f"output_dir={tmp_path}")
     assert code == 2 and "a search decides its jobs as it goes" in err
@@ -279,11 +266,18 @@ sys.exit(cli.train(sys.argv[1:]))
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed sweep of two runs."""
+    place = tmp_path_factory.mktemp("whole")
+    assert sweep(place, "seed=0,1", BATCHED)[0] == 0
+    return place
+
+
 @pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_sweep_resumes(died: signal.Signals, tmp_path: Path) -> None:
+def test_a_stopped_sweep_resumes(died: signal.Signals, whole: Path, tmp_path: Path) -> None:
     """Stopped while the second of two ends a step that the first has ended."""
     code = DYING.format(seed=1, signal=died.name, every=-1.0 if died == signal.SIGKILL else 30.0)
-    assert sweep(tmp_path / "whole", "seed=0,1", BATCHED)[0] == 0
     line = last_of_each("-m", *QUICK, "seed=0,1", BATCHED, f"output_dir={tmp_path / 'stopped'}")
     process = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300)
     folders = run_folders(tmp_path / "stopped")
@@ -296,10 +290,10 @@ def test_a_stopped_sweep_resumes(died: signal.Signals, tmp_path: Path) -> None:
     exit_code, _, err = sweep(tmp_path / "stopped", "seed=0,1", BATCHED)
     assert exit_code == 0, err
     for folder in folders:
-        whole = tmp_path / "whole" / folder.name
+        expected = whole / folder.name
         if died == signal.SIGKILL:
             # At different steps they cannot train at once: each resumes alone, and warns.
             assert "resuming is not exact: runs_at_once was 2 and is 1" in (folder / "train.log").read_text()
-            torch.testing.assert_close(loaded(folder)["model"], loaded(whole)["model"], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(loaded(folder)["model"], loaded(expected)["model"], rtol=1e-3, atol=1e-5)
         else:
-            assert bits(folder) == bits(whole)
+            assert bits(folder) == bits(expected)

@@ -1,4 +1,4 @@
-"""A search looks at the validation split, takes failures as they come, and resumes after anything."""
+"""A search minimizes the validation NLL, accepts failures as results, and resumes after SIGKILL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import TINY, run, run_folders
+from small_runs import TINY, read_json, run, run_folders
 from test_sweep import needs, start, statuses, sweep_of, wait_for
 
 from iwae_cli.cli.train import train
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["-m", "hydra/sweeper=optuna"], ["experiment=sweeps/search"]):
         assert train(argv) == 2
-        message = "iwae-train: hydra/sweeper=optuna is not installed: pip install 'iwae-cli[optuna]'\n"
-        assert capsys.readouterr().err == message and os.listdir() == []
+        assert "pip install 'iwae-cli[optuna]'" in capsys.readouterr().err and os.listdir() == []
 
 
 @needs("hydra_optuna_sweeper")
@@ -39,8 +38,6 @@ def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path:
     (storage,) = tmp_path.glob("sweeps/*/optuna.db")
     (study,) = optuna.get_all_study_summaries(f"sqlite:///{storage}")
     trials = optuna.load_study(study.study_name, f"sqlite:///{storage}").trials
-    from small_runs import read_json
-
     expected = [read_json(job["path"] / "result.json")["validation"]["nll"] for job in sweep_of(tmp_path)["jobs"]]
     assert [trial.value for trial in trials] == expected
 
