@@ -304,9 +304,9 @@ def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Overrid
     keys = [str(o.key_or_group) for o in overrides]
     mode = os.environ.get("WANDB_MODE")
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
-        for node in (config["logger"] or {}).values():
+        for node in (config.get("logger") or {}).values():
             if isinstance(node, dict) and node.get("_target_") == _WANDB:
-                node["mode"] = mode
+                node["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
     names = {group: str(chosen[group]) for group in BASES if group in chosen}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]
     return Job(config, names, lines)

@@ -68,12 +68,12 @@ def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -
     """
     objects: dict[str, Any] = {}
     for group in groups:
-        if group not in config:
+        if group not in config and group not in SEVERAL:
             raise UserError(f"{group} is missing: choose one with {group}=...")
         module, _, name = BASES[group].rpartition(".")
         base = getattr(importlib.import_module(module), name)
         if group in SEVERAL:
-            objects[group] = tuple(build(node, base, f"{group}.{key}") for key, node in config[group].items())
+            objects[group] = tuple(build(node, base, f"{group}.{key}") for key, node in config.get(group, {}).items())
         else:
             objects[group] = build(config[group], base, group)
     return objects

@@ -6,6 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -131,9 +132,12 @@ class FanOut(Logger):
             raise errors[0]
 
     def sync_command(self) -> str | None:
-        """Return the first command line that a logger has."""
-        loggers = [*self._essential, *(other.logger for other in self._others)]
-        return next((command for logger in loggers if (command := logger.sync_command())), None)
+        """Return the first command line that a logger has; one that raises has none."""
+        for logger in (*self._essential, *(other.logger for other in self._others)):
+            with suppress(Exception):
+                if command := logger.sync_command():
+                    return command
+        return None
 
     def _each(self, call: Callable[[Logger], None]) -> None:
         # The local record before everything else: where it fails, no other logger may claim to have the row.

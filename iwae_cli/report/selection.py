@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,13 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
                 left_out.append(LeftOut(run.path, "no number", f"NLL_{score.k} of {split}: {reason}"))
             else:
                 kept.append(Scored(run, score, split))
-    return kept, left_out
+    # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
+    once: dict[str, Scored] = {}
+    for scored in kept:
+        first = once.setdefault(json.dumps([scored.run.seed, _training(scored)], sort_keys=True, default=str), scored)
+        if first is not scored:
+            left_out.append(LeftOut(scored.run.path, "repeated", f"same training and seed as {first.run.path.name}"))
+    return list(once.values()), left_out
 
 
 def _why(run: Run, split: str, wanted: Kind | None) -> str:

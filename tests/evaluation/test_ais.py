@@ -22,6 +22,7 @@ from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.summary import table_of
 

@@ -33,7 +33,7 @@ BOUNDS = {"test": {"1": -91.0, "5": -88.0, "50": -86.0}, "validation": {"1": -92
 PLOTS: dict[str, Callable[[Path], None]] = {
     "samples": lambda path: plot_samples(path, IMAGES),
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
-    "training": lambda path: plot_training(path, CURVES, label="bound"),
+    "training": lambda path: plot_training(path, CURVES),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
 }
 
@@ -105,9 +105,9 @@ def test_arrays_that_are_no_images_are_refused_and_no_file_is_made(tmp_path: Pat
 
 def test_curves_may_be_short_long_or_missing(tmp_path: Path) -> None:
     long = [(i / 2, -100.0 - 200 / (i + 1)) for i in range(6560)]
-    plot_training(tmp_path / "long.png", {"train": long, "validation": []}, label="bound")
-    plot_training(tmp_path / "one.png", {"train": [(1.0, -100.0)]}, label="bound")
-    plot_training(tmp_path / "none.png", {}, label="bound")
+    plot_training(tmp_path / "long.png", {"train": long, "validation": []})
+    plot_training(tmp_path / "one.png", {"train": [(1.0, -100.0)]})
+    plot_training(tmp_path / "none.png", {})
     plot_bounds(tmp_path / "k1.png", {"test": {"1": -100.0}})
     assert len(list(tmp_path.iterdir())) == 4
 

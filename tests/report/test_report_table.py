@@ -72,6 +72,14 @@ def test_what_cannot_change_the_weights_makes_no_other_cell(tmp_path: Path) -> N
     assert len(cell.runs) == 5
 
 
+def test_one_seed_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    """Validation decides nothing about the last weights, so both runs are one training."""
+    for every in (5, 9):
+        write(tmp_path, config(validation__every=every), values(85.0))
+    scored, (left,) = comparable(read([tmp_path]).runs, "test")
+    assert len(scored) == 1 and left.state == "repeated" and scored[0].run.path.name in left.why
+
+
 def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -> None:
     """The names of their ancestors differ by seed and hash alone, as those of two seeds do."""
     for seed, rate in enumerate((1e-3, 1e-4)):
