@@ -56,8 +56,8 @@ def both(
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_log_weights_are_those_of_the_model(name: str) -> None:
-    pixels = 50
+@pytest.mark.parametrize("pixels", [1, 16, 50])  # groups of 16: mostly padding, none, some
+def test_log_weights_are_those_of_the_model(name: str, pixels: int) -> None:
     model = built(GaussianMLP(*SIZES[name]), pixels, weights=5.0).double()
     plain, fast = both(model, binary(5, pixels), 300, rows=128)
     assert plain.std() > 0.1
@@ -83,6 +83,20 @@ def test_bf16_errs_by_the_rounding_of_the_factors() -> None:
     assert (fast - exact).std() > 1e-3
     shift = log_mean_exp(fast.double()) - log_mean_exp(exact.double())
     assert shift.abs().max() < 2e-3 * exact.abs().mean()
+
+
+def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
+    """Weights of few bits, and every tanh -1 or 1, by steep slopes; products and sums then round nowhere."""
+    model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
+    head, slope = model.generative.observation.head, model.generative.observation.body[0]
+    with torch.no_grad():
+        slope.weight.mul_(1e6)
+        head.weight.copy_((head.weight * 16).round() / 16)
+        head.bias.copy_((head.bias * 16).round() / 16)
+    plain, fast = both(model, x, 200, bf16=True)
+    assert plain.std() > 1
+    # The rest is the rounding of log w itself, of some tens of nats, in float32.
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
