@@ -82,7 +82,9 @@ def test_the_expected_gradient_is_that_of_the_enumerated_bound(name: str, object
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "objective", [VIMCO(4), RWS(4, "both"), TVO(4, 3, gradient="covariance")], ids=["vimco", "both", "tvo"]
+    "objective",
+    [VIMCO(4), RWS(4, "wake"), RWS(4, "sleep"), RWS(4, "both"), TVO(4, 3, gradient="covariance")],
+    ids=["vimco", "wake", "sleep", "both", "tvo"],
 )
 def test_every_parameter_of_a_discrete_model_is_trained(name: str, objective: Objective) -> None:
     model, x, _ = small_model(name)
@@ -94,3 +96,32 @@ def test_every_parameter_of_a_discrete_model_is_trained(name: str, objective: Ob
         assert gradient.isfinite().all() and gradient.abs().max() > 0
     theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in theta)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sleep_learns_the_posterior_of_the_model_itself(name: str) -> None:
+    # At q = p(h|x) the expected sleep gradient is zero, so minimizing its loss over many dreams ends near there; the
+    # exact inclusive divergence, averaged over p(x) by enumeration, must fall.
+    model, x, states = small_model(name)
+    images = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+
+    def divergence() -> float:
+        latents = tuple(torch.stack(layer)[:, None].expand(-1, 8, -1) for layer in zip(*states, strict=True))
+        with torch.no_grad():
+            log_p = model.generative(images, latents)
+            assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+            conditional = log_p - log_p.logsumexp(0)
+            return (log_p.exp() * (conditional - model.inference(images, latents))).sum().item()
+
+    before = divergence()
+    objective = RWS(1, "sleep")
+    optimizer = torch.optim.Adam(model.inference.parameters(), lr=0.08)
+    many = x.expand(200, -1)
+    for step in range(100):
+        noise = GeneratorNoise(generator("cpu", 4, "sleep", step), torch.float64)
+        losses = objective.losses(model, many, model.draw(many, 1, noise), noise)
+        optimizer.zero_grad()
+        losses.inference.backward(inputs=list(model.inference.parameters()))
+        optimizer.step()
+    assert before > 0.1
+    assert divergence() < 0.2 * before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from objective_toys import LOG_PX_A, expected_gradients, fixture_a
+from objective_toys import LOG_PX_A, GivenNoise, expected_gradients, fixture_a, outcome_gradients
 
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -52,12 +52,41 @@ def test_stl_matches_at_one_sample_and_not_at_two():
     assert abs(two["inference.loc"].item() - FIXTURE_A[2][1]) > 0.5
 
 
+def test_theta_takes_the_first_weights_and_not_the_squared_ones():
+    gradients, _ = expected_gradients(IWAE(2, "dreg"))
+    assert gradients["generative.slope"].item() == pytest.approx(FIXTURE_A[2][3], abs=2e-6)
+    assert abs(gradients["generative.slope"].item() + 0.3764) > 0.3
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_elbo_is_the_same_for_every_number_of_samples(k):
+    value, location, log_scale, slope = FIXTURE_A[1]
+    gradients, bound = expected_gradients(ELBO(k, "dreg"))
+    assert bound.item() == pytest.approx(value, abs=1e-9)
+    assert gradients["inference.loc"].item() == pytest.approx(location, abs=2e-6)
+    assert gradients["inference.log_scale"].item() == pytest.approx(log_scale, abs=2e-6)
+    assert gradients["generative.slope"].item() == pytest.approx(slope, abs=2e-6)
+
+
 def test_analytic_kl_equals_the_sampled_elbo_in_mean():
     sampled, bound = expected_gradients(ELBO(1))
     analytic, analytic_bound = expected_gradients(ELBO(1, analytic_kl=True))
     assert analytic_bound.item() == pytest.approx(bound.item(), abs=1e-10)
     for name, gradient in sampled.items():
         torch.testing.assert_close(analytic[name], gradient, rtol=0, atol=1e-10)
+
+
+def test_analytic_kl_is_another_estimator():
+    model, x = fixture_a(2)
+    noise = GivenNoise({1: torch.tensor([[[-1.0], [1.0]]], dtype=torch.float64)})
+    spread = []
+    for analytic in (False, True):
+        _, bound = outcome_gradients(ELBO(1, analytic_kl=analytic), model, x, noise)
+        spread.append(bound[1] - bound[0])
+    # The KL has no noise left: what differs between the two draws is the likelihood alone.
+    likelihood = model.generative.log_likelihood(x, model.draw(x, 1, noise).latents)[0]
+    torch.testing.assert_close(spread[1], (likelihood[1] - likelihood[0]).detach())
+    assert abs(spread[0] - spread[1]) > 0.1
 
 
 @pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
