@@ -8,16 +8,21 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
-from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.models import exact as exact_module
 from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.objectives.iwae import IWAE
 
 PIXELS = 3
 EVERY_X = torch.tensor(list(product([0, 1], repeat=PIXELS)), dtype=torch.float64)
 ARCHITECTURES: dict[str, Architecture] = {
+    "one layer": SigmoidBeliefNetwork([4]),
+    "two layers": SigmoidBeliefNetwork([3, 2]),
     "three layers": SigmoidBeliefNetwork([2, 1, 3]),
     "categorical": Categorical(5),
 }
@@ -101,9 +106,16 @@ def test_the_enumerated_log_px(name: str) -> None:
     expected = [math.log(sum(p_joint(name, model, x, h) for h in states(name))) for x in EVERY_X.numpy()]
     np.testing.assert_allclose(exact.detach().numpy(), expected, rtol=1e-12)
     assert exact.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    single = model.float().generative.exact_log_px(EVERY_X.float())
-    assert single is not None and single.dtype == torch.float64
-    torch.testing.assert_close(single, model.double().generative.exact_log_px(EVERY_X), rtol=1e-12, atol=0)
+
+
+@every_architecture
+def test_float32_weights_are_enumerated_in_float64(name: str) -> None:
+    model = build(name).float()
+    exact = model.generative.exact_log_px(EVERY_X.float())
+    assert exact is not None
+    assert exact.dtype == torch.float64
+    expected = model.double().generative.exact_log_px(EVERY_X)
+    torch.testing.assert_close(exact, expected, rtol=1e-12, atol=0)
 
 
 @every_architecture
@@ -123,6 +135,62 @@ def test_the_enumeration_has_the_gradient_of_log_px(name: str) -> None:
         assert a.abs().max() > 0
 
 
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """p-value; cells that expect fewer than five are taken together."""
+    n = counts.sum()
+    rare = probabilities * n < 5
+    observed, expected = counts[~rare], probabilities[~rare] * n
+    if rare.any():
+        observed, expected = np.append(observed, counts[rare].sum()), np.append(expected, n - expected.sum())
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+def numbered(name: str, latents: tuple[Tensor, ...], x: Tensor) -> np.ndarray:
+    """Index of (state, x) in ``states`` and ``EVERY_X``."""
+    keys = {tuple(np.concatenate(h)): i for i, h in enumerate(states(name))}
+    joined = torch.cat(latents, -1).reshape(-1, sum(h.shape[-1] for h in latents))
+    found = np.array([keys[tuple(row)] for row in joined.numpy()])
+    bits = (x.reshape(-1, PIXELS) @ torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)).long().numpy()
+    return found * len(EVERY_X) + bits
+
+
+@every_architecture
+def test_p_draws_every_state_as_often_as_it_should(name: str) -> None:
+    model, n = build(name), 20_000
+    with torch.no_grad():
+        latents, x = model.generative.sample(n, noise())
+    probabilities = np.array([[p_joint(name, model, x, h) for x in EVERY_X.numpy()] for h in states(name)]).ravel()
+    assert probabilities.sum() == pytest.approx(1)
+    counts = np.bincount(numbered(name, latents, x), minlength=len(probabilities))
+    assert chi_square(counts, probabilities) > 1e-3
+    # The test can fail: the same counts against the states in another order.
+    assert chi_square(counts, np.roll(probabilities, 8)) < 1e-9
+
+
+@every_architecture
+def test_q_draws_every_state_as_often_as_it_should(name: str) -> None:
+    model, k = build(name), 20_000
+    x = EVERY_X[[6]]
+    with torch.no_grad():
+        latents, log_q = model.inference.sample(x, k, KeyedNoise(0, "t", [0], dtype=torch.float64))
+    probabilities = np.array([q_of(name, model, x[0].numpy(), h) for h in states(name)])
+    found = numbered(name, latents, x.expand(k, 1, -1)) // len(EVERY_X)
+    np.testing.assert_allclose(log_q[:, 0].numpy(), np.log(probabilities[found]), rtol=1e-9)
+    assert chi_square(np.bincount(found, minlength=len(probabilities)), probabilities) > 1e-3
+
+
+@every_architecture
+def test_latents_are_zeros_and_ones_without_gradient(name: str) -> None:
+    model = build(name)
+    latents, _ = model.inference.sample(EVERY_X, 50, noise())
+    for h in (*latents, *model.generative.sample(50, noise())[0]):
+        assert ((h == 0) | (h == 1)).all()
+        assert not h.requires_grad
+        assert h.dtype == torch.float64
+        if name == "categorical":
+            assert (h.sum(-1) == 1).all()
+
+
 def test_a_categorical_q_can_be_the_exact_posterior() -> None:
     """T2 for discrete latents: log p(h|x) is linear in x, up to a constant; every log w is then log p(x)."""
     model = build("categorical")
@@ -137,15 +205,21 @@ def test_a_categorical_q_can_be_the_exact_posterior() -> None:
     torch.testing.assert_close(model(EVERY_X, 20, noise()), exact.expand(20, -1), rtol=0, atol=1e-12)
 
 
-def test_at_most_2_to_the_14_states_are_enumerated_in_pieces() -> None:
+@pytest.mark.parametrize(("sizes", "known"), [([14], True), ([7, 7], True), ([15], False), ([200, 200, 200], False)])
+def test_enumeration_stops_where_it_says(sizes: list[int], known: bool) -> None:
+    assert exact_module.MAX_STATES == 2**14
+    model = SigmoidBeliefNetwork(sizes).build((2,), np.full(2, 0.5), torch.Generator().manual_seed(0))
+    exact = model.generative.exact_log_px(torch.zeros(1, 2))
+    assert (exact is not None) == known
+
+
+def test_many_states_are_enumerated_in_pieces() -> None:
     """2^12 states of the first layer are more than one piece; every x together has probability one."""
-    for sizes, known in (([12, 2], True), ([15], False), ([200, 200], False)):
-        draw = torch.Generator().manual_seed(0)
-        model = SigmoidBeliefNetwork(sizes).build((PIXELS,), np.full(PIXELS, 0.3), draw).double()
-        exact = model.generative.exact_log_px(EVERY_X)
-        assert (exact is not None) == known
-        if exact is not None:
-            assert exact.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    draw = torch.Generator().manual_seed(0)
+    model = SigmoidBeliefNetwork([12, 2]).build((PIXELS,), np.full(PIXELS, 0.3), draw).double()
+    exact = model.generative.exact_log_px(EVERY_X)
+    assert exact is not None
+    assert exact.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -157,3 +231,9 @@ def test_extreme_logits_stay_finite() -> None:
         particles = model.draw(EVERY_X.float(), 20, GeneratorNoise(torch.Generator().manual_seed(0)))
         assert particles.log_q.isfinite().all()
         assert particles.log_p.isfinite().all()
+
+
+def test_pathwise_objectives_refuse_discrete_models() -> None:
+    for architecture in ARCHITECTURES.values():
+        assert architecture.discrete
+        assert "discrete" in (IWAE(2).check(architecture) or "")

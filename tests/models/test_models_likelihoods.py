@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from iwae_cli.core.noise import GeneratorNoise
-from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic
+from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, make_likelihood
 
 
 def noise() -> GeneratorNoise:
@@ -32,7 +32,7 @@ def every_level(likelihood: DiscretizedLogistic, loc: float, log_scale: float) -
 LOCATIONS = [(-3.0, -2.0), (0.0, -5.0), (0.1, -1.0), (0.5, -3.0), (0.5, 2.0), (0.99, -6.0), (7.0, -4.0), (0.3, -30.0)]
 
 
-@pytest.mark.parametrize("levels", [2, 256])
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
 @pytest.mark.parametrize(("loc", "log_scale"), LOCATIONS)
 def test_the_masses_of_all_levels_sum_to_one(levels: int, loc: float, log_scale: float) -> None:
     log_mass = every_level(DiscretizedLogistic(np.zeros(1), levels), loc, log_scale)
@@ -50,6 +50,15 @@ def test_the_masses_are_those_of_a_logistic(loc: float, log_scale: float) -> Non
     np.testing.assert_allclose(found, masses, rtol=1e-7, atol=1e-15)
 
 
+def test_two_levels_are_a_bernoulli() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loc, log_scale = (torch.randn(4, 3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = torch.randint(2, (3, 6), generator=generator).double()
+    logistic = DiscretizedLogistic(np.zeros(6), 2).log_prob(x, torch.cat([loc, log_scale], -1))
+    bernoulli = Bernoulli(np.zeros(6)).log_prob(x, (loc - 0.5) * torch.exp(-log_scale))
+    torch.testing.assert_close(logistic, bernoulli, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_far_tails_have_a_finite_value_and_gradient(dtype: torch.dtype) -> None:
     """A difference of two sigmoids would be log 0 here; the density far out falls like exp(-distance / scale)."""
@@ -65,6 +74,13 @@ def test_far_tails_have_a_finite_value_and_gradient(dtype: torch.dtype) -> None:
     assert gradient[..., :3].abs().min() > 1
 
 
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    likelihood = DiscretizedLogistic(np.zeros(4), 5)
+    x = torch.tensor([[0.0, 1.0, 3.0, 4.0]], dtype=torch.float64)
+    at = values([0.1, 0.4, 0.2, 1.3], [-1.0, -2.0, 0.3, -0.5]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: likelihood.log_prob(x, v), at)
+
+
 def test_pixels_are_summed_in_float64() -> None:
     """784 grey pixels of about -5 nats: float32 would keep four decimals of the sum, a mean NLL needs more."""
     likelihood = DiscretizedLogistic(np.zeros(784), 256)
@@ -78,7 +94,7 @@ def test_pixels_are_summed_in_float64() -> None:
     assert likelihood.log_prob(x.double(), at.double()).item() == pytest.approx(found.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("loc", "log_scale"), [(0.5, -1.0), (0.97, -2.5)])
+@pytest.mark.parametrize(("loc", "log_scale"), [(0.1, -2.0), (0.5, -1.0), (0.97, -2.5), (-1.0, -0.5)])
 def test_draws_and_mean_follow_the_masses(loc: float, log_scale: float) -> None:
     likelihood, n = DiscretizedLogistic(np.zeros(1), 6), 20_000
     mass = every_level(likelihood, loc, log_scale).exp().numpy()
@@ -91,6 +107,17 @@ def test_draws_and_mean_follow_the_masses(loc: float, log_scale: float) -> None:
     scaled = mass[~rare] * counts[~rare].sum() / mass[~rare].sum()
     assert stats.chisquare(counts[~rare], scaled).pvalue > 1e-3
     assert likelihood.mean(values([loc], [log_scale])).item() == pytest.approx(mass @ np.arange(6), rel=1e-9)
+
+
+def test_a_draw_at_the_end_of_the_uniform_numbers_is_a_level() -> None:
+    class Zeros:
+        def normal(self, layer: int, k: int, batch: int, size: int) -> Tensor:
+            raise AssertionError
+
+        def uniform(self, layer: int, k: int, batch: int, size: int) -> Tensor:
+            return torch.zeros(k, batch, size, dtype=torch.float64)
+
+    assert DiscretizedLogistic(np.zeros(1), 6).sample(values([0.5], [0.0]), Zeros()).item() == 0
 
 
 def test_bernoulli() -> None:
@@ -106,10 +133,21 @@ def test_bernoulli() -> None:
     assert ((drawn - expected_mean).abs() < 4 * (expected_mean * (1 - expected_mean) / 20_000).sqrt()).all()
 
 
-def test_grey_pixels_begin_at_the_training_mean() -> None:
-    levels = 17
+@pytest.mark.parametrize("levels", [17, 256])
+def test_grey_pixels_begin_at_the_training_mean(levels: int) -> None:
     mean = np.linspace(0.2, 0.8, 5) * (levels - 1)
     likelihood = DiscretizedLogistic(mean, levels)
     found = likelihood.mean(torch.from_numpy(likelihood.initial_bias())[None, None])[0, 0].numpy()
     # The ends are cut off, which pulls inwards a little.
     np.testing.assert_allclose(found, mean, atol=0.03 * (levels - 1))
+
+
+def test_which_likelihood() -> None:
+    assert isinstance(make_likelihood("bernoulli", np.zeros(2), 256), Bernoulli)
+    grey = make_likelihood("discretized_logistic", np.zeros(2), 17)
+    assert isinstance(grey, DiscretizedLogistic)
+    assert grey.white == 16
+    with pytest.raises(ValueError, match=r"^levels must be known for likelihood=discretized_logistic, got none$"):
+        make_likelihood("discretized_logistic", np.zeros(2), None)
+    with pytest.raises(ValueError, match=r"^levels must be >= 2, got 1$"):
+        DiscretizedLogistic(np.zeros(2), 1)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
 
 PIXELS = 5
-SIZES = [[3], [4, 3, 2]]
+SIZES = [[1], [3], [3, 2], [4, 3, 2]]
 every_chain = pytest.mark.parametrize("sizes", SIZES, ids=str)
 
 
@@ -155,6 +158,47 @@ def test_with_the_exact_posterior_the_path_derivative_is_zero_for_every_sample(s
 
 
 @every_chain
+@pytest.mark.parametrize("make", [lambda g: ELBO(4, g), lambda g: IWAE(4, g)], ids=["ELBO", "IWAE"])
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_objectives_see_no_gradient_at_the_exact_posterior(
+    sizes: list[int], make: Callable[[str], ELBO | IWAE], gradient: str
+) -> None:
+    model = build(sizes)
+    x = observations(model, 3)
+    set_exact_posterior(model)
+    losses = make(gradient).losses(model, x, model.draw(x, 4, noise()), noise(1))
+    phi = torch.autograd.grad(losses.inference, list(model.inference.parameters()), retain_graph=True)
+    theta = torch.autograd.grad(losses.generative, list(model.generative.parameters()))
+    assert max(g.abs().max().item() for g in phi) < 1e-10
+    assert max(g.abs().max().item() for g in theta) > 0.01
+
+
+def frozen_distributions(model: LatentVariableModel, x: Tensor, latents: tuple[Tensor, ...]) -> Tensor:
+    """The wrong way to freeze q: its distributions' parameters, which cuts d loc_2 / d h_1."""
+    log_q = torch.zeros((), dtype=torch.float64)
+    for layer, given, h in zip(model.inference.layers, (x, *latents), latents, strict=False):
+        factor = layer.cholesky().detach()
+        log_q = log_q + torch.distributions.MultivariateNormal(
+            layer.linear(given).detach(), scale_tril=factor
+        ).log_prob(h)
+    return log_q
+
+
+@every_chain
+def test_freezing_distributions_instead_of_weights_is_wrong_with_two_layers(sizes: list[int]) -> None:
+    model = build(sizes)
+    x = observations(model, 3)
+    set_exact_posterior(model)
+    phi = list(model.inference.parameters())
+    particles = model.draw(x, 4, noise())
+    wrong = frozen_distributions(model, x, particles.latents)
+    torch.testing.assert_close(wrong, particles.log_q, rtol=1e-9, atol=1e-9)
+    found = torch.autograd.grad((particles.log_p - wrong).sum(), phi, materialize_grads=True)
+    largest = max(g.abs().max().item() for g in found)
+    assert largest < 1e-10 if len(sizes) == 1 else largest > 0.01
+
+
+@every_chain
 def test_posterior_means_are_those_of_q(sizes: list[int]) -> None:
     model = build(sizes)
     x = observations(model, 6)
@@ -165,12 +209,13 @@ def test_posterior_means_are_those_of_q(sizes: list[int]) -> None:
         np.testing.assert_allclose(mean.detach().numpy(), x.numpy() @ gain.T + constant, rtol=1e-8, atol=1e-10)
 
 
-def test_the_closed_form_kl() -> None:
-    model = build([3])
+@pytest.mark.parametrize("sizes", [[1], [3]], ids=str)
+def test_the_closed_form_kl(sizes: list[int]) -> None:
+    model = build(sizes)
     x = observations(model, 6)
     layer = model.inference.layers[0]
     q = torch.distributions.MultivariateNormal(layer.linear(x), scale_tril=layer.cholesky())
-    prior = torch.distributions.MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double())
+    prior = torch.distributions.MultivariateNormal(torch.zeros(sizes[0]).double(), torch.eye(sizes[0]).double())
     expected = torch.distributions.kl_divergence(q, prior)
     torch.testing.assert_close(model.kl(x), expected, rtol=1e-9, atol=1e-9)
 
@@ -202,3 +247,23 @@ def test_the_bounds_lie_below_and_the_estimate_agrees(sizes: list[int]) -> None:
     gaps = [exact.mean() - likelihood.bounds[m].mean() for m in (1, 5, 50)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > gaps[1] > 5 * summary["stderr_mc"]
+
+
+def test_stated_errors_cover() -> None:
+    """T1: over many images, log p^ - log p(x) in units of its stated error is standard normal at large ESS."""
+    model = build([3, 2])
+    wide_posterior(model)
+    x = observations(model, 400)
+    likelihood = log_likelihood(model.eval(), Split("test", x, ""), k=1280, seed=1, rows=6400, workers=1)
+    v = 1 / likelihood.ess - 1 / likelihood.k
+    z = (likelihood.log_px - Joint(model).log_px(x) + v / 2) / np.sqrt(v)
+    assert abs(z.mean()) < 4 / math.sqrt(len(z))
+    assert 0.8 < z.std() < 1.25
+    assert 0.90 < (np.abs(z) < 1.96).mean() < 0.99
+
+
+def test_the_output_begins_at_the_training_mean() -> None:
+    mean = np.linspace(-3, 2, PIXELS)
+    model = LinearGaussianModel([2]).build((PIXELS,), mean, torch.Generator().manual_seed(0))
+    bias = next(m.bias for m in model.generative.modules() if isinstance(m, nn.Linear))
+    np.testing.assert_allclose(bias.detach().numpy(), mean, rtol=1e-6)
