@@ -11,9 +11,11 @@ import torch
 from evaluations import evaluation
 from torch import Tensor
 
+from iwae_cli.config.build import build
+from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.linear_gaussian import LinearGaussian
-from iwae_cli.evaluation.estimator import EstimatorInput
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.gradient_snr import GradientSNR, gradient_snr
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
@@ -50,30 +52,42 @@ def fixture(pixels: int, latents: int, copies: int) -> tuple[LatentVariableModel
 def test_the_ratio_of_known_gradients() -> None:
     """Half of the parameters at 0.5, a quarter each at 0.3 and 0.9: the median lies at 0.5."""
     model, x = fixture(30, 5, 1)
-    networks = gradient_snr(model, Known([0.5, 0.3, 0.5, 0.9]), x, draws=250, seed=0)
-    found = networks["generative"]
+    found = gradient_snr(model, Known([0.5, 0.3, 0.5, 0.9]), x, draws=500, seed=0)["generative"]
     n = found.parameters
     assert n == 30 * 5 + 30 + 30 == sum(p.numel() for p in model.generative.parameters())
-    assert found.floor == pytest.approx(0.7979 / math.sqrt(250), rel=1e-3)
+    assert found.floor == pytest.approx(0.7979 / math.sqrt(500), rel=1e-3)
     assert found.per_parameter == pytest.approx(0.5, abs=0.02)
     # |g_par| is near |mean| = sqrt(0.35 n), |g_perp| near sqrt(n - 1).
     assert found.directional == pytest.approx(math.sqrt(0.35 * n / (n - 1)), rel=0.05)
     assert found.directional_floor == pytest.approx(0.8 / math.sqrt(n), rel=0.15)
-    # A gradient without noise has no ratio.
-    assert networks["inference"].parameters == 0 and math.isnan(networks["inference"].per_parameter)
 
 
 def test_a_single_ratio_is_debiased() -> None:
     """With 50 draws mean^2/variance is 1/50 too large; over many parameters the debiased one is right."""
     model, x = fixture(60, 30, 1)
     ratios = [
-        gradient_snr(model, Known([0.2]), x, draws=50, seed=seed)["generative"].per_parameter for seed in range(4)
+        gradient_snr(model, Known([0.2]), x, draws=50, seed=seed)["generative"].per_parameter for seed in range(10)
     ]
     # Median of a noncentral chi-squared of one degree of freedom (0.2^2 * 50 = 2), divided by 50, less 1/50.
     sample = np.random.default_rng(0).standard_normal(400_000) + math.sqrt(2)
     expected = math.sqrt(np.median(sample**2) / 50 - 1 / 50)
     assert np.mean(ratios) == pytest.approx(expected, rel=0.06)
     assert expected < 0.19 < math.sqrt(np.median(sample**2) / 50)
+
+
+def test_no_signal_is_no_number() -> None:
+    model, x = fixture(30, 5, 1)
+    found = gradient_snr(model, Known([0.0]), x, draws=200, seed=0)["generative"]
+    assert math.isnan(found.per_parameter)
+    assert found.directional_floor < 0.1
+    assert math.isnan(found.directional) or found.directional < 1.3 * found.directional_floor
+
+
+def test_a_gradient_without_noise_has_no_ratio() -> None:
+    model, x = fixture(4, 2, 1)
+    found = gradient_snr(model, Known([1.0]), x, draws=20, seed=0)["inference"]
+    assert found.parameters == 0
+    assert math.isnan(found.per_parameter) and math.isnan(found.directional)
 
 
 def fixture_a(copies: int) -> tuple[LatentVariableModel, Tensor]:
@@ -96,9 +110,9 @@ def fixture_a(copies: int) -> tuple[LatentVariableModel, Tensor]:
 @pytest.mark.parametrize(
     ("gradient", "network", "slope", "copies", "ks", "one_copy"),
     [
-        ("total", "inference", -0.5, 256, [4, 64], [0.25, 0.055]),
-        ("dreg", "inference", 0.5, 16, [4, 64], [1.5, 6.0]),
-        ("total", "generative", 0.5, 16, [32, 256], None),
+        ("total", "inference", -0.5, 256, [4, 16, 64], [0.25, 0.126, 0.055]),
+        ("dreg", "inference", 0.5, 16, [4, 16, 64], [1.5, 2.95, 6.0]),
+        ("total", "generative", 0.5, 16, [32, 128, 512], None),
     ],
 )
 def test_slopes_over_k(
@@ -151,6 +165,7 @@ def test_the_report() -> None:
     columns, lines = table_of({**found.numbers, "rows": found.rows})
     assert columns == ["inference", "generative"] and len(lines) == 3 * 3 + 1
     assert lines["k = 1"][0] == f"{numbers['inference']['1']['per_parameter']:.3f}"
+    assert "60 draws a ratio below 0.103" in found.notes[0]
 
 
 def test_a_ratio_below_the_floor_is_null_with_its_reason() -> None:
@@ -158,11 +173,21 @@ def test_a_ratio_below_the_floor_is_null_with_its_reason() -> None:
     silent = EstimatorInput(chosen.model, chosen.data, chosen.evaluation, lambda k: Known([0.0]))
     found = GradientSNR(ks=[1, 2], draws=100).estimate(silent, lambda: None)
     assert found.numbers["gradient_snr"]["generative"]["1"]["per_parameter"] is None
-    assert "generative.1.per_parameter" in found.reasons
+    assert "below the floor of 0.080 of 100 draws" in found.reasons["generative.1.per_parameter"]
     assert found.numbers["gradient_snr"]["generative"]["slope"] is None
 
 
-@pytest.mark.parametrize(("argument", "value"), [("ks", []), ("ks", [0, 1]), ("ks", [5, 1]), ("draws", 7)])
-def test_wrong_settings_are_named(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{argument} "):
-        GradientSNR(**{"ks": [1, 5], argument: value})
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ks": []}, r"ks must hold at least one k, got \[\]"),
+        ({"ks": [0, 1]}, r"ks must be >= 1 and rise, got \[0, 1\]"),
+        ({"ks": [5, 1]}, r"ks must be >= 1 and rise, got \[5, 1\]"),
+        ({"draws": 7}, "draws must be >= 8, got 7"),
+        ({"images": 0}, "images must be >= 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, Any], message: str) -> None:
+    node = {"_target_": "iwae_cli.evaluation.gradient_snr.GradientSNR", "ks": [1, 5]} | changed
+    with pytest.raises(UserError, match=f"^estimator.{message}"):
+        build(node, Estimator, "estimator")

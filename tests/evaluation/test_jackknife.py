@@ -11,7 +11,7 @@ from evaluations import evaluation
 
 from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 
@@ -48,8 +48,18 @@ def test_it_is_less_biased_than_the_bound(model: LatentVariableModel) -> None:
     assert abs(left) < abs(bias) / 2
 
 
+def test_a_missing_value_is_null_with_the_reason(model: LatentVariableModel) -> None:
+    x = torch.full((1, 3), 60.0, dtype=torch.float64)
+    found = log_likelihood(model, Split("test", x, ""), k=64, seed=4, rows=64, with_jackknife=True)
+    assert found.jackknife is not None
+    found.jackknife[0] = math.nan
+    numbers, reasons = summarize(found, 3)
+    assert numbers["nll_jackknife"] is None
+    assert "one weight is larger than all others together" in reasons["nll_jackknife"]
+
+
 def test_it_needs_two_samples_and_is_off_unless_asked_for(model: LatentVariableModel) -> None:
     x = torch.zeros(1, 3, dtype=torch.float64)
     assert log_likelihood(model, Split("test", x, ""), k=8, seed=4, rows=64).jackknife is None
-    with pytest.raises(ValueError, match="jackknife"):
+    with pytest.raises(ValueError, match="jackknife needs k >= 2, got k=1"):
         evaluation(k=1, jackknife=True)
