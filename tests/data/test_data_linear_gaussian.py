@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 from iwae_cli.data.linear_gaussian import LinearGaussian
 
 
-@pytest.mark.parametrize(("pixels", "latent_size", "noise_std"), [(10, 2, 0.5), (3, 5, 1.7)])
+@pytest.mark.parametrize(("pixels", "latent_size", "noise_std"), [(10, 2, 0.5), (3, 5, 1.7), (1, 1, 0.1)])
 def test_the_generators_own_nll_is_exact(pixels: int, latent_size: int, noise_std: float) -> None:
     made = LinearGaussian(pixels=pixels, latent_size=latent_size, noise_std=noise_std, seed=4)
     data = made.load()
@@ -22,10 +22,28 @@ def test_the_generators_own_nll_is_exact(pixels: int, latent_size: int, noise_st
     nll = -law.logpdf(data.test.double().numpy()).mean()
     assert data.facts["generator_nll"] == pytest.approx(nll, rel=1e-12)
     assert json.loads(json.dumps(data.facts)) == data.facts
-    assert (data.levels, data.binarization, data.image_shape) == (None, "none", (pixels,))
     # The draws follow that law: the mean of -log p is its entropy, up to 5 standard errors (variance of a chi2 / 4).
     train = -law.logpdf(data.train.double().numpy()).mean()
     assert train == pytest.approx(law.entropy(), abs=5 * math.sqrt(pixels / 2 / len(data.train)))
+
+
+def test_moments() -> None:
+    made = LinearGaussian(pixels=4, n_train=20_000)
+    x = made.load().train.double().numpy()
+    mean, weight = made.parameters()
+    covariance = weight @ weight.T + 0.25 * np.eye(4)
+    scale = np.sqrt(np.diag(covariance))
+    assert np.all(np.abs(x.mean(0) - mean) < 5 * scale / math.sqrt(len(x)))
+    assert np.all(np.abs(np.cov(x.T) - covariance) < 5 * np.outer(scale, scale) * math.sqrt(2 / len(x)))
+
+
+def test_sizes_and_facts_of_the_protocol() -> None:
+    data = LinearGaussian(pixels=3, n_train=30, n_validation=20, n_test=10).load()
+    assert [tuple(x.shape) for x in (data.train, data.validation, data.test)] == [(30, 3), (20, 3), (10, 3)]
+    assert {x.dtype for x in (data.train, data.validation, data.test)} == {torch.float32}
+    assert (data.levels, data.binarization, data.image_shape) == (None, "none", (3,))
+    assert LinearGaussian.observation == "real"
+    assert "30 training, 20 validation and 10 test" in data.protocol
 
 
 def test_splits_are_independent_of_each_others_size_and_keyed_by_the_seed() -> None:
@@ -36,9 +54,18 @@ def test_splits_are_independent_of_each_others_size_and_keyed_by_the_seed() -> N
     assert not torch.equal(one.train, LinearGaussian(n_train=30, seed=1).load().train)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"), [("pixels", 0), ("latent_size", 0), ("n_test", 0), ("noise_std", math.nan), ("seed", -1)]
-)
-def test_wrong_arguments_are_named(argument: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"^{argument} "):
-        LinearGaussian(**{argument: value})
+@pytest.mark.parametrize("argument", ["pixels", "latent_size", "n_train", "n_validation", "n_test"])
+def test_sizes_below_one_are_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument} must be >= 1, got 0$"):
+        LinearGaussian(**{argument: 0})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_noise_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"^noise_std must be between 0.0001 and 1e\+06, got"):
+        LinearGaussian(noise_std=value)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^seed must be >= 0, got -1$"):
+        LinearGaussian(seed=-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.core.progress import Progress
 from iwae_cli.data.linear_gaussian import LinearGaussian
 from iwae_cli.evaluation.ais import paths
 from iwae_cli.evaluation.ais.estimator import AIS, Annealed, Sandwich
 from iwae_cli.evaluation.ais.moves import Chains, gibbs_sweep, hamiltonian_move
-from iwae_cli.evaluation.ais.paths import ImageNoise
-from iwae_cli.evaluation.estimator import EstimatorInput
+from iwae_cli.evaluation.ais.paths import ImageNoise, Tally, sigmoid_schedule
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -83,7 +86,7 @@ def exact(model: LatentVariableModel, x: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [("one layer", "prior"), ("two layers", "inference"), ("bits", "inference")],
+    [("one layer", "prior"), ("two layers", "inference"), ("bits", "prior"), ("bits", "inference")],
 )
 def test_the_estimate_lies_within_its_error_of_the_truth(name: str, start: str) -> None:
     model, x = FIXTURES[name]()
@@ -121,12 +124,22 @@ def test_more_temperatures_tighten_both_sides() -> None:
     ladder = settings(temperatures=2, max_temperatures=32, chains=2, tolerance=1e-9, simulated=60)
     levels = anneal(ladder, model, x)
     assert [level.temperatures for level in levels] == [2, 4, 8, 16, 32]
-    assert not ladder.converged(levels) and settings(tolerance=1e9).converged(levels[:2])
     gaps = [truth - level.log_px.mean() for level in levels]
     assert gaps[0] > 0.5 and gaps[0] > 2 * abs(gaps[3]) and gaps[0] > 3 * abs(gaps[-1])
     widths = [sandwich(ladder, model, t) for t in (2, 32)]
     wide, narrow = ((s.upper - s.lower).mean() for s in widths)
     assert wide > 4 * narrow > 0
+
+
+def test_doubling_ends_where_the_change_is_small() -> None:
+    model, x = linear_gaussian(2)
+    ladder = settings(temperatures=5, max_temperatures=1280, tolerance=0.1)
+    levels = anneal(ladder, model, x)
+    means = [level.log_px.mean() for level in levels]
+    assert len(levels) < 6
+    assert abs(means[-1] - means[-2]) < 0.1
+    assert all(abs(b - a) >= 0.1 for a, b in pairwise(means[:-1]))
+    assert ladder.converged(levels) and not ladder.converged(levels[:1])
 
 
 def gaussian_target(loc: Tensor, scale: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -159,8 +172,21 @@ def test_hmc_leaves_its_target_invariant() -> None:
     for image in range(2):
         torch.testing.assert_close(end[:, image].mean(0), loc, atol=0.1, rtol=0)
         torch.testing.assert_close(end[:, image].std(0), scale, atol=0, rtol=0.05)
-    # A chain that never moves is invariant too.
     assert ((end - h).abs() > 1e-3).float().mean() > 0.9
+
+
+def test_hmc_moves_towards_its_target() -> None:
+    """A chain that never moves is invariant too."""
+    loc, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
+    scores = gaussian_target(loc, scale)
+    noise = GeneratorNoise(torch.Generator().manual_seed(0))
+    latents = (torch.zeros(4000, 1, 1), torch.zeros(4000, 1, 2))
+    chains = Chains(latents, *scores(latents))
+    for _ in range(40):
+        chains, _ = hamiltonian_move(scores, chains, 1.0, torch.tensor([0.4]), 6, noise)
+    end = torch.cat(chains.latents, -1)[:, 0]
+    torch.testing.assert_close(end.mean(0), loc, atol=0.12, rtol=0)
+    torch.testing.assert_close(end.std(0), scale, atol=0, rtol=0.05)
 
 
 def test_a_sweep_leaves_its_target_invariant_and_its_reversal_undoes_its_order() -> None:
@@ -231,6 +257,36 @@ def test_an_image_has_the_same_numbers_in_any_batch() -> None:
     assert np.corrcoef(whole.log_px, truth)[0, 1] > 0.7
 
 
+def test_parameters_and_their_gradients_are_not_changed() -> None:
+    model, x = linear_gaussian(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    anneal(settings(temperatures=3, max_temperatures=3), model, x)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_noise_of_an_image_depends_on_no_other_image() -> None:
+    some = ImageNoise((0, "a"), [3, 5], torch.float64, CPU)
+    alone = ImageNoise((0, "a"), [5], torch.float64, CPU)
+    first = some.normal(1, 4, 2, 3)
+    assert first.shape == (4, 2, 3) and first.dtype == torch.float64
+    assert torch.equal(first[:, 1:], alone.normal(1, 4, 1, 3))
+    assert torch.equal(some.uniform(1, 2, 2, 3)[:, 1:], alone.uniform(1, 2, 1, 3))
+    assert not torch.equal(first[:, 0], first[:, 1])
+    with pytest.raises(ValueError, match="batch must be the 2 images"):
+        some.normal(1, 4, 3, 3)
+
+
+def test_the_schedule_rises_from_zero_to_one() -> None:
+    betas = sigmoid_schedule(8)
+    assert betas[0] == 0 and betas[-1] == 1 and len(betas) == 9
+    widths = np.diff(betas)
+    assert (widths > 0).all()
+    np.testing.assert_allclose(widths, widths[::-1])
+    assert widths[0] < widths[3] / 3
+    assert sigmoid_schedule(1) == [0.0, 1.0]
+
+
 def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
     """Annealing in a single step is importance sampling: L_16 of the chains' starts."""
     model, x = linear_gaussian(3, 2)
@@ -247,14 +303,38 @@ def test_a_categorical_latent_is_refused() -> None:
         anneal(settings(), model, x)
 
 
+def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
+    """A Bernoulli decoder with two Gaussian layers, small enough that draws of p(h) find every posterior."""
+    architecture = GaussianMLP([5, 3], [[12], [8]])
+    model, x = observed(architecture.build((10,), np.full(10, 0.3), torch.Generator().manual_seed(0)))
+    (found,) = anneal(settings(), model, x)
+    with torch.no_grad():
+        h, _ = model.generative.sample(20_000, GeneratorNoise(torch.Generator().manual_seed(3)))
+        draws = tuple(layer.transpose(0, 1).expand(-1, N, -1) for layer in h)
+        log_w = model.generative.log_likelihood(x, draws).double()
+    plain = (torch.logsumexp(log_w, 0) - math.log(len(log_w))).numpy()
+    assert abs((found.log_px - plain).mean()) < 3 * math.sqrt((found.stderr**2).sum()) / N + 0.03
+
+
 @pytest.mark.parametrize(
-    ("argument", "value"),
-    [("chains", 1), ("temperatures", 0), ("leapfrog_steps", 0), ("max_temperatures", 59), ("tolerance", math.nan),
-     ("images", 0), ("simulated", -1)],
-)  # fmt: skip
-def test_wrong_settings_are_named(argument: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"^{argument} "):
-        settings(**{argument: value})
+    ("changed", "message"),
+    [
+        ({"chains": 1}, "chains must be >= 2, got 1"),
+        ({"temperatures": 0}, "temperatures must be >= 1, got 0"),
+        ({"leapfrog_steps": 0}, "leapfrog_steps must be >= 1, got 0"),
+        ({"max_temperatures": 59}, "max_temperatures must be >= temperatures = 60, got 59"),
+        ({"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
+        ({"start": "posterior"}, "start must be one of prior, inference, got posterior"),
+        ({"images": 0}, "images must be >= 1, got 0"),
+        ({"simulated": -1}, "simulated must be >= 0, got -1"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, object], message: str) -> None:
+    from iwae_cli.config.build import build
+
+    node = {"_target_": "iwae_cli.evaluation.ais.AIS", "temperatures": 60} | changed
+    with pytest.raises(UserError, match=f"^estimator.{message}"):
+        build(node, Estimator, "estimator")
 
 
 def subject(**changed: object) -> EstimatorInput:
@@ -282,7 +362,7 @@ def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:
     assert abs(test["nll_ais"] - test["exact_nll"]) < 3 * test["stderr_mc"] + 2 * abs(test["bias_mc"])
     assert test["stderr_mc"] == pytest.approx(math.sqrt((found.arrays["stderr"] ** 2).sum()) / 20)
     assert test["by_temperatures"] == {"12": -test["nll_ais"]}
-    assert not test["converged"] and any("estimator.max_temperatures" in note for note in found.notes)
+    assert not test["converged"] and any("estimator.max_temperatures=48" in note for note in found.notes)
     assert found.numbers["simulated"]["gap"] == pytest.approx(
         found.numbers["simulated"]["upper"] - found.numbers["simulated"]["lower"]
     )
@@ -290,23 +370,30 @@ def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:
     columns, lines = table_of({**found.numbers, "rows": found.rows})
     assert columns == ["test", "validation"]
     assert lines["NLL_AIS, nats"][0] == f"{test['nll_ais']:.2f}"
+    assert lines["simulated: upper - lower, nats"][0] == f"{found.numbers['simulated']['gap']:.2f}"
     assert len(seen) > 12
+
+
+def test_a_run_can_be_stopped_between_transitions() -> None:
+    class Stopped(Exception):
+        pass
+
+    def check() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        settings().estimate(subject(), check)
 
 
 def test_a_number_that_is_not_finite_is_null_with_its_reason() -> None:
     found = settings(images=1, simulated=0, temperatures=2, max_temperatures=2).estimate(subject(), lambda: None)
     assert found.numbers["test"]["stderr_images"] is None
-    assert set(found.reasons) == {"test.stderr_images"}
+    assert found.reasons == {"test.stderr_images": "one image has no standard error"}
 
 
-def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
-    """A Bernoulli decoder with two Gaussian layers, small enough that draws of p(h) find every posterior."""
-    architecture = GaussianMLP([5, 3], [[12], [8]])
-    model, x = observed(architecture.build((10,), np.full(10, 0.3), torch.Generator().manual_seed(0)))
-    (found,) = anneal(settings(), model, x)
-    with torch.no_grad():
-        h, _ = model.generative.sample(20_000, GeneratorNoise(torch.Generator().manual_seed(3)))
-        draws = tuple(layer.transpose(0, 1).expand(-1, N, -1) for layer in h)
-        log_w = model.generative.log_likelihood(x, draws).double()
-    plain = (torch.logsumexp(log_w, 0) - math.log(len(log_w))).numpy()
-    assert abs((found.log_px - plain).mean()) < 3 * math.sqrt((found.stderr**2).sum()) / N + 0.03
+def test_a_tally_displays_nothing_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("annealing", total=9, unit="transition") as progress:
+        there = cloudpickle.loads(cloudpickle.dumps(Tally(progress, 9)))
+        there.start("annealing test", 5)
+        there.add(3)
+    assert capsys.readouterr().err == ""

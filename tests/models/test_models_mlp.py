@@ -16,6 +16,7 @@ from iwae_cli.config.build import build as build_node
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.architectures.conv import GaussianConvolutional
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
@@ -121,7 +122,7 @@ def integral(log_density: Tensor, log_cell: float) -> Tensor:
     return torch.logsumexp(log_density, 0) + log_cell
 
 
-GAUSSIAN: dict[str, tuple[Architecture, tuple[int, ...], int]] = {
+GAUSSIAN = {
     "one layer": (GaussianMLP([1], [[4, 3]]), (3,), 2),
     "two layers": (GaussianMLP([1, 1], [[4], [3]]), (3,), 2),
     "grey": (GaussianMLP([1, 1], [[4], [3]], "discretized_logistic"), (2,), 4),
@@ -144,7 +145,17 @@ def test_p_and_q_integrate_to_one(name: str) -> None:
         torch.testing.assert_close(q, torch.ones_like(q), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["two layers", "grey"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "discretized_logistic"])
+def test_the_convolutional_q_integrates_to_one(likelihood: str) -> None:
+    model = wild(GaussianConvolutional(1, [2, 2], 3, likelihood), (4, 4), 3)  # type: ignore[arg-type]
+    latents, log_cell = grid(1)
+    x = torch.randint(3 if likelihood == "discretized_logistic" else 2, (5, 16)).double()
+    with torch.no_grad():
+        q = integral(model.inference(x, (latents[0].expand(-1, 5, 1),)), log_cell).exp()
+    torch.testing.assert_close(q, torch.ones_like(q), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(GAUSSIAN))
 def test_the_estimate_agrees_with_quadrature(name: str) -> None:
     architecture, shape, levels = GAUSSIAN[name]
     model = wild(architecture, shape, levels)
