@@ -222,7 +222,7 @@ def _strict(hint: Any) -> Any:
     if hint in (float, bool, str):
         return Annotated[hint, Field(strict=True)]
     if origin in (Union, UnionType):
-        return Union[tuple(_strict(option) for option in options if _is_plain(option))]  # noqa: UP007
+        return Union[tuple(_strict(option) for option in options if _is_plain(option))]  # noqa: UP007 (the options are known at run time only)
     if origin in (list, tuple, dict):
         return origin[tuple(_strict(option) for option in options)]
     return hint

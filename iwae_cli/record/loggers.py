@@ -59,13 +59,13 @@ class Logger(ABC):
     def log(self, step: int, metrics: Metrics) -> None:
         """Record one row: ``metrics`` at optimizer step ``step``."""
 
-    def image(self, step: int, name: str, path: Path) -> None:  # noqa: B027
+    def image(self, step: int, name: str, path: Path) -> None:  # noqa: B027 (optional: nothing by default)
         """Record a picture in a file that stays."""
 
-    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:  # noqa: B027
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:  # noqa: B027 (optional: nothing by default)
         """Record a set of values to be shown as a histogram."""
 
-    def summary(self, values: Mapping[str, Any]) -> None:  # noqa: B027
+    def summary(self, values: Mapping[str, Any]) -> None:  # noqa: B027 (optional: nothing by default)
         """Record the final numbers, nested plain values."""
 
     @abstractmethod

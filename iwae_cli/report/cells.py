@@ -153,8 +153,13 @@ class Table:
             for key, form in (("stderr_images", "{:.2f}"), ("stderr_mc", "{:.4f}"), ("bias_mc", "{:+.4f}")):
                 found.append(_number_field(key, form, lambda cell, key=key: cell.mean(key)))  # type: ignore[misc]
         if any(cell.units is not None for cell in self.cells):
-            total = lambda cell: None if cell.units is None else sum(cell.units)  # noqa: E731
-            found.append(Field("active units", lambda cell: cell.units_text, total))
+            found.append(
+                Field(
+                    "active units",
+                    lambda cell: cell.units_text,
+                    lambda cell: None if cell.units is None else sum(cell.units),
+                )
+            )
         if any(cell.published for cell in self.cells):
             found.append(Field("paper", _published_text, lambda cell: cell.published.nll if cell.published else None))
         return found
