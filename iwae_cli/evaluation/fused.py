@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from iwae_cli.core.device import Device
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import BLOCK, Noise
+from iwae_cli.evaluation.proposals import Refined, from_q, mixture_log_prob
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
@@ -104,8 +105,9 @@ class FusedScorer:
         noise: Callable[[Sequence[int], int], Noise],
         images: Sequence[int],
         first: int = 0,
+        refined: Refined | None = None,
     ) -> Float[Tensor, "k batch"]:
-        """Return log w of ``k`` draws for every binary x, nats.
+        """Return log w of ``k`` draws for every binary x, nats; of q, or of ``refined``, fitted to these images.
 
         ``noise`` returns the noise of some of the ``images`` from a sample on; ``first`` is a multiple of BLOCK.
         """
@@ -118,14 +120,14 @@ class FusedScorer:
         sign = F.pad(2 * x - 1, (0, self._padding), value=1)  # (batch, padded)
         for b in range(len(x)):
             head = self._head.times(sign[b])
-            scale, sum_log_scale = log_scale[b].exp(), log_scale[b].sum()  # (d_1,), ()
+            of_first = _OfQ(loc[b], log_scale[b])
+            draw = of_first if refined is None else _OfMixture(of_first, refined.loc[b], refined.cholesky[b])
             for start in range(0, k, chunk):
                 n = min(chunk, k - start)
                 draws = noise(images[b : b + 1], first + start)
-                eps = draws.normal(1, n, 1, len(scale))[:, 0]  # (n, d_1)
-                latents = [torch.addcmul(loc[b], eps, scale)]  # (n, d_l) each
                 # 2 log q(h|x) and 2 log p(h), (n,), both without d log 2 pi.
-                log_q = -2 * sum_log_scale - torch.linalg.vecdot(eps, eps)
+                h, log_q = draw(draws, n)
+                latents = [h]  # (n, d_l) each
                 for level, layer in enumerate(self._upwards, start=2):
                     above_loc, above_log_scale = layer(latents[-1])  # (n, d_level) each
                     eps = draws.normal(level, n, 1, above_loc.shape[-1])[:, 0]
@@ -139,6 +141,40 @@ class FusedScorer:
                 likelihood = _log_likelihood(self._body(latents[0]), head, buffer[:n])
                 torch.add(likelihood, log_p - log_q, alpha=0.5, out=log_w[start : start + n, b])
         return log_w
+
+
+class _OfQ:
+    """Draws h_1 of one image, (n, d_1), with twice their log-density without d log 2 pi, (n,); here by q."""
+
+    def __init__(self, loc: Float[Tensor, " d"], log_scale: Float[Tensor, " d"]) -> None:
+        self.loc, self.scale, self._sum_log_scale = loc, log_scale.exp(), log_scale.sum()
+
+    def __call__(self, draws: Noise, n: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+        eps = draws.normal(1, n, 1, len(self.loc))[:, 0]
+        return torch.addcmul(self.loc, eps, self.scale), self.density(eps)
+
+    def density(self, standardized: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Return twice the log-density, less its constant, of (h - loc) / scale."""
+        return -2 * self._sum_log_scale - torch.linalg.vecdot(standardized, standardized)
+
+
+class _OfMixture:
+    """As ``_OfQ``, by the mixture of ``Refined``."""
+
+    def __init__(self, of_q: _OfQ, loc: Float[Tensor, " d"], cholesky: Float[Tensor, "d d"]) -> None:
+        self._of_q, self._loc, self._cholesky = of_q, loc, cholesky
+        self._log_det = cholesky.diagonal().log().sum()
+        self._inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(loc)).to(cholesky), upper=False)
+
+    def __call__(self, draws: Noise, n: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+        q = self._of_q
+        eps = draws.normal(1, n, 1, len(q.loc))[:, 0]
+        fitted = torch.addmm(self._loc, eps, self._cholesky.T)
+        h = torch.where(from_q(draws, n, 1)[:, 0], torch.addcmul(q.loc, eps, q.scale), fitted)
+        standardized = (h - self._loc) @ self._inverse.T
+        log_fitted = -2 * self._log_det - torch.linalg.vecdot(standardized, standardized)
+        log_of_q = q.density((h - q.loc) / q.scale)
+        return h, 2 * mixture_log_prob(log_fitted / 2, log_of_q / 2)
 
 
 def _log_likelihood(

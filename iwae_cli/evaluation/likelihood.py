@@ -32,6 +32,7 @@ from iwae_cli.evaluation.estimator import (
     without_nan,
 )
 from iwae_cli.evaluation.fused import FusedScorer
+from iwae_cli.evaluation.proposals import GROUP, refine
 from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
@@ -132,6 +133,7 @@ def log_likelihood(
     with_jackknife: bool = False,
     plain: bool = False,
     bf16: bool = False,
+    refined: bool = False,
     check: Callable[[], None] = lambda: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
@@ -151,6 +153,7 @@ def log_likelihood(
         with_jackknife: also compute the jackknife estimate; keeps all k log-weights of a batch of images.
         plain: let the model compute, not ``FusedScorer``, whose sums are rounded in another order.
         bf16: multiply numbers of bfloat16 (see ``FusedScorer``), and compute some of the images in float32 too.
+        refined: draw from proposals refined for each image (see ``proposals``), not from q; for a model that has them.
         check: called by every worker before each of its computations; may raise to stop.
         on_progress: called with the number of finished images; may raise to stop.
 
@@ -169,6 +172,10 @@ def log_likelihood(
     else:
         piece = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
         batch = max(1, rows // piece)
+    if refined:
+        # The images of one batch are fitted together, in groups that are the same for any rows.
+        batch = GROUP
+        piece = piece if fused else min(piece, max(BLOCK, rows // GROUP // BLOCK * BLOCK))
     # bf16: every so many batches are computed in float32 as well.
     compare_every = max(1, len(split.x) // COMPARED)
 
@@ -179,6 +186,7 @@ def log_likelihood(
     def score(images: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         # L_m by level m, and the other results by name; (images,) each.
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
+        proposal = refine(model, x, images, seed, stream or split.name, check) if refined else None
         sums = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         compare = bf16 and images[0] // batch % compare_every == 0
         sums_float32 = StreamingLogWeights(k, len(images), block=BLOCK) if compare else None
@@ -186,16 +194,17 @@ def log_likelihood(
         for start in range(0, k, piece):
             n = min(piece, k - start)
             if scorer is None or rounded is None:
-                log_w = model(x, n, noise(images, start)).to(accumulator_device(device))
+                latents, log_q = (proposal or model.inference).sample(x, n, noise(images, start))
+                log_w = (model.generative(x, latents) - log_q).to(accumulator_device(device))
             else:
-                log_w = rounded.log_weights(x, n, noise, images, start)
+                log_w = rounded.log_weights(x, n, noise, images, start, proposal)
                 if sums_float32 is not None:
                     sums_float32.add(scorer.log_weights(x, n, noise, images, start))
             sums.add(log_w)
             if with_jackknife:
                 kept.append(log_w.to(torch.float64))
         found = {"ess": sums.ess(), "khat": sums.khat(), "top_weight": sums.top_weight()}
-        exact = model.generative.exact_log_px(x)
+        exact = None if refined else model.generative.exact_log_px(x)
         if exact is not None:
             found["exact"] = exact
         if with_jackknife:

@@ -1,0 +1,156 @@
+"""Refined proposals against models whose log p(x) is known, and against quadrature."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.proposals import GROUP, SHARE, refine, why_not
+from iwae_cli.models.architectures.conv import GaussianConvolutional
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import Architecture, LatentVariableModel
+
+PIXELS = 6
+
+
+def built(architecture: Architecture, shape: tuple[int, ...] = (PIXELS,), scale: float = 1.0) -> LatentVariableModel:
+    generator = torch.Generator().manual_seed(1)
+    model = architecture.build(shape, np.full(math.prod(shape), 0.4), generator, levels=17).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def drawn(model: LatentVariableModel, n: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model.generative.sample(n, GeneratorNoise(torch.Generator().manual_seed(7), torch.float64))[1]
+
+
+def split_of(x: torch.Tensor) -> Split:
+    return Split("test", x, "")
+
+
+def two_dimensional() -> LatentVariableModel:
+    """Two latents and a posterior that q, drawn at random, is far from."""
+    return built(GaussianMLP([2], [[8]]), scale=2.5)
+
+
+def by_quadrature(model: LatentVariableModel, x: torch.Tensor) -> torch.Tensor:
+    """log p(x) on a grid of [-7, 7]^2, (n,)."""
+    line = torch.linspace(-7, 7, 281, dtype=torch.float64)
+    h = torch.tensor(list(product(line, line)), dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        log_p = torch.cat([model.generative(x, (part.expand(-1, len(x), -1),)) for part in h.split(20_000)])
+    return log_p.logsumexp(0) + 2 * math.log(float(line[1] - line[0]))
+
+
+def test_on_a_linear_gaussian_model_it_finds_the_posterior() -> None:
+    """The posterior is a Gaussian, so nine tenths of the draws have nearly the weight of log p(x)."""
+    model = built(LinearGaussianModel([3]))
+    x = drawn(model, 30)
+    with torch.no_grad():
+        model.inference.layers[0].linear.bias.add_(1.0)
+    exact = model.generative.exact_log_px(x).detach().numpy()
+    by_q = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000)
+    refined = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000, refined=True)
+    assert refined.ess.min() > 250 > 5 * np.median(by_q.ess)
+    error = np.sqrt(np.maximum(1 / refined.ess - 1 / 500, 0))
+    assert (np.abs(refined.log_px - exact) < 5 * error + 1e-3).all()
+    assert np.abs(refined.log_px - exact).mean() < np.abs(by_q.log_px - exact).mean() / 5
+
+
+def test_its_bounds_are_below_log_p_in_expectation() -> None:
+    """Of 200 fits of one image on other noise each: E[L_k] <= log p(x), nearer than by q; and E[w] = p(x)."""
+    model = two_dimensional()
+    x = drawn(model, 1)
+    log_px = by_quadrature(model, x).item()
+    copies = split_of(x.repeat(200, 1))
+    refined = log_likelihood(model, copies, k=5, seed=0, rows=10**5, refined=True)
+    by_q = log_likelihood(model, copies, k=5, seed=0, rows=10**5)
+    for k in (1, 5):
+        error = refined.bounds[k].std() / math.sqrt(200)
+        assert by_q.bounds[k].mean() < refined.bounds[k].mean() < log_px + 3 * error
+    # The mean weight is p(x) itself: the density that is scored is that of the draws.
+    weights = np.exp(refined.log_px - log_px)
+    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(200)
+
+
+def test_its_estimate_agrees_with_quadrature() -> None:
+    model = two_dimensional()
+    x = drawn(model, 40)
+    log_px = by_quadrature(model, x).numpy()
+    refined = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5, refined=True)
+    error = np.sqrt(1 / refined.ess - 1 / 2000)
+    assert (np.abs(refined.log_px - log_px) < 5 * error).all()
+    by_q = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5)
+    assert np.median(refined.ess) > 3 * np.median(by_q.ess)
+
+
+def test_no_weight_exceeds_that_of_q_alone_divided_by_its_share() -> None:
+    model = two_dimensional()
+    x = drawn(model, 5)
+    proposal = refine(model, x, range(5), 0, "test")
+    with torch.no_grad():
+        latents, log_r = proposal.sample(x, 200, KeyedNoise(0, "test", range(5), dtype=torch.float64))
+        assert (log_r >= model.inference(x, latents) + math.log(SHARE) - 1e-12).all()
+
+
+MODELS = {
+    "linear_gaussian": (LinearGaussianModel([3]), (PIXELS,)),
+    "three_layers": (GaussianMLP([4, 3, 2], [[8], [6], [5]]), (PIXELS,)),
+    "grey": (GaussianMLP([3], [[8]], likelihood="discretized_logistic"), (PIXELS,)),
+    "conv": (GaussianConvolutional(3, [2, 3], 8), (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_fit_depends_on_its_image_alone(name: str) -> None:
+    """Bit for bit, for every model with real latents."""
+    architecture, shape = MODELS[name]
+    model = built(architecture, shape)
+    x = drawn(model, GROUP + 5).float()
+    model.float()
+    whole = refine(model, x, range(len(x)), 0, "test")
+    others = x.clone()
+    others[1:GROUP] = x[0]
+    for images in (x[: GROUP + 3], others):
+        part = refine(model, images, range(len(images)), 0, "test")
+        unchanged = [i for i in range(len(images)) if torch.equal(images[i], x[i])]
+        assert torch.equal(part.loc[unchanged], whole.loc[unchanged])
+        assert torch.equal(part.cholesky[unchanged], whole.cholesky[unchanged])
+
+
+def test_neither_rows_nor_workers_change_the_estimate() -> None:
+    model = two_dimensional()
+    x = drawn(model, GROUP + 3)
+    few, many = (
+        log_likelihood(model, split_of(x), k=500, seed=0, rows=rows, workers=workers, refined=True, plain=True)
+        for rows, workers in ((64, 1), (10**5, 2))
+    )
+    np.testing.assert_allclose(few.log_px, many.log_px, rtol=1e-9)
+
+
+def test_the_fused_scorer_and_the_model_agree() -> None:
+    model = built(GaussianMLP([5, 3], [[8], [6]]), scale=2.0)
+    x = drawn(model, 23)
+    fused, plain = (
+        log_likelihood(model, split_of(x), k=200, seed=0, rows=2000, refined=True, plain=plain)
+        for plain in (False, True)
+    )
+    np.testing.assert_allclose(fused.log_px, plain.log_px, rtol=1e-9)
+    np.testing.assert_allclose(fused.ess, plain.ess, rtol=1e-6)
+
+
+def test_discrete_latents_have_none() -> None:
+    assert why_not(two_dimensional()) is None
+    assert "discrete" in str(why_not(built(SigmoidBeliefNetwork([4]))))
