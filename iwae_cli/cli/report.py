@@ -28,12 +28,13 @@ usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--against A] [--co
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. A cell holds the runs that differ by their seed alone: NLL (mean and standard error over seeds),
-active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Runs that are
-unfinished, failed, damaged, or evaluated otherwise than most are listed with the reason. Numbers of other estimators
-(iwae-eval RUN estimator=ais) follow below the table, run by run.
+active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Where all runs of
+a table have refined values (evaluation.refine=all), differences are between those. Runs that are unfinished, failed,
+damaged, or evaluated otherwise than most are listed with the reason. Numbers of other estimators (iwae-eval RUN
+estimator=ais) follow below the table, run by run.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
-                         table without columns has stderr_images, stderr_mc and bias_mc beside every NLL
+                         table without columns has stderr_images, stderr_mc, bias_mc and gap_q beside every NLL
   --split SPLIT          test (default), validation or train
   --format FORMAT        terminal (default), markdown, csv, latex, json; to standard output
   --html FILE            write one page that needs no network: tables, curves, active units, pictures

@@ -7,19 +7,32 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.report.paired import Paired, difference
+from iwae_cli.report.paired import BY_Q, BY_REFINED, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
-from iwae_cli.report.selection import MISSING, Label, Scored, agrees, known_key, label, number, telling_apart
+from iwae_cli.report.selection import (
+    MISSING,
+    Label,
+    Scored,
+    agrees,
+    by_refined,
+    known_key,
+    label,
+    mean,
+    number,
+    telling_apart,
+    unrefined,
+)
 
 ROWS = ("model", "objective.k")
 COLUMNS = ("objective",)
 OTHERWISE = "\N{DAGGER}"
 """Behind a published value whose runs were trained otherwise."""
-WITHIN_BIAS = "\N{DOUBLE DAGGER}"
-"""Behind a difference that the bias of the estimates may explain."""
+WITHIN = "\N{DOUBLE DAGGER}"
+"""Behind a difference that the error of the estimates may explain."""
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 WAYS = 4
 """Ways of training otherwise that a footnote lists."""
@@ -62,8 +75,13 @@ class Cell:
 
     def mean(self, key: str) -> float | None:
         """Return the mean over seeds of a number in ``result.json``, such as ``bias_mc``; None if a run lacks it."""
-        values = [scored.numbers[key] for scored in self.runs]
-        return None if None in values else statistics.fmean(values)
+        return mean(scored.numbers.get(key) for scored in self.runs)
+
+    @property
+    def refined(self) -> Cell | None:
+        """The cell by the refined proposals; None unless all of its runs have them for the whole split."""
+        runs = by_refined(self.runs)
+        return None if runs is None else replace(self, runs=runs)
 
     @property
     def units(self) -> tuple[float, ...] | None:
@@ -122,6 +140,15 @@ class Table:
     notes: tuple[str, ...]
     against: str | None = None
 
+    @cached_property
+    def refined(self) -> bool:
+        """Whether all runs have an estimate by the refined proposals, which the differences then compare."""
+        return all(cell.refined for cell in self.cells)
+
+    def compared(self, cell: Cell) -> Cell:
+        """Return a cell by the estimates that the differences compare."""
+        return (self.refined and cell.refined) or cell
+
     @property
     def row_labels(self) -> list[Label]:
         """Labels of the rows, in order."""
@@ -142,6 +169,11 @@ class Table:
     def fields(self) -> list[Field]:
         """The numbers printed for every cell."""
         found = [Field(f"NLL_{self.k}", _nll_text, lambda cell: cell.nll)]
+        if self._gaps and not self.columns:
+            found.append(Field("gap_q", _gap_text, lambda cell: cell.mean("gap_q")))
+        if self.refined:
+            name = f"refined NLL_{self.k}"
+            found.append(Field(name, lambda cell: _nll_text(self.compared(cell)), lambda cell: self.compared(cell).nll))
         if self._seeds != {1}:
             found.append(_number_field("seeds", "{}", lambda cell: len(cell.runs)))
         if self.against is not None:
@@ -185,26 +217,43 @@ class Table:
         errors = "one seed each" if seeds == {1} else errors
         notes = [f"NLL_{self.k} in nats on {self.split} ({images}), lower is better; {self.weights} weights; {errors}"]
         notes += _published_notes([cell for cell in self.cells if cell.published is not None])
+        if self._gaps:
+            sizes, counts = zip(*self._gaps, strict=True)
+            error = f", {PLUS_MINUS} over those" * (not self.columns)
+            notes.append(
+                f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.2f}')} "
+                f"nats by run; measured on {_range(counts, '{:,}')} images{error}"
+            )
+        if self.refined:
+            notes.append(
+                f"refined NLL_{self.k}: by the refined proposals; the paper's values compare with NLL_{self.k}, by the "
+                "trained q"
+            )
+        paired = [cell.against for cell in self.cells if cell.against is not None]
+        by = BY_REFINED if self.refined else BY_Q
         if self.against is not None:
             notes.append(
-                f"over {self.against}: how much higher log p(x) is than there, paired image by image, nats; beside it "
-                "the standard errors over images and over seeds"
+                f"over {self.against}: how much higher log p(x) is than there by {by}, paired image by image, nats; "
+                "beside it the standard errors over images and over seeds"
             )
         if not self.columns:
             of_seeds = "; their mean over seeds" * (seeds != {1})
-            notes.append(f"stderr_images, stderr_mc, bias_mc: nats, of one run{of_seeds}")
-        paired = [cell.against for cell in self.cells if cell.against is not None]
-        if any(p.within_bias for p in paired):
-            notes.append(
-                f"{WITHIN_BIAS} below three times the bias of the estimate: a better fit of q may be all of it; "
-                "estimator=ais tells p and q apart"
-            )
+            notes.append(f"stderr_images, stderr_mc, bias_mc: of NLL_{self.k}, nats, of one run{of_seeds}")
+        within = dict.fromkeys(p.within for p in paired if p.within)
+        if within:
+            notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")
         notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
         return notes + list(self.notes)
 
     @property
     def _seeds(self) -> set[int]:
         return {len(cell.runs) for cell in self.cells}
+
+    @cached_property
+    def _gaps(self) -> list[tuple[float, int]]:
+        """Of every run that has it: gap_q and the number of images."""
+        numbers = [scored.numbers for cell in self.cells for scored in cell.runs]
+        return [(found["gap_q"], found["refined"]["n"]) for found in numbers if found.get("gap_q") is not None]
 
     def keyed(self, cell: Cell) -> dict[str, str]:
         """Return the values of the keys at a cell."""
@@ -250,6 +299,8 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label) -> Table:
         beside = published(group[0].run, group[0].score, group[0].split)
         cells.append(Cell(row, column, group, beside, tuple(deviations(group[0].run)) if beside else ()))
     notes = [f"rows also by {key}: runs of one cell differ by their seed alone" for key in added]
+    if any(by_refined([s]) for s in scored) and (lacking := unrefined(scored)):
+        notes.append(f"compared by the trained q: {lacking}")
     first = scored[0]
     images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
     for what, values in (("k", {s.score.k for s in scored}), ("weights", {s.score.weights for s in scored})):
@@ -285,7 +336,7 @@ def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
         same = [r for r in references if values(r, apart) == values(cell, apart)]
         if not same or same[0] is cell:
             return None
-        return difference(cell.name, cell.runs, name, same[0].runs)
+        return difference(cell.name, table.compared(cell).runs, name, table.compared(same[0]).runs)
 
     return replace(table, against=name, cells=tuple(replace(cell, against=paired(cell)) for cell in table.cells))
 
@@ -302,7 +353,16 @@ def _nll_text(cell: Cell) -> str:
 def _difference_text(cell: Cell) -> str:
     if cell.against is None:
         return MISSING
-    return f"{cell.against.difference:+.3f}{WITHIN_BIAS * cell.against.within_bias}"
+    return f"{cell.against.difference:+.3f}{WITHIN * bool(cell.against.within)}"
+
+
+def _gap_text(cell: Cell) -> str:
+    gap, error = cell.mean("gap_q"), cell.mean("gap_q_stderr")
+    return "" if gap is None else f"{gap:.2f}" + ("" if error is None else f" {PLUS_MINUS} {error:.2f}")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return " to ".join(dict.fromkeys((form.format(min(values)), form.format(max(values)))))
 
 
 def _published_text(cell: Cell) -> str:

@@ -17,7 +17,7 @@ from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warnings
 from iwae_cli.report.cells import Cell, Table
-from iwae_cli.report.selection import MISSING, Scored
+from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
 
 CURVES = 5
@@ -62,7 +62,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     damaged: list[str] = []
     bounds = [Curve(cell.name, [(float(k), y) for k, y in cell.bounds.items()], i) for i, cell in enumerate(drawn)]
     bounds = [curve for curve in bounds if curve.points]
-    charts = [("Bound against k", f"mean over {table.split} images and seeds", bounds, bounds_figure(bounds))]
+    words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined
+    charts = [("Bound against k", words, bounds, bounds_figure(bounds))]
     for title, words, curves in _training(drawn, damaged):
         charts.append((title, words, curves, training_figure(curves, "nats", focus=True)))
     return {
@@ -76,7 +77,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
         ],
         "damaged": damaged,
         "bars": _bars(drawn),
-        "headings": ["run", "seed", f"NLL_{table.k}", "stderr_images", "stderr_mc", "bias_mc", "L_1", "ESS, median",
+        "headings": ["run", "seed", f"NLL_{table.k}", "stderr_images", "stderr_mc", "bias_mc", "gap_q",
+                     f"refined NLL_{table.k}", "L_1", "ESS, median",
                      "active units", "passes", "training, s", "weak"],
         "runs": [_run(scored, cell) for cell in table.cells for scored in cell.runs],
         "galleries": [_gallery(table, name, room) for name in ("samples", "reconstructions")],
@@ -136,12 +138,15 @@ def _sizes(cell: Cell) -> list[int]:
 def _run(scored: Scored, cell: Cell) -> dict[str, Any]:
     numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
     weak = reliability_warnings(scored.split, numbers)
+    refined = by_refined([scored])
     values: list[tuple[float | int | None, str]] = [
         (scored.run.seed, "{}"),
         (numbers["nll"], "{:.3f}"),
         (numbers["stderr_images"], "{:.3f}"),
         (numbers["stderr_mc"], "{:.4f}"),
         (numbers["bias_mc"], "{:+.4f}"),
+        (numbers.get("gap_q"), "{:.2f}"),
+        (refined[0].numbers["nll"] if refined else None, "{:.3f}"),
         (numbers["bounds"].get("1"), "{:.2f}"),
         (numbers.get("ess_median"), "{:,.1f}"),
         (None if units is None else sum(units), "+".join(map(str, units or ()))),

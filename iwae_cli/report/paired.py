@@ -13,12 +13,12 @@ from jaxtyping import Float64
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.reader import Run, Score
-from iwae_cli.report.selection import Kind, Scored, kind, label, telling_apart
+from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, label, mean, telling_apart, unrefined
 
 ENOUGH_SEEDS = 3
 """Fewer seeds on a side are too few for a standard error over seeds."""
-OPTIONS = 4
-"""Alternatives that a message lists."""
+BY_Q, BY_REFINED = "the trained q", "the refined proposals"
+INSIDE_GAP, WITHIN_BIAS = "inside gap_q", "below three times the bias of the estimate"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Paired:
             seed; None with one seed on either side.
         wins_a, wins_b, ties: images on which A, B or neither has the higher log p^(x).
         bias_mc: the larger of the two biases of the estimates by Jensen's inequality, nats; None where unknown.
+        by: the proposals of the estimates on both sides.
+        gap_q_a, gap_q_b: how much too high NLL_k by the trained q is at least, nats, mean over seeds; None where
+            unknown.
+        unrefined: runs that were not compared by refined values for lack of them, and what gives them; may be empty.
     """
 
     a: str
@@ -52,6 +56,10 @@ class Paired:
     wins_b: int
     ties: int
     bias_mc: float | None
+    by: str
+    gap_q_a: float | None
+    gap_q_b: float | None
+    unrefined: str
 
     @property
     def few_seeds(self) -> str | None:
@@ -63,19 +71,21 @@ class Paired:
         return None
 
     @property
-    def within_bias(self) -> bool:
-        """Whether the bias of the estimates may explain the whole difference."""
-        return self.bias_mc is not None and abs(self.difference) < 3 * abs(self.bias_mc)
+    def within(self) -> str | None:
+        """Which error of the estimates may explain the whole difference."""
+        size, gaps = abs(self.difference), [gap for gap in (self.gap_q_a, self.gap_q_b) if gap is not None]
+        if self.by == BY_Q and len(gaps) == 2 and size <= max(gaps):
+            return INSIDE_GAP
+        return WITHIN_BIAS if self.bias_mc is not None and size < 3 * abs(self.bias_mc) else None
 
     @property
     def cautions(self) -> list[str]:
         """What the difference does not show."""
         found = [self.few_seeds] if self.few_seeds else []
-        if self.within_bias:
-            found.append(
-                f"below three times the bias of the estimate ({self.bias_mc:+.4f} nats): "
-                "a better fit of q may be all of it; estimator=ais tells p and q apart"
-            )
+        if self.within:
+            inside = self.within == INSIDE_GAP
+            size = f"{self.gap_q_a:.2f} nats of A, {self.gap_q_b:.2f} of B" if inside else f"{self.bias_mc:+.4f} nats"
+            found.append("; ".join(filter(None, (f"{self.within} ({size}): {better_fit(self.by)}", self.unrefined))))
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,16 +99,24 @@ class Paired:
         lines = [f"{x}: {name} (seed{'s' * (len(s) > 1)} {', '.join(map(str, s))})" for x, name, s in sides]
         over_seeds = "" if self.stderr_seeds is None else f", {self.stderr_seeds:.4f} over seeds"
         lines.append(
-            f"A - B = {self.difference:+.4f} nats of log p(x), paired on {self.images:,} {self.split} images, "
-            f"k = {self.k}; standard error {self.stderr_images:.4f} over images{over_seeds}"
+            f"A - B = {self.difference:+.4f} nats of log p(x) by {self.by}, paired on {self.images:,} {self.split} "
+            f"images, k = {self.k}; standard error {self.stderr_images:.4f} over images{over_seeds}"
         )
-        lower = f"{'A' if self.difference > 0 else 'B'} has the lower NLL"
+        nll = "refined " * (self.by == BY_REFINED) + "NLL"
+        lower = f"{'A' if self.difference > 0 else 'B'} has the lower {nll}"
         ties = f", {self.ties:,} neither" if self.ties else ""
         lines.append(
-            f"{lower if self.difference else 'both have the same NLL'}; "
+            f"{lower if self.difference else f'both have the same {nll}'}; "
             f"A wins {self.wins_a:,} images, B {self.wins_b:,}{ties}"
         )
-        return lines + [f"caution: {caution}" for caution in self.cautions]
+        lines += [f"caution: {caution}" for caution in self.cautions]
+        return lines + [f"note: {self.unrefined}"] * bool(self.unrefined and not self.within)
+
+
+def better_fit(by: str) -> str:
+    """Return what a difference within the error of its estimates may be, and what tells."""
+    refine = "evaluation.refine=all or " * (by == BY_Q)
+    return f"a better fit of {by} may be all of it; {refine}estimator=ais tells p and q apart"
 
 
 def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> Paired:
@@ -118,6 +136,9 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
     scored_a, scored_b = ([Scored(run, scores[run.identity], split) for run in group] for group in (a, b))
     _one_training(name_a, scored_a)
     _one_training(name_b, scored_b)
+    refined = by_refined((*scored_a, *scored_b))
+    if refined is not None:
+        scored_a, scored_b = list(refined[: len(a)]), list(refined[len(a) :])
     return difference(name_a, scored_a, name_b, scored_b)
 
 
@@ -129,27 +150,26 @@ def _one_training(name: str, scored: Sequence[Scored]) -> None:
     options = [" ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)) for values in found]
     if "=" in name:
         options = [f'"{name} {option}"' for option in options]
-    more = f" or one of {len(options) - OPTIONS} more" if len(options) > OPTIONS else ""
+    more = f" or one of {len(options) - NAMED} more" if len(options) > NAMED else ""
     raise UserError(
-        f"--compare {name}: its runs differ by more than their seed; choose {' or '.join(options[:OPTIONS])}{more}"
+        f"--compare {name}: its runs differ by more than their seed; choose {' or '.join(options[:NAMED])}{more}"
     )
 
 
 def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> dict[str, Score]:
     """Return for every run the evaluation of the kind that all runs have; of several, the one with the largest k."""
-    by_kind: dict[Kind, dict[str, Score]] = {}
+    kinds: dict[Kind, dict[str, Score]] = {}
     for run in (*a, *b):
-        for score in run.scores:
-            found = kind(score, split)
-            if found is not None and score.splits[split]["nll"] is not None:
-                by_kind.setdefault(found, {}).setdefault(run.identity, score)
-    shared = [found for found, scores in by_kind.items() if len(scores) == len(a) + len(b)]
+        for kind, score in by_kind(run, split).items():
+            if score.splits[split]["nll"] is not None:
+                kinds.setdefault(kind, {})[run.identity] = score
+    shared = [kind for kind, scores in kinds.items() if len(scores) == len(a) + len(b)]
     if shared:
-        return by_kind[max(shared)]
+        return kinds[max(shared)]
     for run in (*a, *b):
-        if not any(run.identity in scores for scores in by_kind.values()):
+        if not any(run.identity in scores for scores in kinds.values()):
             raise UserError(f"{run.identity} has no NLL of the {split} split; iwae-eval computes it")
-    first, second = (next(k for k, scores in by_kind.items() if g[0].identity in scores) for g in (a, b))
+    first, second = (next(k for k, scores in kinds.items() if g[0].identity in scores) for g in (a, b))
     for field in ("images", "k", "weights", "precision"):
         mine, theirs = (str(getattr(found, field))[:12] for found in (first, second))
         if mine != theirs:
@@ -163,6 +183,8 @@ def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
 def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored]) -> Paired:
     """Return A minus B; each side is one training at several seeds, all scored on the same images in the same way.
 
+    Both sides are by the refined proposals, or both by the trained q.
+
     Raises:
         UserError: a file of per-image values is missing or damaged.
     """
@@ -173,6 +195,8 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
     if min(len(a), len(b)) > 1:
         spread = math.sqrt(sum(float(v.mean(1).var(ddof=1)) / len(v) for v in (mine, theirs)))
     biases = [s.numbers["bias_mc"] for s in (*a, *b)]
+    gaps = [mean(s.by_q.get("gap_q") for s in group) for group in (a, b)]
+    refined = a[0].refined
     return Paired(
         a=name_a,
         b=name_b,
@@ -188,6 +212,10 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
         wins_b=int((gain < 0).sum()),
         ties=int((gain == 0).sum()),
         bias_mc=None if None in biases else -max(map(abs, biases)),
+        by=BY_REFINED if refined else BY_Q,
+        gap_q_a=gaps[0],
+        gap_q_b=gaps[1],
+        unrefined="" if refined else unrefined((*a, *b)),
     )
 
 
@@ -198,7 +226,7 @@ def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
         UserError: the file is missing, damaged, or from another evaluation than ``result.json``.
     """
     path, numbers = scored.score.arrays, scored.numbers
-    name = "log_px" if scored.split == "test" else f"{scored.split}_log_px"
+    name = ("" if scored.split == "test" else f"{scored.split}_") + "refined_" * scored.refined + "log_px"
     again = "iwae-eval" if path.parent.parent.name == "evaluations" else "the command of the run"
     again += " writes it again"
     try:

@@ -26,6 +26,8 @@ SWEEP = "sweep.json"
 GROUPS = ("model", "objective", "optimizer", "schedule")
 """Groups whose chosen name is in ``result.json``."""
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
+GAP = ("gap_q", "gap_q_stderr")
+"""How much too high NLL_k by the trained q is at least, nats; missing in evaluations without refined proposals."""
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 """Errors from reading a file that does not hold what it should."""
 
@@ -322,6 +324,15 @@ def _score(result: Mapping[str, Any], arrays: Path) -> Score:
     for name, split in splits.items():
         numbers = {key: split[key] for key in ("nll", *NUMBERS)}
         numbers |= {f"bounds.{level}": value for level, value in split["bounds"].items() if int(level)}
+        if "refined" in split or split.get("gap_q") is not None:
+            refined = split["refined"]
+            numbers |= {key: split[key] for key in GAP}
+            numbers |= {f"refined.{key}": refined[key] for key in ("nll", *NUMBERS)}
+            if refined["k"] != split["k"] or not 1 <= refined["n"] <= split["n"]:
+                raise ValueError(f"result.json: {name}.refined is of k = {refined['k']}, n = {refined['n']}")
+            whole = split.get("nll_refined")
+            if whole is not None and (whole != refined["nll"] or refined["n"] != split["n"]):
+                raise ValueError(f"result.json: {name}.nll_refined is {whole}, not {name}.refined.nll of all images")
         for key, value in numbers.items():
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"result.json: {name}.{key} must be finite or null, got {value}")

@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from iwae_cli.config.build import nearest
+from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.reader import LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
+NAMED = 4
+"""Runs or choices that a message names."""
 Label = tuple[str, ...]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None if a value is missing."""
+    there = list(values)
+    known = [value for value in there if value is not None]
+    return statistics.fmean(known) if len(known) == len(there) else None
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A run with the evaluation that its table shows."""
+    """A run with the evaluation that its table shows: by the trained q, or by the refined proposals."""
 
     run: Run
     score: Score
     split: str
+    refined: bool = False
+
+    @property
+    def by_q(self) -> Mapping[str, Any]:
+        """Numbers of the split, as in ``result.json``."""
+        return self.score.splits[self.split]
 
     @property
     def numbers(self) -> Mapping[str, Any]:
-        """Numbers of the split, as in ``result.json``."""
-        return self.score.splits[self.split]
+        """Those of ``by_q``, or of its ``refined``, which has ``n``, ``k``, ``nll`` and its errors too."""
+        found: Mapping[str, Any] = self.by_q["refined"] if self.refined else self.by_q
+        return found
 
 
 class Kind(NamedTuple):
@@ -41,11 +58,48 @@ class Kind(NamedTuple):
     images: str
 
 
-def kind(score: Score, split: str) -> Kind | None:
-    """Return the kind of an evaluation; None if it lacks the split."""
-    if split not in score.splits or split not in score.sha256:
-        return None
-    return Kind(score.k, score.weights, score.precision, score.sha256[split])
+def by_kind(run: Run, split: str) -> dict[Kind, Score]:
+    """Return the evaluations of a split by kind; of several of one kind, the one with the most refined images."""
+    found: dict[Kind, list[Score]] = {}
+    for score in run.scores:
+        if split in score.splits and split in score.sha256:
+            kind = Kind(score.k, score.weights, score.precision, score.sha256[split])
+            found.setdefault(kind, []).append(score)
+
+    def worth(score: Score) -> tuple[bool, int]:
+        numbers = score.splits[split]
+        return numbers["nll"] is not None, _images_refined(numbers)
+
+    return {kind: max(scores, key=worth) for kind, scores in found.items()}
+
+
+def _images_refined(numbers: Mapping[str, Any]) -> int:
+    refined = numbers.get("refined")
+    return refined["n"] if refined and refined["nll"] is not None else 0
+
+
+def by_refined(scored: Iterable[Scored]) -> tuple[Scored, ...] | None:
+    """Return the same runs by the refined proposals; None unless all have them for the whole split."""
+    runs = tuple(scored)
+    whole = all(_images_refined(s.by_q) == s.by_q["n"] for s in runs)
+    return tuple(replace(s, refined=True) for s in runs) if whole else None
+
+
+def unrefined(scored: Iterable[Scored]) -> str:
+    """Return which runs lack refined values of the whole split, and why or what to type; empty if none does."""
+    lacking: dict[str, list[str]] = {}
+    for s in scored:
+        if by_refined([s]) is None:
+            way = s.score.reasons.get(f"{s.split}.gap_q") or "iwae-eval RUN evaluation.refine=all" + "".join(
+                f" evaluation.{key}={value}"
+                for key, value in (("k", s.score.k), ("weights", s.score.weights))
+                if s.run.keys[f"evaluation.{key}"] != value
+            )
+            lacking.setdefault(way, []).append(shlex.quote(files.shown(s.run.path)))
+    more = {way: f" and {len(names) - NAMED} more" * (len(names) > NAMED) for way, names in lacking.items()}
+    return "; ".join(
+        f"no refined values of {', '.join(names[:NAMED])}{more[way]}: {way}" for way, names in lacking.items()
+    )
 
 
 def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[LeftOut]]:
@@ -53,11 +107,11 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
     kept, left_out = [], []
     for dataset in dict.fromkeys(run.dataset for run in runs):
         group = [run for run in runs if run.dataset == dataset]
-        counts = Counter(found for run in group for found in {kind(score, split) for score in run.scores} if found)
+        counts = Counter(found for run in group for found in by_kind(run, split))
         # A tie goes to more samples; the other fields make the choice deterministic.
         wanted = max(counts, key=lambda found: (counts[found], found), default=None)
         for run in group:
-            score = next((score for score in run.scores if wanted and kind(score, split) == wanted), None)
+            score = wanted and by_kind(run, split).get(wanted)
             if wanted is None or score is None:
                 left_out.append(LeftOut(run.path, "not comparable", _why(run, split, wanted)))
             elif score.splits[split]["nll"] is None:
@@ -76,9 +130,8 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
 
 def _why(run: Run, split: str, wanted: Kind | None) -> str:
     """Return why a run is not comparable, by its nearest evaluation, and the command that makes it so."""
-    here = Path.cwd()
-    path = shlex.quote(str(run.path.relative_to(here) if run.path.is_relative_to(here) else run.path))
-    kinds = [found for score in run.scores if (found := kind(score, split))]
+    path = shlex.quote(files.shown(run.path))
+    kinds = list(by_kind(run, split))
     if wanted is None or not kinds:
         has = ", ".join(run.scores[0].splits) or "none"
         return f"its {split} split was not evaluated (but {has}); iwae-eval {path} evaluation.splits=[{split}]"

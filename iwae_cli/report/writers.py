@@ -16,10 +16,10 @@ from rich.text import Text
 
 from iwae_cli.core.files import dump_json
 from iwae_cli.record.summary import reliability_warnings
-from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN_BIAS, Cell, Table
+from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN, Cell, Table
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
-from iwae_cli.report.reader import NUMBERS, Estimate, Found, LeftOut, Run
+from iwae_cli.report.reader import GAP, NUMBERS, Estimate, Found, LeftOut, Run
 from iwae_cli.report.selection import MISSING, Scored
 
 ERRORS = ("stderr_images", "stderr_seeds")
@@ -171,10 +171,11 @@ def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
         "weights": table.weights,
         "images": cell.runs[0].numbers["n"],
         "seeds": len(cell.runs),
-        **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS)},
+        **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS, *GAP)},
+        **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in ("nll", "stderr_seeds", *NUMBERS)},
         "active_units": None if cell.units is None else cell.units_text,
         **({"against": paired and paired.b, "difference": paired and paired.difference} if compared else {}),
-        **{f"difference_{key}": paired and getattr(paired, key) for key in ERRORS if compared},
+        **{f"difference_{key}": paired and getattr(paired, key) for key in (*ERRORS, "by") if compared},
         "paper_nll": paper and paper.nll,
         "paper_active_units": paper and paper.units and "+".join(map(str, paper.units)),
         "paper_from_memory": " ".join(key for key, recalled in memory.items() if recalled),
@@ -209,7 +210,7 @@ def _tex_row(cells: Sequence[str] | Iterator[str]) -> str:
 
 def _tex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", f" {PLUS_MINUS} ": r" $\pm$ ", MISSING: "--", OTHERWISE: r"$^\dagger$"}
-    special |= {WITHIN_BIAS: r"$^\ddagger$", PLUS_MINUS: r"$\pm$", "~": r"\textasciitilde{}"}
+    special |= {WITHIN: r"$^\ddagger$", PLUS_MINUS: r"$\pm$", "~": r"\textasciitilde{}"}
     special |= {RECALLED: "$^*$", "^": r"\textasciicircum{}", **{mark: rf"\{mark}" for mark in "_%&#${}"}}
     parts, i = [], 0
     while i < len(text):
@@ -263,9 +264,9 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
     return {
         "keys": table.keyed(cell),
         "seeds": [s.run.seed for s in cell.runs],
-        "nll": cell.nll,
-        "stderr_seeds": cell.stderr,
-        **{key: cell.mean(key) for key in NUMBERS},
+        **_means(cell),
+        **{key: cell.mean(key) for key in GAP},
+        "refined": cell.refined and _means(cell.refined),
         "against": cell.against and cell.against.as_dict(),
         "active_units": cell.units,
         "bounds": {str(m): value for m, value in cell.bounds.items()},
@@ -276,10 +277,15 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
                 "path": str(s.run.path),
                 "seed": s.run.seed,
                 "evaluation": s.score.name,
-                **{key: s.numbers.get(key) for key in ("nll", *NUMBERS)},
+                **{key: s.numbers.get(key) for key in ("nll", *NUMBERS, *GAP)},
+                "refined": (found := s.numbers.get("refined")) and {key: found[key] for key in ("n", "nll", *NUMBERS)},
                 "sha256": s.score.sha256[s.split],
                 "warnings": reliability_warnings(s.split, s.numbers),
             }
             for s in cell.runs
         ],
     }
+
+
+def _means(cell: Cell) -> dict[str, float | None]:
+    return {"nll": cell.nll, "stderr_seeds": cell.stderr, **{key: cell.mean(key) for key in NUMBERS}}

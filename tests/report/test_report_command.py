@@ -7,34 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import change, config, values, write, write_estimate
+from report_runs import Command, change, config, values, write, write_estimate
 from small_runs import snapshot
 
-from iwae_cli.cli.report import HELP, report
+from iwae_cli.cli.report import HELP
 from iwae_cli.report.cells import tables
 from iwae_cli.report.reader import read
 from iwae_cli.report.selection import MISSING, comparable
 from iwae_cli.report.writers import Report, terminal
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run iwae-report; return its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = report([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

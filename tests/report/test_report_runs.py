@@ -28,7 +28,9 @@ def unfinished(folder: Path, **status: object) -> Path:
 
 def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path: Path) -> None:
     real = real_runs[0]
-    made = write(tmp_path / "made", config(), values(85.0))
+    test = json.loads((real / "result.json").read_text())["test"]
+    refined = values(84.0)[: 40 if "nll_refined" in test else 10] if "refined" in test else None
+    made = write(tmp_path / "made", config(), values(85.0), refined=refined)
     for name, part in (
         ("result.json", ""),
         ("result.json", "test"),
@@ -37,6 +39,8 @@ def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path
     ):
         mine, theirs = (json.loads((folder / name).read_text()) for folder in (made, real))
         assert (mine[part] if part else mine).keys() == (theirs[part] if part else theirs).keys()
+        if "refined" in mine.get(part, ()):
+            assert mine[part]["refined"].keys() == theirs[part]["refined"].keys()
     (run,), (other,) = read([real]).runs, read([made]).runs
     assert run.training.keys() - other.training.keys() == {"schedule.passes"}
     assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5

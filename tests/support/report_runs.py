@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+Command = Callable[..., tuple[int, str, str]]
+"""iwae-report: from its arguments to exit code, standard output and standard error."""
 CONFIG: dict[str, Any] = yaml.safe_load("""
 data: {_target_: iwae_cli.data.mnist.MNIST, data_dir: data, binarization: dynamic}
 model:
@@ -75,10 +78,13 @@ def write(
     units: list[int] | None = None,
     images: str = "one binarization",
     arrays: bool = True,
+    refined: np.ndarray | None = None,
+    no_gap: str | None = None,
 ) -> Path:
     """Write a finished run whose test images have these log p(x); return its folder.
 
-    ``names`` were chosen for model and objective, ``choices`` for optimizer and schedule.
+    ``names`` were chosen for model and objective, ``choices`` for optimizer and schedule; ``refined`` are log p(x) of
+    the first images, or of all, by the refined proposals, and ``no_gap`` is the reason why there are none.
     """
     digest = hashlib.sha256(json.dumps([data, settings, names], sort_keys=True).encode()).hexdigest()[:8]
     identity = f"{data}-{names[0]}-{names[1]}-k{settings['objective'].get('k', 1)}-seed{settings['seed']}-{digest}"
@@ -95,6 +101,24 @@ def write(
         **{"ess_median": 800.0, "ess_min": 40.0, "ess_share_below_10": 0.0, "khat_share_above_0.7": 0.0},
         **{"top_weight_share_above_0.5": 0.0, "bits_per_dim": nll / 784 / float(np.log(2))},
     }
+    held, reasons = {"log_px": np.asarray(log_px, dtype=np.float64)}, {}
+    if no_gap is not None:
+        split |= {"gap_q": None, "gap_q_stderr": None}
+        reasons["test.gap_q"] = no_gap
+    if refined is not None:
+        gap, by_refined = refined - log_px[: len(refined)], -float(np.mean(refined))
+        split |= {"gap_q": float(gap.mean()), "gap_q_stderr": float(gap.std(ddof=1)) / len(gap) ** 0.5}
+        same = ("k", "ess_median", "ess_min", "ess_share_below_10", "khat_share_above_0.7")
+        split["refined"] = {
+            **{key: split[key] for key in (*same, "top_weight_share_above_0.5", "bits_per_dim")},
+            **{"n": len(refined), "nll": by_refined, "stderr_mc": 0.001, "bias_mc": -0.0005},
+            "stderr_images": float(np.std(refined, ddof=1)) / len(refined) ** 0.5,
+            "bounds": {"1": -by_refined - 1.0, str(asked["k"]): -by_refined},
+        }
+        if len(refined) == n:
+            split["nll_refined"] = by_refined
+        names_of = ("refined_log_px", "refined_ess", "refined_khat", "refined_top_weight")
+        held |= dict.fromkeys(names_of, np.asarray(refined, dtype=np.float64))
     result = {
         **{"status": "finished", "identity": identity, "seed": settings["seed"], "weights": asked["weights"]},
         "dataset": {
@@ -109,7 +133,7 @@ def write(
         **{"epochs": 3280, "steps": 100, "parameters": 1, "versions": {}, "device": {"kind": "cpu"}, "git": None},
         "evaluation": {"name": evaluation, "step": 100, **facts},
         **{"test": split, "active_units": units, "active_units_authors_rule": units},
-        **{"rows": [], "notes": [], "arrays": ["log_px"], "reasons": {}},
+        **{"rows": [], "notes": [], "arrays": sorted(held), "reasons": reasons},
         "seconds": {"train": 1.0, "evaluate": 1.0},
     }
     status = {"status": "finished", "step": 100, "pid": 1, "host": "elsewhere", "error": None}
@@ -119,8 +143,16 @@ def write(
     rows = [{"step": s, "pass": s, "train/bound": -100.0 + s, "validation/bound": -99.0 + s} for s in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if arrays:
-        np.savez(folder / "log_likelihood.npz", log_px=np.asarray(log_px, dtype=np.float64))
+        np.savez(folder / "log_likelihood.npz", **held)  # type: ignore[arg-type]
     return folder
+
+
+def evaluate(folder: Path, settings: dict[str, Any], log_px: np.ndarray, name: str, **options: Any) -> None:
+    """Evaluate a run once more, with the settings and options of ``write``."""
+    made = write(folder.parent / f"{name} of {folder.name}", settings, log_px, **options)
+    (folder / "evaluations").mkdir(exist_ok=True)
+    made.rename(folder / "evaluations" / name)
+    (folder.parent / f"{name} of {folder.name}").rmdir()
 
 
 def write_estimate(folder: Path, name: str, numbers: dict[str, Any], rows: list[list[str]], steps: int = 100) -> None:
