@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.core.progress import Progress
-from iwae_cli.data.base import Split
+from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.active_units import RULES, active_units
 from iwae_cli.evaluation.estimator import (
     Estimates,
@@ -32,9 +33,10 @@ from iwae_cli.evaluation.estimator import (
     without_nan,
 )
 from iwae_cli.evaluation.fused import FusedScorer
-from iwae_cli.evaluation.proposals import GROUP, refine
+from iwae_cli.evaluation.proposals import DISCRETE, GROUP, refine, why_not
+from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.evaluation.workers import map_batches, threads
-from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
 from iwae_cli.record.summary import split_rows
 
@@ -46,6 +48,9 @@ PIECE = 128 * BLOCK
 
 IMAGES = 8
 """Images per batch of ``FusedScorer``, which computes one after the other."""
+
+DEFAULT_REFINED = 200
+"""``evaluation.refine`` of conf/evaluation/default.yaml."""
 
 COMPARED = 200
 """Number of images (all, if there are fewer than twice as many) that are also computed without bfloat16."""
@@ -78,6 +83,22 @@ class Likelihood:
     float32: Float64[np.ndarray, " n"] | None = None
 
 
+def check_refine(evaluation: Evaluation, model: Architecture, data: Data | None = None) -> None:
+    """Raise UserError if ``evaluation.refine`` asks for what there is not; without ``data`` for any data."""
+    if evaluation.refine == "all":
+        if model.discrete:
+            raise UserError(f"evaluation.refine=all: {DISCRETE}; write evaluation.refine=0")
+    elif data is not None:
+        sizes = {name: len(getattr(data, name)) for name in evaluation.splits}
+        largest = max(sizes, key=lambda name: sizes[name])
+        # The default serves data sets with fewer images, too.
+        if evaluation.refine > max(sizes[largest], DEFAULT_REFINED):
+            raise UserError(
+                f"evaluation.refine={evaluation.refine} is more than the {sizes[largest]:,} images of {largest}; "
+                "write evaluation.refine=all"
+            )
+
+
 @final
 class LogLikelihood(Estimator):
     """L_k of every split and the active units, without ``estimator=``; its settings are those of ``evaluation``."""
@@ -93,26 +114,37 @@ class LogLikelihood(Estimator):
         arrays: dict[str, np.ndarray] = {}
         for name in evaluation.splits:
             split = subject.data.evaluation_split(name, evaluation.binarization_seed)
+            how: dict[str, Any] = {"k": evaluation.k, "seed": evaluation.seed, "check": check}
+            how |= {"rows": evaluation.rows, "workers": evaluation.workers}
             with Progress(f"evaluating {name}", total=len(split.x), unit="image") as progress:
                 likelihood = log_likelihood(
                     model,
                     split,
-                    k=evaluation.k,
-                    seed=evaluation.seed,
-                    rows=evaluation.rows,
-                    workers=evaluation.workers,
                     with_jackknife=evaluation.jackknife,
                     bf16=evaluation.precision == "bf16",
-                    check=check,
                     on_progress=progress.update,
+                    **how,
                 )
             numbers[name], missing = summarize(likelihood, split.x.shape[1])
             hashes[name] = split.sha256
+            kept = {"": likelihood}
+            images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
+            if images and (reason := why_not(model)):
+                numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {reason}"
+            elif images:
+                first = replace(split, x=split.x[:images])
+                with Progress(f"refining {name}", total=images, unit="image") as progress:
+                    refined = log_likelihood(model, first, refined=True, on_progress=progress.update, **how)
+                found, why = summarize_gap(likelihood, refined, split.x.shape[1])
+                numbers[name] |= found
+                missing |= why
+                kept["refined_"] = refined
             reasons |= {f"{name}.{key}": reason for key, reason in missing.items()}
-            for key in ("log_px", "ess", "khat", "top_weight"):
-                arrays[array_name(name, key)] = getattr(likelihood, key)
-        for key, (of, images, draws) in RULES.items():
-            x = subject.data.evaluation_split(of, evaluation.binarization_seed, images).x
+            for prefix, values in kept.items():
+                for key in ("log_px", "ess", "khat", "top_weight"):
+                    arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
+        for key, (of, first_images, draws) in RULES.items():
+            x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
             numbers[key] = active_units(
                 model, x, draws, evaluation.seed, key, evaluation.rows, evaluation.workers, lambda _: check()
             )
@@ -289,6 +321,33 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             reason = "the exact log p(x) of the model is not finite"
             numbers["exact_nll"] = finite(-likelihood.exact.mean(), "exact_nll", reasons, reason)
     return numbers, reasons
+
+
+def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the numbers of refined proposals on the first images of a split, and why any of them is missing.
+
+    - ``gap_q`` = mean of L_k by the refined proposal - L_k by q, nats, on the same images; ``gap_q_stderr`` is paired.
+      Both are lower bounds on log p(x), so NLL_k by q is too high by ``gap_q`` at least.
+    - ``refined``: what ``summarize`` returns, of the refined proposal. ``nll_refined`` is its ``nll``, where the images
+      are the whole split.
+    """
+    numbers, missing = summarize(refined, pixels)
+    reasons = {f"refined.{key}": reason for key, reason in missing.items()}
+    n = len(refined.log_px)
+    gap = refined.log_px - by_q.log_px[:n]
+    broken = "L_k of q or of the refined proposal is not finite for some image"
+    found: dict[str, Any] = {
+        "gap_q": finite(gap.mean(), "gap_q", reasons, broken),
+        "gap_q_stderr": finite(
+            standard_error(gap), "gap_q_stderr", reasons, broken if n > 1 else "one image has no standard error"
+        ),
+        "refined": numbers,
+    }
+    if n == len(by_q.log_px):
+        found["nll_refined"] = numbers["nll"]
+        if numbers["nll"] is None:
+            reasons["nll_refined"] = missing["nll"]
+    return found, reasons
 
 
 def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:

@@ -33,6 +33,8 @@ SHARE = 0.1
 WIDEN = 1.1
 """Factor on the fitted scale: a proposal wider than its target has weights of smaller variance."""
 
+DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
+
 STEPS, DRAWS, RATE_LOC, BETAS = 200, 8, 0.1, (0.9, 0.99)
 MOMENT_DRAWS = 256
 
@@ -112,9 +114,7 @@ def refine(
 
 def why_not(model: LatentVariableModel) -> str | None:
     """Return why there is no refined proposal for a model; None if there is."""
-    if model.inference.reparameterized:
-        return None
-    return "a Gaussian is fitted to real latents, and those of this model are discrete"
+    return None if model.inference.reparameterized else DISCRETE
 
 
 def from_q(noise: Noise, k: int, batch: int) -> Bool[Tensor, "k batch 1"]:

@@ -31,6 +31,8 @@ class Evaluation:
         jackknife: report the jackknife estimate beside L_k; memory then grows with k.
         precision: ``float32``: that of the device. ``bf16``: products of bfloat16 numbers with float32 sums, for
             Gaussian models of binary pixels on a CPU; the shift of NLL_k is measured on some images and reported.
+        refine: images of each split, the first ones, on which NLL_k is measured by refined proposals too; ``all``, or
+            0 for none. A split with fewer images is taken whole.
     """
 
     k: int
@@ -42,6 +44,7 @@ class Evaluation:
     workers: int | None
     jackknife: bool = False
     precision: Literal["float32", "bf16"] = "float32"
+    refine: int | Literal["all"] = 0
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -53,6 +56,8 @@ class Evaluation:
         ):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, least, most)
+        if self.refine != "all":
+            check_range("refine", self.refine, 0)
         if not self.splits:
             raise ValueError("splits must name at least one of train, validation, test, got []")
         if len(set(self.splits)) < len(self.splits):

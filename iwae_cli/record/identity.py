@@ -60,6 +60,8 @@ def evaluation_name(config: Mapping[str, Any]) -> str:
         return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config)}
+    if evaluation.get("refine", 0):  # missing in older records
+        parts["refine"] = evaluation["refine"]
     return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
 
 

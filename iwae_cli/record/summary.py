@@ -23,6 +23,16 @@ SPLIT_ROWS: Sequence[Row] = (
     ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
     ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
     ("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
+    ("  too high by at least: gap_q", "gap_q", "{:.2f}"),
+    ("    standard error, paired", "gap_q_stderr", "± {:.2f}"),
+    ("    first images, refined", "refined.n", "{:,}"),
+    ("NLL_{k} by refined proposals, nats", "nll_refined", "{:.2f}"),
+    ("  refined: stderr_images", "refined.stderr_images", "± {:.2f}"),
+    ("  refined: stderr_mc", "refined.stderr_mc", "± {:.4f}"),
+    ("  refined: bias_mc", "refined.bias_mc", "{:+.4f}"),
+    ("  refined: effective sample size, median", "refined.ess_median", "{:,.1f}"),
+    ("  refined: images below 10", "refined.ess_share_below_10", "{:.1%}"),
+    ("  refined: images with k-hat above 0.7", "refined.khat_share_above_0.7", "{:.1%}"),
     ("  products of bfloat16: bf16_shift", "bf16_shift", "{:+.4f}"),
     ("    measured on some images", "bf16_shift_stderr", "± {:.4f}"),
     ("exact NLL, nats", "exact_nll", "{:.2f}"),
@@ -53,9 +63,15 @@ def split_rows(numbers: Mapping[str, Any]) -> list[Row]:
     for label, key, form in SPLIT_ROWS:
         for split in SPLITS:
             held = numbers.get(split) or {}
-            if key not in held:
+            if key.startswith("refined."):
+                # Those of some images would be read beside those of all.
+                if key != "refined.n" and "nll_refined" not in held:
+                    continue
+                held = held.get("refined") or {}
+            inner = key.removeprefix("refined.")
+            if inner not in held:
                 continue
-            levels = list(held[key]) if isinstance(held[key], Mapping) else [""]
+            levels = list(held[inner]) if isinstance(held[inner], Mapping) else [""]
             for level in levels:
                 named = label.format(k=held.get("k"), level=level)
                 rows.append((named, f"{split}.{key}.{level}".rstrip("."), form))
@@ -87,32 +103,53 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]
     return columns, lines
 
 
-def reliability_warnings(name: str, split: Mapping[str, Any]) -> list[str]:
-    """Return sentences that say where L_k of one split is not reliable, and in which direction it errs.
+def reliability_warning(splits: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return one sentence that says by how much L_k is not reliable, and what to type; None if nothing is wrong.
 
-    The limits are in nats of bias and in shares of images, not in k-hat: good models have many images with a high
-    k-hat and hardly any bias.
+    Where refined proposals have measured how much too high NLL_k by q is, that decides. Elsewhere signs do: bias, and
+    shares of images, not k-hat, since good models have many images with a high k-hat and hardly any bias.
+
+    Args:
+        splits: the numbers of L_k by split, as in ``result.json``.
     """
-    warnings = []
-    k = split["k"]
-    bias, ess, top = (split.get(key) for key in ("bias_mc", "ess_share_below_10", "top_weight_share_above_0.5"))
-    if bias is not None and abs(bias) > 0.05:
-        warnings.append(
-            f"{name}: L_{k} is at least {abs(bias):.2f} nats low (bias_mc), so NLL_{k} is too high by as much; "
-            "differences of this size between models say nothing"
-        )
     # One sample has by definition an effective size of 1 and all of the weight.
-    if ess is not None and ess > 0.05 and k > 1:
-        warnings.append(
-            f"{name}: {ess:.1%} of the images have an effective sample size below 10 (more than 5%); "
-            "stderr_mc and bias_mc are only floors"
-        )
-    if top is not None and top > 0.01 and k > 1:
-        warnings.append(
-            f"{name}: for {top:.1%} of the images one sample has more than half of the weight (more than 1%); "
-            "their log p(x) is probably higher than estimated"
-        )
-    return warnings
+    judged = {name: split for name, split in splits.items() if split["k"] > 1}
+    measured = {name: split for name, split in judged.items() if split.get("gap_q") is not None}
+    found = [(name, words) for name, split in judged.items() if (words := _fault(split, name in measured))]
+    if not found:
+        return None
+    if not measured:
+        advice = "estimator=ais" if any("gap_q" in split for split in judged.values()) else "evaluation.refine=200"
+        advice += " measures by how much"
+    elif all("nll_refined" in split for split in measured.values()):
+        advice = "differences of this size between models say nothing, compare them by nll_refined"
+    else:
+        advice = "differences of this size between models say nothing, evaluation.refine=all measures them"
+    where = "; ".join(f"{name} {words}" for name, words in found)
+    return f"NLL_{next(iter(judged.values()))['k']} by q is too high, {where}: {advice}"
+
+
+def _fault(split: Mapping[str, Any], measured: bool) -> str:
+    """Return in words what is wrong with L_k of a split; empty if nothing is."""
+    if not measured:
+        return " and ".join(_signs(split))
+    gap, error, weak = split["gap_q"], split["gap_q_stderr"], _signs(split["refined"])
+    by = f"{gap:.2f}" if error is None else f"{gap:.2f} \N{PLUS-MINUS SIGN} {error:.2f}"
+    found = [f"by at least {by} nats"] if gap > 0.05 else []
+    return " and ".join([*found, *(f"{sign} even by refined proposals" for sign in weak)])
+
+
+def _signs(split: Mapping[str, Any]) -> list[str]:
+    """Return what shows that L_k of a split is far below log p(x)."""
+    bias, ess, top = (split.get(key) for key in ("bias_mc", "ess_share_below_10", "top_weight_share_above_0.5"))
+    signs = []
+    if bias is not None and abs(bias) > 0.05:
+        signs.append(f"by at least {abs(bias):.2f} nats (bias_mc)")
+    if ess is not None and ess > 0.05:
+        signs.append(f"with an effective sample size below 10 in {ess:.1%} of the images")
+    elif top is not None and top > 0.01:
+        signs.append(f"with a top weight above 0.5 in {top:.1%} of the images")
+    return signs
 
 
 def result_table(
@@ -135,14 +172,15 @@ def result_table(
     if since is not None:
         out.print(f"trained already, finished at {since}: nothing was trained now, this is its result", soft_wrap=True)
     out.print(sheet)
-    for name in SPLITS:
-        split = result.get(name) or {}
-        for warning in reliability_warnings(name, split) if "k" in split else ():
-            _print_sentence(out, f"warning: {warning}", "yellow")
+    if warning := reliability_warning({name: split for name in SPLITS if "k" in (split := result.get(name) or {})}):
+        _print_sentence(out, f"warning: {warning}", "yellow")
     for note in result.get("notes", ()):
         _print_sentence(out, note)
+    keys: dict[str, list[str]] = {}
     for key, reason in (result.get("reasons") or {}).items():
-        _print_sentence(out, f"{key} not available: {reason}")
+        keys.setdefault(reason, []).append(key)
+    for reason, missing in keys.items():
+        _print_sentence(out, f"{', '.join(missing)} not available: {reason}")
     out.print()
     units, seconds = result.get("active_units"), result.get("seconds") or {}
     facts = {

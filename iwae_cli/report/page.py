@@ -15,7 +15,7 @@ from iwae_cli import __version__
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
-from iwae_cli.record.summary import reliability_warnings
+from iwae_cli.record.summary import reliability_warning
 from iwae_cli.report.cells import Cell, Table
 from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
@@ -137,7 +137,7 @@ def _sizes(cell: Cell) -> list[int]:
 
 def _run(scored: Scored, cell: Cell) -> dict[str, Any]:
     numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
-    weak = reliability_warnings(scored.split, numbers)
+    weak = reliability_warning({scored.split: numbers})
     refined = by_refined([scored])
     values: list[tuple[float | int | None, str]] = [
         (scored.run.seed, "{}"),
@@ -152,11 +152,11 @@ def _run(scored: Scored, cell: Cell) -> dict[str, Any]:
         (None if units is None else sum(units), "+".join(map(str, units or ()))),
         (result.get("epochs"), "{:,}"),
         ((result.get("seconds") or {}).get("train"), "{:,.0f}"),
-        (len(weak), "{}"),
+        (int(weak is not None), "{}"),
     ]
     return {
         "identity": scored.run.identity,
-        "title": "; ".join((cell.name, str(scored.run.path), *weak)),
+        "title": "; ".join((cell.name, str(scored.run.path), *([weak] if weak else []))),
         "numbers": [(value, MISSING if value is None else form.format(value)) for value, form in values],
     }
 

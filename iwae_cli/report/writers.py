@@ -15,7 +15,7 @@ from rich.table import Table as Sheet
 from rich.text import Text
 
 from iwae_cli.core.files import dump_json
-from iwae_cli.record.summary import reliability_warnings
+from iwae_cli.record.summary import reliability_warning
 from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN, Cell, Table
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
@@ -56,13 +56,15 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Unreliable estimates: a line with the number of runs, then the warnings of the worst one."""
-        weak = [(s, warned) for s in self.scored if (warned := reliability_warnings(s.split, s.numbers))]
+        """Unreliable estimates: a line with the number of runs, then the warning of the worst one."""
+        weak = [(s, warned) for s in self.scored if (warned := reliability_warning({s.split: s.numbers}))]
         if not weak:
             return []
-        worst, words = max(weak, key=lambda pair: (len(pair[1]), abs(pair[0].numbers["bias_mc"] or 0)))
+        worst, words = max(
+            weak, key=lambda pair: max(abs(pair[0].numbers.get(key) or 0) for key in ("gap_q", "bias_mc"))
+        )
         count = f"{len(weak)} of {len(self.scored)} runs have weak estimates of log p(x)"
-        return [f"{count}; of the worst, {worst.run.identity}:", *words]
+        return [f"{count}; of the worst, {worst.run.identity}:", words]
 
     def below(self, listed: int | None = None) -> list[str]:
         """Return the lines below the tables, indented where they belong to the line before.
@@ -280,7 +282,7 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
                 **{key: s.numbers.get(key) for key in ("nll", *NUMBERS, *GAP)},
                 "refined": (found := s.numbers.get("refined")) and {key: found[key] for key in ("n", "nll", *NUMBERS)},
                 "sha256": s.score.sha256[s.split],
-                "warnings": reliability_warnings(s.split, s.numbers),
+                "warning": reliability_warning({s.split: s.numbers}),
             }
             for s in cell.runs
         ],

@@ -25,7 +25,7 @@ from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
 from iwae_cli.core.noise import generator
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.fused import check_bf16
-from iwae_cli.evaluation.likelihood import LogLikelihood
+from iwae_cli.evaluation.likelihood import LogLikelihood, check_refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record import summary
@@ -60,6 +60,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         estimator = build({k: v for k, v in config["estimator"].items() if k != "objective"}, Estimator, "estimator")
     else:
         check_bf16(evaluation, objects["model"], device)
+        check_refine(evaluation, objects["model"])
         estimator = LogLikelihood()
     device.setup()
     state = checkpoint.load(run.checkpoint)
@@ -72,6 +73,8 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(refusal)
     data = objects["data"].load()
     checkpoint.require_data(state, data)
+    if "estimator" not in config:
+        check_refine(evaluation, objects["model"], data)
     subject = EstimatorInput(model, data, evaluation)
     if node is not None:
         subject = replace(subject, objective=lambda k: build({**node, "k": k}, Objective, "objective"))

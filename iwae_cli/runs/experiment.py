@@ -16,6 +16,7 @@ from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data, Dataset
 from iwae_cli.evaluation.fused import check_bf16
+from iwae_cli.evaluation.likelihood import check_refine
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import Architecture
 from iwae_cli.objectives.base import Objective
@@ -126,6 +127,7 @@ class Experiment:
         on_cpu = self.device.resolve().type == "cpu"
         try_optimizer(self.optimizer.func, self.optimizer.keywords, "optimizer", on_cpu)
         check_bf16(self.evaluation, self.model, self.device)
+        check_refine(self.evaluation, self.model)
         if self.device.compile == "on" and compiler() is None:
             raise UserError("device.compile=on needs a C++ compiler, g++ or what CXX names: write device.compile=auto")
         if self.init_from is not None:
@@ -221,7 +223,7 @@ class Experiment:
 
         Raises:
             UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
-                model, or the objective cannot train these networks.
+                model, the objective cannot train these networks, or ``evaluation.refine`` is more than the images.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:
@@ -229,6 +231,7 @@ class Experiment:
                 f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
                 f"{data.image_shape}"
             )
+        check_refine(self.evaluation, self.model, data)
         model = self.model.outline(data.image_shape, data.levels)
         refusal = self.objective.check_networks(model)
         if refusal is None and self.train == "inference" and model.shared:

@@ -26,6 +26,7 @@ TINY = (
     "evaluation=smoke",
     "evaluation.k=50",
     "evaluation.splits=[test]",
+    "evaluation.refine=0",
     "logger=disabled",
 )
 """13 steps a pass on the digits."""
