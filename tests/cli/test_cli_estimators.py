@@ -13,8 +13,10 @@ from small_runs import read_json, snapshot
 
 from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.help import choices, conf_folder
+from iwae_cli.cli.report import report
 from iwae_cli.config.build import build
 from iwae_cli.evaluation.estimator import Estimator
+from iwae_cli.record.summary import number_at
 
 AIS = ("estimator=ais", "estimator.temperatures=4", "estimator.max_temperatures=4", "estimator.leapfrog_steps=2")
 FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]", "evaluation.workers=1")
@@ -23,6 +25,7 @@ DOUBLED = (
     *("estimator.images=3", "estimator.simulated=2", "estimator.tolerance=1e-12"),
     *("evaluation.splits=[test]", "evaluation.workers=1"),
 )
+SANDWICH = ("estimator=sandwich", "estimator.k=50", "estimator.simulated=4", "evaluation.workers=1")
 SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
 
 
@@ -60,6 +63,26 @@ def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(kept(run_folder, "ais")) == 2
 
 
+def test_a_sandwich_is_printed_and_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(run_folder), *SANDWICH]) == 0
+    out = capsys.readouterr().out
+    (folder,) = kept(run_folder, "sandwich")
+    result = read_json(folder / "result.json")
+    numbers = result["simulated"]
+    assert numbers["bounds"]["1"] < numbers["bounds"]["50"] < numbers["upper_bounds"]["50"]
+    assert result["notes"][0] in out
+    shown = {label: form.format(number_at(result, key)) for label, key, form in result["rows"]}
+    assert len(shown) == 17 and {"U_50 - L_50, nats", "U_1 (EUBO), nats", "L_1 (ELBO), nats"} < set(shown)
+    printed = [" ".join(line.split()) for line in out.splitlines()]
+    assert all(f"{label.strip()} {value}" in printed for label, value in shown.items())
+    with np.load(folder / "estimates.npz") as arrays:
+        assert numbers["gap"] == pytest.approx((arrays["simulated_U_50"] - arrays["simulated_L_50"]).mean())
+    assert report([str(run_folder.parent)]) == 0
+    reported = capsys.readouterr().out
+    assert f"{run_folder.name}, {folder.name}:" in reported
+    assert all(f"  {label.strip()}: {value}" in reported for label, value in shown.items())
+
+
 def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate([str(run_folder), *SNR]) == 0
     assert "signal-to-noise" in capsys.readouterr().out
@@ -86,6 +109,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         ("estimator.images=5", "estimator.images estimator=ais"),
         ("estimator=ais estimator.chain=5", "estimator.chain estimator.chains?"),
         ("estimator=ais estimator.chains=1", "estimator.chains 2"),
+        ("estimator=sandwich estimator.k=1", "estimator.k 2"),
         ("estimator=ais estimator._target_=os.system", "estimator._target_"),
         ("estimator=ais objective=elbo", "objective"),
         ("estimator=gradient_snr objective=vimco estimator.ks=[1,2]", "objective.k 2"),
@@ -177,4 +201,4 @@ def test_an_estimator_from_outside_is_a_file_and_a_yaml(
     assert len(kept(run_folder, "brightness")) == 2
     assert evaluate([*line[:3], "estimator=without", "objective=elbo"]) == 2
     assert evaluate(["--help", *line[1:3]]) == 0
-    assert "mine without" in capsys.readouterr().out
+    assert "mine sandwich without" in capsys.readouterr().out

@@ -8,21 +8,29 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from glob import glob
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(<!-- Output of iwae-train(.*?) -->\n```\n).*?^```$", re.DOTALL | re.MULTILINE)
+EVALUATE = "import sys; from iwae_cli.cli.evaluate import evaluate; sys.exit(evaluate())"
+BLOCK = re.compile(r"(<!-- Output of iwae-(train|eval)(.*?) -->\n```\n).*?^```$", re.DOTALL | re.MULTILINE)
 
 
-def output(arguments: str) -> str:
-    """Return what `iwae-train` prints in an empty folder; of a sweep only the table at its end."""
+def output(program: str, arguments: str) -> str:
+    """Return what `iwae-train` prints in an empty folder, or `iwae-eval` of a run; of a sweep only the last table."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("IWAE_", "WANDB_"))}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", "iwae_cli", *shlex.split(arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        text = subprocess.run(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True
-        ).stdout
+
+        def run(*command: str) -> str:
+            line = [sys.executable, *command]
+            return subprocess.run(
+                line, cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True
+            ).stdout
+
+        text = run("-m", "iwae_cli", *(shlex.split(arguments) if program == "train" else ()))
+        if program == "eval":
+            text = run("-c", EVALUATE, *glob("outputs/*", root_dir=folder), *shlex.split(arguments))
     text = "\n".join(line.rstrip() for line in text.strip().splitlines())
     return text.rpartition("\n\n")[2] if " -m " in arguments else text
 
@@ -30,4 +38,4 @@ def output(arguments: str) -> str:
 if __name__ == "__main__":
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        page.write_text(BLOCK.sub(lambda found: f"{found[1]}{output(found[2])}\n```", text), encoding="utf-8")
+        page.write_text(BLOCK.sub(lambda found: f"{found[1]}{output(found[2], found[3])}\n```", text), encoding="utf-8")

@@ -1,0 +1,290 @@
+"""Bounds from both sides against enumeration, closed forms of Gaussian pairs, and a posterior that q misses half of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from evaluations import evaluation
+
+from iwae_cli.cli.help import choices, conf_folder
+from iwae_cli.config.build import build
+from iwae_cli.core.errors import UserError
+from iwae_cli.data.digits import Digits
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.sandwich import Bounds, Sandwich
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.record.summary import table_of
+
+
+def bounds(model: LatentVariableModel, k: int, simulated: int, **how: Any) -> Bounds:
+    return Sandwich(k, simulated).bounds(model, **{"seed": 0, "rows": 20_000, "workers": 1} | how)
+
+
+def built(architecture: Architecture, pixels: int, mean: float = 0.4, **how: Any) -> LatentVariableModel:
+    model = architecture.build((pixels,), np.full(pixels, mean), torch.Generator().manual_seed(1), **how)
+    return model.eval().double()
+
+
+def linear_gaussian(*latent_sizes: int) -> LatentVariableModel:
+    """A chain whose posteriors are well away from the prior."""
+    model = built(LinearGaussianModel(list(latent_sizes)), 4, 0.0)
+    with torch.no_grad():
+        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
+            layer.log_scale.fill_(-0.7)
+    return model
+
+
+def sigmoid_belief_network() -> LatentVariableModel:
+    """Two layers of bits, with weights so large that they depend on one another."""
+    model = built(SigmoidBeliefNetwork([3, 2]), 6)
+    with torch.no_grad():
+        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
+            layer.weight.mul_(6)
+    return model
+
+
+def assert_mean(values: np.ndarray, expected: float, slack: float = 0.0) -> None:
+    """Within four standard errors, which are small."""
+    stderr = values.std(ddof=1) / math.sqrt(len(values))
+    assert abs(values.mean() - expected) < 4 * stderr + slack, (values.mean(), expected, stderr)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: linear_gaussian(2), lambda: linear_gaussian(3, 2), sigmoid_belief_network],
+    ids=["one layer", "two layers", "bits"],
+)
+def test_lower_truth_upper(make: Callable[[], LatentVariableModel]) -> None:
+    found = bounds(make(), k=50, simulated=300)
+    assert found.exact is not None and list(found.lower) == list(found.upper) == [1, 5, 50]
+    widths = []
+    for m in found.lower:
+        for gap in (found.exact - found.lower[m], found.upper[m] - found.exact):
+            # k is small on purpose, so that the gap of each bound is visible.
+            assert gap.mean() > 3 * gap.std(ddof=1) / math.sqrt(len(gap)) > 0
+        widths.append((found.upper[m] - found.lower[m]).mean())
+    assert widths[0] > 2 * widths[1] > 4 * widths[2], "the sandwich narrows with k"
+
+
+def test_every_expectation_by_enumeration() -> None:
+    """p and q as tables of their probabilities: all x, all exact draws, all draws of q, for k = 3."""
+    model = built(Categorical(3), 5)
+    with torch.no_grad():
+        model.generative.observation.weight.mul_(3)  # type: ignore[union-attr]
+        model.generative.prior.logits.copy_(torch.tensor([0.5, 0.0, -1.0]))  # type: ignore[union-attr]
+    found = bounds(model, k=3, simulated=2000)
+
+    p, q = (
+        {name: value.numpy() for name, value in net.state_dict().items()} for net in (model.generative, model.inference)
+    )
+    x = np.array(list(product((0.0, 1.0), repeat=5)))
+    ones = 1 / (1 + np.exp(-(p["observation.weight"].T + p["observation.bias"])))  # (h, pixels)
+    prior = np.exp(p["prior.logits"]) / np.exp(p["prior.logits"]).sum()
+    joint = prior * np.prod(np.where(x[:, None] == 1, ones, 1 - ones), -1)  # (x, h)
+    q_of = np.exp(x @ q["layers.0.weight"].T + q["layers.0.bias"])
+    q_of /= q_of.sum(1, keepdims=True)
+    assert joint.sum() == pytest.approx(1)
+    w = joint / q_of
+
+    def expected(of: Callable[[np.ndarray], np.ndarray], with_exact: bool, k: int = 3) -> float:
+        total = 0.0
+        for states in product(range(3), repeat=k):
+            chance = np.prod(q_of[:, states[with_exact:]], 1) * (joint[:, states[0]] if with_exact else joint.sum(1))
+            total += (chance * of(w[:, states])).sum()
+        return total
+
+    def bound(w: np.ndarray) -> np.ndarray:
+        return np.log(w.mean(1))
+
+    def ess(w: np.ndarray) -> np.ndarray:
+        return w.sum(1) ** 2 / (w**2).sum(1)
+
+    for m in (1, 3):
+        assert_mean(found.lower[m], expected(bound, False, m))
+        assert_mean(found.upper[m], expected(bound, True, m))
+    assert_mean(found.ess, expected(ess, False))
+    assert_mean(found.forward_ess, expected(ess, True))
+    # The definition of the forward one: E[1/ESS] is the share of the weight that the exact draw has.
+    assert expected(lambda w: 1 / ess(w), True) == pytest.approx(expected(lambda w: w[:, 0] / w.sum(1), True))
+    assert found.exact is not None
+    assert_mean(found.exact, (joint.sum(1) * np.log(joint.sum(1))).sum())
+    assert expected(bound, True) - expected(bound, False) > 0.05 and expected(ess, False) - expected(ess, True) > 0.05
+
+
+def decoder(model: LatentVariableModel) -> list[np.ndarray]:
+    """W, b and precisions of p(x|h) = N(W h + b, diag(precisions)^-1) in a linear-Gaussian model of one layer."""
+    layer: Any = model.generative.observation
+    return [t.detach().numpy() for t in (layer.linear.weight, layer.linear.bias, (-2 * layer.log_scale).exp())]
+
+
+def divergence(a: np.ndarray, b: np.ndarray, moment: np.ndarray) -> float:
+    """KL(N(., a) || N(., b)), whose means differ by a vector of this mean outer product."""
+    log_det = np.linalg.slogdet(b)[1] - np.linalg.slogdet(a)[1]
+    return float(np.trace(np.linalg.solve(b, a + moment)) - len(a) + log_det) / 2
+
+
+@pytest.mark.parametrize("q_is", ["wider and moved", "the prior"])
+def test_a_gaussian_pair(q_is: str) -> None:
+    """EUBO and ELBO differ from log p by the two KL divergences; with q = p(h) the first is a mutual information."""
+    model = linear_gaussian(2)
+    weight, bias, precision = decoder(model)
+    # p(h|x) = N(gain x + offset, covariance)
+    covariance = np.linalg.inv(np.eye(2) + weight.T @ (precision[:, None] * weight))
+    gain = covariance @ weight.T * precision
+    offset = -gain @ bias
+    root = np.linalg.cholesky(covariance)
+    q: Any = model.inference.layers[0]
+    shift, scale = np.array([0.3, -0.2]), 1.3
+    if q_is == "the prior":
+        gain, offset, cholesky, moment = 0 * gain, 0 * offset, np.eye(2), np.eye(2) - covariance
+        information = np.linalg.slogdet(np.eye(4) + precision[:, None] * (weight @ weight.T))[1] / 2
+        assert divergence(covariance, np.eye(2), moment) == pytest.approx(information)
+    else:
+        offset, cholesky, moment = offset + shift, scale * root, np.outer(shift, shift)
+    with torch.no_grad():
+        for parameter, value in (
+            (q.linear.weight, gain),
+            (q.linear.bias, offset),
+            (q.log_diagonal, np.log(np.diag(cholesky))),
+            (q.below_diagonal, np.tril(cholesky, -1)),
+        ):
+            parameter.copy_(torch.from_numpy(value))
+    found = bounds(model, k=1000, simulated=600)
+    assert found.exact is not None
+    of_q = cholesky @ cholesky.T
+    assert_mean(found.upper[1] - found.exact, divergence(covariance, of_q, moment))
+    assert_mean(found.exact - found.lower[1], divergence(of_q, covariance, moment))
+    if q_is == "wider and moved":
+        standardized = np.linalg.solve(root, shift)
+        rho = scale**4 / (2 * scale**2 - 1) * math.exp(standardized @ standardized / (2 * scale**2 - 1))
+        assert rho > 1.3
+        for ess in (found.ess, found.forward_ess):
+            assert_mean(1000 / ess, rho, slack=0.01)  # the limit, reached as 1/k
+
+
+def test_a_part_that_q_misses_shows_in_the_forward_sample_size_alone() -> None:
+    """Two categories with one decoder; q gives the second exp(-20) of the probability, and draws none of it."""
+    model = built(Categorical(2), 6)
+    with torch.no_grad():
+        model.generative.observation.weight.zero_()  # type: ignore[union-attr]
+        model.inference.layers[0].weight.zero_()  # type: ignore[union-attr]
+        model.inference.layers[0].bias.copy_(torch.tensor([0.0, -20.0]))  # type: ignore[union-attr]
+    k, n = 500, 400
+    found = bounds(model, k=k, simulated=n)
+    np.testing.assert_allclose(found.ess, k)
+    missed = found.forward_ess < 10
+    assert abs(missed.mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+    np.testing.assert_allclose(found.forward_ess[~missed], k)
+    np.testing.assert_allclose(found.forward_ess[missed], 1, rtol=1e-3)
+    assert found.exact is not None
+    np.testing.assert_allclose(found.exact - found.lower[k], math.log(2), rtol=1e-6)
+    np.testing.assert_allclose((found.upper[1] - found.exact)[missed], 20 - math.log(2), rtol=1e-6)
+
+
+def test_an_observation_depends_neither_on_rows_nor_workers_nor_on_the_others() -> None:
+    model = linear_gaussian(3, 2)
+    whole = bounds(model, k=1000, simulated=12)
+    for other in (
+        bounds(model, k=1000, simulated=12, rows=64),
+        bounds(model, k=1000, simulated=12, rows=300, workers=2),
+        bounds(model, k=1000, simulated=7),
+    ):
+        n = len(other.ess)
+        assert other.exact is not None and whole.exact is not None
+        np.testing.assert_allclose(other.exact, whole.exact[:n], rtol=1e-12)
+        np.testing.assert_allclose(other.forward_ess, whole.forward_ess[:n], rtol=1e-9)
+        np.testing.assert_allclose(other.ess, whole.ess[:n], rtol=1e-9)
+        for m in whole.lower:
+            np.testing.assert_allclose(other.lower[m], whole.lower[m][:n], rtol=1e-9)
+            np.testing.assert_allclose(other.upper[m], whole.upper[m][:n], rtol=1e-9)
+    assert (bounds(model, k=1000, simulated=12, seed=1).lower[1000] != whole.lower[1000]).all()
+
+
+@pytest.mark.parametrize("name", choices([conf_folder()])["model"])
+def test_every_model(name: str) -> None:
+    node = yaml.safe_load((conf_folder() / "model" / f"{name}.yaml").read_text())
+    variants: list[dict[str, Any]] = [{}] + ([{"likelihood": "discretized_logistic"}] if "likelihood" in node else [])
+    for changed in variants:
+        architecture = build(node | changed, Architecture, "model")
+        assert isinstance(architecture, Architecture)
+        model = architecture.build((8, 8), np.full(64, 0.4), torch.Generator().manual_seed(1), 17).eval()
+        found = bounds(model, k=10, simulated=4, rows=64)
+        assert all(np.isfinite(values).all() for values in (*found.lower.values(), *found.upper.values()))
+        assert found.upper[10].mean() > found.lower[10].mean()
+        assert (found.exact is not None) == (name in ("categorical", "discrete", "linear_gaussian"))
+
+
+def subject(model: LatentVariableModel) -> EstimatorInput:
+    return EstimatorInput(model, Digits().load(), evaluation(workers=1))
+
+
+def test_the_report_agrees_with_its_arrays() -> None:
+    seen: list[None] = []
+    found = Sandwich(50, 30).estimate(subject(linear_gaussian(2)), lambda: seen.append(None))
+    numbers, arrays = found.numbers["simulated"], found.arrays
+    assert {array.shape for array in arrays.values()} == {(30,)} and len(seen) > 30
+    gap = arrays["simulated_U_50"] - arrays["simulated_L_50"]
+    assert numbers["gap"] == pytest.approx(gap.mean())
+    assert numbers["stderr_gap"] == pytest.approx(gap.std(ddof=1) / math.sqrt(30))
+    assert numbers["gap"] == pytest.approx(numbers["upper_bounds"]["50"] - numbers["bounds"]["50"])
+    assert numbers["exact"] == pytest.approx(arrays["simulated_exact"].mean())
+    assert numbers["stderr_mc"] == pytest.approx(math.sqrt((1 / arrays["simulated_ess"] - 1 / 50).sum()) / 30)
+    for prefix in ("", "forward_"):
+        ess = arrays[f"simulated_{prefix}ess"]
+        assert numbers[f"{prefix}ess_median"] == np.median(ess) and numbers[f"{prefix}ess_min"] == ess.min()
+        assert numbers[f"{prefix}ess_share_below_10"] == (ess < 10).mean()
+    assert found.reasons == {}
+    _, lines = table_of({**found.numbers, "rows": found.rows})
+    shown = [
+        float(cells[0])
+        for label, cells in lines.items()
+        if label.startswith(("U_", "exact", "L_")) and "-" not in label
+    ]
+    assert len(shown) == 7 and shown == sorted(shown, reverse=True)
+    assert not any("\N{EN DASH}" in cells for cells in lines.values())
+
+
+def test_numbers_that_are_not_finite_have_a_reason() -> None:
+    one = Sandwich(2, 1).estimate(subject(linear_gaussian(2)), lambda: None)
+    assert set(one.reasons) == {"simulated.stderr_gap", "simulated.stderr_images"}
+    model = linear_gaussian(2).float()
+    with torch.no_grad():
+        model.inference.layers[0].log_diagonal.fill_(-60)  # type: ignore[union-attr]
+    found = Sandwich(5, 3).estimate(subject(model), lambda: None)
+    numbers = found.numbers["simulated"]
+    assert numbers["upper_bounds"]["1"] is None and numbers["gap"] is None
+    assert numbers["forward_ess_share_below_10"] is None
+    assert {
+        key for key in found.reasons if key.startswith("simulated.upper_bounds")
+    } and "simulated.gap" in found.reasons
+
+
+def test_a_run_can_be_stopped() -> None:
+    class Stopped(Exception):
+        pass
+
+    def check() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        Sandwich(5, 3).estimate(subject(linear_gaussian(2)), check)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"k": 1}, "k must be >= 2, got 1"), ({"simulated": 0}, "simulated must be >= 1, got 0")],
+)
+def test_wrong_settings_are_named(changed: dict[str, int], message: str) -> None:
+    node = {"_target_": "iwae_cli.evaluation.sandwich.Sandwich", "k": 5, "simulated": 3} | changed
+    with pytest.raises(UserError, match=f"^estimator.{message}"):
+        build(node, Estimator, "estimator")
