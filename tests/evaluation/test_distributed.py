@@ -12,7 +12,9 @@ from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_f
 from iwae_cli.cli import train as cli
 from iwae_cli.evaluation import distributed as ranks
 
-LINE = last_of_each(*TINY, "schedule.passes=1", "evaluation.rows=64", "evaluation.splits=[validation,test]")
+LINE = last_of_each(
+    *TINY, "schedule.passes=1", "evaluation.rows=64", "evaluation.splits=[validation,test]", "evaluation.refine=30"
+)
 COUNTING = """
 import os, signal, sys
 from iwae_cli.evaluation import workers
