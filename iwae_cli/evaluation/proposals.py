@@ -50,8 +50,8 @@ class Proposal(Protocol):
 
 
 @dataclass(frozen=True)
-class Refined:
-    """A Gaussian for h_1 of every image, mixed with q(h_1|x).
+class Fitted:
+    """A Gaussian for h_1 of every image, with q(h_2|h_1), q(h_3|h_2), ... above it.
 
     Attributes:
         inference: the trained q.
@@ -67,18 +67,32 @@ class Refined:
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
     ) -> tuple[Latents, Float[Tensor, "k batch"]]:
         """Return ``k`` draws h for every x, and the log-density of the proposal in nats."""
-        batch, size = self.loc.shape
-        first, given = self.inference.layers[0], x / self.inference.white
-        of_q, _ = first.sample(given, k, batch, 1, noise)
-        fitted = self.loc + torch.einsum("bij,kbj->kbi", self.cholesky, noise.normal(1, k, batch, size))
-        h = torch.where(from_q(noise, k, batch), of_q, fitted)
-        log_r = mixture_log_prob(self.log_prob(h), first.log_prob(h, given))
+        h = self.draw(k, noise)
         above, log_q = _above(self.inference, h, noise)
-        return (h, *above), log_r + log_q
+        return (h, *above), self.log_prob(h) + log_q
+
+    def draw(self, k: int, noise: Noise) -> Float[Tensor, "k batch d"]:
+        """Return ``k`` draws of the Gaussian for every image."""
+        return self.loc + torch.einsum("bij,kbj->kbi", self.cholesky, noise.normal(1, k, *self.loc.shape))
 
     def log_prob(self, h: Float[Tensor, "k batch d"]) -> Float[Tensor, "k batch"]:
         """Return the log-density of the Gaussian alone, nats."""
         return _gaussian(h, self.loc, self.cholesky)
+
+
+class Refined(Fitted):
+    """The Gaussian of every image mixed with q(h_1|x)."""
+
+    def sample(
+        self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
+    ) -> tuple[Latents, Float[Tensor, "k batch"]]:
+        """Return ``k`` draws h for every x, and the log-density of the mixture in nats."""
+        batch, first, given = len(x), self.inference.layers[0], x / self.inference.white
+        of_q, _ = first.sample(given, k, batch, 1, noise)
+        h = torch.where(from_q(noise, k, batch), of_q, self.draw(k, noise))
+        log_r = mixture_log_prob(self.log_prob(h), first.log_prob(h, given))
+        above, log_q = _above(self.inference, h, noise)
+        return (h, *above), log_r + log_q
 
 
 def refine(
@@ -89,7 +103,21 @@ def refine(
     stream: str,
     check: Callable[[], None] = lambda: None,
 ) -> Refined:
-    """Return the proposal of every image, fitted to it alone.
+    """Return the mixture of every image: q and the Gaussian of ``fit``, whose arguments these are, widened."""
+    fitted = fit(model, x, images, seed, stream, check)
+    return Refined(fitted.inference, fitted.loc, WIDEN * fitted.cholesky)
+
+
+def fit(
+    model: LatentVariableModel,
+    x: Float[Tensor, "n pixels"],
+    images: Sequence[int],
+    seed: int,
+    stream: str,
+    check: Callable[[], None] = lambda: None,
+    diagonal: bool = False,
+) -> Fitted:
+    """Return the Gaussian of every image with the best ELBO, fitted to it alone.
 
     Args:
         model: with ``why_not`` None; its dtype and device are those of x.
@@ -97,6 +125,7 @@ def refine(
         images: their indices within their split, consecutive, from a multiple of ``GROUP`` on.
         seed, stream: of the noise of the fit; the stream must not be that of the evaluation.
         check: called often; may raise to stop.
+        diagonal: fit a diagonal covariance.
     """
     if images[0] % GROUP:
         raise ValueError(f"images must begin at a multiple of {GROUP}, got {images[0]}")
@@ -107,9 +136,9 @@ def refine(
             group = x[start : start + GROUP].clone()
             padded = torch.cat([group, group[-1:].expand(GROUP - len(group), -1)])
             noise = GeneratorNoise(generator(x.device, seed, stream, "fit", images[start]), x.dtype)
-            loc, cholesky = _maximize_elbo(model, padded, noise, check)
+            loc, cholesky = _maximize_elbo(model, padded, noise, check, diagonal)
             fits.append((loc[: len(group)], cholesky[: len(group)]))
-    return Refined(model.inference, torch.cat([loc for loc, _ in fits]), torch.cat([scale for _, scale in fits]))
+    return Fitted(model.inference, torch.cat([loc for loc, _ in fits]), torch.cat([scale for _, scale in fits]))
 
 
 def why_not(model: LatentVariableModel) -> str | None:
@@ -152,9 +181,9 @@ def _above(
 
 
 def _maximize_elbo(
-    model: LatentVariableModel, x: Float[Tensor, "n pixels"], noise: Noise, check: Callable[[], None]
+    model: LatentVariableModel, x: Float[Tensor, "n pixels"], noise: Noise, check: Callable[[], None], diagonal: bool
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d d"]]:
-    """Return means and Cholesky factors of the best Gaussian for h_1 of every image, its scale widened.
+    """Return means and Cholesky factors of the best Gaussian for h_1 of every image.
 
     Adam follows the path derivative (Roeder, Wu, Duvenaud 2017, arXiv 1703.09194), whose noise vanishes where the
     Gaussian is the posterior: the effective sample size is two to three times that by the whole derivative.
@@ -164,11 +193,11 @@ def _maximize_elbo(
     # In units of q: h = loc + scale (shift + triangle eps).
     shift, log_diagonal = torch.zeros(2, n, size, dtype=loc.dtype, device=loc.device)
     below = torch.zeros(n, size, size, dtype=loc.dtype, device=loc.device)
-    trained = [part.requires_grad_() for part in (shift.clone(), log_diagonal.clone(), below)]
-    shift, log_diagonal, below = trained
+    shift, log_diagonal, below = (part.requires_grad_() for part in (shift.clone(), log_diagonal.clone(), below))
+    trained = [shift, log_diagonal] if diagonal else [shift, log_diagonal, below]
     # More latents, more noise in every entry of the triangle.
     rates = (RATE_LOC, 1 / max(size, 50), 1 / max(size, 50))
-    optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(trained, rates, strict=True)], betas=BETAS)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(trained, rates, strict=False)], betas=BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         check()
@@ -186,7 +215,7 @@ def _maximize_elbo(
         schedule.step()
     with torch.no_grad():
         triangle = below.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        return loc + scale * shift, WIDEN * scale[..., None] * triangle
+        return loc + scale * shift, scale[..., None] * triangle
 
 
 @torch.no_grad()

@@ -164,6 +164,31 @@ def test_the_work_is_announced_and_counted(
     assert str(least) in first and f" {most}/{most}" in last
 
 
+def test_gaps_are_printed_and_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [str(run_folder), "estimator=gaps", "estimator.k=50", "estimator.images=3", "evaluation.workers=1"]
+    assert evaluate([*line, "evaluation.splits=[test,validation]"]) == 0
+    out = capsys.readouterr().out
+    (folder,) = kept(run_folder, "gaps")
+    result = read_json(folder / "result.json")
+    cells: dict[str, list[str]] = {}
+    for label, key, form in result["rows"]:
+        cells.setdefault(label, []).append(form.format(number_at(result, key)))
+    assert {"approximation gap, nats", "  amortization gap: stderr_mc", "L_50 by q, nats"} < set(cells)
+    printed = [" ".join(row.split()) for row in out.splitlines()]
+    assert all(" ".join([label.strip(), *values]) in printed for label, values in cells.items())
+    assert all(note in printed for note in result["notes"]) and len(result["notes"]) == 4
+    with np.load(folder / "estimates.npz") as arrays:
+        for split, prefix in (("test", ""), ("validation", "validation_")):
+            log_px, best, elbo = (arrays[prefix + key] for key in ("log_px", "elbo_best", "elbo"))
+            numbers = result[split]
+            assert numbers["approximation_gap"] == pytest.approx((log_px - best).mean())
+            assert numbers["amortization_gap_stderr_images"] == pytest.approx((best - elbo).std(ddof=1) / 3**0.5)
+    assert report([str(run_folder.parent)]) == 0
+    reported = capsys.readouterr().out
+    assert f"{run_folder.name}, {folder.name}:" in reported
+    assert f"  amortization gap, nats: test {result['test']['amortization_gap']:.2f}, validation" in reported
+
+
 MINE = """
 from iwae_cli.evaluation.estimator import Estimates, Estimator
 

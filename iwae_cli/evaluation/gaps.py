@@ -1,0 +1,271 @@
+"""What L_1 by q loses to log p(x): to the family of q, and to the network that computes its parameters.
+
+With q* the best member of the family for one image,
+
+    log p(x) - L_1(q) = KL(q(h|x) || p(h|x)) = approximation gap + amortization gap,
+    approximation gap = log p(x) - L_1(q*),    amortization gap = L_1(q*) - L_1(q).
+
+The family: diagonal or full Gaussians for h_1, as q(h_1|x) itself; q(h_2|h_1), q(h_3|h_2), ... are kept. With several
+layers the approximation gap hence contains all that the upper layers lose.
+
+q* is fitted to each image (see ``proposals.fit``). A fit may fail, so it is compared with q on noise of its own, and
+the better one is q*. Its L_1, from other noise again, is unbiased for the one that was chosen: no gap is cut at zero,
+and the maximum of two noisy values, which is too high on average, does not enter. What the fit misses counts as
+approximation gap, so that the amortization gap is a lower bound in expectation.
+
+log p(x) is replaced by log p^: L_k by q or by refined proposals (see ``proposals.refine``), the one whose mean over the
+images of the split, less its Monte Carlo error, is higher. Both are lower bounds in expectation, and so is the total
+gap. One choice for a split adds less than .4 of the Monte Carlo error of their difference; a choice for each image
+would add that of each image.
+
+Source: Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoencoders", arXiv 1801.03558.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from iwae_cli.core.errors import UserError, check_range
+from iwae_cli.core.noise import BLOCK, KeyedNoise
+from iwae_cli.core.progress import Progress
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, standard_error, without_nan
+from iwae_cli.evaluation.likelihood import CHUNK, Likelihood, log_likelihood
+from iwae_cli.evaluation.proposals import GROUP, Proposal, fit, why_not
+from iwae_cli.evaluation.settings import MAX_K
+from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.conditionals import CholeskyConditional, DiagonalGaussian
+from iwae_cli.record.summary import Row
+
+CHOICE = 4 * BLOCK
+"""Draws from which q* is chosen."""
+
+LABELS = {
+    "approximation_gap": "approximation gap",
+    "amortization_gap": "amortization gap",
+    "total_gap": "total gap",
+    "log_px": "log p^",
+    "elbo_best": "L_1(q*)",
+    "elbo": "L_1(q)",
+}
+
+
+@dataclass(frozen=True)
+class Elbos:
+    """Per-image results of one split; arrays are (n,), float64, nats.
+
+    Attributes:
+        q: L_1(q).
+        best: L_1(q*).
+        fitted: whether q* is the fitted member, not q.
+        variance_q, variance_best, variance_gap: squared Monte Carlo errors of ``q``, ``best`` and ``best - q``, whose
+            draws share their noise.
+    """
+
+    q: Float64[np.ndarray, " n"]
+    best: Float64[np.ndarray, " n"]
+    fitted: Bool[np.ndarray, " n"]
+    variance_q: Float64[np.ndarray, " n"]
+    variance_best: Float64[np.ndarray, " n"]
+    variance_gap: Float64[np.ndarray, " n"]
+
+
+def elbos(
+    model: LatentVariableModel,
+    split: Split,
+    *,
+    k: int,
+    seed: int,
+    rows: int,
+    workers: int | None = None,
+    check: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Elbos:
+    """Return L_1 by q and by the best member of its family for every image; arguments as in ``log_likelihood``.
+
+    Raises:
+        UserError: the family of q is not known.
+    """
+    parameter, stream = next(model.parameters()), f"{split.name}, gaps"
+    diagonal = is_diagonal(model)
+    piece = min(max(1, rows // GROUP // BLOCK) * BLOCK, CHUNK)
+
+    def log_weights(
+        proposals: Sequence[Proposal], x: Tensor, images: Sequence[int], stream: str, start: int, n: int
+    ) -> Float[Tensor, "proposals n batch"]:
+        check()
+        noise = KeyedNoise(seed, stream, images, start, x.dtype, x.device)
+        drawn = (proposal.sample(x, n, noise) for proposal in proposals)
+        return torch.stack([(model.generative(x, h) - log_q).double() for h, log_q in drawn])
+
+    def score(images: Sequence[int]) -> Float64[np.ndarray, "values batch"]:
+        x = split.x[images[0] : images[-1] + 1].to(parameter)
+        proposals = (model.inference, fit(model, x, images, seed, stream, check, diagonal))
+        # Pieces of the choice too: rows bounds the memory.
+        tried = [
+            log_weights(proposals, x, images, f"{stream}, choice", start, min(piece, CHOICE - start))
+            for start in range(0, CHOICE, piece)
+        ]
+        by_q, by_fit = torch.cat(tried, 1).mean(1)
+        fitted = by_fit > by_q
+        sums = torch.zeros(2, 3, len(images), dtype=torch.float64, device=x.device)
+        for start in range(0, k, piece):
+            of_q, of_fit = log_weights(proposals, x, images, stream, start, min(piece, k - start))
+            best = torch.where(fitted, of_fit, of_q)
+            values = torch.stack([of_q, best, best - of_q])
+            if start == 0:
+                first = values[:, :1]  # differences from it: squares of log-weights would cost digits
+            sums += torch.stack([(values - first).sum(1), (values - first).square().sum(1)])
+        means = sums[0] / k
+        variances = (sums[1] / k - means.square()).clamp(min=0) / (k - 1)
+        return torch.cat([(first[:, 0] + means)[:2], variances, fitted[None]]).cpu().numpy()
+
+    count = threads(workers, parameter.device)
+    parts = map_batches(score, len(split.x), batch=GROUP, workers=count, on_progress=on_progress)
+    q, best, variance_q, variance_best, variance_gap, fitted = np.concatenate(parts, axis=1)
+    return Elbos(q, best, fitted.astype(bool), variance_q, variance_best, variance_gap)
+
+
+def is_diagonal(model: LatentVariableModel) -> bool:
+    """Return whether the family of q(h_1|x) is the diagonal Gaussians, not the full ones; else raise UserError."""
+    if (refusal := why_not(model)) is not None:
+        raise UserError(f"estimator=gaps is not for this model: {refusal}")
+    first = model.inference.layers[0]
+    if not isinstance(first, DiagonalGaussian | CholeskyConditional):
+        raise UserError(
+            "estimator=gaps fits the best DiagonalGaussian or CholeskyConditional to each image, and q(h_1|x) of this "
+            f"model is a {type(first).__name__}"
+        )
+    return isinstance(first, DiagonalGaussian)
+
+
+@final
+@dataclass(frozen=True)
+class Gaps(Estimator):
+    """Approximation and amortization gap of q, for every split of the evaluation.
+
+    Args:
+        k: samples of each estimate.
+        images: number of images of each split, the first ones; null: all.
+    """
+
+    k: int = 5000
+    images: int | None = 100
+
+    def __post_init__(self) -> None:
+        check_range("k", self.k, 2, MAX_K)
+        check_range("images", 1 if self.images is None else self.images, 1)
+
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
+        """Return both gaps, their sum, and the bounds that they are the differences of."""
+        diagonal = is_diagonal(subject.model)
+        numbers: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        arrays: dict[str, np.ndarray] = {}
+        above = "" if len(subject.model.inference.layers) == 1 else "; the layers above are those of q"
+        notes = [
+            f"q* is the best {'diagonal' if diagonal else 'full'} Gaussian for h_1 of each image{above}",
+            "log p^ is a lower bound in expectation: the total gap is at least this, and so is the approximation gap "
+            "but for what the fit of q* misses",
+        ]
+        for name in subject.evaluation.splits:
+            split = subject.data.evaluation_split(name, subject.evaluation.binarization_seed, self.images)
+            found, by = self._bounds(subject, split, check)
+            with np.errstate(invalid="ignore"):
+                chosen = max(by, key=lambda of: by[of].log_px.mean() - _stderr_mc(_variance(by[of])))
+                numbers[name] = self._numbers(found, by, chosen, name, reasons)
+            hashes[name] = split.sha256
+            each = {"log_px": by[chosen].log_px, "elbo": found.q, "elbo_best": found.best}
+            arrays |= {array_name(name, key): values for key, values in each.items()}
+            notes.append(f"{name}: log p^ is L_{self.k} by {'q' if chosen == 'q' else 'refined proposals'}")
+        return Estimates(numbers, self._rows(numbers), hashes, reasons, arrays, notes)
+
+    def _bounds(
+        self, subject: EstimatorInput, split: Split, check: Callable[[], None]
+    ) -> tuple[Elbos, dict[str, Likelihood]]:
+        """Return L_1, and L_k by each proposal."""
+        model, evaluation, n = subject.model, subject.evaluation, len(split.x)
+        how: dict[str, Any] = {"k": self.k, "seed": evaluation.seed, "rows": evaluation.rows}
+        how |= {"workers": evaluation.workers, "check": check}
+        with Progress(f"gaps of {split.name}", total=3 * n, unit="image") as progress:
+            found = elbos(model, split, **how, on_progress=progress.update)
+            by_q = log_likelihood(model, split, **how, on_progress=lambda done: progress.update(n + done))
+            how |= {"refined": True, "on_progress": lambda done: progress.update(2 * n + done)}
+            return found, {"q": by_q, "refined": log_likelihood(model, split, **how)}
+
+    def _numbers(
+        self, found: Elbos, by: dict[str, Likelihood], chosen: str, name: str, reasons: dict[str, str]
+    ) -> dict[str, Any]:
+        """Return the numbers of one split for ``result.json``, and put why any is missing into ``reasons``.
+
+        - ``stderr_images`` = sd / sqrt(n) of the value or the difference of each image.
+        - ``stderr_mc``: other noise, same images. log p^ and L_1 have independent noise, both L_1 the same.
+        - ``bias_mc`` and the effective sample sizes belong to log p^ (see ``likelihood.summarize``).
+        """
+        log_px, n = by[chosen].log_px, len(found.q)
+        variance = _variance(by[chosen])
+        values = {
+            "approximation_gap": (log_px - found.best, variance + found.variance_best),
+            "amortization_gap": (found.best - found.q, found.variance_gap),
+            "total_gap": (log_px - found.q, variance + found.variance_q),
+            "log_px": (log_px, variance),
+            "elbo_best": (found.best, found.variance_best),
+            "elbo": (found.q, found.variance_q),
+        }
+        numbers: dict[str, Any] = {"n": n, "log_px_by": chosen, "fitted": float(found.fitted.mean())}
+        numbers |= {f"log_px_{proposal}": float(likelihood.log_px.mean()) for proposal, likelihood in by.items()}
+        for key, (of_image, squared_error) in values.items():
+            numbers[key] = float(of_image.mean())
+            numbers[f"{key}_stderr_images"] = standard_error(of_image)
+            numbers[f"{key}_stderr_mc"] = _stderr_mc(squared_error)
+        ess = by[chosen].ess
+        numbers |= {"bias_mc": -float(variance.mean()) / 2, "ess_median": float(np.median(ess))}
+        numbers["ess_share_below_10"] = math.nan if np.isnan(ess).any() else float((ess < 10).mean())
+        if by["q"].exact is not None:
+            numbers["exact"] = float(by["q"].exact.mean())
+        broken = "a log-weight is not finite"
+        one = {f"{key}_stderr_images": "one image has no standard error" for key in values} if n == 1 else {}
+        return without_nan(numbers, f"{name}.", reasons, broken, **one)
+
+    def _rows(self, numbers: Mapping[str, Any]) -> list[Row]:
+        """Return the rows of the table: a value and its errors, side by side for the splits."""
+        rows: list[Row] = []
+        for key, label in LABELS.items():
+            rows += [(f"{label}, nats", key, "{:.2f}")]
+            rows += [(f"  {label}: stderr_images", f"{key}_stderr_images", "± {:.2f}")]
+            rows += [(f"  {label}: stderr_mc", f"{key}_stderr_mc", "± {:.3f}")]
+            rows += [("  log p^: bias_mc", "bias_mc", "{:+.4f}")] if key == "log_px" else []
+        rows += [
+            (f"L_{self.k} by q, nats", "log_px_q", "{:.2f}"),
+            (f"L_{self.k} by refined proposals, nats", "log_px_refined", "{:.2f}"),
+            ("exact log p(x), nats", "exact", "{:.2f}"),
+            ("images", "n", "{:,}"),
+            ("  with a q* better than q", "fitted", "{:.1%}"),
+            ("effective sample size of log p^, median", "ess_median", "{:,.1f}"),
+            ("  images below 10", "ess_share_below_10", "{:.1%}"),
+        ]
+        return [
+            (label, f"{split}.{key}", form)
+            for label, key, form in rows
+            for split, held in numbers.items()
+            if key in held
+        ]
+
+
+def _variance(likelihood: Likelihood) -> Float64[np.ndarray, " n"]:
+    """Return the squared Monte Carlo error of L_k of every image; a floor where few samples have most of the weight."""
+    return np.maximum(0, 1 / likelihood.ess - 1 / likelihood.k)
+
+
+def _stderr_mc(variance: Float64[np.ndarray, " n"]) -> float:
+    return math.sqrt(variance.sum()) / len(variance)
