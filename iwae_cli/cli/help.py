@@ -128,6 +128,7 @@ What is not overridden is as the run had it. Without an estimator it is L_k, the
     ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
     gaps: approximation and amortization gap: what the ELBO by q loses to the family of q, and to its network
     gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
+    sandwich: bounds on log p(x) from both sides, on data that the model draws
   evaluation={" ".join(found["evaluation"])}
   device={" ".join(found["device"])}
 

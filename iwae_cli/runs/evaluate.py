@@ -8,6 +8,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -155,7 +156,13 @@ def evaluate(
     place.parent.mkdir(exist_ok=True)
     place.mkdir(exist_ok=True)
     started = time.monotonic()
-    found = estimator.estimate(subject, check)
+    try:
+        found = estimator.estimate(subject, check)
+    except UserError:
+        # Refused: nothing stays behind.
+        with suppress(OSError):
+            place.rmdir()
+        raise
     result = {
         **_facts(subject, device, config, state, step),
         **found.numbers,

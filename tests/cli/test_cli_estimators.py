@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from small_runs import read_json, snapshot
+from small_runs import TINY, finished, read_json, snapshot
 
 from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.help import choices, conf_folder
@@ -61,6 +61,16 @@ def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     # Another setting is another evaluation.
     assert evaluate([str(run_folder), *AIS, *FEW, "estimator.start=inference"]) == 0
     assert len(kept(run_folder, "ais")) == 2
+
+
+@pytest.mark.parametrize("estimator", ["gaps"])
+def test_a_refused_estimator_leaves_nothing(estimator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    discrete = ("model=discrete", "model.latent_sizes=[3]", "objective=vimco", "objective.k=5")
+    folder = finished(tmp_path, *discrete, *(item for item in TINY if not item.startswith("model.")))
+    before = snapshot(folder)
+    assert evaluate([str(folder), f"estimator={estimator}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert snapshot(folder) == before and not kept(folder, estimator)
 
 
 def test_a_sandwich_is_printed_and_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
