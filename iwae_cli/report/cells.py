@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
 from iwae_cli.report.paired import Paired, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
 from iwae_cli.report.selection import MISSING, Label, Scored, agrees, known_key, label, number, telling_apart
@@ -80,6 +81,12 @@ class Cell:
         if self.units is None:
             return MISSING
         return "+".join(f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in self.units)
+
+    @property
+    def units_of_sizes(self) -> str:
+        """``26 of 100 + 7 of 50``; ``units_text`` where the sizes are unknown."""
+        sizes = layer_sizes(self.runs[0].run.config["model"])
+        return units_text(self.units, sizes) if self.units and sizes else self.units_text
 
     @property
     def bounds(self) -> dict[int, float]:
@@ -156,7 +163,7 @@ class Table:
             found.append(
                 Field(
                     "active units",
-                    lambda cell: cell.units_text,
+                    lambda cell: cell.units_of_sizes,
                     lambda cell: None if cell.units is None else sum(cell.units),
                 )
             )
@@ -200,6 +207,8 @@ class Table:
                 "estimator=ais tells p and q apart"
             )
         notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
+        lost = [f"{cell.name} in {where}" for cell in self.cells if (where := collapsed(cell.units or ()))]
+        notes += [f"q has collapsed, a layer has no active unit: {', '.join(lost)}; {REMEDY}"] if lost else []
         return notes + list(self.notes)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warnings
+from iwae_cli.record.units import layer_sizes
 from iwae_cli.report.cells import Cell, Table
 from iwae_cli.report.selection import MISSING, Scored
 from iwae_cli.report.writers import Report
@@ -112,25 +112,21 @@ def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
 
 
 def _bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    known = [(i, cell, cell.units, _sizes(cell)) for i, cell in enumerate(cells) if cell.units is not None]
+    known = [
+        (i, cell, cell.units, layer_sizes(cell.runs[0].run.config["model"]))
+        for i, cell in enumerate(cells)
+        if cell.units is not None
+    ]
     most = max((sum(sizes) or sum(units) for _, _, units, sizes in known), default=0) or 1
     return [
         {
             "colour": i,
             "name": cell.name,
             "widths": [100 * n / most for n in units],
-            "text": cell.units_text + (f" of {'+'.join(map(str, sizes))}" if sizes else ""),
+            "text": cell.units_of_sizes,
         }
-        for i, cell, units, sizes in known
+        for i, cell, units, _ in known
     ]
-
-
-def _sizes(cell: Cell) -> list[int]:
-    """Return the number of units of each layer; empty for models with other keys."""
-    keys = cell.runs[0].run.keys
-    if "model.latent_size" in keys:
-        return [int(keys["model.latent_size"])]
-    return [int(n) for n in json.loads(keys.get("model.latent_sizes", "[]"))]
 
 
 def _run(scored: Scored, cell: Cell) -> dict[str, Any]:
