@@ -24,6 +24,12 @@ CURVES = 5
 """Seeds of a cell whose training is drawn."""
 PICTURES = 20_000_000
 """Bytes of pictures in a page."""
+MEASURED = {
+    "KL of every layer": ("train/kl/", "nats", "of the training, E_q[log q - log p]"),
+    "Effective sample size": ("train/ess", "draws", "of the training, of the draws of an image"),
+    "Gradient norms": ("train/gradient_norm/", "norm", "of the training, for p and for q"),
+}
+"""Title -> beginning of the metrics' names, unit, words beside it."""
 HTML = Path(__file__).parent / "html"
 
 
@@ -64,7 +70,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     bounds = [curve for curve in bounds if curve.points]
     charts = [("Bound against k", f"mean over {table.split} images and seeds", bounds, bounds_figure(bounds))]
     for title, words, curves in _training(drawn, damaged):
-        charts.append((title, words, curves, training_figure(curves, "nats", focus=True)))
+        _, unit, _ = MEASURED.get(title, ("", "nats", ""))
+        charts.append((title, words, curves, training_figure(curves, unit, focus=title not in MEASURED)))
     return {
         "table": table,
         "notes": notes,
@@ -88,9 +95,10 @@ Chart = tuple[str, str, list[Curve]]
 
 
 def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
-    """Yield a chart of validation for every data set and k, and one of training; add unreadable runs to ``damaged``."""
+    """Yield charts of validation by data set and k, training and ``MEASURED``; note unreadable runs in ``damaged``."""
     validation: dict[tuple[str, int], list[Curve]] = {}
     training: list[Curve] = []
+    measured: dict[str, list[Curve]] = {title: [] for title in MEASURED}
     for i, cell in enumerate(cells):
         for scored in cell.runs[:CURVES]:
             run = scored.run
@@ -100,15 +108,22 @@ def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
                 damaged.append(f"{run.identity}: {error}")
                 continue
             on_same = validation.setdefault((run.dataset, int(run.keys["validation.k"])), [])
-            for key, curves in (("validation/bound", on_same), ("train/bound", training)):
-                points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
-                if points:
-                    curves.append(Curve(f"{cell.name}, seed {run.seed}", points, i))
+            kinds = [("validation/bound", on_same), ("train/bound", training)]
+            kinds += [(prefix, measured[title]) for title, (prefix, _, _) in MEASURED.items()]
+            for prefix, curves in kinds:
+                for key in sorted({key for _, row in history for key in row if key.startswith(prefix)}):
+                    points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
+                    part = f", {key.removeprefix('train/')}" if key != prefix else ""
+                    if points:
+                        curves.append(Curve(f"{cell.name}, seed {run.seed}{part}", points, i))
     some = f"; the first {CURVES} seeds of each" if any(len(cell.runs) > CURVES for cell in cells) else ""
     several = len({dataset for dataset, _ in validation}) > 1
     for (dataset, k), curves in sorted(validation.items()):
         yield f"Validation{f' on {dataset}' * several}, L_{k}", f"the same images and noise for all{some}", curves
     yield "Training", f"every run's own bound: not comparable between objectives{some}", training
+    for title, (_, _, words) in MEASURED.items():
+        if measured[title]:
+            yield title, f"{words}{some}", measured[title]
 
 
 def _bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:
