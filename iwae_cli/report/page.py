@@ -25,9 +25,9 @@ CURVES = 5
 PICTURES = 20_000_000
 """Bytes of pictures in a page."""
 MEASURED = {
-    "KL of every layer": ("train/kl/", "nats", "of the training, E_q[log q - log p]"),
-    "Effective sample size": ("train/ess", "draws", "of the training, of the draws of an image"),
-    "Gradient norms": ("train/gradient_norm/", "norm", "of the training, for p and for q"),
+    "KL of every layer": ("train/kl/", "nats", "during training, E_q[log q - log p]"),
+    "Effective sample size": ("train/ess", "draws", "during training, of the draws of an image"),
+    "Gradient norms": ("train/gradient_norm/", "norm", "during training, of p and of q"),
 }
 """Title -> beginning of the metrics' names, unit, words beside it."""
 HTML = Path(__file__).parent / "html"
