@@ -30,7 +30,8 @@ def diagnostics(
 ) -> dict[str, float]:
     """Return the diagnostics of one step before its update; means over images and draws, nats.
 
-    - ``train/kl/l``: E_q[log q(h_l|.) - log p(h_l|.)] of layer l = 1, 2, ..., nearest to x first.
+    - ``train/kl/l``: E_q[log q(h_l|.) - log p(h_l|.)] of layer l = 1, 2, ..., nearest to x first. The sum
+      is a KL, and so is the term of the top layer; one below it may be negative.
     - ``train/reconstruction``: E_q[log p(x|h_1)]; without the sum of the KL terms it is the mean log-weight.
     - ``train/ess``: effective sample size of all draws of an image; absent with one draw.
     - ``train/gradient_norm/p``, ``train/gradient_norm/q``: Euclidean norm of the gradient of the objective's loss,
