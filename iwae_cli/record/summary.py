@@ -10,6 +10,8 @@ from rich import table
 from rich.console import Console
 from rich.text import Text
 
+from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
+
 SPLITS = ("test", "validation", "train")
 COLUMNS = (*SPLITS, "inference", "generative")
 """Parts of a key that become a column: rows with one label and different columns are printed side by side."""
@@ -181,11 +183,13 @@ def result_table(
         keys.setdefault(reason, []).append(key)
     for reason, missing in keys.items():
         _print_sentence(out, f"{', '.join(missing)} not available: {reason}")
-    out.print()
     units, seconds = result.get("active_units"), result.get("seconds") or {}
+    if units and (where := collapsed(units)):
+        _print_sentence(out, f"warning: q has collapsed, no unit of {where} is active; {REMEDY}", "yellow")
+    out.print()
     facts = {
         "data": result.get("dataset", {}).get("protocol"),
-        "active units": None if units is None else " + ".join(map(str, units)),
+        "active units": None if units is None else units_text(units, layer_sizes(result.get("model") or {})),
         "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None),
         "folder": folder,
         "upload": sync,

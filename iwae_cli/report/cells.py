@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
 from iwae_cli.report.paired import BY_Q, BY_REFINED, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
 from iwae_cli.report.selection import (
@@ -98,6 +99,12 @@ class Cell:
         if self.units is None:
             return MISSING
         return "+".join(f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in self.units)
+
+    @property
+    def units_of_sizes(self) -> str:
+        """``26 of 100 + 7 of 50``; ``units_text`` where the sizes are unknown."""
+        sizes = layer_sizes(self.runs[0].run.config["model"])
+        return units_text(self.units, sizes) if self.units and sizes else self.units_text
 
     @property
     def bounds(self) -> dict[int, float]:
@@ -188,7 +195,7 @@ class Table:
             found.append(
                 Field(
                     "active units",
-                    lambda cell: cell.units_text,
+                    lambda cell: cell.units_of_sizes,
                     lambda cell: None if cell.units is None else sum(cell.units),
                 )
             )
@@ -243,6 +250,8 @@ class Table:
         if within:
             notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")
         notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
+        lost = [f"{cell.name} in {where}" for cell in self.cells if (where := collapsed(cell.units or ()))]
+        notes += [f"q has collapsed, a layer has no active unit: {', '.join(lost)}; {REMEDY}"] if lost else []
         return notes + list(self.notes)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warning
+from iwae_cli.record.units import layer_sizes
 from iwae_cli.report.cells import Cell, Table
 from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
@@ -24,6 +24,12 @@ CURVES = 5
 """Seeds of a cell whose training is drawn."""
 PICTURES = 20_000_000
 """Bytes of pictures in a page."""
+MEASURED = {
+    "KL of every layer": ("train/kl/", "nats", "during training, E_q[log q - log p]"),
+    "Effective sample size": ("train/ess", "draws", "during training, of the draws of an image"),
+    "Gradient norms": ("train/gradient_norm/", "norm", "during training, of p and of q"),
+}
+"""Title -> beginning of the metrics' names, unit, words beside it."""
 HTML = Path(__file__).parent / "html"
 
 
@@ -65,7 +71,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined
     charts = [("Bound against k", words, bounds, bounds_figure(bounds))]
     for title, words, curves in _training(drawn, damaged):
-        charts.append((title, words, curves, training_figure(curves, "nats", focus=True)))
+        _, unit, _ = MEASURED.get(title, ("", "nats", ""))
+        charts.append((title, words, curves, training_figure(curves, unit, focus=title not in MEASURED)))
     return {
         "table": table,
         "notes": notes,
@@ -90,9 +97,10 @@ Chart = tuple[str, str, list[Curve]]
 
 
 def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
-    """Yield a chart of validation for every data set and k, and one of training; add unreadable runs to ``damaged``."""
+    """Yield charts of validation by data set and k, training and ``MEASURED``; note unreadable runs in ``damaged``."""
     validation: dict[tuple[str, int], list[Curve]] = {}
     training: list[Curve] = []
+    measured: dict[str, list[Curve]] = {title: [] for title in MEASURED}
     for i, cell in enumerate(cells):
         for scored in cell.runs[:CURVES]:
             run = scored.run
@@ -102,37 +110,40 @@ def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
                 damaged.append(f"{run.identity}: {error}")
                 continue
             on_same = validation.setdefault((run.dataset, int(run.keys["validation.k"])), [])
-            for key, curves in (("validation/bound", on_same), ("train/bound", training)):
-                points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
-                if points:
-                    curves.append(Curve(f"{cell.name}, seed {run.seed}", points, i))
+            kinds = [("validation/bound", on_same), ("train/bound", training)]
+            kinds += [(prefix, measured[title]) for title, (prefix, _, _) in MEASURED.items()]
+            for prefix, curves in kinds:
+                for key in sorted({key for _, row in history for key in row if key.startswith(prefix)}):
+                    points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
+                    part = f", {key.removeprefix('train/')}" if key != prefix else ""
+                    if points:
+                        curves.append(Curve(f"{cell.name}, seed {run.seed}{part}", points, i))
     some = f"; the first {CURVES} seeds of each" if any(len(cell.runs) > CURVES for cell in cells) else ""
     several = len({dataset for dataset, _ in validation}) > 1
     for (dataset, k), curves in sorted(validation.items()):
         yield f"Validation{f' on {dataset}' * several}, L_{k}", f"the same images and noise for all{some}", curves
     yield "Training", f"every run's own bound: not comparable between objectives{some}", training
+    for title, (_, _, words) in MEASURED.items():
+        if measured[title]:
+            yield title, f"{words}{some}", measured[title]
 
 
 def _bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    known = [(i, cell, cell.units, _sizes(cell)) for i, cell in enumerate(cells) if cell.units is not None]
+    known = [
+        (i, cell, cell.units, layer_sizes(cell.runs[0].run.config["model"]))
+        for i, cell in enumerate(cells)
+        if cell.units is not None
+    ]
     most = max((sum(sizes) or sum(units) for _, _, units, sizes in known), default=0) or 1
     return [
         {
             "colour": i,
             "name": cell.name,
             "widths": [100 * n / most for n in units],
-            "text": cell.units_text + (f" of {'+'.join(map(str, sizes))}" if sizes else ""),
+            "text": cell.units_of_sizes,
         }
-        for i, cell, units, sizes in known
+        for i, cell, units, _ in known
     ]
-
-
-def _sizes(cell: Cell) -> list[int]:
-    """Return the number of units of each layer; empty for models with other keys."""
-    keys = cell.runs[0].run.keys
-    if "model.latent_size" in keys:
-        return [int(keys["model.latent_size"])]
-    return [int(n) for n in json.loads(keys.get("model.latent_sizes", "[]"))]
 
 
 def _run(scored: Scored, cell: Cell) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Runner:
             self.model.generative.requires_grad_(False)
         self.trainer = Trainer(
             model=self.model,
+            objective=experiment.objective,
             optimizer=experiment.optimizer([p for p in self.model.parameters() if p.requires_grad]),
             schedule=experiment.schedule,
             minibatches=Minibatches(data, experiment.batch_size, experiment.seed, self.device, dtype),

@@ -43,6 +43,8 @@ class State:
         model, optimizer: their state dicts.
         step: optimizer steps done.
         bound_sum: sum of the training bound over the images of the running pass, nats, float64.
+        diagnostics: sum of each of ``diagnostics`` over the measured steps of the running pass.
+        measured: number of these steps.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
     """
@@ -58,6 +60,8 @@ class State:
     optimizer: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     bound_sum: float = 0.0
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    measured: int = 0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 

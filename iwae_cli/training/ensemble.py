@@ -77,7 +77,7 @@ def train_ensemble(
                 _save(running.values())
                 raise
         for member in running.values():
-            member.trainer.set_learning_rate(step)
+            member.trainer.begin_step(step)
         x, noise = zip(*(member.trainer.minibatches[step] for member in running.values()), strict=True)
         bounds, save = step_fn(x, noise), clock.is_due()
         for (number, member), bound in zip(list(running.items()), bounds, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,13 +15,17 @@ from torch import Tensor
 from iwae_cli.core.errors import Interrupted, RunFailed
 from iwae_cli.core.numerics import accumulator_device
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.objectives.base import Objective
 from iwae_cli.training.checkpoint import State
+from iwae_cli.training.diagnostics import EVERY, diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.steps.choose import Step
 
 SAVE_EVERY_SECONDS = 30.0
 """A SIGKILL loses at most this much work."""
+
+log = logging.getLogger("iwae_cli")
 
 
 @runtime_checkable
@@ -36,8 +41,8 @@ class Hooks(Protocol):
     def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
         """Called after every pass.
 
-        ``metrics`` holds ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate`` and, after a validation,
-        ``validation/bound`` in nats, None if it is not finite.
+        ``metrics`` holds ``pass`` (from 1), ``train/bound`` in nats, ``learning_rate``; where a step was measured, the
+        ``diagnostics``; after a validation ``validation/bound`` in nats. A value that is not finite is None.
         """
 
     def on_save(self, state: State) -> None:
@@ -69,6 +74,7 @@ class Trainer:
 
     Args:
         model: holds the weights of ``state``.
+        objective: what the steps maximize, for the diagnostics.
         optimizer: of the parameters that are trained; its learning rates are those of the first pass before
             ``schedule``.
         schedule: number of passes, and a factor on the learning rates for each.
@@ -82,6 +88,7 @@ class Trainer:
     def __init__(
         self,
         model: LatentVariableModel,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         minibatches: Minibatches,
@@ -91,6 +98,7 @@ class Trainer:
         hooks: Hooks,
     ) -> None:
         self.model = model
+        self.objective = objective
         self.optimizer = optimizer
         self.schedule = schedule
         self.minibatches = minibatches
@@ -101,6 +109,7 @@ class Trainer:
         self.steps_per_pass = minibatches.per_pass
         self.total_steps = minibatches.per_pass * schedule.passes
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._measures = True
 
     @property
     def is_validation_pending(self) -> bool:
@@ -122,7 +131,7 @@ class Trainer:
             return False
         clock = SaveClock()
         for step in range(self.state.step, self.total_steps):
-            self.set_learning_rate(step)
+            self.begin_step(step)
             x, noise = self.minibatches[step]
             bounds = step_fn(x, noise)
             if not self.end_step(bounds, save=clock.is_due()):
@@ -144,11 +153,31 @@ class Trainer:
         self.model.train()
         return True
 
-    def set_learning_rate(self, step: int) -> None:
-        """Give the optimizer the learning rates of the pass that ``step`` belongs to."""
-        factor = self.schedule.factor(step // self.steps_per_pass)
+    def begin_step(self, step: int) -> None:
+        """Give the optimizer the learning rates of the pass of ``step``; measure the diagnostics where due."""
+        pass_index, in_pass = divmod(step, self.steps_per_pass)
+        factor = self.schedule.factor(pass_index)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
+        is_last = in_pass + 1 == self.steps_per_pass and self._is_validated(pass_index + 1)
+        if self._measures and (is_last or (in_pass + 1) % EVERY == 0):
+            self._measure(step)
+
+    def _measure(self, step: int) -> None:
+        """Add the diagnostics of ``step`` to the sums of the pass; the step itself then draws the same numbers."""
+        try:
+            found = diagnostics(self.model, self.objective, *self.minibatches[step])
+        except Exception as error:  # a user's own class may refuse to be copied; memory may suffice for the step alone
+            self._measures = False
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("no KL, reconstruction, effective sample size and gradient norms from here on: %s", why)
+            return
+        state = self.state
+        state.measured += 1
+        state.diagnostics = {name: state.diagnostics.get(name, 0.0) + value for name, value in found.items()}
+
+    def _is_validated(self, pass_number: int) -> bool:
+        return pass_number == self.schedule.passes or pass_number % self.validation_every == 0
 
     def end_step(self, bounds: Float[Tensor, " batch"], save: bool) -> bool:
         """Count a step with these bounds in nats; validate and save where due; return whether to continue."""
@@ -182,7 +211,9 @@ class Trainer:
             )
         rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
-        if pass_number == self.schedule.passes or pass_number % self.validation_every == 0:
+        for name, value in state.diagnostics.items():
+            metrics[name] = value / state.measured if math.isfinite(value) else None
+        if self._is_validated(pass_number):
             self.model.eval()
             try:
                 value = self.validate()
@@ -196,4 +227,5 @@ class Trainer:
                 self.hooks.on_best(state)
         self.hooks.on_pass(state.step, metrics)
         self._bound_sum.zero_()
+        state.diagnostics, state.measured = {}, 0
         return True

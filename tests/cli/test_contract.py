@@ -163,10 +163,13 @@ def test_per_image_values(folder: Path, result: Any) -> None:
         assert summary["top_weight_share_above_0.5"] == pytest.approx((top > 0.5).mean())
 
 
+DIAGNOSTICS = ("train/kl/1", "train/reconstruction", "train/ess", "train/gradient_norm/p", "train/gradient_norm/q")
+
+
 def test_the_record_of_training(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["pass"]) for row in rows] == [(13, 1), (26, 2)]
-    assert all({"train/bound", "validation/bound", "learning_rate"} <= row.keys() for row in rows)
+    assert all({"train/bound", "validation/bound", "learning_rate", *DIAGNOSTICS} <= row.keys() for row in rows)
     assert rows[0]["train/bound"] < rows[1]["train/bound"] < 0
     assert {"status": "finished", "step": 26, "error": None}.items() <= read_json(folder / "status.json").items()
     best = torch.load(folder / "best.pt", weights_only=True)

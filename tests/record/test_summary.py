@@ -122,6 +122,25 @@ def test_a_missing_number_has_its_reason() -> None:
     assert "a, b not available: one reason" in table(reasons={"a": "one reason", "b": "one reason"})
 
 
+@pytest.mark.parametrize(
+    ("model", "units", "expected"),
+    [
+        ({"name": "two_layer", "latent_sizes": [100, 50]}, [26, 7], "active units 26 of 100 + 7 of 50"),
+        ({"name": "conv", "latent_size": 50}, [25], "active units 25 of 50"),
+        ({"name": "mine", "size": 9}, [7], "active units 7"),
+        (None, [26, 7], "active units 26 + 7"),
+    ],
+)
+def test_active_units_are_some_of_all_where_the_sizes_are_known(model: Any, units: list[int], expected: str) -> None:
+    text = table(model=model, active_units=units)
+    assert expected in squeezed(text) and "collapsed" not in text
+
+
+def test_a_layer_without_active_units_has_a_warning() -> None:
+    assert "warning: q has collapsed, no unit of h_2 is active; " in table(active_units=[26, 0])
+    assert "warning: q has collapsed, no unit of h_1 and h_2 is active; " in table(active_units=[0, 0])
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_warning_is_broken_between_words_at_a_terminal_and_is_one_line_in_a_file(
     terminal: bool, monkeypatch: pytest.MonkeyPatch

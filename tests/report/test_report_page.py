@@ -85,6 +85,23 @@ def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
     }
 
 
+def test_the_diagnostics_of_every_layer_and_network_are_drawn(tmp_path: Path) -> None:
+    """Where a run has them: one of an earlier version has none."""
+    place = tmp_path / "outputs"
+    for seed in range(2):
+        folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"))
+    rows = [{"step": s, "pass": s, "train/bound": -90.0, "train/kl/1": 20.0 + s, "train/kl/2": 2.0} for s in (1, 2)]
+    rows.append({"step": 3, "pass": 3, "train/bound": -90.0, "train/gradient_norm/q": None})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (made,) = tables(comparable(read([place]).runs, "test")[0], ["model"], [])
+    charts = {title: curves for title, _, curves in _training(made.cells, [])}
+    assert set(charts) == {"Validation, L_50", "Training", "KL of every layer"}
+    kl = charts["KL of every layer"]
+    assert [curve.name for curve in kl] == ["two_layer, seed 1, kl/1", "two_layer, seed 1, kl/2"]
+    assert kl[0].points == [(1.0, 21.0), (2.0, 22.0)] and len(charts["Training"]) == 2
+    assert written(place).read_text().count("<svg ") == 4, "with the bound against k"
+
+
 def test_pictures_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = b"\x89PNG" + bytes(96)
     for seed, k in ((0, 1), (0, 5), (1, 5), (0, 50), (1, 50)):

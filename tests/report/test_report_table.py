@@ -39,6 +39,20 @@ def test_mean_and_standard_error_over_seeds(tmp_path: Path) -> None:
     assert cell.bounds == pytest.approx({1: -cell.nll - 3, 50: -cell.nll - 0.5, 5000: -cell.nll})
 
 
+def test_active_units_of_all_and_a_note_where_q_has_collapsed(tmp_path: Path) -> None:
+    """Collapsed in every seed of a cell; without sizes the counts alone."""
+    for seed in range(2):
+        write(tmp_path, config(seed=seed), values(85.0), units=[25 * seed])
+        write(tmp_path, config("two_layer", seed=seed), values(83.0), names=("two_layer", "iwae"), units=[26 + seed, 0])
+    own = config(model__sizes=[9])
+    del own["model"]["latent_sizes"]
+    write(tmp_path, own, values(87.0), names=("own", "iwae"), units=[6, 2])
+    made = table(tmp_path, ["model"], [])
+    assert [cell.units_of_sizes for cell in made.cells] == ["12.5 of 50", "6+2", "26.5 of 100 + 0 of 50"]
+    (note,) = [note for note in made.notes_below if "collapsed" in note]
+    assert "no active unit: two_layer in h_2; " in note
+
+
 def test_rows_and_columns_by_any_key(tmp_path: Path) -> None:
     for model in ("one_layer", "two_layer"):
         for k in (50, 5, 1):

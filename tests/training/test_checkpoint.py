@@ -30,6 +30,8 @@ def state() -> State:
         optimizer=optimizer.state_dict(),
         step=7,
         bound_sum=-12.34567890123456789,
+        diagnostics={"train/kl/1": 12.34567890123456789},
+        measured=2,
         best={"step": 5, "bound": -80.5},
         seconds=1.5,
     )
@@ -39,12 +41,31 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     written = state()
     checkpoint.save(written, tmp_path / "checkpoint.pt")
     read = checkpoint.load(tmp_path / "checkpoint.pt", "digits-0123")
-    plain = ("identity", "names", "image_shape", "plan", "step", "bound_sum", "best", "seconds")
+    plain = (
+        "identity",
+        "names",
+        "image_shape",
+        "plan",
+        "step",
+        "bound_sum",
+        "best",
+        "seconds",
+        "diagnostics",
+        "measured",
+    )
     assert {key: getattr(read, key) for key in plain} == {key: getattr(written, key) for key in plain}
     torch.testing.assert_close(read.model, written.model, rtol=0, atol=0)
     torch.testing.assert_close(read.optimizer["state"], written.optimizer["state"], rtol=0, atol=0)
     assert read.optimizer["param_groups"] == written.optimizer["param_groups"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_one_of_an_earlier_version_has_no_sums_of_diagnostics(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    held = {key: value for key, value in vars(state()).items() if key not in ("diagnostics", "measured")}
+    torch.save(held, path)
+    read = checkpoint.load(path)
+    assert (read.diagnostics, read.measured, read.step) == ({}, 0, 7)
 
 
 def refused(path: Path, identity: str | None = None) -> str:

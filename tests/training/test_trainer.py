@@ -23,6 +23,7 @@ from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.training import trainer as trainer_module
 from iwae_cli.training.checkpoint import State
+from iwae_cli.training.diagnostics import diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Burda, Constant, Schedule
 from iwae_cli.training.steps.plain import PlainStep
@@ -108,7 +109,8 @@ class Training:
         self.state = state or new_state()
         minibatches = Minibatches(toy, BATCH, 0, torch.device("cpu"), torch.float32)
         self.trainer = Trainer(
-            self.model, self.optimizer, schedule, minibatches, validate, validation_every, self.state, self.hooks
+            *(self.model, objective, self.optimizer, schedule, minibatches),
+            *(validate, validation_every, self.state, self.hooks),
         )
         if self.state.step:
             self.model.load_state_dict(self.state.model)
@@ -223,9 +225,71 @@ def train_in_pieces(stops: list[int]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("stops", [list(range(1, 12)), *([stop] for stop in range(1, 12))])
-def test_interrupted_at_every_step_it_ends_the_same(stops: list[int]) -> None:
-    """T11, bit for bit: 1 + 3 passes of 3 steps, two learning rates."""
+def test_interrupted_at_every_step_it_ends_the_same(stops: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """T11, bit for bit: 1 + 3 passes of 3 steps, two learning rates; diagnostics of every step."""
+    monkeypatch.setattr(trainer_module, "EVERY", 1)
     assert train_in_pieces(stops) == train_in_pieces([])
+
+
+def measured(training: Training) -> list[dict[str, float | None]]:
+    """Return of every pass the diagnostics."""
+    own = ("pass", "train/bound", "learning_rate", "validation/bound")
+    return [{k: v for k, v in metrics.items() if k not in own} for _, metrics in training.hooks.passes]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(500, [[], [5], [8]]), (2, [[1], [4, 5], [7, 8]])])
+def test_the_diagnostics_of_a_pass_are_the_mean_over_its_measured_steps(
+    every: int, steps: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step in so many, and the last one of a pass that is validated; before the update, on its own numbers."""
+    monkeypatch.setattr(trainer_module, "EVERY", every)
+    training = Training(IWAE(3), Constant(3), validation_every=2)
+    kept: list[dict[str, float]] = []
+    plain = PlainStep(training.model, training.objective, training.optimizer)
+
+    def step(x: torch.Tensor, noise: Noise) -> torch.Tensor:
+        x, noise = training.trainer.minibatches[training.state.step]
+        kept.append(diagnostics(training.model, training.objective, x, noise))
+        return plain(*training.trainer.minibatches[training.state.step])
+
+    step.name = "plain"  # type: ignore[attr-defined]
+    assert training.trainer.run(step)  # type: ignore[arg-type]
+    for found, of in zip(measured(training), steps, strict=True):
+        assert found == ({key: sum(kept[s][key] for s in of) / len(of) for key in kept[0]} if of else {})
+    assert set(kept[0]) >= {"train/kl/1", "train/reconstruction", "train/ess", "train/gradient_norm/p"}
+
+
+def test_measuring_changes_no_bit_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train_in_pieces([])
+    monkeypatch.setattr(trainer_module.Trainer, "_measure", lambda trainer, step: None)
+    weights, adam, *_ = train_in_pieces([])
+    assert (weights, adam) == whole[:2]
+
+
+class RefusesACopy(SeesFirstPixel):
+    def __deepcopy__(self, memo: object) -> None:
+        raise TypeError("cannot copy an open file")
+
+
+def test_without_diagnostics_a_run_trains_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(RefusesACopy(), Constant(3))
+    assert training.run() and measured(training) == [{}, {}, {}]
+    (record,) = caplog.records
+    assert record.message.endswith("from here on: TypeError: cannot copy an open file")
+
+
+class NoGradient(SeesFirstPixel):
+    """Its gradient is not finite, and its bound is."""
+
+    def losses(self, model: Model, x: torch.Tensor, particles: Particles, noise: Noise) -> Losses:
+        found = super().losses(model, x, particles, noise)
+        return Losses(found.generative * math.inf, found.inference * math.inf, found.bound)
+
+
+def test_a_diagnostic_that_is_not_finite_is_null() -> None:
+    training = Training(NoGradient(), Constant(1), optimizer=torch.optim.SGD)
+    assert training.run()
+    assert [found["train/gradient_norm/p"] for found in measured(training)] == [None]
 
 
 def test_it_saves_at_the_end_and_whenever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,236 @@
+"""KL of every layer, reconstruction term, effective sample size and gradient norms, against closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_compiled import batch
+from test_shared_parameter import with_shared_bias
+from torch import Tensor, nn
+
+from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.conv import GaussianConvolutional
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.chain import InferenceChain
+from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.training.diagnostics import diagnostics
+from iwae_cli.training.steps.plain import PlainStep
+
+SHAPE = (4, 4)
+X = (torch.arange(3 * 16).reshape(3, 16) * 7 % 5 < 2).float()
+
+
+def noise(seed: int = 1, dtype: torch.dtype = torch.float32) -> GeneratorNoise:
+    return GeneratorNoise(torch.Generator().manual_seed(seed), dtype)
+
+
+def built(architecture: Architecture, shape: tuple[int, ...] = SHAPE, levels: int | None = 2) -> LatentVariableModel:
+    """A model whose parameters are all away from their initial values."""
+    torch.manual_seed(0)
+    model = architecture.build(shape, np.full(math.prod(shape), 0.4), torch.Generator().manual_seed(0), levels)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    return model
+
+
+def gaussian_log(mean: Tensor, covariance: Tensor, scale: Tensor) -> Tensor:
+    """E[log N(r; 0, diag(scale)^2)] of r ~ N(mean, covariance), (batch,)."""
+    return -0.5 * (((mean**2 + covariance.diag()) / scale**2) + torch.log(2 * math.pi * scale**2)).sum(-1)
+
+
+def negative_entropy(covariance: Tensor) -> Tensor:
+    return -0.5 * torch.logdet(2 * math.pi * math.e * covariance)
+
+
+def test_two_linear_gaussian_layers_in_closed_form() -> None:
+    """h1 = m + e1 and h2 = A h1 + c + e2, so that every residual of p is Gaussian with a known covariance."""
+    model = built(LinearGaussianModel([3, 2]), (4,), None).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    q1, q2 = model.inference.layers
+    p0, p1 = model.generative.observation, model.generative.layers[0]
+    with torch.no_grad():
+        m, s1, s2 = q1.linear(x), q1.cholesky() @ q1.cholesky().T, q2.cholesky() @ q2.cholesky().T
+        a, c, v, d = q2.linear.weight, q2.linear.bias, p1.linear.weight, p1.linear.bias
+        w, one = p0.linear.weight, torch.ones(2, dtype=torch.float64)
+        m2, rest = m @ a.T + c, torch.eye(3, dtype=torch.float64) - v @ a
+        of_p1 = gaussian_log(m - m2 @ v.T - d, rest @ s1 @ rest.T + v @ s2 @ v.T, p1.log_scale.exp())
+        of_prior = gaussian_log(m2, a @ s1 @ a.T + s2, one)
+        expected = {
+            "train/kl/1": negative_entropy(s1) - of_p1.mean(),
+            "train/kl/2": negative_entropy(s2) - of_prior.mean(),
+            "train/reconstruction": gaussian_log(x - p0.linear(m), w @ s1 @ w.T, p0.log_scale.exp()).mean(),
+        }
+    draws = [diagnostics(model, IWAE(2000), x, noise(seed, torch.float64)) for seed in range(20)]
+    for name, value in expected.items():
+        found = np.array([each[name] for each in draws])
+        error = found.std(ddof=1) / len(found) ** 0.5
+        assert error < 0.01 * abs(float(value)) + 0.01
+        assert abs(found.mean() - float(value)) < 4 * error, name
+
+
+def test_the_kl_of_a_network_is_the_analytic_one() -> None:
+    model = built(GaussianMLP([4], [[6]]))
+    with torch.no_grad():
+        expected = float(model.kl(X).mean())
+    found = [diagnostics(model, ELBO(2000), X, noise(seed))["train/kl/1"] for seed in range(20)]
+    assert abs(np.mean(found) - expected) < 4 * np.std(found, ddof=1) / len(found) ** 0.5 < 0.15
+
+
+MODELS: dict[str, tuple[Architecture, Callable[[], Objective]]] = {
+    "one layer": (GaussianMLP([4], [[6]]), lambda: IWAE(7)),
+    "two layers": (GaussianMLP([4, 3], [[6], [5]]), lambda: IWAE(7, "dreg")),
+    "convolutions": (GaussianConvolutional(3, [4, 5], 6), lambda: ELBO(7, "stl")),
+    "groups of draws": (GaussianMLP([4], [[6]]), lambda: MIWAE(2, 3)),
+    "three layers of bits": (SigmoidBeliefNetwork([4, 3, 2]), lambda: VIMCO(7)),
+    "a category": (Categorical(3), lambda: RWS(7, "both")),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_terms_are_those_of_each_factor_and_add_up(name: str) -> None:
+    """On the same draws: every factor by itself, the whole log-weight, and the likelihood of the pixels."""
+    architecture, objective = MODELS[name]
+    model, of = built(architecture), objective()
+    found = diagnostics(model, of, X, noise())
+    with torch.no_grad():
+        particles = model.draw(X, of.num_samples, noise())
+        h, q, p = particles.latents, model.inference.layers, [*model.generative.layers, model.generative.prior]
+        for level in range(len(h)):
+            log_q = q[level].log_prob(h[level], h[level - 1] if level else X)
+            log_p = p[level].log_prob(h[level], h[level + 1] if level + 1 < len(h) else None)
+            assert found.pop(f"train/kl/{level + 1}") == pytest.approx(float((log_q - log_p).mean()), abs=1e-5)
+        reconstruction = float(model.generative.log_likelihood(X, h).mean())
+    assert found.pop("train/reconstruction") == pytest.approx(reconstruction, abs=1e-5)
+    assert set(found) == {"train/ess", "train/gradient_norm/p", "train/gradient_norm/q"}
+
+
+def test_kl_and_reconstruction_give_the_elbo() -> None:
+    model = built(GaussianMLP([4, 3], [[6], [5]]))
+    found = diagnostics(model, ELBO(5), X, noise())
+    with torch.no_grad():
+        elbo = float(model(X, 5, noise()).double().mean())
+    assert found["train/reconstruction"] - found["train/kl/1"] - found["train/kl/2"] == pytest.approx(elbo, abs=1e-6)
+
+
+@dataclass
+class Chosen:
+    """Noise that draws these categories for every image, where q is uniform over three."""
+
+    categories: Sequence[int]
+
+    def uniform(self, layer: int, k: int, batch: int, size: int) -> Tensor:
+        return ((torch.tensor(self.categories) + 0.5) / 3).reshape(k, 1, 1).expand(k, batch, size)
+
+    normal = uniform
+
+
+def test_the_effective_sample_size_of_known_weights() -> None:
+    """Draws of the categories 0, 0, 1 with weights w0, w0, w1: (2 w0 + w1)^2 / (2 w0^2 + w1^2) for every image."""
+    model = built(Categorical(3))
+    with torch.no_grad():
+        for p in model.inference.parameters():
+            p.zero_()
+        logits = model.generative.observation.weight.T + model.generative.observation.bias  # (categories, pixels)
+        log_px = -nn.functional.binary_cross_entropy_with_logits(
+            logits[:, None].expand(3, 3, 16), X.expand(3, 3, 16), reduction="none"
+        ).sum(-1)
+        w = torch.softmax(model.generative.prior.logits, 0)[:, None] * log_px.exp()  # q is 1/3 for each
+    expected = ((2 * w[0] + w[1]) ** 2 / (2 * w[0] ** 2 + w[1] ** 2)).mean()
+    found = diagnostics(model, VIMCO(3), X, Chosen([0, 0, 1]))["train/ess"]
+    assert found == pytest.approx(float(expected), rel=1e-5) and 1 < found < 3
+    assert diagnostics(model, VIMCO(3), X, Chosen([1, 1, 1]))["train/ess"] == pytest.approx(3)
+    assert "train/ess" not in diagnostics(built(GaussianMLP([4], [[6]])), ELBO(1), X, noise())
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "iwae": lambda: IWAE(5),
+    "dreg": lambda: IWAE(5, "dreg"),
+    "stl": lambda: ELBO(5, "stl"),
+    "analytic KL": lambda: ELBO(5, analytic_kl=True),
+    "piwae": lambda: PIWAE(2, 3, "dreg"),
+    "rws": lambda: RWS(5, "both"),
+    "tvo": lambda: TVO(5, gradient="covariance"),
+}
+
+
+def plain_gradients(model: LatentVariableModel, objective: Objective, x: Tensor = X) -> None:
+    """Leave in ``grad`` what the plain step uses, and every weight as it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    PlainStep(model, objective, torch.optim.SGD(trained, lr=0.0))(x, noise())
+
+
+def norm(parameters: Sequence[nn.Parameter]) -> float:
+    return float(sum(p.grad.double().square().sum() for p in parameters if p.grad is not None)) ** 0.5
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_norms_are_those_of_the_plain_step(name: str) -> None:
+    model, objective = built(GaussianMLP([4], [[6]])), OBJECTIVES[name]()
+    found = diagnostics(model, objective, X, noise())
+    assert all(p.grad is None for p in model.parameters()), "the gradients of the step itself are left alone"
+    plain_gradients(model, objective)
+    for network in ("p", "q"):
+        own = [*(model.generative if network == "p" else model.inference).parameters()]
+        assert found[f"train/gradient_norm/{network}"] == pytest.approx(norm(own), rel=1e-5)
+
+
+def test_parameters_of_both_networks_count_in_both_norms() -> None:
+    model = with_shared_bias()
+    x = batch(1)
+    found = diagnostics(model, IWAE(5), x, noise())
+    plain_gradients(model, IWAE(5), x)
+    assert model.shared
+    assert found["train/gradient_norm/p"] == pytest.approx(norm([*model.generative.parameters()]), rel=1e-5)
+    assert found["train/gradient_norm/q"] == pytest.approx(norm([*model.inference.parameters()]), rel=1e-5)
+
+
+def test_a_frozen_network_has_no_norm() -> None:
+    model = built(GaussianMLP([4], [[6]]))
+    model.generative.requires_grad_(False)
+    for objective in (IWAE(5), IWAE(5, "dreg")):
+        found = diagnostics(model, objective, X, noise())
+        assert "train/gradient_norm/p" not in found and found["train/gradient_norm/q"] > 0
+
+
+class SkipChain(InferenceChain):
+    """A user's own chain; its factors may be others."""
+
+
+class Counts(IWAE):
+    """An objective that counts its calls, as one that anneals does."""
+
+    calls = 0
+
+    def losses(self, *given: Any) -> Any:
+        self.calls += 1
+        return super().losses(*given)
+
+
+def test_what_a_users_classes_count_is_left_alone_and_other_chains_have_no_kl() -> None:
+    model, objective = built(GaussianMLP([4], [[6]])), Counts(5)
+    layer = model.inference.layers[0]
+    layer.body.append(nn.BatchNorm1d(6))  # its running mean changes with every call
+    model.inference = SkipChain([layer])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = diagnostics(model.train(), objective, X, noise())
+    assert set(found) == {"train/ess", "train/gradient_norm/p", "train/gradient_norm/q"}
+    assert objective.calls == 0 and len(before) > 8
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
