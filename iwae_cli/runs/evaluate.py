@@ -20,7 +20,7 @@ import iwae_cli
 from iwae_cli.config.build import build, construct
 from iwae_cli.core import signals
 from iwae_cli.core.device import Device, oom_as_run_failed
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
 from iwae_cli.core.noise import generator
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
@@ -145,7 +145,11 @@ def evaluate(
     best = subject.evaluation.weights == "best"
     step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
     kept = _kept(place / "result.json", step, state)
-    if kept is not None and _holds(place / estimator.file, kept.get("arrays")):
+    if (
+        kept is not None
+        and _holds(place / estimator.file, kept.get("arrays"))
+        and all((place / name).is_file() for name in kept.get("figures", ()))
+    ):
         return kept
     _put(weights, subject.model, run)
     # Before the work, so that a disk that takes nothing is noticed now.
@@ -159,10 +163,20 @@ def evaluate(
         "rows": [list(row) for row in found.rows],
         "notes": list(found.notes),
         "arrays": sorted(found.arrays),
+        "figures": [],
         "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
     }
     result["dataset"]["evaluation_sha256"] = dict(found.hashes)
+    for name, draw in found.figures.items():
+        try:
+            draw(place / name)
+            result["figures"].append(name)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # As in a run: no error of a drawing library takes the numbers away.
+            result["reasons"]["figures"] = f"{type(error).__name__}: {error}"
     if found.arrays:
         with atomic_path(place / estimator.file) as temporary:
             np.savez(temporary, **found.arrays)  # type: ignore[arg-type]
