@@ -126,6 +126,7 @@ usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [devic
 What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
   estimator={" ".join(found["estimator"])}
     ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
+    grid: log p(x) of models with one or two latents by quadrature, and a picture of their posteriors beside q
     gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
   evaluation={" ".join(found["evaluation"])}
   device={" ".join(found["device"])}
@@ -134,6 +135,7 @@ examples:
   iwae-eval outputs/RUN evaluation.k=500
   iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
   iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
+  iwae-eval outputs/RUN estimator=grid
   iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
 
 options:
