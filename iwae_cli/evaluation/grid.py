@@ -144,7 +144,7 @@ def quadrature(
     check: Callable[[], None] = lambda: None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Quadrature:
-    """Return log p(x) of every image by the points of ``box``, and what tells how far it can be trusted.
+    """Return log p(x) of every image by the points of ``box``, with two measures of its error.
 
     Args:
         model: with one layer of real latents; in evaluation mode, on its device.

@@ -163,25 +163,32 @@ def evaluate(
         "rows": [list(row) for row in found.rows],
         "notes": list(found.notes),
         "arrays": sorted(found.arrays),
-        "figures": [],
         "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
     }
     result["dataset"]["evaluation_sha256"] = dict(found.hashes)
-    for name, draw in found.figures.items():
-        try:
-            draw(place / name)
-            result["figures"].append(name)
-        except Interrupted:
-            raise
-        except Exception as error:
-            # As in a run: no error of a drawing library takes the numbers away.
-            result["reasons"]["figures"] = f"{type(error).__name__}: {error}"
+    if found.figures:
+        result["figures"] = _draw(place, found.figures, result["reasons"])
     if found.arrays:
         with atomic_path(place / estimator.file) as temporary:
             np.savez(temporary, **found.arrays)  # type: ignore[arg-type]
     write_json(place / "result.json", result)
     return result
+
+
+def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: dict[str, str]) -> list[str]:
+    """Draw figures and return the names of those that succeed; ``reasons`` gets why one does not."""
+    drawn = []
+    for name, draw in figures.items():
+        try:
+            draw(place / name)
+            drawn.append(name)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # As in a run: no error of a drawing library takes the numbers away.
+            reasons["figures"] = f"{type(error).__name__}: {error}"
+    return drawn
 
 
 def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:

@@ -228,7 +228,7 @@ def test_densities_integrate_to_one_and_the_resampled_one_tends_to_the_posterior
 
 
 def test_the_density_of_the_resampled_q_is_that_of_simulated_draws() -> None:
-    """Of one in five draws of q, chosen by its weight, 20,000 times: their distribution function is its integral."""
+    """One in five draws of q, chosen by its weight, 20,000 times: their distribution function is its integral."""
     model = nonlinear(1)
     x = drawn(model, 1)
     box = prior_box(model, 7, 1001, 0)
