@@ -139,7 +139,8 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
             if density is not exact:
                 kl = f"KL {posterior.divergences[name]:.2f}"
                 place = (0.96, 0.88) if len(posterior.sides) == 1 else (0.96, 0.04)
-                axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK)
+                behind = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
+                axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK, bbox=behind)
             if not row:
                 axes.set_title(name, fontsize=8, color=INK)
     _save(figure, path, legend=False)
