@@ -127,6 +127,7 @@ What is not overridden is as the run had it. Without an estimator it is L_k, the
   estimator={" ".join(found["estimator"])}
     ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
     gaps: approximation and amortization gap: what the ELBO by q loses to the family of q, and to its network
+    grid: log p(x) of models with one or two latents by quadrature, and a picture of their posteriors beside q
     gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
     sandwich: bounds on log p(x) from both sides, on data that the model draws
   evaluation={" ".join(found["evaluation"])}
@@ -136,6 +137,7 @@ examples:
   iwae-eval outputs/RUN evaluation.k=500
   iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
   iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
+  iwae-eval outputs/RUN estimator=grid
   iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
 
 options:

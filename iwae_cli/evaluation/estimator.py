@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,6 +53,7 @@ class Estimates:
         reasons: why a number is None, by its dotted name.
         arrays: per-image values, float64, for an npz file.
         notes: sentences to print below the table.
+        figures: functions that draw a PNG file at a path, by its name; result.json lists those that are drawn.
     """
 
     numbers: Mapping[str, Any]
@@ -60,6 +62,7 @@ class Estimates:
     reasons: Mapping[str, str] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 class Estimator(ABC):

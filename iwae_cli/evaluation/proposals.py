@@ -197,7 +197,8 @@ def _maximize_elbo(
     trained = [shift, log_diagonal] if diagonal else [shift, log_diagonal, below]
     # More latents, more noise in every entry of the triangle.
     rates = (RATE_LOC, 1 / max(size, 50), 1 / max(size, 50))
-    optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(trained, rates, strict=False)], betas=BETAS)
+    groups = [{"params": [part], "lr": rate} for part, rate in zip(trained, rates, strict=False)]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         check()

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -42,6 +43,22 @@ class Curve(NamedTuple):
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
+
+
+class Posterior(NamedTuple):
+    """Densities of one or two latents given one image; the exact posterior is the first.
+
+    Attributes:
+        image: (height, width), or with 1 or 3 channels in front, in [0, 1]; None if it is no image.
+        sides: coordinates of the points on each side of the grid.
+        densities: by name, on the points of the grid.
+        divergences: KL of each from the exact posterior, nats.
+    """
+
+    image: Shaped[np.ndarray, "*image"] | None
+    sides: Sequence[Shaped[np.ndarray, " points"]]
+    densities: Mapping[str, Shaped[np.ndarray, "*points"]]
+    divergences: Mapping[str, float]
 
 
 def plot_run(
@@ -86,6 +103,53 @@ def plot_reconstructions(path: str | Path, originals: Images, reconstructions: I
     columns = min(columns, len(originals))
     pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
     _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), "Observed above, reconstructed below", group=2)
+
+
+def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
+    """Draw a row for each image into a PNG file: the image, the exact posterior, and what approximates it.
+
+    In a row, axes and shades are the same for all; lines hold 50% and 95% of the mass, orange ones of the exact
+    posterior and blue ones of its approximation. One latent gives curves, the exact posterior in orange.
+    """
+    names = list(posteriors[0].densities)
+    pictured = posteriors[0].image is not None
+    rows, columns = len(posteriors), len(names) + pictured
+    figure = Figure(figsize=(1.12 * columns, 1.12 * rows + 0.25), layout="constrained")
+    sheet = figure.subplots(rows, columns, squeeze=False)
+    cmap, shades = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[0]]), np.linspace(0.02, 1, 9)
+    for row, (posterior, cells) in enumerate(zip(posteriors, sheet, strict=True)):
+        if posterior.image is not None:
+            _show(cells[0], _rows(posterior.image[None], 1)[0, 0])
+        exact, *_ = posterior.densities.values()
+        for axes, (name, density) in zip(cells[pictured:], posterior.densities.items(), strict=True):
+            if len(posterior.sides) == 1:
+                axes.fill_between(posterior.sides[0], exact, color=COLOURS[1], alpha=0.35, lw=0)
+                axes.plot(posterior.sides[0], density, color=COLOURS[0], lw=1.4)
+                axes.set_ylim(0, 1.25 * exact.max())
+            else:
+                axes.contourf(*posterior.sides, density.T, shades * exact.max(), cmap=cmap, extend="max")
+                for shown, colour in ((density, COLOURS[0]), (exact, COLOURS[1])):
+                    levels = sorted({_level(shown, share) for share in (0.95, 0.5)})
+                    axes.contour(*posterior.sides, shown.T, levels, colors=colour, linewidths=0.8)
+                axes.set_aspect("equal")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color(FAINT)
+            if density is not exact:
+                kl = f"KL {posterior.divergences[name]:.2f}"
+                place = (0.96, 0.88) if len(posterior.sides) == 1 else (0.96, 0.04)
+                behind = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
+                axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK, bbox=behind)
+            if not row:
+                axes.set_title(name, fontsize=8, color=INK)
+    _save(figure, path, legend=False)
+
+
+def _level(density: Shaped[np.ndarray, "*points"], share: float) -> float:
+    """Return the density above which ``share`` of the mass lies."""
+    falling = np.sort(density, axis=None)[::-1]
+    return float(falling[np.searchsorted(falling.cumsum(), share * falling.sum())])
 
 
 def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -234,14 +298,19 @@ def _save_grid(
     inches = 5.0 / max(sheet.shape)
     figure = Figure(figsize=(max(2.2, sheet.shape[1] * inches), sheet.shape[0] * inches + 0.35), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_axis_off()
     axes.set_title(title, fontsize=10, color=INK)
-    if colours == 3:
-        axes.imshow(np.nan_to_num(sheet, nan=1.0), interpolation="nearest")
+    _show(axes, sheet)
+    _save(figure, path, legend=False)
+
+
+def _show(axes: Axes, image: Shaped[np.ndarray, "height width colours"]) -> None:
+    """Show an image; NaN is the page."""
+    axes.set_axis_off()
+    if image.shape[-1] == 3:
+        axes.imshow(np.nan_to_num(image, nan=1.0), interpolation="nearest")
     else:
         # Paper is slightly darker than the page, so that the gaps show where an image ends.
-        axes.imshow(-0.08 - 0.92 * sheet[..., 0], cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
-    _save(figure, path, legend=False)
+        axes.imshow(-0.08 - 0.92 * image[..., 0], cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
 
 
 def _figure(y: str, x: str) -> tuple[Figure, Axes]:

@@ -21,7 +21,7 @@ import iwae_cli
 from iwae_cli.config.build import build, construct
 from iwae_cli.core import signals
 from iwae_cli.core.device import Device, oom_as_run_failed
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
 from iwae_cli.core.noise import generator
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
@@ -149,7 +149,11 @@ def evaluate(
     best = subject.evaluation.weights == "best"
     step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
     kept = _kept(place / "result.json", step, state)
-    if kept is not None and _holds(place / estimator.file, kept.get("arrays")):
+    if (
+        kept is not None
+        and _holds(place / estimator.file, kept.get("arrays"))
+        and all((place / name).is_file() for name in kept.get("figures", ()))
+    ):
         return kept
     _put(weights, subject.model, run)
     # Before the work, so that a disk that takes nothing is noticed now.
@@ -173,11 +177,28 @@ def evaluate(
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
     }
     result["dataset"]["evaluation_sha256"] = dict(found.hashes)
+    if found.figures:
+        result["figures"] = _draw(place, found.figures, result["reasons"])
     if found.arrays:
         with atomic_path(place / estimator.file) as temporary:
             np.savez(temporary, **found.arrays)  # type: ignore[arg-type]
     write_json(place / "result.json", result)
     return result
+
+
+def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: dict[str, str]) -> list[str]:
+    """Draw figures and return the names of those that succeed; ``reasons`` gets why one does not."""
+    drawn = []
+    for name, draw in figures.items():
+        try:
+            draw(place / name)
+            drawn.append(name)
+        except Interrupted:
+            raise
+        except Exception as error:
+            # As in a run: no error of a drawing library takes the numbers away.
+            reasons["figures"] = f"{type(error).__name__}: {error}"
+    return drawn
 
 
 def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from small_runs import TINY, finished, read_json, snapshot
 
+from iwae_cli.cli.compose import evaluation_config
 from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.cli.report import report
@@ -26,6 +28,13 @@ DOUBLED = (
     *("evaluation.splits=[test]", "evaluation.workers=1"),
 )
 SANDWICH = ("estimator=sandwich", "estimator.k=50", "estimator.simulated=4", "evaluation.workers=1")
+GRID = (
+    "estimator=grid",
+    "estimator.points=141",
+    "estimator.images=4",
+    "evaluation.splits=[test]",
+    "evaluation.workers=1",
+)
 SNR = ("estimator=gradient_snr", "estimator.ks=[2,4]", "estimator.draws=8", "estimator.images=5")
 
 
@@ -112,6 +121,41 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
     assert list(results[own.name]["gradient_snr"]["generative"]) == ["2", "4", "slope"]
 
 
+@pytest.mark.usefixtures("drawn_pictures")
+def test_a_grid_with_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 100}.items():
+        monkeypatch.setattr(f"iwae_cli.evaluation.grid.{name}", fewer)
+    folder = finished(tmp_path, *TINY, "model.latent_sizes=[2]")
+    capsys.readouterr()
+    assert evaluate([str(folder), *GRID]) == 0
+    out = capsys.readouterr().out
+    (place,) = kept(folder, "grid")
+    result = read_json(place / "result.json")
+    # The images of the run's own evaluation, by the same noise.
+    with np.load(place / "estimates.npz") as found, np.load(folder / "log_likelihood.npz") as own:
+        np.testing.assert_array_equal(found["log_px_q"], own["log_px"][:4])
+        assert result["test"]["nll_grid"] == pytest.approx(-found["log_px"].mean())
+    assert result["estimator"]["k"] == 50 and "NLL_50 by q" in out and f"{result['test']['nll_grid']:.4f}" in out
+    assert result["figures"] == ["posteriors.png"] and "posteriors.png" in out
+    pixels = imread(place / "posteriors.png")[..., :3]
+    assert pixels.std() > 0.1 and pixels.shape[1] > 1.5 * pixels.shape[0]
+    # The second time it is read; a picture that is gone is drawn again, the same.
+    before = snapshot(folder)
+    assert evaluate([str(folder), *GRID]) == 0 and snapshot(folder) == before
+    picture = (place / "posteriors.png").read_bytes()
+    (place / "posteriors.png").unlink()
+    assert evaluate([str(folder), *GRID]) == 0 and (place / "posteriors.png").read_bytes() == picture
+    # Another k is another evaluation. No picture: the numbers are there, and the reason.
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    assert evaluate([str(folder), *GRID, "evaluation.k=20"]) == 0
+    (other,) = set(kept(folder, "grid")) - {place}
+    result = read_json(other / "result.json")
+    assert result["test"]["k"] == 20 and result["figures"] == [] and "ZeroDivisionError" in result["reasons"]["figures"]
+    assert sorted(path.name for path in other.iterdir()) == ["estimates.npz", "result.json"]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -120,6 +164,8 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
         ("estimator=ais estimator.chain=5", "estimator.chain estimator.chains?"),
         ("estimator=ais estimator.chains=1", "estimator.chains 2"),
         ("estimator=sandwich estimator.k=1", "estimator.k 2"),
+        ("estimator=grid", "latents 3 estimator=ais model.latent_sizes=[2]"),
+        ("estimator=grid estimator.points=10", "estimator.points odd"),
         ("estimator=ais estimator._target_=os.system", "estimator._target_"),
         ("estimator=ais objective=elbo", "objective"),
         ("estimator=gradient_snr objective=vimco estimator.ks=[1,2]", "objective.k 2"),
@@ -146,12 +192,12 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
-def test_every_choice_constructs_and_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_choice_constructs_and_is_in_the_help(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = choices([conf_folder()])["estimator"]
     assert evaluate(["--help"]) == 0
     out = capsys.readouterr().out
     for name in names:
-        node = yaml.safe_load((conf_folder() / "estimator" / f"{name}.yaml").read_text())
+        node = evaluation_config(run_folder, [f"estimator={name}"], None)["estimator"]
         node.pop("objective", None)
         assert isinstance(build(node, Estimator, "estimator"), Estimator) and name in out
 

@@ -15,8 +15,10 @@ from small_runs import TINY, read_json, run, run_folders
 
 from iwae_cli.record.figures import (
     Curve,
+    Posterior,
     bounds_figure,
     plot_bounds,
+    plot_posteriors,
     plot_reconstructions,
     plot_samples,
     plot_training,
@@ -30,11 +32,21 @@ IMAGES = np.random.default_rng(0).random((23, 8, 8))
 CURVES = {"train": [(0.0, -300.0), (1.0, -120.0), (2.0, -100.0)], "validation": [(1.0, -121.0), (2.0, -103.0)]}
 BOUNDS = {"test": {"1": -91.0, "5": -88.0, "50": -86.0}, "validation": {"1": -92.0, "5": -89.0, "50": -87.0}}
 
+
+def posterior(image: np.ndarray | None, latents: int) -> Posterior:
+    side = np.linspace(-4, 4, 41)
+    h = np.stack(np.meshgrid(*[side] * latents, indexing="ij"))
+    densities = {name: np.exp(-((h - at) ** 2).sum(0)) for name, at in (("exact", 0.0), ("q", 1.0))}
+    return Posterior(image, [side] * latents, densities, {"exact": 0.0, "q": 1.0})
+
+
 PLOTS: dict[str, Callable[[Path], None]] = {
     "samples": lambda path: plot_samples(path, IMAGES),
     "reconstructions": lambda path: plot_reconstructions(path, IMAGES, 1 - IMAGES),
     "training": lambda path: plot_training(path, CURVES),
     "bounds": lambda path: plot_bounds(path, BOUNDS),
+    "posteriors": lambda path: plot_posteriors(path, [posterior(IMAGES[0], 2)] * 3),
+    "posteriors of curves": lambda path: plot_posteriors(path, [posterior(None, 1)] * 3),
 }
 
 
