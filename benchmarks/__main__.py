@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import CASES, TINY, Case, Job
+from benchmarks.reach import REFERENCE_ESTIMATES, REFERENCE_SEED, Estimate, Ladder, Reference, climb
 from benchmarks.table import markdown, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,12 @@ ROUNDS, QUICK_ROUNDS = 7, 5
 STEPS, QUICK_STEPS = 2000, 200
 """Training steps before anything is timed, so that importance weights are as uneven as in a real run."""
 WARM_UP_SECONDS, ROUND_SECONDS, QUICK_SECONDS = 0.5, 2.0, 1.0
+TRAINED = 10_000
+"""Training steps before the case ``reach``: four passes over MNIST, about a minute."""
+CLIMB_SECONDS, TINY_SECONDS = 240.0, 2.0
+"""Processor seconds of every program in the case ``reach``."""
+SAMPLES = Ladder(5000, 4)
+"""Of q, in the case ``reach``."""
 TARGET = -97.0
 """Validation bound L_50 of a whole run, nats."""
 UPDATE_LIMIT, NLL_LIMIT = 0.01, 5.0
@@ -52,6 +59,7 @@ class Contender:
         kinds, models, least_k, most_k: the cases it is measured in.
         quick: the kinds of case it is measured in with ``--quick``.
         whole: whether it takes part in whole runs.
+        ladder: its efforts in cases of kind ``reach``.
     """
 
     label: str
@@ -64,6 +72,7 @@ class Contender:
     most_k: float = math.inf
     quick: tuple[str, ...] = ()
     whole: bool = False
+    ladder: Ladder = SAMPLES
 
     def is_in(self, case: Case, quick: bool) -> bool:
         """Return whether it is measured in a case."""
@@ -72,14 +81,30 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("ours", "ours", quick=("train", "evaluate"), whole=True),
+    Contender(
+        "ours",
+        "ours",
+        kinds=("train", "evaluate", "reach"),
+        quick=("train", "evaluate"),
+        whole=True,
+        ladder=Ladder(50, 4, "refined, k = {:,}"),
+    ),
+    Contender("ours, q alone", "ours", options=("evaluation.refine=0",), kinds=("reach",)),
+    Contender("ours, AIS from q", "ours_ais", kinds=("reach",), ladder=Ladder(50, 2, "16 chains, {:,} temperatures")),
     Contender("ours, plain step", "ours", options=("device.compile=off",), kinds=("train",)),
     Contender("ours, roulette", "ours", options=("training.backward=roulette",), kinds=("train",), least_k=5),
     Contender("ours, 16 at once", "ours", options=("hydra/launcher=batched",), kinds=("train",), most_k=5),
     Contender("ours, bf16 products", "ours", options=("evaluation.precision=bf16",), kinds=("evaluate",)),
     Contender("JAX", "with_jax", ("jax", "optax"), quick=("train", "evaluate"), whole=True),
     Contender("JAX, bf16 products", "with_jax", ("jax", "optax"), ("bf16",), kinds=("evaluate",)),
-    Contender("Pythae", "with_pythae", ("pythae",), models=("one_layer", "tiny"), quick=("train",)),
+    Contender(
+        "Pythae",
+        "with_pythae",
+        ("pythae",),
+        kinds=("train", "evaluate", "reach"),
+        models=("one_layer", "tiny"),
+        quick=("train",),
+    ),
     Contender("Pyro", "with_pyro", ("pyro",)),
     Contender("floor: matrix products", "floor", quick=("train", "evaluate")),
     Contender("floor: and tanh, exp", "floor", options=("tanh+exp",)),
@@ -126,9 +151,9 @@ class Worker:
             raise WorkerFailed(lines[-1] if lines else f"exit code {self._process.returncode}")
         return {**json.loads(line), "after": time.perf_counter() - self._started}
 
-    def round(self, seconds: float) -> dict[str, Any]:
-        """Let it work for so many seconds; return its answer."""
-        self._write({"seconds": seconds})
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Let it do a part of its work; return its answer."""
+        self._write(request)
         return self.answer()
 
     def end(self) -> dict[str, Any]:
@@ -177,12 +202,12 @@ def measure(job: Job, contenders: Sequence[Contender], rounds: int, seconds: flo
             if ready is not None:
                 checks[label] = ready["check"]
                 results[label] = {"settings": ready["settings"], "set_up": ready["after"], "ms": [], "cpu_ms": []}
-                attempt(label, lambda worker=workers[label]: worker.round(WARM_UP_SECONDS))
+                attempt(label, lambda worker=workers[label]: worker.ask(seconds=WARM_UP_SECONDS))
         for number in range(rounds):
             order = list(workers)
             turn = number % max(1, len(order))
             for label in order[turn:] + order[:turn]:
-                done = attempt(label, lambda worker=workers[label]: worker.round(seconds))
+                done = attempt(label, lambda worker=workers[label]: worker.ask(seconds=seconds))
                 if done is not None:
                     results[label]["ms"].append(1000 * done["wall"] / done["units"])
                     results[label]["cpu_ms"].append(1000 * done["cpu"] / done["units"])
@@ -221,6 +246,50 @@ def _compare(job: Job, checks: dict[str, Any], results: dict[str, Any]) -> None:
         if check["bounds"] is not None:
             found["bound"] = max(abs(a - b) for a, b in zip(check["bounds"], mine["bounds"], strict=True))
         results[label]["check"] = found
+
+
+def reach(job: Job, contenders: Sequence[Contender], limit: float, logs: Path) -> dict[str, Any]:
+    """Measure the time to a right NLL (see ``benchmarks.reach``); return the reference, the limit and the results."""
+    workers: dict[str, Worker] = {}
+    results: dict[str, Any] = {}
+
+    def ask(label: str, effort: int, seed: int) -> Estimate | None:
+        try:
+            done = workers[label].ask(effort=effort, seed=seed)
+        except WorkerFailed as error:
+            print(f"    {label} failed: {error}", file=sys.stderr)
+            results[label] = {"failed": str(error)}
+            return None
+        return Estimate(done["log_px"], done["wall"], done["cpu"])
+
+    try:
+        for contender in contenders:
+            label = contender.label
+            workers[label] = Worker(contender, Job(job.case, job.files, (*contender.options, *job.overrides)), logs)
+            try:
+                results[label] = {"settings": workers[label].answer()["settings"]}
+            except WorkerFailed as error:
+                results[label] = {"failed": str(error)}
+                continue
+            ask(label, contender.ladder.first, REFERENCE_SEED)
+        seeds = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_ESTIMATES)
+        found = [estimate for seed in seeds if (estimate := ask("ours", job.case.k, seed))]
+        if len(found) < len(seeds):
+            return {"results": results}
+        reference = Reference.of(found)
+        ladders = {c.label: c.ladder for c in contenders if "failed" not in results[c.label]}
+        for label, result in climb(ask, ladders, reference, limit).items():
+            results[label] = {**result, **results[label]}
+            if result:
+                # Estimates are lower bounds: one that is above the reference shows that one of the two is wrong.
+                above, stderr = result["top"]
+                results[label]["check"] = {"above": above, "error": stderr, "same": above < NLL_LIMIT * stderr}
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    mean = float(reference.log_px.mean())
+    facts = {"k": job.case.k, "log_px": mean, "error": reference.error}
+    return {"reference": facts, "limit": limit, "results": results}
 
 
 def whole_runs(files: Path, overrides: tuple[str, ...], logs: Path) -> dict[str, Any]:
@@ -289,9 +358,7 @@ def _lines(file: Path) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Measure, write, print; return 1 if a contender that is installed failed or did other work than ours."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="three cases, four programs, minutes; all take under an hour"
-    )
+    parser.add_argument("--quick", action="store_true", help="three cases, four programs, minutes; all take an hour")
     parser.add_argument("--whole", action="store_true", help="whole runs to a validation bound on MNIST, instead")
     parser.add_argument("--cases", help="only these, comma separated: " + ", ".join(c.name for c in (*CASES, *TINY)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
@@ -319,19 +386,11 @@ def main(argv: Sequence[str]) -> int:
     logs.mkdir()
     started = time.perf_counter()
     print(f"data and weights: {words}", file=sys.stderr)
-    models = sorted({case.model for case in cases} or {WHOLE.model})
     steps = 20 if tiny or arguments.whole else QUICK_STEPS if arguments.quick else STEPS
-    environment = {**os.environ, "IWAE_ALLOW_TARGETS": "benchmarks"}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.prepare",
-        str(files),
-        ",".join(models),
-        str(steps),
-        *overrides,
-    ]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    long = steps if tiny else TRAINED
+    wanted = {f"{c.weights}:{c.model}:{long if c.kind == 'reach' else steps}" for c in cases or [WHOLE]}
+    command = [sys.executable, "-m", "benchmarks.prepare", str(files), ",".join(sorted(wanted)), *overrides]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "IWAE_ALLOW_TARGETS": "benchmarks"}, check=True)
 
     missing = {c.label: _missing(c) for c in CONTENDERS if _missing(c)}
     record: dict[str, Any] = {
@@ -344,6 +403,7 @@ def main(argv: Sequence[str]) -> int:
         "rows": [contender.label for contender in CONTENDERS],
         "missing": missing,
         "cases": {},
+        "reach": {},
         "whole": None,
     }
     for case in cases:
@@ -351,9 +411,13 @@ def main(argv: Sequence[str]) -> int:
             print(f"{case.name}: this machine lends {cores} cores only", file=sys.stderr)
             continue
         able = [c for c in CONTENDERS if c.is_in(case, arguments.quick) and c.label not in missing]
-        results = measure(Job(case, files, overrides), able, rounds, seconds, logs)
+        job = Job(case, files, overrides)
+        if case.kind == "reach":
+            record["reach"][case.name] = reach(job, able, TINY_SECONDS if tiny else CLIMB_SECONDS, logs)
+            results = record["reach"][case.name]["results"]
+        else:
+            results = record["cases"][case.name] = measure(job, able, rounds, seconds, logs)
         print(f"{one_line(case.name, results)} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
-        record["cases"][case.name] = results
         _write(folder, record)
     if arguments.whole:
         record["whole"] = {"target": TARGET, "case": WHOLE.name, "results": whole_runs(files, overrides, logs)}
@@ -365,7 +429,8 @@ def main(argv: Sequence[str]) -> int:
     files.rmdir()
     print(markdown(record))
     print(f"written: {folder}", file=sys.stderr)
-    measured = [*record["cases"].values(), *([record["whole"]["results"]] if record["whole"] else [])]
+    measured = [*record["cases"].values(), *(case["results"] for case in record["reach"].values())]
+    measured += [record["whole"]["results"]] if record["whole"] else []
     found = [result for results in measured for result in results.values()]
     return int(any("failed" in result or not result.get("check", {}).get("same", True) for result in found))
 

@@ -11,6 +11,12 @@ import numpy as np
 LEARNING_RATE, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 """Adam (Kingma and Ba 2015), as ``optimizer=adam``."""
 
+BIAS = 0.02
+"""Nats: the bias of a mean log p(x) below which it counts as right."""
+
+BIAS_IMAGES = 20
+"""First test images, over which the mean is: refined proposals are fitted to so many at once."""
+
 SIZES: dict[str, tuple[list[int], list[list[int]]]] = {
     "one_layer": ([50], [[200, 200]]),
     "two_layer": ([100, 50], [[200, 200], [100, 100]]),
@@ -31,15 +37,15 @@ class Case:
 
     Attributes:
         kind: ``train``: the unit is one step, from drawing a minibatch to updating the weights; ``evaluate``: the unit
-            is -L_k of one test image.
+            is -L_k of one test image; ``reach``: see ``benchmarks.reach``.
         model: key of ``SIZES``.
-        k: samples per image.
+        k: samples per image; of one estimate of the reference in ``reach``.
         batch: images in a training step; zero for evaluation, where each program splits ``images`` as it likes.
         cores: cores that a program may use; it is pinned to them.
         quick: whether ``--quick`` measures it.
     """
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "reach"]
     model: str
     k: int
     batch: int = 0
@@ -48,10 +54,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Such as ``20x50`` (batch x k), ``20x50 two_layer``, ``NLL_5000``, ``NLL_5000 2 cores``."""
-        work = f"{self.batch}x{self.k}" if self.kind == "train" else f"NLL_{self.k}"
+        """Such as ``20x50`` (batch x k), ``20x50 two_layer``, ``NLL_5000``, ``NLL_5000 2 cores``, ``NLL to 0.02``."""
+        works = {"train": f"{self.batch}x{self.k}", "evaluate": f"NLL_{self.k}", "reach": f"NLL to {BIAS}"}
+        work = works[self.kind]
         model = "" if self.model == "one_layer" else f" {self.model}"
         return work + model + (f" {self.cores} cores" if self.cores > 1 else "")
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights that every program begins from; those of ``reach`` are trained for longer."""
+        return "trained" if self.kind == "reach" else "weights"
 
     @property
     def images(self) -> int:
@@ -71,8 +83,9 @@ CASES = (
     Case("evaluate", "two_layer", 5000),
     Case("evaluate", "one_layer", 100_000),
     Case("evaluate", "one_layer", 5000, cores=2),
+    Case("reach", "one_layer", 50_000),
 )
-TINY = (Case("train", "tiny", 2, 4), Case("evaluate", "tiny", 64))
+TINY = (Case("train", "tiny", 2, 4), Case("evaluate", "tiny", 64), Case("reach", "tiny", 5000))
 """For tests of the benchmark itself."""
 
 
@@ -82,7 +95,7 @@ class Job:
 
     Attributes:
         case: the work.
-        files: folder of ``data.npz`` and ``weights_<model>.npz``.
+        files: folder of ``data.npz`` and the weights (see ``benchmarks.prepare``).
         overrides: of the command line of ours.
         whole: train until the validation bound reaches this, nats, instead of being timed in rounds.
         seed: of a whole run.
@@ -101,7 +114,7 @@ class Job:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the weights that every program begins from, by their names in ours; a matrix is (outputs, inputs)."""
-        name = "initial" if self.whole is not None else "weights"
+        name = "initial" if self.whole is not None else self.case.weights
         with np.load(self.files / f"{name}_{self.case.model}.npz") as file:
             return {name: file[name] for name in file.files}
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.cases import BIAS, BIAS_IMAGES
+from benchmarks.reach import ERRORS, REFERENCE_ESTIMATES
+
 BASE = "ours"
 """The row that the others are divided by."""
 
@@ -27,6 +30,8 @@ def markdown(record: dict[str, Any]) -> str:
     cases = record["cases"]
     if cases:
         parts += _cases(record, cases)
+    for case, measured in record["reach"].items():
+        parts += _reach(case, measured)
     if record["whole"]:
         parts.append(_whole(record["whole"]))
     parts += [
@@ -47,7 +52,8 @@ def _time(result: dict[str, Any], results: dict[str, Any], key: str) -> str:
     value, base = _median(result, key), _median(results.get(BASE, {}), key)
     if value is None:
         return "failed" if "failed" in result else ""
-    return _number(value) + (f" ({value / base:.2f})" if base else "")
+    more = "" if result.get("reached", True) else "more than "
+    return more + _number(value) + (f" ({value / base:.2f})" if base else "")
 
 
 def _cases(record: dict[str, Any], cases: dict[str, Any]) -> list[str]:
@@ -103,11 +109,38 @@ def _check(result: dict[str, Any]) -> str:
         return ""
     if "none" in check:
         return str(check["none"])
-    if "nll" in check:
+    if "above" in check:
+        shown = f"{check['above']:+.3f} ± {check['error']:.3f}"
+    elif "nll" in check:
         shown = f"{check['nll']:+.2f} ± {check['error']:.2f}"
     else:
         shown = f"{check['update']:.0e}" + (f" ({check['bound']:.0e})" if "bound" in check else "")
     return shown if check["same"] else f"**other work**: {shown}"
+
+
+def _reach(case: str, measured: dict[str, Any]) -> list[str]:
+    """Return what the table means, the table, and how well the reference agrees with the other methods."""
+    results, reference = measured["results"], measured.get("reference")
+    if reference is None:
+        return [f"{case}: ours failed, so there is no reference."]
+    rows = []
+    for label, result in results.items():
+        if "failed" in result:
+            rows.append([label, "failed", "", "", ""])
+            continue
+        times = [_time(result, results, key) for key in ("ms", "cpu_ms")]
+        rows.append([label, result["shown"], *times, f"{result['bias']:+.3f} ± {result['error']:.3f}"])
+    agreement = ", ".join(f"{label} {_check(result)}" for label, result in results.items() if "check" in result)
+    return [
+        f"{case}: milliseconds an image, medians, at the first effort that shows the mean log p(x) of {BIAS_IMAGES} "
+        f"images to be within {BIAS} nats of the reference by {ERRORS} standard errors, as the next effort does; in "
+        f"brackets divided by that of {BASE}. 'More than': the last effort within {measured['limit']:g} processor "
+        f"seconds of a program did not show it. The reference is {REFERENCE_ESTIMATES} x {reference['k']:,} samples of "
+        f"refined proposals with other noise, {reference['log_px']:.3f} ± {reference['error']:.3f} nats.",
+        _rows(["", "effort", "ms", "ms of the processor", "bias, nats"], rows),
+        "Log p(x) by all estimates of the last effort together, minus the reference, nats. All methods estimate from "
+        f"below, so none may be far above it: {agreement}.",
+    ]
 
 
 def _whole(whole: dict[str, Any]) -> str:

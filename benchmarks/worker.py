@@ -2,7 +2,8 @@
 
 The first line is the job. The worker answers ``ready`` after the first unit of work (after imports, data and
 compilation), then one ``round`` for every ``{"seconds": s}``, and ``done`` at the end of the input. A program runs its
-own loop, data loading included, and calls ``tick`` between two units; waiting there is not timed.
+own loop, data loading included, and calls ``tick`` between two units; waiting there is not timed. In a case of kind
+``reach`` it answers one ``estimate`` for every ``{"effort": e, "seed": s}`` instead.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 import numpy as np
 
-from benchmarks.cases import CHECK_IMAGES, CHECK_K, Case, Job
+from benchmarks.cases import BIAS_IMAGES, CHECK_IMAGES, CHECK_K, Case, Job
 
 VALIDATION_K, VALIDATE_EVERY = 50, 500
 """Samples of the validation bound of a whole run; steps between two of them."""
@@ -51,6 +52,14 @@ class Peer(Protocol):
         ...
 
 
+class Climbing(Peer, Protocol):
+    """A program that is measured in a case of kind ``reach``."""
+
+    def log_px(self, images: np.ndarray, effort: int, seed: int) -> np.ndarray:
+        """Return log p(x) of every binary image (n, pixels), nats, (n,); other noise for every ``seed``."""
+        ...
+
+
 def by_parts(peer: Peer, images: np.ndarray, case: Case, tick: Tick) -> None:
     """Implement ``Peer.evaluate`` by ``nll`` of ``case.images`` at a time."""
     start = 0
@@ -71,6 +80,9 @@ def serve(make: Callable[[Job], Peer]) -> None:
     base = _resident_mb()
     if job.whole is not None:
         _whole(job, peer, answers)
+        return
+    if job.case.kind == "reach":
+        _estimates(job, cast("Climbing", peer), answers)
         return
     checked = _check(job, peer)
     rounds = _Rounds(answers, {"settings": peer.settings, "check": checked})
@@ -146,6 +158,17 @@ def _whole(job: Job, peer: Peer, answers: TextIO) -> None:
     peer.train(tick)
     seconds = curve[-1][1]
     _say(answers, "done", steps=steps, seconds=seconds, validating=validating, curve=curve, settings=peer.settings)
+
+
+def _estimates(job: Job, peer: Climbing, answers: TextIO) -> None:
+    """Estimate log p(x) of the same images with the efforts that are asked for."""
+    images = job.data("test")[:BIAS_IMAGES]
+    _say(answers, "ready", settings=peer.settings)
+    for line in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        log_px = peer.log_px(images, **json.loads(line))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        _say(answers, "estimate", log_px=log_px.tolist(), wall=wall, cpu=cpu)
 
 
 def _say(answers: TextIO, kind: str, **facts: Any) -> None:

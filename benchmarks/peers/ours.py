@@ -19,6 +19,7 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
+from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.runs.runner import Runner
 from iwae_cli.sweeps.ensemble import AT_ONCE
@@ -160,32 +161,42 @@ class Ours:
         self.stderr_mc = float(np.sqrt(v.sum()) / len(images))
         return float(-found.log_px.mean())
 
+    def log_px(self, images: np.ndarray, effort: int, seed: int) -> np.ndarray:
+        """L_k by refined proposals, or with ``evaluation.refine=0`` by q alone."""
+        return self._likelihood(images, effort, seed=seed, refined=self.evaluation.refine != 0).log_px
+
     def _likelihood(
         self,
         images: np.ndarray,
         k: int,
         check: Callable[[], None] = lambda: None,
         on_progress: Callable[[int], None] | None = None,
+        seed: int | None = None,
+        refined: bool = False,
     ) -> Likelihood:
         """One worker for every core."""
-        if not self.session.state.step:
-            self._load_weights()
-        model, evaluation = self.session.model, self.evaluation
-        model.eval()
+        model, evaluation = self.model(), self.evaluation
         try:
             return log_likelihood(
                 model,
                 Split("test", torch.from_numpy(images), ""),
                 k=k,
-                seed=evaluation.seed,
+                seed=evaluation.seed if seed is None else seed,
                 rows=evaluation.rows,
                 workers=None,
                 bf16=evaluation.precision == "bf16",
+                refined=refined,
                 check=check,
                 on_progress=on_progress,
             )
         finally:
             model.train()
+
+    def model(self) -> LatentVariableModel:
+        """Return the model in evaluation mode."""
+        if not self.session.state.step:
+            self._load_weights()
+        return self.session.model.eval()
 
     def _load_weights(self) -> None:
         weights = {name: torch.from_numpy(value) for name, value in self.job.weights().items()}

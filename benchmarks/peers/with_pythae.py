@@ -135,6 +135,11 @@ class Pythae:
                 self.settings += f", batch_size={self._batch_size}"
             return -float(self.model.get_nll(x, n_samples=k, batch_size=min(k, self._batch_size)))
 
+    def log_px(self, images: np.ndarray, effort: int, seed: int) -> np.ndarray:
+        """``get_nll`` of one image at a time: it computes them so, but returns their mean."""
+        torch.manual_seed(seed)
+        return np.array([-self.nll(image[None], effort) for image in images])
+
     def _seconds(self, x: Tensor, k: int, size: int) -> float:
         before = time.perf_counter()
         self.model.get_nll(x, n_samples=min(k, 5000), batch_size=min(k, size))
