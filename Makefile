@@ -9,7 +9,7 @@ help:
 	@echo "make train    create .venv if needed, install the project, run iwae-train"
 	@echo "make test     the same with the developer's tools; run every test and print the ten slowest"
 	@echo "make lint     the same; check style, types and layers"
-	@echo "make bench    the same with JAX, Pythae and Pyro; measure all (an hour; ARGS=--quick takes minutes)"
+	@echo "make bench    the same with JAX, Pythae and Pyro; measure all (under an hour; ARGS=--quick takes minutes)"
 	@echo
 	@echo "ARGS=\"...\"    extra arguments: make train ARGS=\"data=mnist objective.k=50\", make test ARGS=\"-k wheel\""
 	@echo "PYTHON=...    the Python (3.11 or later) that creates the environment"

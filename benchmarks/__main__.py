@@ -35,7 +35,7 @@ STEPS, QUICK_STEPS = 2000, 200
 WARM_UP_SECONDS, ROUND_SECONDS, QUICK_SECONDS = 0.5, 2.0, 1.0
 TRAINED = 10_000
 """Training steps before the case ``reach``: four passes over MNIST, about a minute."""
-CLIMB_SECONDS, TINY_SECONDS = 240.0, 2.0
+CLIMB_SECONDS, TINY_SECONDS = 120.0, 2.0
 """Processor seconds of every program in the case ``reach``."""
 SAMPLES = Ladder(5000, 4)
 """Of q, in the case ``reach``."""
