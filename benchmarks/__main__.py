@@ -358,7 +358,9 @@ def _lines(file: Path) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Measure, write, print; return 1 if a contender that is installed failed or did other work than ours."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three cases, four programs, minutes; all take an hour")
+    parser.add_argument(
+        "--quick", action="store_true", help="three cases, four programs, minutes; all take under an hour"
+    )
     parser.add_argument("--whole", action="store_true", help="whole runs to a validation bound on MNIST, instead")
     parser.add_argument("--cases", help="only these, comma separated: " + ", ".join(c.name for c in (*CASES, *TINY)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
