@@ -246,7 +246,8 @@ def _wanted(error: Mapping[str, Any]) -> str:
     if error["type"] in ("too_long", "too_short"):
         return f"a list of {error['ctx'].get('max_length', error['ctx'].get('min_length'))}"
     if error["type"] == "literal_error":
-        return f"one of {error['ctx']['expected']}".replace("'", "").replace(" or ", ", ")
+        choices = str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+        return f"one of {choices}" if "," in choices else choices
     return _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("'", "")
 
 

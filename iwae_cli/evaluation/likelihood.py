@@ -7,6 +7,7 @@ Source of the protocol: Burda, Grosse, Salakhutdinov 2016, arXiv 1509.00519 (k =
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.core.progress import Progress
@@ -39,6 +40,8 @@ from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
 from iwae_cli.record.summary import split_rows
+
+log = logging.getLogger("iwae_cli")
 
 CHUNK = 8 * BLOCK
 """Samples of one image that the model scores at once; the number of images at once fills the remaining rows."""
@@ -84,19 +87,19 @@ class Likelihood:
 
 
 def check_refine(evaluation: Evaluation, model: Architecture, data: Data | None = None) -> None:
-    """Raise UserError if ``evaluation.refine`` asks for what there is not; without ``data`` for any data."""
+    """Raise UserError if ``evaluation.refine`` is not possible for this model, or has more images than ``data``."""
     if evaluation.refine == "all":
         if model.discrete:
             raise UserError(f"evaluation.refine=all: {DISCRETE}; write evaluation.refine=0")
     elif data is not None:
-        sizes = {name: len(getattr(data, name)) for name in evaluation.splits}
-        largest = max(sizes, key=lambda name: sizes[name])
-        # The default serves data sets with fewer images, too.
-        if evaluation.refine > max(sizes[largest], DEFAULT_REFINED):
-            raise UserError(
-                f"evaluation.refine={evaluation.refine} is more than the {sizes[largest]:,} images of {largest}; "
-                "write evaluation.refine=all"
-            )
+        for name in evaluation.splits:
+            images = len(getattr(data, name))
+            # The default serves data sets with fewer images, too: it takes a smaller split whole.
+            if evaluation.refine > images and evaluation.refine != DEFAULT_REFINED:
+                raise UserError(
+                    f"evaluation.refine={evaluation.refine} is more than the {images:,} images of {name}; "
+                    "write evaluation.refine=all, or evaluation.splits without it"
+                )
 
 
 @final
@@ -129,16 +132,17 @@ class LogLikelihood(Estimator):
             hashes[name] = split.sha256
             kept = {"": likelihood}
             images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
-            if images and (reason := why_not(model)):
-                numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {reason}"
-            elif images:
-                first = replace(split, x=split.x[:images])
+            if images:
                 with Progress(f"refining {name}", total=images, unit="image") as progress:
-                    refined = log_likelihood(model, first, refined=True, on_progress=progress.update, **how)
-                found, why = summarize_gap(likelihood, refined, split.x.shape[1])
-                numbers[name] |= found
-                missing |= why
-                kept["refined_"] = refined
+                    first = replace(split, x=split.x[:images])
+                    refined = _refined(model, first, on_progress=progress.update, **how)
+                if isinstance(refined, str):
+                    numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {refined}"
+                else:
+                    found, why = summarize_gap(likelihood, refined, split.x.shape[1])
+                    numbers[name] |= found
+                    missing |= why
+                    kept["refined_"] = refined
             reasons |= {f"{name}.{key}": reason for key, reason in missing.items()}
             for prefix, values in kept.items():
                 for key in ("log_px", "ess", "khat", "top_weight"):
@@ -151,6 +155,23 @@ class LogLikelihood(Estimator):
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
         return Estimates(numbers, split_rows(numbers), hashes, reasons, arrays)
+
+
+def _refined(model: LatentVariableModel, split: Split, **how: Any) -> Likelihood | str:
+    """Return L_k by refined proposals, or why there is none: what q has found is not to be lost by that."""
+    if (reason := why_not(model)) is not None:
+        return reason
+    try:
+        found = log_likelihood(model, split, refined=True, **how)
+    except (UserError, Interrupted, MemoryError):
+        raise
+    except Exception as error:  # a class from outside may refuse latents that a Gaussian draws
+        log.info("how the refined proposals failed", exc_info=True)
+        return f"a Gaussian for h_1 does not serve this model ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+    lost = int((~np.isfinite(found.log_px)).sum())
+    return (
+        f"L_{found.k} by the refined proposal is not finite for {lost} of {len(found.log_px)} images" if lost else found
+    )
 
 
 def log_likelihood(
@@ -334,7 +355,8 @@ def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int) -> tuple[d
     numbers, missing = summarize(refined, pixels)
     reasons = {f"refined.{key}": reason for key, reason in missing.items()}
     n = len(refined.log_px)
-    gap = refined.log_px - by_q.log_px[:n]
+    with np.errstate(invalid="ignore"):
+        gap = refined.log_px - by_q.log_px[:n]
     broken = "L_k of q or of the refined proposal is not finite for some image"
     found: dict[str, Any] = {
         "gap_q": finite(gap.mean(), "gap_q", reasons, broken),

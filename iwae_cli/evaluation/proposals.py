@@ -36,7 +36,7 @@ WIDEN = 1.1
 DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
 
 STEPS, DRAWS, RATE_LOC, BETAS = 200, 8, 0.1, (0.9, 0.99)
-MOMENT_DRAWS = 256
+MOMENT_DRAWS, LEAST_SCALE = 256, 0.2
 
 
 @runtime_checkable
@@ -188,7 +188,7 @@ def _maximize_elbo(
     Adam follows the path derivative (Roeder, Wu, Duvenaud 2017, arXiv 1703.09194), whose noise vanishes where the
     Gaussian is the posterior: the effective sample size is two to three times that by the whole derivative.
     """
-    loc, scale = _moments(model.inference, x, noise)
+    loc, scale = _moments(model, x, noise)
     n, size = loc.shape
     # In units of q: h = loc + scale (shift + triangle eps).
     shift, log_diagonal = torch.zeros(2, n, size, dtype=loc.dtype, device=loc.device)
@@ -216,13 +216,24 @@ def _maximize_elbo(
         schedule.step()
     with torch.no_grad():
         triangle = below.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        return loc + scale * shift, scale[..., None] * triangle
+        fitted = loc + scale * shift, scale[..., None] * triangle
+        # Where a fit has diverged, the moments of q are a proposal as valid.
+        diverged = ~torch.stack([part.flatten(1).isfinite().all(1) for part in fitted]).all(0)  # (n,)
+        return (
+            torch.where(diverged[:, None], loc, fitted[0]),
+            torch.where(diverged[:, None, None], torch.diag_embed(scale), fitted[1]),
+        )
 
 
 @torch.no_grad()
 def _moments(
-    inference: InferenceChain, x: Float[Tensor, "n pixels"], noise: Noise
+    model: LatentVariableModel, x: Float[Tensor, "n pixels"], noise: Noise
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Return mean and standard deviation of q(h_1|x), from draws, since a ``Conditional`` need not know its own."""
+    """Return mean and standard deviation of q(h_1|x), from draws, since a ``Conditional`` need not know its own.
+
+    A q that is too sure is widened to a share of the spread of h_1 under p: the fit narrows a scale more easily.
+    """
+    inference = model.inference
     drawn, _ = inference.layers[0].sample(x / inference.white, MOMENT_DRAWS, len(x), 1, noise)
-    return drawn.mean(0), drawn.std(0)
+    of_p, _ = model.generative.sample(MOMENT_DRAWS, noise)
+    return drawn.mean(0), torch.maximum(drawn.std(0), LEAST_SCALE * of_p[0][0].std(0))

@@ -32,7 +32,8 @@ class Evaluation:
         precision: ``float32``: that of the device. ``bf16``: products of bfloat16 numbers with float32 sums, for
             Gaussian models of binary pixels on a CPU; the shift of NLL_k is measured on some images and reported.
         refine: images of each split, the first ones, on which NLL_k is measured by refined proposals too; ``all``, or
-            0 for none. A split with fewer images is taken whole.
+            0 for none. 200, the default, takes a smaller split whole. Twenty images are computed together, with 64
+            samples at least, also if ``rows`` is less.
     """
 
     k: int

@@ -10,6 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+RECIPE = 1
+"""Of refined proposals: raise it where their fit or their mixture changes, so that no older result answers."""
+
 LONGEST_PART = 40
 """Characters of one readable part of a folder's name."""
 
@@ -61,7 +64,7 @@ def evaluation_name(config: Mapping[str, Any]) -> str:
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config)}
     if evaluation.get("refine", 0):  # missing in older records
-        parts["refine"] = evaluation["refine"]
+        parts |= {"refine": evaluation["refine"], "recipe": RECIPE}
     return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
 
 

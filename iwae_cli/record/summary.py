@@ -16,6 +16,11 @@ SPLITS = ("test", "validation", "train")
 COLUMNS = (*SPLITS, "inference", "generative")
 """Parts of a key that become a column: rows with one label and different columns are printed side by side."""
 
+LIMIT = 0.05
+"""Nats of bias that have a warning."""
+ENOUGH = 50
+"""Samples from which on their effective size is judged."""
+
 Row = tuple[str, str, str]
 """(label, dotted key in ``result.json``, format); a list of them is ``result["rows"]``."""
 
@@ -25,8 +30,8 @@ SPLIT_ROWS: Sequence[Row] = (
     ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
     ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
     ("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
-    ("  too high by at least: gap_q", "gap_q", "{:.2f}"),
-    ("    standard error, paired", "gap_q_stderr", "± {:.2f}"),
+    ("  too high by at least: gap_q", "gap_q", "{:.3f}"),
+    ("    standard error, paired", "gap_q_stderr", "± {:.3f}"),
     ("    first images, refined", "refined.n", "{:,}"),
     ("NLL_{k} by refined proposals, nats", "nll_refined", "{:.2f}"),
     ("  refined: stderr_images", "refined.stderr_images", "± {:.2f}"),
@@ -105,53 +110,56 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]
     return columns, lines
 
 
-def reliability_warning(splits: Mapping[str, Mapping[str, Any]]) -> str | None:
+def reliability_warning(splits: Mapping[str, Mapping[str, Any]], by: str = "q") -> str | None:
     """Return one sentence that says by how much L_k is not reliable, and what to type; None if nothing is wrong.
 
-    Where refined proposals have measured how much too high NLL_k by q is, that decides. Elsewhere signs do: bias, and
-    shares of images, not k-hat, since good models have many images with a high k-hat and hardly any bias.
+    Where refined proposals have measured how much too high NLL_k by q is, that decides, unless the error is too large.
+    Elsewhere signs do: bias, and shares of images, not k-hat, since good models have many images with a high k-hat and
+    hardly any bias.
 
     Args:
         splits: the numbers of L_k by split, as in ``result.json``.
+        by: the proposals of these numbers.
     """
-    # One sample has by definition an effective size of 1 and all of the weight.
-    judged = {name: split for name, split in splits.items() if split["k"] > 1}
-    measured = {name: split for name, split in judged.items() if split.get("gap_q") is not None}
-    found = [(name, words) for name, split in judged.items() if (words := _fault(split, name in measured))]
-    if not found:
-        return None
-    if not measured:
-        advice = "estimator=ais" if any("gap_q" in split for split in judged.values()) else "evaluation.refine=200"
-        advice += " measures by how much"
-    elif all("nll_refined" in split for split in measured.values()):
-        advice = "differences of this size between models say nothing, compare them by nll_refined"
+    high, signs, advice = [], [], "estimator=ais measures by how much"
+    for name, split in splits.items():
+        gap, error = split.get("gap_q"), split.get("gap_q_stderr")
+        if "gap_q" not in split and by == "q":
+            advice = "evaluation.refine=200 measures by how much"
+        if gap is not None and error is not None and gap > max(LIMIT, 2 * error):
+            n = "all" if "nll_refined" in split else f"the first {split['refined']['n']:,}"
+            high.append(f"{gap:.2f} \N{PLUS-MINUS SIGN} {error:.2f} nats on {n} images of {name}")
+        elif gap is None or error is None or gap + 2 * error > LIMIT or _signs(split["refined"]):
+            signs += [f"{sign} of {name}" for sign in _signs(split)]
+    if not high:
+        return f"NLL_{_k(splits)} by {by} may be too high, with {' and '.join(signs)}: {advice}" if signs else None
+    measured = [split for split in splits.values() if split.get("refined")]
+    if any(_signs(split["refined"]) for split in measured):
+        advice = "so few draws do not show the whole gap, estimator=ais does"
+    elif all("nll_refined" in split for split in measured):
+        advice = "compare models by nll_refined, since smaller differences say nothing"
     else:
-        advice = "differences of this size between models say nothing, evaluation.refine=all measures them"
-    where = "; ".join(f"{name} {words}" for name, words in found)
-    return f"NLL_{next(iter(judged.values()))['k']} by q is too high, {where}: {advice}"
+        advice = "evaluation.refine=all measures every image, since smaller differences between models say nothing"
+    return f"NLL_{_k(splits)} by {by} is too high by at least {' and '.join(high)}: {advice}"
 
 
-def _fault(split: Mapping[str, Any], measured: bool) -> str:
-    """Return in words what is wrong with L_k of a split; empty if nothing is."""
-    if not measured:
-        return " and ".join(_signs(split))
-    gap, error, weak = split["gap_q"], split["gap_q_stderr"], _signs(split["refined"])
-    by = f"{gap:.2f}" if error is None else f"{gap:.2f} \N{PLUS-MINUS SIGN} {error:.2f}"
-    found = [f"by at least {by} nats"] if gap > 0.05 else []
-    return " and ".join([*found, *(f"{sign} even by refined proposals" for sign in weak)])
+def _k(splits: Mapping[str, Mapping[str, Any]]) -> int:
+    return int(next(split["k"] for split in splits.values()))
 
 
 def _signs(split: Mapping[str, Any]) -> list[str]:
     """Return what shows that L_k of a split is far below log p(x)."""
     bias, ess, top = (split.get(key) for key in ("bias_mc", "ess_share_below_10", "top_weight_share_above_0.5"))
-    signs = []
-    if bias is not None and abs(bias) > 0.05:
-        signs.append(f"by at least {abs(bias):.2f} nats (bias_mc)")
+    if bias is not None and abs(bias) > LIMIT:
+        return [f"a bias_mc of {bias:+.2f}"]
+    # Few samples always have a small effective size, and one of them much of the weight.
+    if split["k"] < ENOUGH:
+        return []
     if ess is not None and ess > 0.05:
-        signs.append(f"with an effective sample size below 10 in {ess:.1%} of the images")
-    elif top is not None and top > 0.01:
-        signs.append(f"with a top weight above 0.5 in {top:.1%} of the images")
-    return signs
+        return [f"an effective sample size below 10 in {ess:.1%} of the images"]
+    if top is not None and top > 0.01:
+        return [f"a top weight above 0.5 in {top:.1%} of the images"]
+    return []
 
 
 def result_table(

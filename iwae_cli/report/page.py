@@ -25,6 +25,7 @@ CURVES = 5
 PICTURES = 20_000_000
 """Bytes of pictures in a page."""
 MEASURED = {
+    "Reconstruction": ("train/reconstruction", "nats", "during training, E_q[log p(x|h)]"),
     "KL of every layer": ("train/kl/", "nats", "during training, E_q[log q - log p]"),
     "Effective sample size": ("train/ess", "draws", "during training, of the draws of an image"),
     "Gradient norms": ("train/gradient_norm/", "norm", "during training, of p and of q"),

@@ -56,14 +56,16 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Unreliable estimates: a line with the number of runs, then the warning of the worst one."""
-        weak = [(s, warned) for s in self.scored if (warned := reliability_warning({s.split: s.numbers}))]
+        """Unreliable estimates among those compared: a line with the number of runs, then the warning of the worst."""
+        judged = [s for table in self.tables for cell in table.cells for s in table.compared(cell).runs]
+        by = {True: "refined proposals", False: "q"}
+        weak = [(s, words) for s in judged if (words := reliability_warning({s.split: s.numbers}, by[s.refined]))]
         if not weak:
             return []
         worst, words = max(
             weak, key=lambda pair: max(abs(pair[0].numbers.get(key) or 0) for key in ("gap_q", "bias_mc"))
         )
-        count = f"{len(weak)} of {len(self.scored)} runs have weak estimates of log p(x)"
+        count = f"weak estimates of log p(x): {len(weak)} of {len(judged)} runs"
         return [f"{count}; of the worst, {worst.run.identity}:", words]
 
     def below(self, listed: int | None = None) -> list[str]:

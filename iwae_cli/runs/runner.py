@@ -162,7 +162,7 @@ class Runner:
         for key, value in self.state.plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif key in now and now[key] != value:
+            elif key in now and now[key] != value and not self.trainer.is_done:
                 log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
         self.model.load_state_dict(self.state.model)
         kept, per_pass = {step for step, _ in read_history(self.folder.path)}, self.trainer.steps_per_pass

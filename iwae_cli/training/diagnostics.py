@@ -21,8 +21,8 @@ from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.objectives.base import Objective
 
 EVERY = 500
-"""One step in so many of a pass is measured, in the time of two to four others. So is the last step of a pass that is
-validated, since the validation takes longer: with few steps in a pass only such passes have diagnostics."""
+"""One step in so many of a pass is measured, in the time of two to four others. So is the last whole minibatch of every
+validated pass, since the validation takes longer: with few steps in a pass only such passes have diagnostics."""
 
 
 def diagnostics(
@@ -37,8 +37,8 @@ def diagnostics(
     - ``train/gradient_norm/p``, ``train/gradient_norm/q``: Euclidean norm of the gradient of the objective's loss,
       without a roulette; absent for a network that is not trained.
 
-    Neither ``model`` nor ``objective`` is changed, whatever their classes count or remember. KL and reconstruction are
-    absent for a model whose networks are not the two chains: they may have other factors.
+    Neither ``model`` nor ``objective`` is changed, also where their classes count or remember. KL and reconstruction
+    are absent for a model whose networks are not the two chains: they may have other factors.
     """
     model, objective = copy.deepcopy((model, objective))
     particles = model.draw(x, objective.num_samples, noise)

@@ -159,8 +159,11 @@ class Trainer:
         factor = self.schedule.factor(pass_index)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
-        is_last = in_pass + 1 == self.steps_per_pass and self._is_validated(pass_index + 1)
-        if self._measures and (is_last or (in_pass + 1) % EVERY == 0):
+        # The last minibatch of a pass may hold a single image: it is never measured, unless it is the only one.
+        rows, _ = self.minibatches.shape
+        number, whole = in_pass + 1, len(self.minibatches.data.train) // rows
+        due = number % EVERY == 0 or (number == whole and self._is_validated(pass_index + 1))
+        if self._measures and due and number <= whole:
             self._measure(step)
 
     def _measure(self, step: int) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core import noise as noise_module
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.data.base import Split
+from iwae_cli.evaluation import proposals
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, SHARE, refine, why_not
 from iwae_cli.models.architectures.conv import GaussianConvolutional
@@ -85,6 +87,34 @@ def test_its_bounds_are_below_log_p_in_expectation() -> None:
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(200)
 
 
+def test_the_fit_and_the_estimate_share_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proposal fitted to the draws that it is scored on would exceed log p(x)."""
+    keys: list[tuple[object, ...]] = []
+    derive = noise_module.derive
+    monkeypatch.setattr(noise_module, "derive", lambda *key: keys.append(key) or derive(*key))
+    model = built(GaussianMLP([4, 3], [[8], [6]]))
+    x = drawn(model, 5)
+    proposal = refine(model, x, range(5), 3, "test")
+    of_fit = set(keys)
+    keys.clear()
+    with torch.no_grad():
+        proposal.sample(x, 100, KeyedNoise(3, "test", range(5), dtype=torch.float64))
+    assert of_fit and keys and of_fit.isdisjoint(keys)
+    assert all(3 in key and "test" in key for key in of_fit), "another seed or split is another fit"
+    assert not torch.equal(refine(model, x, range(5), 4, "test").loc, proposal.loc)
+    assert not torch.equal(refine(model, x, range(5), 3, "train").loc, proposal.loc)
+
+
+def test_where_a_fit_diverges_q_itself_is_the_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_dimensional()
+    x = drawn(model, 30)
+    monkeypatch.setattr(proposals, "RATE_LOC", math.inf)
+    lost = log_likelihood(model, split_of(x), k=500, seed=0, rows=10**5, refined=True)
+    by_q = log_likelihood(model, split_of(x), k=500, seed=0, rows=10**5)
+    error = np.sqrt(1 / lost.ess + 1 / by_q.ess)
+    assert (np.abs(lost.log_px - by_q.log_px) < 6 * error).all()
+
+
 def test_its_estimate_agrees_with_quadrature() -> None:
     model = two_dimensional()
     x = drawn(model, 40)
@@ -94,6 +124,19 @@ def test_its_estimate_agrees_with_quadrature() -> None:
     assert (np.abs(refined.log_px - log_px) < 5 * error).all()
     by_q = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5)
     assert np.median(refined.ess) > 3 * np.median(by_q.ess)
+
+
+def test_a_q_that_is_too_sure_is_left_behind() -> None:
+    """Its scale is e^-8 of what it was; the fit is not bound to it."""
+    model = built(LinearGaussianModel([3]))
+    x = drawn(model, 20)
+    with torch.no_grad():
+        model.inference.layers[0].log_diagonal.sub_(8)
+        exact = model.generative.exact_log_px(x).numpy()
+    refined = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000, refined=True)
+    by_q = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000)
+    assert refined.ess.min() > 250 and (by_q.log_px < exact - 3).all()
+    assert (np.abs(refined.log_px - exact) < 5 * np.sqrt(1 / refined.ess)).all()
 
 
 def test_no_weight_exceeds_that_of_q_alone_divided_by_its_share() -> None:

@@ -18,7 +18,7 @@ DISCRETE = ("model=discrete", "model.latent_sizes=[3]", "objective=vimco", "obje
 
 def asked(refine: str, *overrides: str) -> tuple[str, ...]:
     kept = [item for item in TINY if not item.startswith(("model.", "evaluation.refine", "evaluation.splits"))]
-    model = () if overrides else TINY[:2]
+    model = () if DISCRETE[0] in overrides else TINY[:2]
     return (*model, *kept, "evaluation.splits=[test,validation]", f"evaluation.refine={refine}", *overrides)
 
 
@@ -65,8 +65,9 @@ def test_with_all_the_whole_split_has_its_refined_number_and_nll_stays_what_it_w
     ("refine", "overrides", "message"),
     [
         ("-1", (), "evaluation.refine must be >= 0, got -1"),
-        ("some", (), "evaluation.refine must be an integer or one of all, got some"),
+        ("some", (), "evaluation.refine must be an integer or all, got some"),
         ("251", (), "evaluation.refine=251 is more than the 250 images of test; write evaluation.refine=all"),
+        ("1000", ("evaluation.splits=[train,validation]",), "=1000 is more than the 250 images of validation"),
         ("all", DISCRETE, "evaluation.refine=all: a Gaussian is fitted to real latents"),
     ],
 )
@@ -84,6 +85,20 @@ def test_discrete_latents_have_a_reason_instead_of_a_gap(tmp_path: Path) -> None
     assert result["test"]["gap_q"] is None and "refined" not in result["test"]
     assert "real latents" in result["reasons"]["test.gap_q"]
     assert result["test"]["nll"] is not None
+
+
+def test_a_model_that_a_gaussian_does_not_serve_keeps_what_q_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a class from outside whose latents are positive; after a training no number may be lost by that."""
+
+    def refused(*arguments: object) -> None:
+        raise ValueError("Expected value argument within the support")
+
+    monkeypatch.setattr(likelihood, "refine", refused)
+    result = read_json(finished(tmp_path, *asked("30")) / "result.json")
+    assert result["test"]["gap_q"] is None and "refined" not in result["test"] and result["test"]["nll"] > 0
+    assert "ValueError: Expected value argument within the support" in result["reasons"]["test.gap_q"]
 
 
 def test_the_default_serves_data_with_fewer_images() -> None:

@@ -89,7 +89,7 @@ def test_rows_of_any_estimator_are_printed_from_the_file_alone() -> None:
 def test_an_unreliable_number_has_a_warning_and_one_sample_has_none(changed: dict[str, float]) -> None:
     text = table(test=split(**changed), validation=split(**changed))
     (warning,) = [line for line in text.splitlines() if line.startswith("warning: ")]
-    assert "test " in warning and "validation " in warning and "evaluation.refine=200" in warning
+    assert "of test" in warning and "of validation" in warning and "evaluation.refine=200" in warning
     assert summary.reliability_warning({"test": split(**{**changed, "k": 1, "bias_mc": None})}) is None
 
 
@@ -97,16 +97,27 @@ def test_a_measured_gap_is_the_warning_and_a_small_one_is_none() -> None:
     """Weak signs of q do not matter once its gap is known."""
     weak = {"bias_mc": -0.11, "ess_share_below_10": 0.6}
     measured = weak | {"gap_q": 0.98, "gap_q_stderr": 0.15, "refined": split(n=200)}
-    text = table(test=split(**measured), validation=split(**measured | {"gap_q": 0.04}))
+    text = table(test=split(**measured), validation=split(**measured | {"gap_q": 0.04, "gap_q_stderr": 0.004}))
     (warning,) = [line for line in text.splitlines() if line.startswith("warning: ")]
-    assert "NLL_5000 by q is too high, test by at least 0.98 ± 0.15 nats:" in warning
+    assert "NLL_5000 by q is too high by at least 0.98 ± 0.15 nats on the first 200 images of test:" in warning
     assert "evaluation.refine=all" in warning and "bias_mc" not in warning and "validation" not in warning
     whole = measured | {"nll_refined": 85.5}
     text = table(test=split(**whole))
-    assert "compare them by nll_refined" in text and "NLL_5000 by refined proposals, nats 85.50" in squeezed(text)
-    # Where even the refined proposals are weak, that is said.
-    text = table(test=split(**measured | {"gap_q": 0.0, "refined": split(bias_mc=-0.2)}))
-    assert "by at least 0.20 nats (bias_mc) even by refined proposals" in text
+    assert "compare models by nll_refined" in text
+    assert "NLL_5000 by refined proposals, nats 85.50" in squeezed(text)
+    # Where even the refined proposals are weak, another estimator is needed.
+    text = table(test=split(**measured | {"refined": split(bias_mc=-0.2)}))
+    assert "estimator=ais" in text and "nll_refined" not in text
+
+
+@pytest.mark.parametrize("error", [0.1, None])
+def test_a_gap_of_few_images_settles_nothing(error: float | None) -> None:
+    """Then the signs of q count; a gap that its error may explain is no warning by itself."""
+    gap = {"gap_q": 0.06, "gap_q_stderr": error, "refined": split(n=2)}
+    assert "warning" not in table(test=split(**gap))
+    assert "an effective sample size below 10 in 60.0% of the images of test" in table(
+        test=split(**gap, ess_share_below_10=0.6)
+    )
 
 
 def test_without_refined_proposals_the_advice_is_another_estimator() -> None:

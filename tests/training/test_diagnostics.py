@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_runs import TINY, finished, last_of_each
 from test_compiled import batch
 from test_shared_parameter import with_shared_bias
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from iwae_cli.objectives.piwae import PIWAE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.training import trainer
 from iwae_cli.training.diagnostics import diagnostics
 from iwae_cli.training.steps.plain import PlainStep
 
@@ -234,3 +237,16 @@ def test_what_a_users_classes_count_is_left_alone_and_other_chains_have_no_kl() 
     assert set(found) == {"train/ess", "train/gradient_norm/p", "train/gradient_norm/q"}
     assert objective.calls == 0 and len(before) > 8
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_few_images_that_a_pass_ends_with_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,297 images in batches of 81 leave one over."""
+    rows: list[int] = []
+
+    def counted(model: Any, objective: Any, x: torch.Tensor, noise: Any) -> dict[str, float]:
+        rows.append(len(x))
+        return {"train/kl/1": 1.0}
+
+    monkeypatch.setattr(trainer, "diagnostics", counted)
+    finished(tmp_path, *last_of_each(*TINY, "batch_size=81"))
+    assert rows == [81, 81]
