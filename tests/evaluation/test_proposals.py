@@ -135,7 +135,7 @@ def test_a_q_that_is_too_sure_is_left_behind() -> None:
         exact = model.generative.exact_log_px(x).numpy()
     refined = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000, refined=True)
     by_q = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000)
-    assert refined.ess.min() > 250 and (by_q.log_px < exact - 3).all()
+    assert np.median(refined.ess) > 350 and (by_q.log_px < exact - 3).all()
     assert (np.abs(refined.log_px - exact) < 5 * np.sqrt(1 / refined.ess)).all()
 
 
