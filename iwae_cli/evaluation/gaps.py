@@ -176,9 +176,9 @@ class Gaps(Estimator):
         above = "" if len(subject.model.inference.layers) == 1 else "; the layers above are those of q"
         notes = [
             f"q* is the best {'diagonal' if diagonal else 'full'} Gaussian for h_1 of each image{above}",
-            "log p^ is the higher of two lower bounds in expectation, and the choice adds less than .4 of the Monte Carlo "
-            "error of their difference; but for that the total gap is at least this, and but for what the fit of q* "
-            "misses, so is the approximation gap",
+            "log p^ is the higher of two lower bounds in expectation, and the choice adds less than .4 of the Monte "
+            "Carlo error of their difference; but for that the total gap is at least this, and but for what the fit of "
+            "q* misses, so is the approximation gap",
         ]
         for name in subject.evaluation.splits:
             split = subject.data.evaluation_split(name, subject.evaluation.binarization_seed, self.images)

@@ -160,9 +160,9 @@ class Sandwich(Estimator):
         notes = [
             f"in expectation L_{self.k} is at most and U_{self.k} at least log p(x) of the model's own draws: their "
             f"difference bounds the bias of NLL_{self.k} on simulated data, not on the test data",
-            f"stderr_mc is of L_{self.k} alone. U_{self.k} also depends on how often an exact draw fell where q is small: "
-            f"stderr_gap contains that, but a part that holds less than about 1/{self.simulated:,} of the posteriors is "
-            "not seen",
+            f"stderr_mc is of L_{self.k} alone. U_{self.k} also depends on how often an exact draw fell where q is "
+            "small: stderr_gap contains that, but a part that holds less than about "
+            f"1/{self.simulated:,} of the posteriors is not seen",
             "forward: with an exact draw of the posterior among the samples; where this effective sample size is much "
             "smaller than that of q's own draws, q misses a part of the posterior",
         ]
