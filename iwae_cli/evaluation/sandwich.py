@@ -158,8 +158,11 @@ class Sandwich(Estimator):
         arrays |= {"simulated_ess": found.ess, "simulated_forward_ess": found.forward_ess}
         arrays |= {} if found.exact is None else {"simulated_exact": found.exact}
         notes = [
-            f"log p(x) of the model's own draws lies between L_{self.k} and U_{self.k}, within stderr_mc, which they "
-            f"share: their difference bounds the bias of NLL_{self.k} on simulated data, not on the test data",
+            f"in expectation L_{self.k} is at most and U_{self.k} at least log p(x) of the model's own draws: their "
+            f"difference bounds the bias of NLL_{self.k} on simulated data, not on the test data",
+            f"stderr_mc is of L_{self.k} alone. U_{self.k} also depends on how often an exact draw fell where q is "
+            "small: stderr_gap contains that, but a part that holds less than about "
+            f"1/{self.simulated:,} of the posteriors is not seen",
             "forward: with an exact draw of the posterior among the samples; where this effective sample size is much "
             "smaller than that of q's own draws, q misses a part of the posterior",
         ]
@@ -167,13 +170,15 @@ class Sandwich(Estimator):
 
     def _numbers(self, found: Bounds, reasons: dict[str, str]) -> dict[str, Any]:
         broken = "a log-weight is not finite"
-        one = "one observation has no standard error" if self.simulated == 1 else broken
+        alone = "one observation has no standard error" if self.simulated == 1 else broken
+        one = dict.fromkeys(("stderr_gap", "stderr_upper", "stderr_images"), alone)
         gap = found.upper[self.k] - found.lower[self.k]
         numbers: dict[str, Any] = {
             "n": self.simulated,
             "k": self.k,
             "gap": float(gap.mean()),
             "stderr_gap": standard_error(gap),
+            "stderr_upper": standard_error(found.upper[self.k]),
             "stderr_images": standard_error(found.lower[self.k]),
             "stderr_mc": math.sqrt(np.maximum(0, 1 / found.ess - 1 / self.k).sum()) / self.simulated,
         }
@@ -185,7 +190,7 @@ class Sandwich(Estimator):
                 f"{prefix}ess_min": float(ess.min()),
                 f"{prefix}ess_share_below_10": math.nan if np.isnan(ess).any() else float((ess < 10).mean()),
             }
-        numbers = without_nan(numbers, "simulated.", reasons, broken, stderr_gap=one, stderr_images=one)
+        numbers = without_nan(numbers, "simulated.", reasons, broken, **one)
         for name, bounds in (("upper_bounds", found.upper), ("bounds", found.lower)):
             numbers[name] = {
                 str(m): finite(values.mean(), f"simulated.{name}.{m}", reasons, broken) for m, values in bounds.items()
@@ -201,8 +206,9 @@ class Sandwich(Estimator):
         rows += [("exact log p(x), nats", "exact", "{:.3f}")] if "exact" in numbers else []
         rows += [(lower.get(m, f"L_{m}, nats"), f"bounds.{m}", "{:.3f}") for m in reversed(levels)]
         rows += [
-            ("  other observations: stderr_images", "stderr_images", "± {:.2f}"),
-            ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
+            (f"  L_{self.k}, other observations: stderr_images", "stderr_images", "± {:.2f}"),
+            (f"  L_{self.k}, other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
+            (f"  U_{self.k}, other observations: stderr_upper", "stderr_upper", "± {:.2f}"),
             ("simulated observations", "n", "{:,}"),
             ("effective sample size, median", "ess_median", "{:,.1f}"),
             ("effective sample size, least", "ess_min", "{:,.1f}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 import time
@@ -34,6 +35,8 @@ from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision
 from iwae_cli.training import checkpoint
 from iwae_cli.training.checkpoint import State
+
+log = logging.getLogger("iwae_cli")
 
 
 @oom_as_run_failed()
@@ -163,9 +166,10 @@ def evaluate(
     try:
         found = estimator.estimate(subject, check)
     except UserError:
-        # Refused: nothing stays behind.
+        # Refused: nothing stays behind, but for what another evaluation has put there.
         with suppress(OSError):
             place.rmdir()
+            place.parent.rmdir()
         raise
     result = {
         **_facts(subject, device, config, state, step),
@@ -197,7 +201,12 @@ def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: d
             raise
         except Exception as error:
             # As in a run: no error of a drawing library takes the numbers away.
-            reasons["figures"] = f"{type(error).__name__}: {error}"
+            reasons["figures"] = why = f"{type(error).__name__}: {error}"
+            log.warning(
+                "%s is missing: %s; it is drawn again by the same command once %s is removed",
+                *(name, why, shown(place / "result.json")),
+            )
+            log.info("how it failed", exc_info=True)
     return drawn
 
 

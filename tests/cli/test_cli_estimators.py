@@ -76,10 +76,13 @@ def test_annealing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_refused_estimator_leaves_nothing(estimator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     discrete = ("model=discrete", "model.latent_sizes=[3]", "objective=vimco", "objective.k=5")
     folder = finished(tmp_path, *discrete, *(item for item in TINY if not item.startswith("model.")))
-    before = snapshot(folder)
-    assert evaluate([str(folder), f"estimator={estimator}"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert snapshot(folder) == before and not kept(folder, estimator)
+    for earlier in ("an evaluation", "none"):
+        before = snapshot(folder)
+        assert evaluate([str(folder), f"estimator={estimator}"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert snapshot(folder) == before and not kept(folder, estimator)
+        assert (folder / "evaluations").exists() == (earlier == "an evaluation")
+        shutil.rmtree(folder / "evaluations", ignore_errors=True)
 
 
 def test_a_sandwich_is_printed_and_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +92,9 @@ def test_a_sandwich_is_printed_and_reported(run_folder: Path, capsys: pytest.Cap
     result = read_json(folder / "result.json")
     numbers = result["simulated"]
     assert numbers["bounds"]["1"] < numbers["bounds"]["50"] < numbers["upper_bounds"]["50"]
-    assert result["notes"][0] in out
+    assert all(note in out for note in result["notes"])
     shown = {label: form.format(number_at(result, key)) for label, key, form in result["rows"]}
-    assert len(shown) == 17 and {"U_50 - L_50, nats", "U_1 (EUBO), nats", "L_1 (ELBO), nats"} < set(shown)
+    assert len(shown) == 18 and {"U_50 - L_50, nats", "U_1 (EUBO), nats", "L_1 (ELBO), nats"} < set(shown)
     printed = [" ".join(line.split()) for line in out.splitlines()]
     assert all(f"{label.strip()} {value}" in printed for label, value in shown.items())
     with np.load(folder / "estimates.npz") as arrays:
@@ -123,7 +126,10 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 
 @pytest.mark.usefixtures("drawn_pictures")
 def test_a_grid_with_its_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 100}.items():
         monkeypatch.setattr(f"iwae_cli.evaluation.grid.{name}", fewer)
@@ -147,13 +153,19 @@ def test_a_grid_with_its_picture(
     picture = (place / "posteriors.png").read_bytes()
     (place / "posteriors.png").unlink()
     assert evaluate([str(folder), *GRID]) == 0 and (place / "posteriors.png").read_bytes() == picture
-    # Another k is another evaluation. No picture: the numbers are there, and the reason.
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
-    assert evaluate([str(folder), *GRID, "evaluation.k=20"]) == 0
+    # Another k is another evaluation. No picture: the numbers are there, and the reason, and what to do about it.
+    with monkeypatch.context() as broken:
+        broken.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+        assert evaluate([str(folder), *GRID, "evaluation.k=20"]) == 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     (other,) = set(kept(folder, "grid")) - {place}
     result = read_json(other / "result.json")
     assert result["test"]["k"] == 20 and result["figures"] == [] and "ZeroDivisionError" in result["reasons"]["figures"]
     assert sorted(path.name for path in other.iterdir()) == ["estimates.npz", "result.json"]
+    advised = "ZeroDivisionError: division by zero; it is drawn again by the same command once "
+    assert advised in warning and f"{other.name}/result.json is removed" in warning
+    (other / "result.json").unlink()
+    assert evaluate([str(folder), *GRID, "evaluation.k=20"]) == 0 and (other / "posteriors.png").is_file()
 
 
 @pytest.mark.parametrize(

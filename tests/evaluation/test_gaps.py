@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.gaps import Gaps, elbos
+from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, Fitted
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -54,13 +56,13 @@ def drawn(model: LatentVariableModel, n: int = N) -> Tensor:
         return model.generative.sample(n, GeneratorNoise(torch.Generator().manual_seed(7), torch.float64))[1]
 
 
-def estimated(model: LatentVariableModel, x: Tensor, k: int = 2000) -> Estimates:
-    return Gaps(k, images=None).estimate(subject(model, x), lambda: None)
+def estimated(model: LatentVariableModel, x: Tensor, k: int = 2000, seed: int = 0) -> Estimates:
+    return Gaps(k, images=None).estimate(subject(model, x, seed), lambda: None)
 
 
-def subject(model: LatentVariableModel, x: Tensor) -> EstimatorInput:
+def subject(model: LatentVariableModel, x: Tensor, seed: int = 0) -> EstimatorInput:
     data = Data("drawn", "", x[:1], x[:1], x, None, "none", (x.shape[1],))
-    return EstimatorInput(model, data, evaluation(splits=["test"], workers=1))
+    return EstimatorInput(model, data, evaluation(splits=["test"], workers=1, seed=seed))
 
 
 def posterior(layer: LinearConditional, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,19 @@ def posterior(layer: LinearConditional, x: Tensor) -> tuple[Tensor, Tensor]:
     scaled = layer.linear.weight * (-2 * layer.log_scale).exp()[:, None]
     precision = torch.eye(scaled.shape[1], dtype=x.dtype) + layer.linear.weight.T @ scaled
     return torch.linalg.solve(precision, ((x - layer.linear.bias) @ scaled).T).T, precision
+
+
+def make_exact(model: LatentVariableModel) -> None:
+    """Let q, linear with a full covariance, be the posterior."""
+    q: Any = model.inference.layers[0]
+    with torch.no_grad():
+        at_zero, precision = posterior(model.generative.observation, torch.zeros(1, PIXELS).double())
+        at_units, _ = posterior(model.generative.observation, torch.eye(PIXELS).double())
+        cholesky = torch.linalg.cholesky(torch.linalg.inv(precision))
+        q.linear.weight.copy_((at_units - at_zero).T)
+        q.linear.bias.copy_(at_zero[0])
+        q.log_diagonal.copy_(cholesky.diagonal().log())
+        q.below_diagonal.copy_(cholesky)
 
 
 def kl(loc: Tensor, covariance: Tensor, of: Tensor, precision: Tensor) -> Tensor:
@@ -133,14 +148,7 @@ def test_an_exact_q_has_no_gap() -> None:
     q = CholeskyConditional(PIXELS, LATENTS)
     model = one_layer(q)
     x = drawn(model)
-    with torch.no_grad():
-        at_zero, precision = posterior(model.generative.observation, torch.zeros(1, PIXELS).double())
-        at_units, _ = posterior(model.generative.observation, torch.eye(PIXELS).double())
-        cholesky = torch.linalg.cholesky(torch.linalg.inv(precision))
-        q.linear.weight.copy_((at_units - at_zero).T)
-        q.linear.bias.copy_(at_zero[0])
-        q.log_diagonal.copy_(cholesky.diagonal().log())
-        q.below_diagonal.copy_(cholesky)
+    make_exact(model)
     numbers = estimated(model, x).numbers["test"]
     assert all(abs(numbers[key]) < 1e-3 for key in ("approximation_gap", "amortization_gap", "total_gap"))
     assert numbers["log_px"] == pytest.approx(numbers["exact"], abs=1e-6) and numbers["log_px_by"] == "q"
@@ -197,6 +205,65 @@ def test_where_no_fit_is_better_q_stays_and_the_choice_is_no_maximum(monkeypatch
     fits_at(torch.full((LATENTS,), 9.0).double())
     found = elbos(model, Split("test", drawn(model, n), ""), k=256, seed=0, rows=10**5)
     assert not found.fitted.any() and (found.best == found.q).all() and not found.variance_gap.any()
+
+
+SEEDS = 30
+
+
+@pytest.fixture(scope="module")
+def with_a_poor_q() -> list[dict[str, Any]]:
+    """The numbers for many seeds of the noise; q is nats from the best diagonal Gaussian."""
+    model = one_layer(GaussianConditional(PIXELS, [8], LATENTS))
+    x = drawn(model, 4)
+    return [estimated(model, x, 64, seed).numbers["test"] for seed in range(SEEDS)]
+
+
+def assert_errors_are_what_varies(found: list[dict[str, Any]], *keys: str) -> None:
+    """The sd over seeds, itself known to an eighth, is the Monte Carlo error."""
+    for key in keys:
+        error = math.sqrt(np.mean([numbers[f"{key}_stderr_mc"] ** 2 for numbers in found]))
+        assert np.std([numbers[key] for numbers in found], ddof=1) == pytest.approx(error, rel=0.35), key
+
+
+def test_the_monte_carlo_errors_of_l_1_are_what_varies(with_a_poor_q: list[dict[str, Any]]) -> None:
+    assert_errors_are_what_varies(with_a_poor_q, "elbo", "elbo_best", "amortization_gap", "total_gap")
+
+
+def test_the_monte_carlo_errors_of_the_gaps_are_what_varies() -> None:
+    """q* is the posterior, so that its L_1 has hardly any error, and the approximation gap has that of log p^."""
+    model = one_layer(CholeskyConditional(PIXELS, LATENTS))
+    make_exact(model)
+    q: Any = model.inference.layers[0]
+    with torch.no_grad():
+        q.linear.bias.add_(0.3 * q.cholesky().sum(1))
+        q.log_diagonal.add_(0.1)
+    x = drawn(model, 4)
+    found = [estimated(model, x, 20, seed).numbers["test"] for seed in range(SEEDS)]
+    assert_errors_are_what_varies(found, "log_px", "approximation_gap", "total_gap", "amortization_gap", "elbo")
+    for numbers in found:
+        assert numbers["elbo_best_stderr_mc"] < 0.2 * numbers["approximation_gap_stderr_mc"]
+
+
+def test_log_px_is_not_the_higher_one_by_noise(with_a_poor_q: list[dict[str, Any]]) -> None:
+    """L_k by q is lower on average. Where its noise lifts it above the refined one, that one still is log p^."""
+    lower = np.mean([numbers["log_px_refined"] - numbers["log_px_q"] for numbers in with_a_poor_q])
+    lifted = [numbers for numbers in with_a_poor_q if numbers["log_px_q"] > numbers["log_px_refined"]]
+    assert lower > 0.05 and len(lifted) > 5
+    assert sum(numbers["log_px_by"] == "refined" for numbers in lifted) > len(lifted) / 2
+
+
+def test_a_value_that_is_not_a_number_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, refined: bool = False, **how: Any) -> Likelihood:
+        found = log_likelihood(*given, refined=refined, **how)
+        nan = np.full_like(found.ess, math.nan)
+        return found if refined else replace(found, log_px=nan, ess=nan)
+
+    monkeypatch.setattr("iwae_cli.evaluation.gaps.log_likelihood", broken)
+    model = one_layer(LinearConditional(PIXELS, LATENTS))
+    found = estimated(model, drawn(model, 2), k=64)
+    numbers = found.numbers["test"]
+    assert numbers["log_px_by"] == "refined" and numbers["log_px"] == numbers["log_px_refined"] is not None
+    assert numbers["log_px_q"] is None and set(found.reasons) == {"test.log_px_q"}
 
 
 def test_an_image_depends_on_nothing_else() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,13 +65,16 @@ def exact(model: LatentVariableModel, x: Tensor) -> np.ndarray:
 
 def estimate(model: LatentVariableModel, x: Tensor, *splits: str, **settings: object) -> Estimates:
     """The estimator on a data set whose splits are all ``x``."""
+    subject = EstimatorInput(model, toy(x), evaluation(splits=list(splits or ["test"]), workers=1))
+    chosen = Grid(**{"k": 200, "points": 141, "images": None} | settings)  # type: ignore[arg-type]
+    return chosen.estimate(subject, lambda: None)
+
+
+def toy(x: Tensor) -> Data:
     binary = bool(((x == 0) | (x == 1)).all())
     x = x.to(torch.uint8 if binary else torch.float32)
     levels, binarization = (2, "fixed") if binary else (None, "none")
-    data = Data("toy", "", x, x, x, levels, binarization, (PIXELS,))  # type: ignore[arg-type]
-    subject = EstimatorInput(model, data, evaluation(splits=list(splits or ["test"]), workers=1))
-    chosen = Grid(**{"k": 200, "points": 141, "images": None} | settings)  # type: ignore[arg-type]
-    return chosen.estimate(subject, lambda: None)
+    return Data("toy", "", x, x, x, levels, binarization, (PIXELS,))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -159,7 +163,9 @@ class DistantParts(Conditional):
 @pytest.mark.usefixtures("coarse_picture")
 def test_bounds_lie_below_it_within_their_errors() -> None:
     model = nonlinear()
-    found = estimate(model, drawn(model, 25), "validation", "test", k=500, images=20)
+    x = drawn(model, 25)
+    found = estimate(model, x, "validation", "test", k=500, images=20)
+    assert found.hashes["test"] == toy(x[:20]).evaluation_split("test", 0).sha256, "of the images that were used"
     test = found.numbers["test"]
     assert test["n"] == 20 and found.arrays["validation_log_px"].shape == (20,)
     assert test["nll_grid"] == pytest.approx(-found.arrays["log_px"].mean(), rel=1e-12)
@@ -265,6 +271,65 @@ def test_the_picture_shows_what_is_near_the_posterior(monkeypatch: pytest.Monkey
             assert 0.95 < posterior.densities[name].sum() * math.prod(steps) < 1.001
         ordered = [posterior.divergences[name] for name in ("q(h|x)", "resampled, k = 5", "resampled, k = 50")]
         assert ordered == sorted(ordered, reverse=True) and ordered[2] >= 0
+
+
+@pytest.mark.usefixtures("coarse_picture")
+def test_kl_is_not_cut_off_at_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL(q || p(h|x)) = log p(x) - L_1 of two Gaussians in closed form; some of q lies beyond the frame."""
+    shown: list[Posterior] = []
+    monkeypatch.setattr(grid, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
+    model = linear_gaussian(2, log_scale=-0.5)
+    q: Any = model.inference.layers[0]
+    with torch.no_grad():
+        q.linear.weight.mul_(0.3)
+        q.linear.bias.copy_(torch.tensor([0.6, -0.4]))
+        q.log_diagonal.copy_(torch.tensor([-0.4, -0.3]))
+        q.below_diagonal.zero_()
+    x = drawn(model, 3).float().double()
+    estimate(model, x).figures["posteriors.png"]("anywhere")  # type: ignore[arg-type]
+    layer: Any = model.generative.observation
+    with torch.no_grad():
+        scaled = layer.linear.weight * (-2 * layer.log_scale).exp()[:, None]
+        precision = torch.eye(2).double() + layer.linear.weight.T @ scaled
+        of = torch.linalg.solve(precision, ((x - layer.linear.bias) @ scaled).T).T
+        posterior = torch.distributions.MultivariateNormal(of, precision_matrix=precision)
+        approximation = torch.distributions.MultivariateNormal(q.mean(x), torch.diag((2 * q.log_diagonal).exp()))
+        expected = torch.distributions.kl_divergence(approximation, posterior)
+    found = [each.divergences["q(h|x)"] for each in shown]
+    assert expected.min() > 0.3
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+class Positive(Conditional):
+    """Gamma(2, 1) or LogNormal(0, 1) for one latent: of torch, which raise ValueError below zero, or without checks."""
+
+    def __init__(self, name: str, checked: bool) -> None:
+        super().__init__()
+        of: Any = getattr(torch.distributions, name)
+        one = torch.ones(1, dtype=torch.float64)
+        self.of = of(2 * one if name == "Gamma" else 0 * one, one, validate_args=checked)
+
+    def sample(self, given, k, batch, level, noise):  # type: ignore[no-untyped-def]
+        h = noise.normal(level, k, batch, 1).exp()
+        return h, self.log_prob(h, None)
+
+    def log_prob(self, h, given):  # type: ignore[no-untyped-def]
+        return self.of.log_prob(h).sum(-1)
+
+    def mean(self, given):  # type: ignore[no-untyped-def]
+        return self.of.mean
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize(("prior", "words"), [("Gamma", "p[(]h[)]"), (None, "q[(]h[|]x[)]")])
+def test_a_bounded_support_is_refused_before_any_work(prior: str | None, words: str, checked: bool) -> None:
+    model = linear_gaussian(1)
+    if prior is not None:
+        model.generative.prior = Positive(prior, checked)
+    model.inference.layers[0] = Positive("LogNormal", checked)  # type: ignore[index]
+    with pytest.raises(UserError, match=f"estimator=grid .* {words} .*estimator=sandwich") as refusal:
+        estimate(model, drawn(linear_gaussian(1), 2))
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

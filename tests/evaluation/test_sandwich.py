@@ -191,6 +191,31 @@ def test_a_part_that_q_misses_shows_in_the_forward_sample_size_alone() -> None:
     np.testing.assert_allclose((found.upper[1] - found.exact)[missed], 20 - math.log(2), rtol=1e-6)
 
 
+def test_the_error_of_the_upper_bound_is_over_observations() -> None:
+    """q never draws a tenth of every posterior: what varies from seed to seed is how many exact draws fall there."""
+    model = built(Categorical(2), 6)
+    with torch.no_grad():
+        model.generative.observation.weight.zero_()  # type: ignore[union-attr]
+        model.generative.prior.logits.copy_(torch.tensor([0.0, -math.log(9)]))  # type: ignore[union-attr]
+        model.inference.layers[0].weight.zero_()  # type: ignore[union-attr]
+        model.inference.layers[0].bias.copy_(torch.tensor([0.0, -20.0]))  # type: ignore[union-attr]
+    k, n, away, upper, errors = 100, 100, [], [], []
+    for seed in range(40):
+        asked = EstimatorInput(model, Digits().load(), evaluation(seed=seed, workers=1))
+        found = Sandwich(k, n).estimate(asked, lambda: None)
+        numbers = found.numbers["simulated"]
+        assert numbers["stderr_mc"] < 1e-9 and "1/100 of the posteriors" in found.notes[1]
+        away.append(numbers["upper_bounds"][str(k)] - numbers["exact"])
+        upper.append(numbers["upper_bounds"][str(k)])
+        errors.append([numbers["stderr_gap"], numbers["stderr_upper"]])
+    # U - log p(x): log .9 without, and log((.1 e^20 + 99 .9) / 100) with the exact draw in that tenth.
+    expected = 0.9 * math.log(0.9) + 0.1 * math.log((0.1 * math.exp(20) + 99 * 0.9) / k)
+    gap, total = np.sqrt(np.square(errors).mean(0))
+    assert abs(np.mean(away) - expected) < 3 * gap / math.sqrt(40)
+    assert np.std(away, ddof=1) == pytest.approx(gap, rel=0.3)
+    assert np.std(upper, ddof=1) == pytest.approx(total, rel=0.3)
+
+
 def test_an_observation_depends_neither_on_rows_nor_workers_nor_on_the_others() -> None:
     model = linear_gaussian(3, 2)
     whole = bounds(model, k=1000, simulated=12)
@@ -236,6 +261,7 @@ def test_the_report_agrees_with_its_arrays() -> None:
     gap = arrays["simulated_U_50"] - arrays["simulated_L_50"]
     assert numbers["gap"] == pytest.approx(gap.mean())
     assert numbers["stderr_gap"] == pytest.approx(gap.std(ddof=1) / math.sqrt(30))
+    assert numbers["stderr_upper"] == pytest.approx(arrays["simulated_U_50"].std(ddof=1) / math.sqrt(30))
     assert numbers["gap"] == pytest.approx(numbers["upper_bounds"]["50"] - numbers["bounds"]["50"])
     assert numbers["exact"] == pytest.approx(arrays["simulated_exact"].mean())
     assert numbers["stderr_mc"] == pytest.approx(math.sqrt((1 / arrays["simulated_ess"] - 1 / 50).sum()) / 30)
@@ -256,7 +282,7 @@ def test_the_report_agrees_with_its_arrays() -> None:
 
 def test_numbers_that_are_not_finite_have_a_reason() -> None:
     one = Sandwich(2, 1).estimate(subject(linear_gaussian(2)), lambda: None)
-    assert set(one.reasons) == {"simulated.stderr_gap", "simulated.stderr_images"}
+    assert set(one.reasons) == {f"simulated.stderr_{name}" for name in ("gap", "upper", "images")}
     model = linear_gaussian(2).float()
     with torch.no_grad():
         model.inference.layers[0].log_diagonal.fill_(-60)  # type: ignore[union-attr]
