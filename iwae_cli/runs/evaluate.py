@@ -165,8 +165,8 @@ def evaluate(
     started = time.monotonic()
     try:
         found = estimator.estimate(subject, check)
-    except UserError:
-        # Refused: nothing stays behind, but for what another evaluation has put there.
+    except BaseException:
+        # Refused, interrupted, failed: no empty folder stays behind.
         with suppress(OSError):
             place.rmdir()
             place.parent.rmdir()

@@ -120,6 +120,7 @@ def test_an_interruption_while_refining_harms_nothing(trained: Path, monkeypatch
         patch.setattr(likelihood, "refine", interrupting)
         code, _, err = run(*asked("40"), f"output_dir={trained.parent}")
     assert code == 143 and "interrupted by signal 15" in err
+    assert all(list(folder.iterdir()) for folder in (trained / "evaluations").iterdir())
     changed = {name for name, (_, content) in snapshot(trained).items() if before.get(name, (0, b""))[1] != content}
     assert changed <= {"train.log"}
     code, _, err = run(*asked("40"), f"output_dir={trained.parent}")
