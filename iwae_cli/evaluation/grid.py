@@ -239,7 +239,7 @@ def log_densities(
         for k in ks:
             chosen = torch.sigmoid((log_p - log_q)[:, None] - others[k]).mean(1)
             found[f"resampled, k = {k}"] = log_q + (k * chosen).clamp_min(torch.finfo(chosen.dtype).tiny).log()
-        found["refined q"] = mixture_log_prob(proposal.log_prob(given).double(), log_q)
+        found["refined q"] = mixture_log_prob(proposal.gaussian_log_prob(given).double(), log_q)
         parts.append(found)
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 

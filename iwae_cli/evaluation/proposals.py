@@ -36,7 +36,10 @@ WIDEN = 1.1
 DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
 
 STEPS, DRAWS, RATE_LOC, BETAS = 200, 8, 0.1, (0.9, 0.99)
+"""Of Adam; DRAWS is for each image and step, RATE_LOC of the mean in units of the scale that the fit begins with."""
+
 MOMENT_DRAWS, LEAST_SCALE = 256, 0.2
+"""Draws for the moments of q and p; least scale that a fit begins with, as a share of the spread of h_1 under p."""
 
 
 @runtime_checkable
@@ -69,13 +72,13 @@ class Fitted:
         """Return ``k`` draws h for every x, and the log-density of the proposal in nats."""
         h = self.draw(k, noise)
         above, log_q = _above(self.inference, h, noise)
-        return (h, *above), self.log_prob(h) + log_q
+        return (h, *above), self.gaussian_log_prob(h) + log_q
 
     def draw(self, k: int, noise: Noise) -> Float[Tensor, "k batch d"]:
         """Return ``k`` draws of the Gaussian for every image."""
         return self.loc + torch.einsum("bij,kbj->kbi", self.cholesky, noise.normal(1, k, *self.loc.shape))
 
-    def log_prob(self, h: Float[Tensor, "k batch d"]) -> Float[Tensor, "k batch"]:
+    def gaussian_log_prob(self, h: Float[Tensor, "k batch d"]) -> Float[Tensor, "k batch"]:
         """Return the log-density of the Gaussian alone, nats."""
         return _gaussian(h, self.loc, self.cholesky)
 
@@ -90,7 +93,7 @@ class Refined(Fitted):
         batch, first, given = len(x), self.inference.layers[0], x / self.inference.white
         of_q, _ = first.sample(given, k, batch, 1, noise)
         h = torch.where(from_q(noise, k, batch), of_q, self.draw(k, noise))
-        log_r = mixture_log_prob(self.log_prob(h), first.log_prob(h, given))
+        log_r = mixture_log_prob(self.gaussian_log_prob(h), first.log_prob(h, given))
         above, log_q = _above(self.inference, h, noise)
         return (h, *above), log_r + log_q
 
@@ -186,11 +189,11 @@ def _maximize_elbo(
     """Return means and Cholesky factors of the best Gaussian for h_1 of every image.
 
     Adam follows the path derivative (Roeder, Wu, Duvenaud 2017, arXiv 1703.09194), whose noise vanishes where the
-    Gaussian is the posterior: the effective sample size is two to three times that by the whole derivative.
+    Gaussian is the posterior: the effective sample size is several times that by the whole derivative.
     """
     loc, scale = _moments(model, x, noise)
     n, size = loc.shape
-    # In units of q: h = loc + scale (shift + triangle eps).
+    # In units of these: h = loc + scale (shift + triangle eps).
     shift, log_diagonal = torch.zeros(2, n, size, dtype=loc.dtype, device=loc.device)
     below = torch.zeros(n, size, size, dtype=loc.dtype, device=loc.device)
     shift, log_diagonal, below = (part.requires_grad_() for part in (shift.clone(), log_diagonal.clone(), below))
