@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -47,12 +48,13 @@ OWN_PACKAGES = ("iwae_cli", "torch.optim")
 LARGEST_INTEGER = 2**63 - 1
 """What torch and numpy can hold."""
 
-_PLAIN = (int, float, bool, str, dict, list, tuple, NoneType, Any)
+_PLAIN = (int, float, bool, str, Path, dict, list, tuple, NoneType, Any)
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "path_type": "a path",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "keys and values",

@@ -156,7 +156,10 @@ class Dataset(ABC):
         """
 
     def fingerprint(self) -> str | None:
-        """Return a hash of the file that a path names, for the identity of a run; None without such a file."""
+        """Return a hash of what the data set is read from, for the identity of a run.
+
+        None, unless overridden: the content of every file and folder is then hashed that an argument names.
+        """
         return None
 
 

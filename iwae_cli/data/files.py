@@ -13,6 +13,7 @@ import socket
 import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Literal
@@ -26,6 +27,9 @@ TIMEOUT = 5.0
 """Seconds without an answer from one address after which a server is given up."""
 
 AFRESH = "move it away and run again to download it afresh, or put a whole and unaltered copy in its place"
+
+DOWNLOADS = ContextVar("DOWNLOADS", default=True)
+"""Whether missing files are downloaded; not where data are only compared."""
 
 _kept: list[torch.library.Library] = []
 
@@ -128,6 +132,8 @@ def obtain(
     if all(path.exists() for path in wanted):
         return
     folder = wanted[0].parent
+    if not DOWNLOADS.get():
+        raise UserError(f"{what} of data={data} are not in {folder}")
     try:
         with _locked(data_dir):
             if all(path.exists() for path in wanted):

@@ -20,7 +20,7 @@ import torch
 
 import iwae_cli
 from iwae_cli.config.build import build, construct
-from iwae_cli.core import signals
+from iwae_cli.core import progress, signals
 from iwae_cli.core.device import Device, oom_as_run_failed
 from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.core.files import as_user_error, atomic_path, shown, write_json
@@ -32,7 +32,7 @@ from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision
+from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision, sources
 from iwae_cli.training import checkpoint
 from iwae_cli.training.checkpoint import State
 
@@ -76,7 +76,8 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         if refusal is not None:
             raise UserError(refusal)
     data = objects["data"].load()
-    checkpoint.require_data(state, data)
+    checkpoint.require_data(state, data.sha256(), data.name)
+    _say_changes(state, config)
     if "estimator" not in config:
         check_refine(evaluation, objects["model"], data)
     subject = EstimatorInput(model, data, evaluation)
@@ -99,7 +100,13 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
     state = checkpoint.load(run.checkpoint)
     model = _build(construct(config, ("model",))["model"], state)
     _put(state.model, model, run)
+    _say_changes(state, config)
     return model, config
+
+
+def _say_changes(state: State, config: Mapping[str, Any]) -> None:
+    if changed := state.changed_since(sources(config)):
+        progress.announce(f"{changed} since this run, whose weights were trained by the code as it was")
 
 
 def _build(architecture: Architecture, state: State) -> LatentVariableModel:
@@ -152,8 +159,10 @@ def evaluate(
     best = subject.evaluation.weights == "best"
     step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
     kept = _kept(place / "result.json", step, state)
+    code = sources({"estimator": config.get("estimator")})
     if (
         kept is not None
+        and kept.get("sources", {}) | code == kept.get("sources", code)  # an estimator that was edited estimates again
         and _holds(place / estimator.file, kept.get("arrays"))
         and all((place / name).is_file() for name in kept.get("figures", ()))
     ):
@@ -278,6 +287,7 @@ def _facts(
             "train_runs_at_once": state.plan.get("runs_at_once", 1),
         },
         "git": _git(),
+        "sources": sources(config),
     }
     if "estimator" in config:
         del facts["evaluation"]["k"]  # that of L_k

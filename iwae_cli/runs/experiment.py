@@ -15,6 +15,7 @@ from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.files import DOWNLOADS
 from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.likelihood import check_refine
 from iwae_cli.evaluation.settings import Evaluation
@@ -22,7 +23,7 @@ from iwae_cli.models.base import Architecture
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.folder import RunFolder, folder_ending, folders_recording
 from iwae_cli.record.former import MARK
-from iwae_cli.record.identity import one_spelling, recorded_as, training_name, words
+from iwae_cli.record.identity import one_spelling, path_keys, paths_fingerprint, recorded_as, training_name, words
 from iwae_cli.record.loggers import Logger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.schedule import Schedule
@@ -37,6 +38,9 @@ MODELS_FOR = {
     "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
 }
 """What to type for data of each kind of observation."""
+
+
+_hashes: dict[str | None, str] = {}
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,12 @@ class Experiment:
         Raises:
             UserError: a file whose content belongs to it is missing.
         """
-        fingerprints = {"data": self.data.fingerprint()}
+        data = self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
+        return self._named(data)
+
+    def _named(self, data: str | None) -> str:
+        """Return the name of the training on data with this fingerprint."""
+        fingerprints = {"data": data}
         if self.initial is not None:
             fingerprints["init_from"] = checkpoint.fingerprint(self.initial, self.with_optimizer)
         known = {key: value for key, value in fingerprints.items() if value is not None}
@@ -200,6 +209,10 @@ class Experiment:
                 raise
             return finished
         existing = folder_ending(output_dir, place.name.rpartition("-")[2], first=place.name)
+        if existing is None and not self.restart and self.data.fingerprint() is None:
+            # Versions before 0.5 did not hash the files of a class from outside; their content is compared later.
+            unhashed = self._named(None)
+            existing = folder_ending(output_dir, unhashed.rpartition("-")[2], first=unhashed)
         former = None if existing or self.restart else self._recorded(MARK, finished=False)
         if former is not None and former.result() is None:
             raise UserError(
@@ -217,6 +230,17 @@ class Experiment:
             except (UserError, KeyError, TypeError, AttributeError):
                 continue  # damaged
         return None
+
+    def data_sha256(self) -> str:
+        """Return the hash of the data; nothing is downloaded. The jobs of one sweep that share data compute it once."""
+        key = self.group and f"{self.group} {json.dumps(self.config['data'], sort_keys=True)}"
+        if key not in _hashes or key is None:
+            downloads = DOWNLOADS.set(False)
+            try:
+                _hashes[key] = self.data.load().sha256()
+            finally:
+                DOWNLOADS.reset(downloads)
+        return _hashes[key]
 
     def load(self) -> Data:
         """Return the data, after checking that model and objective go with them.
@@ -253,7 +277,13 @@ def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Return a record that means the same from any folder."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(inner) for inner in value]
+        return str(Path(value).absolute()) if isinstance(value, str) and value else value
+
     config = {**config, "data": dict(config["data"])}
-    for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], ("data_dir", "path"))):
-        node.update({key: str(Path(node[key]).absolute()) for key in keys if node.get(key) is not None})
+    for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], path_keys(config["data"]))):
+        node.update({key: absolute(node[key]) for key in keys if key in node})
     return config

@@ -17,6 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import iwae_cli
+from iwae_cli.config.build import one_line
 from iwae_cli.core import progress, signals
 from iwae_cli.core.device import compiler, oom_as_run_failed
 from iwae_cli.core.errors import Interrupted, RunFailed, UserError
@@ -29,7 +30,7 @@ from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder, drawable
-from iwae_cli.record.identity import evaluation_name
+from iwae_cli.record.identity import evaluation_name, sources
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
@@ -45,6 +46,8 @@ VALIDATION_SEED = 0
 
 VALIDATION_ROWS = 2000
 """Fixed too: the shape of a product may change its last bits, and so which weights are the best."""
+
+RETRAIN = "restart=true retrains, and keeps the old folder under another name"
 
 log = logging.getLogger("iwae_cli")
 
@@ -158,11 +161,15 @@ class Runner:
     def _resume(self) -> None:
         now = self.state.plan
         self.trainer.state = checkpoint.load(self.folder.checkpoint, self.folder.identity)
-        checkpoint.require_data(self.state, self.data)
+        checkpoint.require_data(self.state, self.data.sha256(), self.data.name)
+        if changed := self.state.changed_since(sources(self.experiment.config)):
+            log.warning("%s since this run, which uses the code as it is now; %s", changed, RETRAIN)
+            if not self.trainer.is_done:
+                self.state.update_plan(**sources(self.experiment.config))
         for key, value in self.state.plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif key in now and now[key] != value and not self.trainer.is_done:
+            elif not key.endswith(".py") and key in now and now[key] != value and not self.trainer.is_done:
                 log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
         self.model.load_state_dict(self.state.model)
         kept, per_pass = {step for step, _ in read_history(self.folder.path)}, self.trainer.steps_per_pass
@@ -357,6 +364,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "iwae-cli": iwae_cli.__version__,
         "numpy": np.__version__,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        **sources(experiment.config),
     }
 
 
@@ -384,7 +392,7 @@ def pictures(
 def run(experiment: Experiment) -> dict[str, Any]:
     """Train, resume or skip what is done; evaluate; write, print and return the result.
 
-    A finished run answers from its folder: it needs neither data nor a lock.
+    A finished run answers from its folder without a lock; where the data are there, they are compared.
 
     Returns:
         The content of ``result.json``.
@@ -402,6 +410,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
     with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
         result = None if experiment.restart else _finished(experiment, folder)
+        if result is not None:
+            _compare(experiment, folder)
         lacking = _lacking(folder, result)
         if result is None or lacking:
             try:
@@ -445,6 +455,23 @@ def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | Non
             "restart=true retrains and keeps the old folder under another name"
         )
     return None
+
+
+def _compare(experiment: Experiment, folder: RunFolder) -> None:
+    """Say what has changed since a run was finished whose result answers.
+
+    Raises:
+        UserError: the data have changed.
+    """
+    try:
+        state = checkpoint.load(folder.checkpoint)
+        if changed := state.changed_since(sources(experiment.config)):
+            progress.announce(f"{changed} since this run, whose result is that of the code as it was; {RETRAIN}")
+        found = experiment.data_sha256()
+    except Exception as error:  # a user's own data set may raise anything, and the result is there
+        progress.announce(f"the data could not be compared with those of this run: {one_line(error)[:230]}")
+    else:
+        checkpoint.require_data(state, found, experiment.data.name)
 
 
 def _lacking(folder: RunFolder, result: dict[str, Any] | None) -> list[str]:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import atomic_path, write_bytes
-from iwae_cli.data.base import Data
 
 T = TypeVar("T")
 
@@ -82,6 +81,11 @@ class State:
             else:
                 self.plan[key] = value
         return changes
+
+    def changed_since(self, sources: Mapping[str, str]) -> str:
+        """Return which of these source files (path -> hash) differ from those in ``plan``, in words; empty if none."""
+        changed = [name for name, now in sources.items() if name in self.plan and self._current(name) != now]
+        return f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
 
     def _current(self, key: str) -> str:
         """Return ``plan[key]`` after its last change."""
@@ -192,15 +196,15 @@ def _require(path: Path, identity: str, wanted: str | None) -> None:
         raise UserError(f"{path} is a checkpoint of {identity}, not of {wanted}")
 
 
-def require_data(state: State, data: Data) -> None:
-    """Refuse to continue with data that has changed.
+def require_data(state: State, sha256: str, name: str) -> None:
+    """Refuse data that has changed.
 
     Raises:
-        UserError: ``data`` is not what ``state`` was trained on.
+        UserError: the data called ``name`` is not what ``state`` was trained on.
     """
-    if state.data_sha256 != data.sha256():
+    if state.data_sha256 != sha256:
         raise UserError(
-            f"the files of {data.name} are not those that {state.identity} was trained on; "
+            f"the files of {name} are not those that {state.identity} was trained on; "
             "restore them, or retrain with restart=true"
         )
 

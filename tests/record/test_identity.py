@@ -117,11 +117,116 @@ def test_data_whose_file_is_gone(tmp_path: Path) -> None:
     folder = finished(tmp_path / "outputs", *command)
     (tmp_path / "a.mat").rename(tmp_path / "b.mat")
     code, out, err = run(*command, f"output_dir={tmp_path / 'outputs'}")
-    assert (code, err) == (0, "") and folder.name in out
+    assert code == 0 and folder.name in out
+    assert err.count("\n") == 1 and "the data could not be compared" in err and "a.mat" in err and len(err) <= 301
     for other in ("seed=1", "evaluation.k=6", "optimizer.lr=0.01", "restart=true"):
         code, _, err = run(*command, f"output_dir={tmp_path / 'outputs'}", other)
         assert code == 2 and err.count("\n") == 1 and f"data.path names {tmp_path / 'a.mat'}" in err, other
     assert run_folders(tmp_path / "outputs") == [folder]
+
+
+SHAPES = """
+from pathlib import Path
+import numpy as np
+import torch
+from iwae_cli.data.base import Data, Dataset
+from shapes_helper import SPLITS
+
+class Shapes(Dataset):
+    name, observation = "shapes", "binary"
+
+    def __init__(self, source: Path | None = None, data_dir: str = "", files: list[str] | None = None, n: int = 60):
+        self.read = [source] if source else [f"{data_dir}/a.npy"] if data_dir else files
+
+    def load(self) -> Data:
+        x = torch.cat([torch.from_numpy(np.load(file)) for file in self.read])
+        return Data("shapes", "shapes", *x.tensor_split(SPLITS), 2, "fixed", (8, 8))
+"""
+
+
+@pytest.fixture
+def shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a user's data set: its yaml, its module with a helper, and a file that it reads."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    arguments = "source: null\ndata_dir: ''\nfiles: null\n"
+    (tmp_path / "conf" / "data" / "shapes.yaml").write_text(f"_target_: shapes.Shapes\n{arguments}")
+    (tmp_path / "shapes.py").write_text(SHAPES)
+    (tmp_path / "shapes_helper.py").write_text("SPLITS = [40, 50]\n")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path, 0)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "shapes")
+    for name in ("shapes", "shapes_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def write_images(folder: Path, seed: int) -> None:
+    images = np.random.default_rng(seed).integers(0, 2, (60, 64), dtype=np.uint8)
+    np.save(folder / "images" / "a.npy", images)
+
+
+def shapes_command(*overrides: str) -> tuple[str, ...]:
+    return ("--config-dir", "conf", *TINY, "data=shapes", "schedule.passes=1", "evaluation.k=2", *overrides)
+
+
+@pytest.mark.parametrize("argument", ["source=images/a.npy", "data_dir=images", "files=[images/a.npy]"])
+def test_other_content_under_one_path_of_a_users_data_set_is_another_run(shapes: Path, argument: str) -> None:
+    """An argument is a path by its annotation or by its name; what a folder hides is not looked at."""
+    outputs = shapes / "outputs"
+    command = shapes_command(f"data.{argument}", f"output_dir={outputs}")
+    first = finished(outputs, *command)
+    recorded = str(yaml.safe_load((first / "config.yaml").read_text())["data"])
+    assert str(shapes / "images") in recorded, "absolute, so that iwae-eval finds it from any folder"
+    (shapes / "images" / ".lock").touch()
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and first.name in out
+    write_images(shapes, 1)
+    second = finished(outputs, *command)
+    (of_first, of_second) = (read_json(folder / "result.json") for folder in (first, second))
+    assert of_first["test"]["nll"] != of_second["test"]["nll"]
+    write_images(shapes, 0)
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and first.name in out and "trained already" in out
+
+
+def test_a_finished_run_compares_its_data(shapes: Path) -> None:
+    """Also where no argument is a path, and where a version before 0.5 has not hashed it."""
+    outputs = shapes / "outputs"
+    command = shapes_command("data.source=images/a.npy", f"output_dir={outputs}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iwae_cli.runs.experiment.paths_fingerprint", lambda *_: None)
+        folder = finished(outputs, *command)
+        before = snapshot(folder)
+    assert run(*command)[0] == 0
+    write_images(shapes, 1)
+    for more in ((), ("evaluation.k=3",)):
+        code, out, err = run(*command, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "the files of shapes are not those that" in err and "restart=true" in err
+    assert run_folders(outputs) == [folder] and snapshot(folder) == before
+    assert run(*command, "restart=true")[0] == 0
+    assert len(run_folders(outputs)) == 2
+
+
+def test_a_change_of_a_users_source_is_said(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of what it imports; the result stays that of the code as it was."""
+    outputs = shapes / "outputs"
+    command = shapes_command("data.source=images/a.npy", f"output_dir={outputs}")
+    folder = finished(outputs, *command)
+    assert set(read_json(folder / "result.json")["sources"]) == {"shapes.py", "shapes_helper.py"}
+    (shapes / "unrelated.py").touch()
+    before = snapshot(folder)
+    for name in ("shapes.py", "shapes_helper.py"):
+        text = (shapes / name).read_text()
+        (shapes / name).write_text(f"{text}# changed\n")
+        code, out, err = run(*command)
+        assert code == 0 and folder.name in out
+        assert err.startswith(f"{name} has changed since this run") and "restart=true" in err and err.count("\n") == 1
+        assert iwae_eval([str(folder)]) == 0
+        assert f"{name} has changed since this run" in capsys.readouterr().err
+        (shapes / name).write_text(text)
+    assert run(*command)[2] == "" and snapshot(folder) == before
 
 
 # Runs that are there already. Each test has a copy of one finished run.
@@ -153,18 +258,17 @@ def test_the_same_command_again_prints_the_result_and_touches_nothing(outputs: P
 
 
 def test_a_finished_run_needs_no_data(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Digits, "load", lambda _: pytest.fail("it reads the data"))
-    code, out, err = run(*TINY, f"output_dir={outputs}")
-    assert (code, err) == (0, "") and only(outputs).name in out
-
     def missing(_: Digits) -> None:
         raise UserError("the data are missing")
 
     monkeypatch.setattr(Digits, "load", missing)
+    code, out, err = run(*TINY, f"output_dir={outputs}")
+    assert code == 0 and only(outputs).name in out
+    assert err == "the data could not be compared with those of this run: the data are missing\n"
     (only(outputs) / "metrics.csv").unlink()
     code, out, err = run(*TINY, f"output_dir={outputs}")
     assert code == 0 and only(outputs).name in out
-    assert err.count("\n") == 1 and "the data are missing" in err
+    assert err.splitlines()[1:] == ["not regenerated: the data are missing"]
     assert run(*TINY, f"output_dir={outputs}", "restart=true")[0] == 2
     assert [path.name for path in outputs.iterdir()] == [only(outputs).name], "nothing is set aside for a new run"
 
