@@ -114,7 +114,7 @@ class Runner:
             Interrupted: by a signal; the state has been saved.
         """
         experiment, folder = self.experiment, self.folder
-        if folder.checkpoint.exists():
+        if checkpoint.exists(folder.checkpoint):
             self._resume()
         for caveat in experiment.objective.caveats:
             log.warning(caveat)
@@ -149,7 +149,7 @@ class Runner:
 
     def begin(self) -> None:
         """Prepare for training alone, with the local record; the process that evaluates opens the other loggers."""
-        if self.folder.checkpoint.exists():
+        if checkpoint.exists(self.folder.checkpoint):
             self._resume()
         self._begin()
         self.open(local=True)

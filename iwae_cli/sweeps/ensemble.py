@@ -104,7 +104,7 @@ def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
     stack.enter_context(RunLock(folder.path))
     if experiment.restart:
         return 0, False
-    if not folder.checkpoint.exists():
+    if not checkpoint.exists(folder.checkpoint):
         # A finished run that has lost its checkpoint still has a result.
         return DONE if folder.result() is not None else 0, False
     state = checkpoint.load(folder.checkpoint, folder.identity)

@@ -10,9 +10,10 @@ import hashlib
 import io
 import json
 import logging
+import math
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,17 +118,48 @@ def load(path: Path, identity: str | None = None) -> State:
     Raises:
         UserError: the file is missing, damaged without a previous one, or of another training than ``identity``.
     """
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{path} is not there: the run has no checkpoint yet")
     try:
-        state = _read(path, lambda held: State(**held))
+        state = _read(path, _usable)
     except UserError:
         if not (previous(path).exists() and _is_whole(previous(path))):
             raise
-        state = _read(previous(path), lambda held: State(**held))
-        log.warning("%s, saved at step %s, is damaged; the one of step %d is used", path, _last_step(path), state.step)
+        state = _read(previous(path), _usable)
+        fault = "damaged" if path.exists() else "gone"
+        log.warning(
+            "%s, saved at step %s, is %s; the one of step %d is used", path, _last_step(path), fault, state.step
+        )
     _require(path, state.identity, identity)
     return state
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a checkpoint, or a previous one."""
+    return path.exists() or previous(path).exists()
+
+
+def _usable(held: dict[str, Any]) -> State:
+    """Return the state; of a training that is not finished, versions before 0.5 could save weights that are NaN."""
+    state = State(**held)
+    if state.step < state.total_steps and any(value.isnan().any() for value in state.model.values()):
+        raise ValueError("weights are NaN")
+    return state
+
+
+def not_finite(state: State, weights: Iterable[str]) -> str | None:
+    """Return in words what of a state is not finite, such as one of these ``weights``; None if all is.
+
+    Other tensors of the model may be infinite: a mask is.
+    """
+    for name in weights:
+        if not state.model[name].isfinite().all():
+            return f"weights {name}"
+    for parameter in state.optimizer["state"].values():
+        for name, value in parameter.items():
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                return f"{name} of the optimizer"
+    return None if math.isfinite(state.bound_sum) else "bound"
 
 
 def _last_step(path: Path) -> object:

@@ -12,7 +12,7 @@ from iwae_cli.core.errors import RunFailed
 from iwae_cli.training.steps.batched import BatchedStep
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
-from iwae_cli.training.trainer import SaveClock, Trainer
+from iwae_cli.training.trainer import Diverged, SaveClock, Trainer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def train_ensemble(
             stopped = True
         except (RunFailed, OSError) as error:
             stopped |= stop_on_error
-            failed(number, error)
+            member = running[number]
+            failed(number, member.trainer.located(error, member.step) if isinstance(error, Diverged) else error)
         del running[number]
 
     started = time.monotonic()
@@ -89,7 +90,7 @@ def train_ensemble(
 def _save(running: Iterable[Member]) -> None:
     for member in running:
         # A state that cannot be saved leaves the run at its last checkpoint.
-        with suppress(OSError):
+        with suppress(OSError, Diverged):
             member.trainer.save()
 
 

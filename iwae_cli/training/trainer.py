@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from iwae_cli.core.errors import Interrupted, RunFailed
 from iwae_cli.core.numerics import accumulator_device
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.training.checkpoint import State
+from iwae_cli.training.checkpoint import State, not_finite
 from iwae_cli.training.diagnostics import EVERY, diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
@@ -25,7 +26,13 @@ from iwae_cli.training.steps.choose import Step
 SAVE_EVERY_SECONDS = 30.0
 """A SIGKILL loses at most this much work."""
 
+ADVICE = "try a smaller optimizer.lr, which is another run, or a larger batch_size"
+
 log = logging.getLogger("iwae_cli")
+
+
+class Diverged(RunFailed):
+    """The bound, a weight or the state of the optimizer is not finite; nothing of it was saved."""
 
 
 @runtime_checkable
@@ -125,7 +132,7 @@ class Trainer:
         """Train; return True if the schedule was completed, False if interrupted.
 
         Raises:
-            RunFailed: the training bound is not finite.
+            Diverged: see there.
         """
         if not self.begin():
             return False
@@ -134,9 +141,52 @@ class Trainer:
             self.begin_step(step)
             x, noise = self.minibatches[step]
             bounds = step_fn(x, noise)
-            if not self.end_step(bounds, save=clock.is_due()):
-                return False
+            try:
+                if not self.end_step(bounds, save=clock.is_due()):
+                    return False
+            except Diverged as error:
+                raise self.located(error, step_fn) from error
         return True
+
+    def located(self, error: Diverged, step_fn: Step) -> Diverged:
+        """Return the error with the step and the term that was not finite first.
+
+        The steps since the last good state are repeated, since only then what they begin with is known.
+        """
+        good, end, names = self._good, self.state.step, [name for name, _ in self.model.named_parameters()]
+        self.model.load_state_dict(good.model)
+        self.optimizer.load_state_dict(good.optimizer)
+        self._measures = False
+        for step in range(good.step, end):
+            if self.hooks.interrupted():
+                break
+            self.begin_step(step)
+            before = copy.deepcopy(self.model.state_dict())
+            good.bound_sum = float(step_fn(*self.minibatches[step]).sum())
+            good.model, good.optimizer = self.model.state_dict(), self.optimizer.state_dict()
+            if found := not_finite(good, names):
+                self.model.load_state_dict(before)
+                where = f"training diverged in pass {step // self.steps_per_pass + 1} at step {step + 1}"
+                kept = f"the same command resumes from step {good.step:,}; " if good.step else ""
+                return Diverged(f"{where}: non-finite {self._term(step) or found}; {kept}{ADVICE}")
+        return error
+
+    def _term(self, step: int) -> str | None:
+        """Return which term of the bound of a step, or else which gradient, is not finite with the present weights."""
+        try:
+            x, noise = self.minibatches[step]
+            with torch.no_grad():
+                drawn, p = self.model.draw(x, self.objective.num_samples, noise), self.model.generative
+                terms = {"log q(h|x)": drawn.log_q, "log p(h)": p.log_prior(drawn.latents)}
+                terms["log p(x|h)"] = p.log_likelihood(x, drawn.latents)
+            found = [name for name, value in terms.items() if not value.isfinite().all()]
+            measured = {} if found else diagnostics(self.model, self.objective, *self.minibatches[step])
+        except Exception:  # a user's own class may raise anything where numbers are not finite
+            return None
+        for name in ("p", "q"):
+            if not math.isfinite(measured.get(f"train/gradient_norm/{name}", 0.0)):
+                found.append(f"gradient of {name}")
+        return " and ".join(found) or None
 
     def begin(self) -> bool:
         """Load the optimizer's state and end a pending validation; return False if that is interrupted again."""
@@ -151,6 +201,7 @@ class Trainer:
                 return False
             self.save()
         self.model.train()
+        self._good = copy.deepcopy(self._update(state))
         return True
 
     def begin_step(self, step: int) -> None:
@@ -196,22 +247,33 @@ class Trainer:
         return done or not interrupted
 
     def save(self) -> None:
-        """Bring ``state`` up to date and give it to ``Hooks.on_save``."""
-        self.state.bound_sum = float(self._bound_sum)
-        self.state.seconds = time.monotonic() - self._started
-        self.state.model = self.model.state_dict()
-        self.state.optimizer = self.optimizer.state_dict()
-        self.hooks.on_save(self.state)
+        """Bring ``state`` up to date and give it to ``Hooks.on_save``.
+
+        Raises:
+            Diverged: something of it is not finite.
+        """
+        state = self._update(self.state)
+        if found := not_finite(state, (name for name, _ in self.model.named_parameters())):
+            pass_number = -(-state.step // self.steps_per_pass)
+            raise Diverged(
+                f"training diverged in pass {pass_number} before step {state.step + 1}: non-finite {found}; {ADVICE}"
+            )
+        self.hooks.on_save(state)
+        self._good = copy.deepcopy(state)
+
+    def _update(self, state: State) -> State:
+        state.bound_sum = float(self._bound_sum)
+        state.seconds = time.monotonic() - self._started
+        state.model = self.model.state_dict()
+        state.optimizer = self.optimizer.state_dict()
+        return state
 
     def _end_pass(self) -> bool:
         """Record a pass and validate; if interrupted, save the state with the pass still to end, and return False."""
         state, pass_number = self.state, self.state.step // self.steps_per_pass
         bound = float(self._bound_sum) / len(self.minibatches.data.train)
         if not math.isfinite(bound):
-            raise RunFailed(
-                f"training diverged in pass {pass_number}: the bound is {bound}; "
-                "try a smaller optimizer.lr or a larger batch_size"
-            )
+            raise Diverged(f"training diverged in pass {pass_number}: the bound is {bound}; {ADVICE}")
         rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
         for name, value in state.diagnostics.items():

@@ -290,6 +290,13 @@ def test_an_estimator_from_outside_is_a_file_and_a_yaml(
     assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
     printed = [row.split() for row in out.splitlines()]
     assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
+    written = (kept(run_folder, "brightness")[0] / "result.json").stat().st_mtime_ns
+    for text, again in ((MINE, False), (f"{MINE}# edited", True)):
+        (tmp_path / "estimators_of_a_user.py").write_text(text)
+        assert evaluate(line) == 0
+        now = (kept(run_folder, "brightness")[0] / "result.json").stat().st_mtime_ns
+        assert (now != written) is again, "an estimator that was edited estimates again"
+    capsys.readouterr()
     assert evaluate([*line, "objective=elbo", "estimator.images=6"]) == 0
     assert len(kept(run_folder, "brightness")) == 2
     assert evaluate([*line[:3], "estimator=without", "objective=elbo"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -244,17 +245,52 @@ def interrupted(output_dir: Path, partial: Path) -> Path:
     return only_folder(output_dir)
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def fill_with_nan(path: Path) -> None:
+    """As versions before 0.5 could save it."""
+    state = torch.load(path, weights_only=True)
+    for value in state["model"].values():
+        value.fill_(math.nan)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, fill_with_nan])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(
-    interrupted: Path, output_dir: Path, reference: dict[str, Any]
+    interrupted: Path, output_dir: Path, reference: dict[str, Any], damage: Callable[[Path], None]
 ) -> None:
     path = interrupted / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
+    damage(path)
     code, _, err = command(output_dir)
     assert code == 0 and "from step 20 " in err, err
     (line,) = (line for line in (interrupted / "train.log").read_text().splitlines() if str(path) in line)
     assert "step 21" in line and "step 20" in line
     assert bits(interrupted) == reference
     assert [file.name for file in interrupted.glob("*checkpoint*")] == ["checkpoint.pt"]
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(
+    output_dir: Path, forks: Forks, reference: dict[str, Any]
+) -> None:
+    """A checkpoint is due after every step; the second step diverges, in another process and in this one."""
+    diverging = last_of_each(*COMMAND, "optimizer.lr=3")
+    for already in (0, 1):
+        forks.start(diverging, "kill", ["never"], output_dir)
+        code, printed = forks.end()
+        assert code == 1 and ("resumes from step 1 of 39" in printed) == already, printed
+        line = printed.splitlines()[-1]
+        assert len(line) <= 300 and "diverged in pass 1 at step 2: non-finite gradient of p" in line, line
+        assert "the same command resumes from step 1" in line and "smaller optimizer.lr" in line
+        folder = only_folder(output_dir)
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert saved["step"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
+        assert read_json(folder / "status.json")["status"] == "failed"
+    code, _, err = command(output_dir)
+    assert code == 0, err
+    (other,) = set(run_folders(output_dir)) - {folder}
+    assert bits(other) == reference
 
 
 def test_a_damaged_checkpoint_is_one_line_and_its_advice_works(

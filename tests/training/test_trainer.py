@@ -199,6 +199,13 @@ def test_divergence_says_what_to_do() -> None:
     assert all(math.isfinite(metrics["train/bound"] or math.nan) for _, metrics in training.hooks.passes)
 
 
+def test_what_is_not_finite_is_not_saved_when_a_signal_comes() -> None:
+    training = Training(IWAE(2), Constant(5), optimizer=torch.optim.SGD, lr=1e20, hooks=Recorder(stop_at=2))
+    with pytest.raises(RunFailed, match="diverged in pass 1 before step 3: non-finite weights"):
+        training.run()
+    assert not training.hooks.saved
+
+
 def outcome(model: LatentVariableModel, hooks: list[Recorder]) -> tuple[Any, ...]:
     """Everything that must not depend on interruptions: weights, optimizer, record, best."""
     last = hooks[-1].saved[-1]
@@ -291,7 +298,9 @@ class NoGradient(SeesFirstPixel):
 
 def test_a_diagnostic_that_is_not_finite_is_null() -> None:
     training = Training(NoGradient(), Constant(1), optimizer=torch.optim.SGD)
-    assert training.run()
+    with pytest.raises(RunFailed, match="pass 1 at step 1: non-finite gradient of p and gradient of q"):
+        training.run()
+    assert not training.hooks.saved
     assert [found["train/gradient_norm/p"] for found in measured(training)] == [None]
 
 
