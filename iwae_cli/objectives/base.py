@@ -84,7 +84,8 @@ class Objective(ABC):
             return None
         return (
             f"{type(self).__name__} differentiates through the latents and cannot train discrete ones; "
-            "use objective=vimco, objective=rws, or objective=tvo with objective.gradient=covariance"
+            "use objective=vimco, objective=rws, objective=reinforce (the ELBO), or objective=tvo with "
+            "objective.gradient=covariance"
         )
 
     def check_networks(self, model: Model) -> str | None:
