@@ -25,6 +25,8 @@ class MIWAE(BoundObjective):
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
     """
 
+    stratified = True
+
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)
         check_range("m", m, 1)

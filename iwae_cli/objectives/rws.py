@@ -39,6 +39,8 @@ class RWS(Objective):
         gradient: of wake-phi, ``score`` or ``dreg``.
     """
 
+    stratified = True
+
     def __init__(
         self,
         k: int,

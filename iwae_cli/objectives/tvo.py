@@ -48,6 +48,8 @@ class TVO(BoundObjective):
             first and the last only, since the two others would be biased by points that depend on the draws.
     """
 
+    stratified = True
+
     def __init__(
         self,
         k: int,

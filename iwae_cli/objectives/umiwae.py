@@ -33,6 +33,8 @@ class UMIWAE(MIWAE):
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
     """
 
+    stratified = False  # in another order a group does not hold every component equally often
+
     def __init__(self, m: int, k: int, permutations: int = 10, gradient: Gradient = "total") -> None:
         super().__init__(m, k, gradient)
         check_range("permutations", permutations, 1)

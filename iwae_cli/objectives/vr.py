@@ -33,6 +33,8 @@ class VR(BoundObjective):
             largest weight changes, has ``total`` alone.
     """
 
+    stratified = True
+
     def __init__(self, k: int, alpha: float | Literal["max"], gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)
         if alpha == "max":
