@@ -89,6 +89,8 @@ class Generative(Protocol):
 class Inference(Protocol):
     """The part of the inference network that objectives use."""
 
+    strata: int
+
     def __call__(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]: ...
 
 

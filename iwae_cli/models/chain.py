@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -15,6 +16,9 @@ from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.exact import exact_log_px
 
 Images = Float[Tensor, "batch pixels"]
+
+MEAN_DRAWS = 500
+"""Draws for a mean that has no closed form."""
 
 
 class GenerativeChain(nn.Module):
@@ -59,7 +63,9 @@ class GenerativeChain(nn.Module):
 
     def mean(self, latents: Latents) -> Float[Tensor, "k batch pixels"]:
         """Return E[x|h_1], in the units of x."""
-        return self.observation.mean(latents[0])
+        mean = self.observation.mean(latents[0])
+        assert mean is not None  # p(x|h_1) is no flow
+        return mean
 
     def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
         """Return log p(x) in float64, nats, for linear-Gaussian chains and for few discrete states; else None."""
@@ -87,12 +93,15 @@ class InferenceChain(nn.Module):
 
     reparameterized: bool = True
     """Whether draws are smooth functions of phi; if not, their gradient is the score of q."""
+    strata: int = 1
+    """Draws in training are taken in turn from so many parts of q; 1 if they are independent."""
 
     def __init__(self, layers: Sequence[Conditional], white: float = 1.0) -> None:
         super().__init__()
         self.layers = cast(Sequence[Conditional], nn.ModuleList(layers))
         self.white = white
         self.reparameterized = all(layer.reparameterized for layer in layers)
+        self.strata = math.prod(layer.strata for layer in layers)
 
     def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
         """Return ``k`` draws h ~ q(h|x) for every x from the bottom layer up, and log q(h|x) in nats."""
@@ -114,19 +123,31 @@ class InferenceChain(nn.Module):
     def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
         """Return E_q[h_l|x] of every layer; None for discrete layers, for which active units are not defined.
 
-        Exact for the first layer and where means are linear; else averaged over ``draws`` of the layer below.
+        Exact for the first layer and where means are linear; else averaged over ``draws`` of the layer below. A mean
+        that has no closed form is that of ``MEAN_DRAWS`` draws.
         """
         if not self.reparameterized:
             return None
-        given = x / self.white
-        means = [self.layers[0].mean(given)]
+        batch, given = x.shape[0], x / self.white
+        means = [self._mean(1, given, batch, noise)]
         for level, (below, layer) in enumerate(pairwise(self.layers), start=1):
             if layer.linear_mean:
-                means.append(layer.mean(means[-1]))
+                linear = layer.mean(means[-1])
+                assert linear is not None
+                means.append(linear)
                 continue
-            given, _ = below.sample(given, draws, x.shape[0], level, noise)
-            means.append(layer.mean(given).mean(0))
+            given, _ = below.sample(given, draws, batch, level, noise)
+            means.append(self._mean(level + 1, given, batch, noise))
         return tuple(means)
+
+    def _mean(self, level: int, given: Tensor, batch: int, noise: Noise) -> Float[Tensor, "batch _"]:
+        """Return E[h_level|given], averaged over the draws of ``given`` where there are several."""
+        layer = self.layers[level - 1]
+        mean = layer.mean(given)
+        if mean is None:
+            many = given if given.dim() == 2 else given.repeat(-(-MEAN_DRAWS // len(given)), 1, 1)
+            mean, _ = layer.sample(many, MEAN_DRAWS if many.dim() == 2 else len(many), batch, level, noise)
+        return mean if mean.dim() == 2 else mean.mean(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         """Load also from version 0.2.0, where the only layer of model=categorical was called ``logits``."""

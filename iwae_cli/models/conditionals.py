@@ -32,10 +32,12 @@ class Conditional(nn.Module, ABC):
     Attributes:
         reparameterized: whether draws are smooth functions of the parameters and of ``given``.
         linear_mean: whether the mean is linear in ``given``.
+        strata: draws in training are taken in turn from so many parts of the distribution; 1 if they are independent.
     """
 
     reparameterized: ClassVar[bool] = True
     linear_mean: ClassVar[bool] = False
+    strata: int = 1
 
     @abstractmethod
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
@@ -46,8 +48,8 @@ class Conditional(nn.Module, ABC):
         """Return log p(h|given), summed over the last axis, nats."""
 
     @abstractmethod
-    def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return E[h|given]."""
+    def mean(self, given: Given) -> Float[Tensor, "*_ d"] | None:
+        """Return E[h|given]; None where it has no closed form."""
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw the initial values of parameters that no linear or convolutional layer holds; by default none."""

@@ -32,6 +32,19 @@ def standard_normal_log_prob(h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
     return -0.5 * h.square().sum(-1) - h.shape[-1] * HALF_LOG_2PI
 
 
+def mixture_log_prob(
+    h: Float[Tensor, "*n d"],
+    loc: Float[Tensor, "*#n s d"],
+    log_scale: Float[Tensor, "*#n s d"],
+    log_weights: Float[Tensor, " s"] | None = None,
+) -> Float[Tensor, "*n"]:
+    """Return log sum_j weight_j N(h; loc_j, diag(exp(log_scale_j))^2), nats; None: all weights are 1/s."""
+    of_component = normal_log_prob(h[..., None, :], loc, log_scale)
+    if log_weights is None:
+        return of_component.logsumexp(-1) - math.log(loc.shape[-2])
+    return (of_component + log_weights).logsumexp(-1)
+
+
 def bernoulli_log_prob(x: Float[Tensor, "*#n d"], logits: Float[Tensor, "*#n d"]) -> Float[Tensor, "*_"]:
     """Return log p(x) of independent Bernoulli variables, summed over the last axis, nats."""
     return (x * logits - F.softplus(logits)).sum(-1)

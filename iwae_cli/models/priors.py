@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from iwae_cli.core.noise import Noise
-from iwae_cli.models.conditionals import Bits, Conditional, Draws, Given, OneHot
-from iwae_cli.models.networks import standard_normal_log_prob
+from iwae_cli.models.conditionals import Bits, Conditional, DiagonalGaussian, Draws, Given, OneHot
+from iwae_cli.models.networks import mixture_log_prob, standard_normal_log_prob
+
+PriorName = Literal["standard", "mixture", "vamp"]
+
+MOST_AT_ONCE = 1 << 22
+"""Numbers that the density of a mixture of many components takes at once in an evaluation."""
 
 
 class Prior(ABC):
@@ -40,6 +47,75 @@ class StandardNormal(Conditional):
     def mean(self, given: Given) -> Float[Tensor, " d"]:
         """Return zeros."""
         return torch.zeros(self._size)
+
+
+class MixturePrior(Conditional):
+    """sum_j softmax(logits)_j N(loc_j, diag(exp(log_scale_j))^2) of ``size`` units, all learned.
+
+    Locations begin at draws of N(0, I), scales at 1, weights equal.
+    """
+
+    def __init__(self, components: int, size: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.zeros(components, size))
+        self.log_scale = nn.Parameter(torch.zeros(components, size))
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw the locations: components that begin equal would stay equal."""
+        nn.init.normal_(self.loc, generator=generator)
+
+    def forward(self) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"], Float[Tensor, " s"]]:
+        """Return locations, log-scales and log-weights."""
+        return self.loc, self.log_scale, torch.log_softmax(self.logits, 0)
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        """Return draws, smooth functions of locations and scales but not of the weights, and their log-densities."""
+        loc, log_scale, log_weights = self()
+        below = log_weights.exp().cumsum(0)[:-1]
+        chosen = (noise.uniform(level, k, batch, 1) >= below).sum(-1)
+        h = loc[chosen] + log_scale[chosen].exp() * noise.normal(level, k, batch, loc.shape[-1])
+        return h, self.log_prob(h, None)
+
+    def log_prob(self, h: Float[Tensor, "*n d"], given: Given) -> Float[Tensor, "*n"]:
+        """Return the log-density, nats."""
+        components = self()
+        rows = max(1, MOST_AT_ONCE // components[0].numel())
+        parts = h.flatten(0, -2).split(rows)
+        return torch.cat([mixture_log_prob(part, *components) for part in parts]).view(h.shape[:-1])
+
+    def mean(self, given: Given) -> Float[Tensor, " d"]:
+        """Return the weighted mean of the locations."""
+        loc, _, log_weights = self()
+        return log_weights.exp() @ loc
+
+
+class VampPrior(MixturePrior):
+    """1/K sum_j q(h|u_j) with K learned images u_j (Tomczak and Welling 2018, arXiv 1705.07120).
+
+    It shares the parameters of q, so that one loss must train both networks. The images are clamped to [0, 1], the
+    range that q is given, and begin at the mean image with a little noise.
+
+    Args:
+        q: q(h|x), a diagonal Gaussian.
+        mean: mean image, (pixels,), in [0, 1].
+        components: K.
+    """
+
+    def __init__(self, q: DiagonalGaussian, mean: Float[Tensor, " pixels"], components: int) -> None:
+        Conditional.__init__(self)
+        self.q = q
+        self.images = nn.Parameter(mean.expand(components, -1).clone())
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Add noise to the images: components that begin equal would stay equal."""
+        with torch.no_grad():
+            self.images.add_(torch.randn(self.images.shape, generator=generator), alpha=0.01)
+
+    def forward(self) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"], Float[Tensor, " s"]]:
+        """Return locations and log-scales of q given the images, and equal log-weights."""
+        loc, log_scale = self.q(self.images.clamp(0, 1))
+        return loc, log_scale, loc.new_full((len(loc),), -math.log(len(loc)))
 
 
 class _LearnedLogits(Conditional):

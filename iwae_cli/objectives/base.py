@@ -44,6 +44,8 @@ class Objective(ABC):
     """Whether E[bound] <= log p(x) always; only then may a value be called an NLL."""
     one_loss: bool = False
     """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
+    stratified: bool = False
+    """Whether k draws that are taken in turn from the components of q serve its value as k independent ones do."""
     through_latents: bool = False
     """Whether it differentiates through the latents: the score of q of discrete ones would be dropped silently."""
 
@@ -84,7 +86,8 @@ class Objective(ABC):
             return None
         return (
             f"{type(self).__name__} differentiates through the latents and cannot train discrete ones; "
-            "use objective=vimco, objective=rws, or objective=tvo with objective.gradient=covariance"
+            "use objective=vimco, objective=rws, objective=reinforce (the ELBO), or objective=tvo with "
+            "objective.gradient=covariance"
         )
 
     def check_networks(self, model: Model) -> str | None:
@@ -94,6 +97,19 @@ class Objective(ABC):
                 f"{type(self).__name__} as chosen does not train p and q by the whole derivative of one loss, but they "
                 f"share parameters ({model.shared[0]}): use objective=iwae or another bound with "
                 "objective.gradient=total"
+            )
+        strata = model.inference.strata
+        # The score of a component is not that of q, which the identities behind dreg and the score function need.
+        if strata > 1 and not (self.stratified and getattr(self, "gradient", "total") in ("total", "stl", "score")):
+            return (
+                f"{type(self).__name__} as chosen needs independent draws, and this q takes them from its {strata} "
+                "components in turn: use objective=iwae, elbo or miwae with objective.gradient=total, or another "
+                "model.posterior"
+            )
+        if self.k % strata:
+            return (
+                f"objective.k={self.k} is not a multiple of the {strata} components of q, from which draws are taken "
+                f"in turn: write objective.k={-(-self.k // strata) * strata} or model.components={self.k}"
             )
         return None
 

@@ -24,6 +24,8 @@ class CIWAE(BoundObjective):
         gradient: ``total``, ``stl`` (biased unless beta = 1 or k = 1) or ``dreg``.
     """
 
+    stratified = True
+
     def __init__(self, k: int, beta: float, gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)
         if not 0 <= beta <= 1:

@@ -24,6 +24,8 @@ class ELBO(BoundObjective):
             layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
     """
 
+    stratified = True
+
     def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:
         super().__init__(k, gradient)
         if analytic_kl and gradient != "total":

@@ -16,6 +16,8 @@ class IWAE(BoundObjective):
     the logarithms and gets no tighter with k. ``stl`` is biased for k >= 2 (it misses part of the score term).
     """
 
+    stratified = True
+
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)

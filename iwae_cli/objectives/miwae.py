@@ -25,6 +25,8 @@ class MIWAE(BoundObjective):
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
     """
 
+    stratified = True
+
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)
         check_range("m", m, 1)
@@ -41,14 +43,15 @@ class MIWAE(BoundObjective):
 
     def weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
         """Return a = w~/m."""
-        return self._shares(log_w) / self.m
+        return self._of_draws(normalized_weights(self._groups(log_w)))
 
     def doubly_weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
         """Return b = w~^2/m."""
-        return self._shares(log_w).square() / self.m
+        return self._of_draws(normalized_weights(self._groups(log_w)).square())
 
     def _groups(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "k m batch"]:
         return log_w.unflatten(0, (self.m, self.k)).transpose(0, 1)
 
-    def _shares(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
-        return normalized_weights(self._groups(log_w)).transpose(0, 1).flatten(0, 1)
+    def _of_draws(self, values: Float[Tensor, "k m batch"]) -> Float[Tensor, "mk batch"]:
+        """Return the values of the groups, each divided by m, in the order of the draws."""
+        return values.transpose(0, 1).flatten(0, 1) / self.m

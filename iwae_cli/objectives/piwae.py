@@ -25,12 +25,14 @@ class PIWAE(Objective):
         gradient: estimator for phi: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
     """
 
+    stratified = True
     through_latents = True
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k)
         self.inference = MIWAE(m, k, gradient)
         self.generative = IWAE(m * k)
+        self.gradient = gradient
 
     @property
     def num_samples(self) -> int:

@@ -16,6 +16,7 @@ from iwae_cli.objectives.base import BoundObjective, Gradient
 class VR(BoundObjective):
     """E[1/(1-alpha) log 1/k sum_i w_i^(1-alpha)] (Li and Turner 2016, arXiv 1602.02311).
 
+    For 0 <= alpha < 1 it is the VR-IWAE bound of Daudel, Benton, Shi, Doucet 2023 (arXiv 2210.06226).
     Special cases: alpha = 0 is IWAE-k; alpha -> 1 tends to the ELBO; k = 1 is the sampled ELBO for every alpha;
     alpha = max is VR-max, the limit alpha = -inf, which trains on the largest weight alone.
 
@@ -31,6 +32,8 @@ class VR(BoundObjective):
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``; VR-max, whose derivative jumps where the
             largest weight changes, has ``total`` alone.
     """
+
+    stratified = True
 
     def __init__(self, k: int, alpha: float | Literal["max"], gradient: Gradient = "total") -> None:
         super().__init__(k, gradient)

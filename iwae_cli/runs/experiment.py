@@ -176,7 +176,7 @@ class Experiment:
         known = {key: value for key, value in fingerprints.items() if value is not None}
         model = "_".join([words(type(self.model).__name__), *map(str, self._sizes())])
         gradient = getattr(self.objective, "gradient", "total")
-        objective = words(type(self.objective).__name__) + ("" if gradient == "total" else f"_{gradient}")
+        objective = words(type(self.objective).__name__) + ("" if gradient in ("total", "score") else f"_{gradient}")
         parts = (self.data.name, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
         return training_name(parts, self.config, known)
 

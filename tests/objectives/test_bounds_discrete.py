@@ -15,6 +15,7 @@ from iwae_cli.models.architectures.categorical import Categorical
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.reinforce import REINFORCE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
@@ -56,9 +57,11 @@ def gradients(model: LatentVariableModel, generative: Tensor, inference: Tensor)
     ("objective", "bound"),
     [
         (VIMCO(2), lambda log_w: log_w.logsumexp(0)),
+        (VIMCO(2, "zero"), lambda log_w: log_w.logsumexp(0)),
+        (REINFORCE(2), lambda log_w: log_w.mean(0)),
         (TVO(2, partitions=1, gradient="covariance"), lambda log_w: log_w.mean(0)),
     ],
-    ids=["vimco", "reinforce"],
+    ids=["vimco", "vimco-zero", "reinforce", "tvo1"],
 )
 def test_the_expected_gradient_is_that_of_the_enumerated_bound(name: str, objective: Objective, bound) -> None:
     model, x, states = small_model(name)
@@ -83,8 +86,8 @@ def test_the_expected_gradient_is_that_of_the_enumerated_bound(name: str, object
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "objective",
-    [VIMCO(4), RWS(4, "wake"), RWS(4, "sleep"), RWS(4, "both"), TVO(4, 3, gradient="covariance")],
-    ids=["vimco", "wake", "sleep", "both", "tvo"],
+    [VIMCO(4), RWS(4, "wake"), RWS(4, "sleep"), RWS(4, "both"), TVO(4, 3, gradient="covariance"), REINFORCE(4)],
+    ids=["vimco", "wake", "sleep", "both", "tvo", "reinforce"],
 )
 def test_every_parameter_of_a_discrete_model_is_trained(name: str, objective: Objective) -> None:
     model, x, _ = small_model(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -19,8 +19,10 @@ from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.jvi import JVI, jackknife
 from iwae_cli.objectives.miwae import MIWAE
 from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.reinforce import REINFORCE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.umiwae import UMIWAE
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
 
@@ -45,7 +47,9 @@ EVERY: dict[str, Objective] = {
     "vr-max": VR(K, "max"),
     "piwae2x3": PIWAE(2, 3),
     "rws": RWS(K),
+    "rws-dreg": RWS(K, gradient="dreg"),
     "vimco": VIMCO(K),
+    "reinforce": REINFORCE(K),
 }
 smooth = pytest.mark.parametrize("objective", SMOOTH.values(), ids=SMOOTH.keys())
 every = pytest.mark.parametrize("objective", EVERY.values(), ids=EVERY.keys())
@@ -155,7 +159,7 @@ def test_thermodynamic_sums_hold_the_importance_weighted_bound_between_them():
         for partitions in (2, 4, 8):
             tvo = TVO(K, partitions, schedule)
             left = tvo.bound(log_w)
-            points = [*tvo.betas, 1.0]
+            points = tvo.points(log_w)
             right = sum((b - a) * (torch.softmax(b * log_w, 0) * log_w).sum(0) for a, b in pairwise(points))
             assert (elbo < left).all() and (left < iwae).all() and (iwae < right).all()
             if schedule == "linear":  # every point of the coarser partition is one of the finer
@@ -165,11 +169,56 @@ def test_thermodynamic_sums_hold_the_importance_weighted_bound_between_them():
 
 
 def test_thermodynamic_points():
-    assert TVO(5, 4, "linear").betas == pytest.approx([0, 0.25, 0.5, 0.75])
-    log = TVO(5, 4, "log", beta_1=0.001)
-    assert log.betas == pytest.approx([0, 0.001, 0.01, 0.1])
-    assert log.widths == pytest.approx([0.001, 0.009, 0.09, 0.9])
-    assert TVO(5, 2, beta_1=0.03).betas == pytest.approx([0, 0.03])
+    log_w = random_log_w(5)
+    assert TVO(5, 4, "linear").points(log_w) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert TVO(5, 4, "log", beta_1=0.001).points(log_w) == pytest.approx([0, 0.001, 0.01, 0.1, 1])
+    assert TVO(5, 2, beta_1=0.03).points(log_w) == pytest.approx([0, 0.03, 1])
+
+
+def test_moments_places_the_points_where_the_integrand_rises_by_equal_steps():
+    log_w, tvo = random_log_w(50), TVO(50, 4, "moments")
+    points = tvo.points(log_w)
+    moments = torch.stack([(torch.softmax(beta * log_w, 0) * log_w).sum(0) for beta in points])
+    steps = moments.diff(dim=0)
+    assert (moments[-1] - moments[0]).min() > 1
+    # The slope of the integrand is the variance of log w, at most some tens here, and a point errs by 2^-20.
+    torch.testing.assert_close(steps, ((moments[-1] - moments[0]) / 4).expand(4, -1), rtol=0, atol=1e-3)
+    bound = tvo.bound(log_w)
+    assert (ELBO(50).bound(log_w) < bound).all() and (bound < IWAE(50).bound(log_w)).all()
+    torch.testing.assert_close(tvo.weights(log_w), gradient_of(tvo.bound, log_w), rtol=1e-10, atol=1e-12)
+    same(TVO(50, 1, "moments"), ELBO(50), log_w)
+    equal = torch.full((6, 2), -90.0, dtype=torch.float64)
+    torch.testing.assert_close(TVO(6, 4, "moments").bound(equal), equal[0])
+    extremes = TVO(6, 4, "moments").bound(EXTREMES)
+    assert extremes.isneginf().tolist() == [False, True, False, True, True]
+    assert gradient_of(TVO(6, 4, "moments").bound, EXTREMES).isfinite().all()
+
+
+# Regrouped draws
+
+
+def test_regrouped_draws_are_an_incomplete_u_statistic():
+    log_w = random_log_w(4, batch=20)
+    pairs = list(combinations(range(4), 2))
+    complete = torch.stack([log_w[[*pair]].logsumexp(0) - math.log(2) for pair in pairs]).mean(0)
+    error, spread = [], []
+    for permutations in (50, 5000):
+        regrouped = UMIWAE(2, 2, permutations)
+        error.append((regrouped.bound(log_w) - complete).abs().max().item())
+        spread.append((regrouped.weights(log_w) - gradient_of(regrouped.bound, log_w)).abs().max().item())
+    # An order is one of three pairings: the mean over 5,000 of them errs by less than a nat / sqrt(5,000) times 4.
+    assert error[1] < 0.06 < error[0] and max(spread) < 1e-12
+    same(UMIWAE(2, 2, 1), MIWAE(2, 2), log_w)
+    same(UMIWAE(1, 4, 3), IWAE(4), log_w)
+    same(UMIWAE(4, 1, 3), ELBO(4), log_w)
+    b = UMIWAE(2, 2, 7).doubly_weights(log_w[:, :3])
+    hessian = [
+        torch.autograd.functional.hessian(lambda w: UMIWAE(2, 2, 7).bound(w[:, None]).sum(), column).diagonal()
+        for column in log_w.T[:3]
+    ]
+    torch.testing.assert_close(b, UMIWAE(2, 2, 7).weights(log_w[:, :3]) - torch.stack(hessian, 1))
+    assert UMIWAE(2, 3).bound(EXTREMES).isneginf().tolist() == [False, False, False, True, True]
+    assert gradient_of(UMIWAE(2, 3).bound, EXTREMES).isfinite().all()
 
 
 # The jackknife
@@ -276,6 +325,8 @@ EXTREME_VALUES = {
     "elbo": (-INF, 1e4 / 6, -INF),
     "iwae": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
     "rws": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
+    "rws-dreg": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
+    "reinforce": (-INF, 1e4 / 6, -INF),
     "vimco": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
     "piwae2x3": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
     "vr0.5": (2 * math.log(ROOTS / 6), 1e4 - 2 * LOG3, -2 * math.log(6)),
@@ -398,6 +449,10 @@ def test_float32_is_close_to_float64(objective):
         (lambda: TVO(5, 0), "partitions must be >= 1, got 0"),
         (lambda: TVO(5, beta_1=0.0), "beta_1 must be between 0 and 1"),
         (lambda: TVO(5, beta_1=math.nan), "beta_1 must be between 0 and 1"),
+        (lambda: TVO(5, schedule="moments", gradient="dreg"), "schedule=moments needs gradient=total or"),
+        (lambda: UMIWAE(2, 5, 0), "permutations must be >= 1, got 0"),
+        (lambda: RWS(5, "sleep", "dreg"), "gradient=dreg has a meaning with phi=wake or phi=both only"),
+        (lambda: REINFORCE(1), "k must be >= 2, got 1"),
     ],
 )
 def test_arguments_are_refused_by_name(make, message):
@@ -414,7 +469,7 @@ def test_what_is_a_lower_bound():
 
 def test_caveats_name_biased_gradients_only():
     biased = [IWAE(2, "stl"), VR(2, 0.5, "stl"), CIWAE(2, 0.9, "stl"), MIWAE(2, 2, "stl"), PIWAE(2, 2, "stl"),
-              TVO(2, gradient="stl"), JVI(2, "stl"), TVO(2, gradient="covariance")]  # fmt: skip
+              TVO(2, gradient="stl"), JVI(2, "stl"), TVO(2, gradient="covariance"), TVO(2, 3, "moments")]  # fmt: skip
     for objective in biased:
         assert any("biased" in line for line in objective.caveats), objective
     # Those that are the ELBO in disguise are unbiased.
@@ -431,7 +486,7 @@ def test_pathwise_objectives_refuse_discrete_latents():
 
     for name, objective in EVERY.items():
         message = objective.check(Discrete([2]))
-        if name in ("vimco", "rws"):
+        if name in ("vimco", "rws", "reinforce"):
             assert message is None
         else:
             assert message is not None and message.startswith(type(objective).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,16 @@ from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.jvi import JVI
 from iwae_cli.objectives.miwae import MIWAE
 from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.reinforce import REINFORCE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.umiwae import UMIWAE
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "objective"
 PHI = ("inference.loc", "inference.log_scale")
+BASELINES = ("geometric", "arithmetic", "zero")
 
 # Of two draws each, with the estimator of the gradient left open.
 TWO_DRAWS = {
@@ -119,10 +122,28 @@ def test_groups_have_the_gradient_of_one_group():
     # E[MIWAE(2, 2)] = E[IWAE(2)]; four dimensions of 20 points.
     for gradient in ("total", "dreg"):
         two, _ = expected_gradients(IWAE(2, gradient))
-        groups, bound = expected_gradients(MIWAE(2, 2, gradient), points=20)
-        assert bound.item() == pytest.approx(-1.6633089557, abs=1e-5)
-        for parameter in PHI:
-            assert groups[parameter].item() == pytest.approx(two[parameter].item(), abs=1e-4)
+        for objective in (MIWAE(2, 2, gradient), UMIWAE(2, 2, 3, gradient)):
+            groups, bound = expected_gradients(objective, points=20)
+            assert bound.item() == pytest.approx(-1.6633089557, abs=1e-5)
+            for parameter in PHI:
+                assert groups[parameter].item() == pytest.approx(two[parameter].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["total", "dreg"])
+def test_regrouped_draws_lower_the_variance(gradient):
+    replicates = 20_000
+    noise = GeneratorNoise(generator("cpu", 3, "regrouped"), torch.float64)
+    values = []
+    for objective in (MIWAE(4, 4, gradient), UMIWAE(4, 4, 20, gradient)):
+        model, x = fixture_a(replicates)
+        noise = GeneratorNoise(generator("cpu", 3, "regrouped"), torch.float64)
+        gradients, bound = outcome_gradients(objective, model, x, noise)
+        values.append({"bound": bound, **{name: gradients[name] for name in (*PHI, "generative.slope")}})
+    for name, before in values[0].items():
+        # A variance of M values errs by sqrt(2/M), 1 %, where they are normal; both rest on the same draws.
+        assert values[1][name].var() < 0.98 * before.var(), name
+        difference = values[1][name] - before
+        assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(replicates), name
 
 
 @pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
@@ -183,19 +204,48 @@ def test_path_gradients_vanish_at_the_posterior_for_every_draw(name, gradient):
 # Score functions, on continuous latents by quadrature
 
 
-def test_vimco_is_unbiased_for_gaussian_latents():
-    found, bound = expected_gradients(VIMCO(2))
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_vimco_is_unbiased_for_gaussian_latents(baseline):
+    found, bound = expected_gradients(VIMCO(2, baseline))
     truth, same_bound = expected_gradients(IWAE(2))
     assert bound.item() == same_bound.item()
     for parameter, gradient in truth.items():
         assert found[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
 
 
-def test_one_partition_by_covariance_is_reinforce_for_the_elbo():
-    found, _ = expected_gradients(TVO(2, 1, gradient="covariance"))
+@pytest.mark.parametrize("objective", [TVO(2, 1, gradient="covariance"), REINFORCE(2)])
+def test_score_functions_are_unbiased_for_the_elbo(objective):
+    found, _ = expected_gradients(objective)
     truth, _ = expected_gradients(ELBO(2))
     for parameter, gradient in truth.items():
         assert found[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
+
+
+def test_reinforce_is_the_gradient_of_half_the_variance_of_the_log_weights():
+    noise = GivenNoise({1: torch.randn(5, 30, 1, dtype=torch.float64)})
+    model, x = fixture_a(30)
+    found, _ = outcome_gradients(REINFORCE(5), model, x, noise)
+    latents = tuple(h.detach() for h in model.draw(x, 5, noise).latents)
+    log_w = model.generative(x, latents).detach() - model.inference(x, latents)
+    half = torch.autograd.grad(log_w.var(0).sum() / 2, (model.inference.loc, model.inference.log_scale))
+    for parameter, gradient in zip(PHI, half, strict=True):
+        torch.testing.assert_close(found[parameter], -gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_wake_phi_has_one_expectation_in_both_forms_and_less_variance_in_the_second():
+    nodes, weights = quadrature(2, 80)
+    moments = []
+    for gradient in ("score", "dreg"):
+        model, x = fixture_a(weights.numel())
+        found, _ = outcome_gradients(RWS(2, gradient=gradient), model, x, GivenNoise({1: nodes[..., None]}))
+        moments.append([(found[name] @ weights, found[name] ** 2 @ weights) for name in PHI])
+    for (score, squared), (path, path_squared) in zip(*moments, strict=True):
+        assert path.item() == pytest.approx(score.item(), abs=1e-8)
+        assert path_squared < 0.5 * squared
+    noise = GivenNoise({1: torch.randn(3, 50, 1, dtype=torch.float64)})
+    model, x = fixture_a(50, shift=0.0, widen=1.0)
+    found, _ = outcome_gradients(RWS(3, gradient="dreg"), model, x, noise)
+    assert max(found[parameter].abs().max() for parameter in PHI) < 1e-12
 
 
 def midpoints(k: int) -> Tensor:
@@ -210,13 +260,13 @@ def test_the_covariance_form_tends_to_the_derivative_of_thermodynamic_integratio
 
     def left_sum(location: Tensor, log_scale: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for beta, width in zip(tvo.betas, tvo.widths, strict=True):
+        for beta, end in pairwise(tvo.points(torch.zeros(1, 1))):
             q, p = (-2 * log_scale).exp(), 1 / POSTERIOR_VARIANCE_A
             precision = (1 - beta) * q + beta * p
             mean = ((1 - beta) * q * location + beta * p * POSTERIOR_MEAN_A) / precision
             log_p = -0.5 * p * (1 / precision + (mean - POSTERIOR_MEAN_A) ** 2) + 0.5 * math.log(p)
             log_q = -0.5 * q * (1 / precision + (mean - location) ** 2) - log_scale
-            total = total + width * (log_p - log_q - 1.4958208120)
+            total = total + (end - beta) * (log_p - log_q - 1.4958208120)
         return total
 
     phi = [torch.tensor(v, dtype=torch.float64, requires_grad=True)
@@ -282,10 +332,12 @@ def test_both_is_the_mean_of_wake_and_sleep():
             return values[layer].expand(shape) * torch.arange(1, shape[0] + 1, dtype=torch.float64).view(-1, 1, 1)
 
     model, x = fixture_a(30)
-    wake, sleep, both = (outcome_gradients(RWS(3, phi), model, x, Two({}))[0] for phi in ("wake", "sleep", "both"))
-    for parameter in PHI:
-        torch.testing.assert_close(both[parameter], (wake[parameter] + sleep[parameter]) / 2)
-        assert not torch.allclose(wake[parameter], sleep[parameter])
+    sleep = outcome_gradients(RWS(3, "sleep"), model, x, Two({}))[0]
+    for gradient in ("score", "dreg"):
+        wake, both = (outcome_gradients(RWS(3, phi, gradient), model, x, Two({}))[0] for phi in ("wake", "both"))
+        for parameter in PHI:
+            torch.testing.assert_close(both[parameter], (wake[parameter] + sleep[parameter]) / 2)
+            assert not torch.allclose(wake[parameter], sleep[parameter])
     for parameter in ("generative.slope", "generative.log_scale"):
         assert torch.equal(wake[parameter], sleep[parameter])
 
@@ -329,10 +381,11 @@ def enumerated_truth(bound, k: int, x: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("x", [0.0, 1.0])
 @pytest.mark.parametrize("k", [2, 3])
-def test_vimco_is_the_enumerated_gradient(k, x):
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_vimco_is_the_enumerated_gradient(k, x, baseline):
     truth = enumerated_truth(lambda log_w: log_w.logsumexp(0), k, x)
     model, images, noise, probability = enumerate_bits(k, x)
-    found, _ = outcome_gradients(VIMCO(k), model, images, noise)
+    found, _ = outcome_gradients(VIMCO(k, baseline), model, images, noise)
     for parameter, gradient in truth.items():
         torch.testing.assert_close(found[parameter] @ probability, gradient, rtol=0, atol=1e-12)
     assert truth["inference.logits"].abs().min() > 1e-3
@@ -356,7 +409,8 @@ def test_vimco_needs_its_second_term_and_its_baselines_only_lower_the_variance()
     assert spread[0] < 0.5 * spread[1]
 
 
-def test_vimco_learns_from_the_signals_of_its_formula():
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_vimco_learns_from_the_signals_of_its_formula(baseline):
     inf = math.inf
     log_w = torch.tensor(
         [[0.5, 0.5, 0.5, -inf, 1e4], [-0.3, -inf, -inf, -inf, -1e4], [1.1, 1.1, -inf, -inf, 0.0]], dtype=torch.float64
@@ -366,7 +420,7 @@ def test_vimco_learns_from_the_signals_of_its_formula():
     log_p = log_w.clone().requires_grad_()
     particles = Particles(latents, log_p, log_q, reparameterized=False, rescore=log_q.detach)
     model, _ = fixture_a(5)
-    losses = VIMCO(3).losses(model, torch.zeros(5, 1, dtype=torch.float64), particles, GivenNoise({}))
+    losses = VIMCO(3, baseline).losses(model, torch.zeros(5, 1, dtype=torch.float64), particles, GivenNoise({}))
     found = -5 * torch.autograd.grad(losses.inference, log_q)[0]
     expected = torch.zeros(3, 5, dtype=torch.float64)
     for image in range(3):
@@ -374,21 +428,31 @@ def test_vimco_learns_from_the_signals_of_its_formula():
         total = sum(math.exp(v) for v in values)
         for j, v in enumerate(values):
             others = values[:j] + values[j + 1 :]
-            stand_in = total - math.exp(v) + math.exp(sum(others) / 2)
+            mean = {
+                "geometric": math.exp(sum(others) / 2),
+                "arithmetic": sum(math.exp(other) for other in others) / 2,
+                "zero": 0.0,
+            }[baseline]
+            stand_in = total - math.exp(v) + mean
             # Where nothing stands in, all others being zero, the baseline is 0 and not -inf.
-            baseline = math.log(stand_in / 3) if stand_in > 0 else 0.0
-            expected[j, image] = math.log(total / 3) - baseline - math.exp(v) / total
+            without = math.log(stand_in / 3) if stand_in > 0 else 0.0
+            expected[j, image] = math.log(total / 3) - without - math.exp(v) / total
     expected[:, 3] = -1 / 3  # no weight at all: no signal, and equal shares
     # Without the largest the bound falls by 1e4, without another by nothing; the share of the largest is 1.
     expected[:, 4] = torch.tensor([1e4 - 1, 0, 0], dtype=torch.float64)
+    if baseline != "geometric":  # of 1, e^0 and e^-1e4: the mean is 1/2; of others that are 1/3 with 0
+        stand_in = {"arithmetic": math.log(1 / 2), "zero": math.log(1 / 3)}[baseline]
+        of_others = {"arithmetic": math.log(2 / 3), "zero": 0.0}[baseline]
+        expected[:, 4] = torch.tensor([1e4 - math.log(3) - stand_in - 1, of_others, of_others], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_reinforce_is_the_enumerated_gradient_of_the_elbo(k):
+@pytest.mark.parametrize("make", [REINFORCE, lambda k: TVO(k, 1, gradient="covariance")], ids=["reinforce", "tvo1"])
+def test_score_functions_are_the_enumerated_gradient_of_the_elbo(k, make):
     truth = enumerated_truth(lambda log_w: log_w.mean(0), k, 1.0)
     model, images, noise, probability = enumerate_bits(k, 1.0)
-    found, bound = outcome_gradients(TVO(k, 1, gradient="covariance"), model, images, noise)
+    found, bound = outcome_gradients(make(k), model, images, noise)
     for parameter, gradient in truth.items():
         torch.testing.assert_close(found[parameter] @ probability, gradient, rtol=0, atol=1e-12)
     model, images, noise, one_probability = enumerate_bits(1, 1.0)
@@ -553,13 +617,37 @@ def test_signal_to_noise_over_the_number_of_samples(make, parameter, slope, firs
     assert np.polyfit(np.log(ks), np.log(ratios), 1)[0] == pytest.approx(slope, abs=0.15)
 
 
+@pytest.mark.parametrize(
+    ("baseline", "slope", "at_16", "at_64"), [("geometric", -0.5, 0.25, 0.13), ("zero", 0.5, 3.5, 7.7)]
+)
+def test_the_baseline_decides_whether_the_signal_of_vimco_grows(baseline, slope, at_16, at_64):
+    # At k = 512 and with the geometric mean a ratio is about 0.04; without a signal it would read 0.8/sqrt(M) = 0.006.
+    ks = (8, 16, 64, 512)
+    ratios = [snr(VIMCO(k, baseline), "inference.loc", 20_000) for k in ks]
+    assert ratios[1] == pytest.approx(at_16, rel=0.05, abs=0.025)
+    assert ratios[2] == pytest.approx(at_64, rel=0.05, abs=0.025)
+    assert np.polyfit(np.log(ks), np.log(ratios), 1)[0] == pytest.approx(slope, abs=0.15)
+    # Bits.
+    ratios = []
+    for k in (8, 64, 512):
+        n = 20_000
+        model, images = LatentVariableModel(BitsP(n), BitsQ(n)), torch.ones(n, 1, dtype=torch.float64)
+        noise = GeneratorNoise(generator("cpu", 6, "snr", k), torch.float64)
+        gradient = outcome_gradients(VIMCO(k, baseline), model, images, noise)[0]["inference.logits"]
+        squared = gradient.mean(1) ** 2 / gradient.var(1) - 1 / n
+        ratios.append(squared.clamp_min(0).sqrt().max().item())
+    assert np.polyfit(np.log((8, 64, 512)), np.log(ratios), 1)[0] == pytest.approx(slope, abs=0.15)
+
+
 # Every parameter, and no other
 
 TRAINED = [
     *(make(gradient) for make in (TWO_DRAWS | LINEAR).values() for gradient in ("total", "dreg")),
     *(PIWAE(2, 2, gradient) for gradient in ("total", "stl", "dreg")),
     *(RWS(3, phi) for phi in ("wake", "sleep", "both")),
-    *(ELBO(2, "stl"), IWAE(3, "stl"), VR(3, "max"), TVO(3, gradient="covariance"), VIMCO(3)),
+    *(ELBO(2, "stl"), IWAE(3, "stl"), VR(3, "max"), TVO(3, gradient="covariance"), REINFORCE(3)),
+    *(VIMCO(3, baseline) for baseline in BASELINES),
+    *(RWS(3, gradient="dreg"), UMIWAE(2, 2, 3), UMIWAE(2, 2, 3, "dreg"), TVO(3, 3, "moments")),
 ]
 
 
@@ -578,7 +666,7 @@ def test_every_named_parameter_is_trained_by_its_own_loss(objective):
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, name
-    if isinstance(objective, RWS | VIMCO) or getattr(objective, "gradient", "") == "covariance":
+    if not objective.through_latents:
         # Losses of the score leave the generative network alone.
         theta = torch.autograd.grad(losses.inference, list(model.generative.parameters()), allow_unused=True)
         assert all(gradient is None for gradient in theta)

@@ -25,8 +25,10 @@ from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.jvi import JVI
 from iwae_cli.objectives.miwae import MIWAE
 from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.reinforce import REINFORCE
 from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.umiwae import UMIWAE
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.objectives.vr import VR
 from iwae_cli.training.steps.choose import compiling_pays, should_compile
@@ -50,6 +52,11 @@ CASES: dict[str, tuple[Architecture, Objective]] = {
     "JVI": (ONE, JVI(3)),
     "RWS, wake and sleep": (BITS, RWS(3, "both")),
     "VIMCO": (BITS, VIMCO(3)),
+    "VIMCO, zero": (BITS, VIMCO(3, "zero")),
+    "REINFORCE": (BITS, REINFORCE(3)),
+    "RWS DReG": (ONE, RWS(3, gradient="dreg")),
+    "UMIWAE": (ONE, UMIWAE(2, 3, 2)),
+    "TVO, moments": (ONE, TVO(3, 3, "moments")),
     "TVO, covariance": (BITS, TVO(3, gradient="covariance")),
     "linear-Gaussian": (LinearGaussianModel([3, 2]), IWAE(3, "dreg")),
     "convolutional": (GaussianConvolutional(2, [3, 2], 4), IWAE(3)),
