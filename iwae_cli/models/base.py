@@ -20,7 +20,6 @@ from iwae_cli.models.kl import find_kl
 
 
 @Model.register  # from Python 3.12 on a protocol does not see submodules, which are no attributes of the class
-@final
 class LatentVariableModel(nn.Module):
     """A generative and an inference network, which may share parameters where one loss trains both."""
 

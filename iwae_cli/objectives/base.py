@@ -46,6 +46,8 @@ class Objective(ABC):
     """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
     stratified: bool = False
     """Whether k draws that are taken in turn from the components of q serve its value as k independent ones do."""
+    takes_kl_weight: bool = False
+    """Whether its losses stay right where log p(h) and log q(h|x) are both multiplied by a number."""
     through_latents: bool = False
     """Whether it differentiates through the latents: the score of q of discrete ones would be dropped silently."""
 
@@ -137,6 +139,8 @@ class BoundObjective(Objective, ABC):
             raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
         self.gradient: str = gradient
         self.one_loss = gradient == "total"
+        # The coefficient b of ``dreg`` stands for a score term of weight one.
+        self.takes_kl_weight = gradient in ("total", "stl")
 
     @abstractmethod
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:

@@ -33,6 +33,7 @@ class PIWAE(Objective):
         self.inference = MIWAE(m, k, gradient)
         self.generative = IWAE(m * k)
         self.gradient = gradient
+        self.takes_kl_weight = self.inference.takes_kl_weight
 
     @property
     def num_samples(self) -> int:

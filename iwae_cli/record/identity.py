@@ -52,9 +52,17 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
         "validation": {key: config["validation"][key] for key in ("k", "every")},
         "fingerprints": dict(fingerprints),
         **{key: config[key] for key in ("with_optimizer", "train")},
-        # Only where it differs from the runs that had no such choice.
-        **{key: config[key] for key in ("training",) if config.get(key, {}).get("backward", "all") != "all"},
+        **_training(config),
     }
+
+
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node ``training`` where it differs from the runs that had no such choice."""
+    node = {key: value for key, value in config.get("training", {}).items() if key != "_target_"}
+    if node.get("backward", "all") == "all":
+        node.pop("tau", None)
+    spelled = one_spelling({"_target_": "iwae_cli.training.settings.Training", **node})
+    return {"training": spelled} if len(spelled) > 1 else {}
 
 
 def recorded_as(config: Mapping[str, Any]) -> str:

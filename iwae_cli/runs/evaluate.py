@@ -99,7 +99,7 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
     config = run.config()
     state = checkpoint.load(run.checkpoint)
     model = _build(construct(config, ("model",))["model"], state)
-    _put(state.model, model, run)
+    _put(state.weights, model, run)
     _say_changes(state, config)
     return model, config
 
@@ -157,7 +157,7 @@ def evaluate(
     estimator = estimator or LogLikelihood()
     place = run.evaluation(evaluation_name(config))
     best = subject.evaluation.weights == "best"
-    step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
+    step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.weights)
     kept = _kept(place / "result.json", step, state)
     code = sources({"estimator": config.get("estimator")})
     if (

@@ -128,6 +128,11 @@ class Experiment:
         refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
             raise UserError(refusal)
+        if self.schedule.patience is not None and self.evaluation.weights == "last":
+            raise UserError(
+                "schedule.patience ends a training after its best weights: write evaluation.weights=best, "
+                "or schedule.patience=null"
+            )
         on_cpu = self.device.resolve().type == "cpu"
         try_optimizer(self.optimizer.func, self.optimizer.keywords, "optimizer", on_cpu)
         check_bf16(self.evaluation, self.model, self.device)

@@ -74,7 +74,7 @@ class Runner:
         ).to(device=self.device, dtype=dtype)
         initial = experiment.initial
         if initial is not None:
-            self.model.load_state_dict(initial.model)
+            self.model.load_state_dict(initial.weights)
         if experiment.train == "inference":
             self.model.generative.requires_grad_(False)
         self.trainer = Trainer(
@@ -94,8 +94,8 @@ class Runner:
                 plan=_plan(experiment),
             ),
             hooks=self,
+            settings=experiment.training,
         )
-        self.state.total_steps = self.trainer.total_steps
         if initial is not None and experiment.with_optimizer:
             # Only its state: learning rate and other settings are those of this run.
             settings = self.trainer.optimizer.state_dict()
@@ -203,7 +203,7 @@ class Runner:
         ) as self.progress:
             started = time.monotonic()
             step = choose_step(
-                self.model,
+                trainer.model,
                 experiment.objective,
                 trainer.optimizer,
                 experiment.training,
@@ -235,7 +235,7 @@ class Runner:
         if self._validation is None:
             self._validation = self.data.evaluation_split("validation", VALIDATION_SEED)
         likelihood = log_likelihood(
-            self.model,
+            self.trainer.evaluated,
             self._validation,
             k=self.experiment.validation.k,
             seed=VALIDATION_SEED,
@@ -254,7 +254,7 @@ class Runner:
 
     def on_best(self, state: checkpoint.State) -> None:
         """Keep the best weights."""
-        checkpoint.save_best(state, self.model.state_dict(), self.folder.best)
+        checkpoint.save_best(state, self.trainer.evaluated.state_dict(), self.folder.best)
 
     def on_pass(self, step: int, metrics: dict[str, float | None]) -> None:
         """Record one pass."""

@@ -23,6 +23,7 @@ from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Member, train_ensemble
+from iwae_cli.training.settings import PLAIN
 from iwae_cli.training.steps.choose import all_ours, should_compile
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
@@ -43,8 +44,9 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
         ours = all(type(part).__module__.startswith("iwae_cli.") for part in (experiment.model, experiment.objective))
         # A user's own optimizer may couple the parameters that it is given.
         ours &= experiment.optimizer.func.__module__.startswith("torch.")
-        # The number of draws that survive the roulette varies.
-        if ours and experiment.training.backward == "all":
+        # Other settings than these belong to one training: the draws that survive a roulette, the length of a clipped
+        # gradient, where patience ends.
+        if ours and experiment.training == PLAIN and experiment.schedule.patience is None:
             free = ("seed", "objective", "optimizer", "output_dir", "logger", "restart")
             same = {key: value for key, value in experiment.config.items() if key not in free}
             kind = experiment.config["optimizer"]["_target_"], experiment.objective.num_samples

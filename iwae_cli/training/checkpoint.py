@@ -41,6 +41,7 @@ class State:
         total_steps: steps of the whole schedule.
         plan: what may change bits (device kind, threads, versions, form of the step), for the record.
         model, optimizer: their state dicts.
+        average: moving average of the weights, by name; empty without ``training.ema``.
         step: optimizer steps done.
         bound_sum: sum of the training bound over the images of the running pass, nats, float64.
         diagnostics: sum of each of ``diagnostics`` over the measured steps of the running pass.
@@ -64,6 +65,12 @@ class State:
     measured: int = 0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated: the average of the weights where there is one."""
+        return self.average or self.model
 
     @property
     def compiled(self) -> bool | None:
@@ -255,7 +262,7 @@ def fingerprint(state: State, with_optimizer: bool) -> str:
         else:
             digest.update(f"{name} {value!r} ".encode())
 
-    add("model", dict(state.model))
+    add("model", dict(state.weights))
     if with_optimizer:
         add("optimizer", state.optimizer["state"])
     return digest.hexdigest()

@@ -6,21 +6,25 @@ import math
 from abc import ABC, abstractmethod
 from typing import final
 
+from iwae_cli.core.errors import check_range
+
 
 class Schedule(ABC):
     """A number of passes and a factor for each. This is what a yaml of ``conf/schedule`` names.
 
     Args:
         passes: over the training split.
+        patience: passes without a better validation bound after which the training ends; None: never.
 
     Raises:
-        ValueError: passes < 1.
+        ValueError: passes or patience < 1.
     """
 
-    def __init__(self, passes: int) -> None:
-        if passes < 1:
-            raise ValueError(f"passes must be >= 1, got {passes}")
+    def __init__(self, passes: int, patience: int | None = None) -> None:
+        check_range("passes", passes, 1)
+        check_range("patience", 1 if patience is None else patience, 1)
         self.passes = passes
+        self.patience = patience
 
     @abstractmethod
     def factor(self, pass_index: int) -> float:
@@ -40,10 +44,10 @@ class Burda(Schedule):
         ValueError: stages outside 1 to 8.
     """
 
-    def __init__(self, stages: int = 8) -> None:
+    def __init__(self, stages: int = 8, patience: int | None = None) -> None:
         if not 1 <= stages <= 8:
             raise ValueError(f"stages must be 1 to 8, got {stages}")
-        super().__init__((3**stages - 1) // 2)
+        super().__init__((3**stages - 1) // 2, patience)
 
     def factor(self, pass_index: int) -> float:
         """Return 10^(-i/7) in stage i, whose first pass is (3^i - 1) / 2."""
@@ -70,8 +74,8 @@ class Exponential(Schedule):
         ValueError: passes < 1 or final outside (0, 1].
     """
 
-    def __init__(self, passes: int, final: float = 0.1) -> None:
-        super().__init__(passes)
+    def __init__(self, passes: int, final: float = 0.1, patience: int | None = None) -> None:
+        super().__init__(passes, patience)
         if not 0 < final <= 1:
             raise ValueError(f"final must be in (0, 1], got {final}")
         self.final = final
@@ -92,8 +96,8 @@ class Cosine(Schedule):
         ValueError: passes < 1 or final outside [0, 1].
     """
 
-    def __init__(self, passes: int, final: float = 0.0) -> None:
-        super().__init__(passes)
+    def __init__(self, passes: int, final: float = 0.0, patience: int | None = None) -> None:
+        super().__init__(passes, patience)
         if not 0 <= final <= 1:
             raise ValueError(f"final must be in [0, 1], got {final}")
         self.final = final

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.objectives.base import BoundObjective, Objective
 
 Backward = Literal["all", "roulette"]
@@ -37,32 +39,55 @@ class Validation:
 
 @dataclass(frozen=True)
 class Training:
-    """How a step differentiates its draws. This is what a yaml of ``conf/training`` names.
+    """How a step is made. This is what the node ``training`` of the configuration names.
 
     Args:
         backward: differentiate ``all`` draws, or the survivors of a Russian ``roulette``: the same expected gradient.
         tau: roulette threshold; draws with at least this share of the weight always survive.
+        kl_warmup: in pass n <= kl_warmup, log p(h) - log q(h|x) is multiplied by n / kl_warmup inside log w.
+        clip: largest Euclidean norm of the gradient of all parameters together; a longer one is scaled down to it.
+        ema: decay of an exponential moving average of the weights, which is what is validated and evaluated.
 
     Raises:
-        ValueError: tau outside (0, 1].
+        ValueError: a number out of range.
     """
 
     backward: Backward = "all"
     tau: float = 0.01
+    kl_warmup: int = 0
+    clip: float | None = None
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
+        check_range("kl_warmup", self.kl_warmup, 0, sys.maxsize)
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be finite and > 0, or null, got {self.clip}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be between 0 and 1, both excluded, or null, got {self.ema}")
 
     def check(self, objective: Objective) -> str | None:
-        """Return why the roulette cannot be used with this objective, naming what can; None if it can."""
-        if self.backward == "all" or rests_on_weights(objective):
-            return None
-        return (
-            "training.backward=roulette needs a bound that is differentiated through the weights of its draws; "
-            f"{type(objective).__name__} as chosen is not: use objective=iwae, ciwae, miwae, vr or jvi with "
-            "objective.gradient=total, or training.backward=all"
-        )
+        """Return why these settings cannot be used with this objective, naming what can; None if they can."""
+        name = type(objective).__name__
+        if self.backward == "roulette" and not rests_on_weights(objective):
+            return (
+                "training.backward=roulette needs a bound that is differentiated through the weights of its draws; "
+                f"{name} as chosen is not: use objective=iwae, ciwae, miwae, vr or jvi with "
+                "objective.gradient=total, or training.backward=all"
+            )
+        if self.kl_warmup and self.backward == "roulette":
+            return "training.kl_warmup cannot be combined with training.backward=roulette: leave one of them out"
+        if self.kl_warmup and not objective.takes_kl_weight:
+            return (
+                f"training.kl_warmup changes what the gradient of {name} as chosen rests on: use a bound with "
+                "objective.gradient=total or stl and a sampled KL, such as objective=iwae, or training.kl_warmup=0"
+            )
+        return None
+
+
+PLAIN = Training()
+"""The settings that leave a step as it is."""
 
 
 def rests_on_weights(objective: Objective) -> bool:

@@ -7,11 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, cast, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from iwae_cli.core.errors import Interrupted, RunFailed
 from iwae_cli.core.numerics import accumulator_device
@@ -21,7 +22,9 @@ from iwae_cli.training.checkpoint import State, not_finite
 from iwae_cli.training.diagnostics import EVERY, diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
+from iwae_cli.training.settings import PLAIN, Training
 from iwae_cli.training.steps.choose import Step
+from iwae_cli.training.warmup import WarmedUp
 
 SAVE_EVERY_SECONDS = 30.0
 """A SIGKILL loses at most this much work."""
@@ -90,6 +93,11 @@ class Trainer:
         validation_every: passes between validations; the last pass is always validated.
         state: where to begin; updated as the training proceeds.
         hooks: see ``Hooks``.
+        settings: how a step is made.
+
+    Attributes:
+        model: what the steps train.
+        evaluated: what is validated and evaluated: the model that was given, or its averaged weights.
     """
 
     def __init__(
@@ -103,8 +111,17 @@ class Trainer:
         validation_every: int,
         state: State,
         hooks: Hooks,
+        settings: Training = PLAIN,
     ) -> None:
-        self.model = model
+        self.model = WarmedUp(model) if settings.kl_warmup else model
+        self.evaluated = model
+        self.settings = settings
+        self._averaged: AveragedModel | None = None
+        if settings.ema is not None:
+            self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+            self.evaluated = cast(LatentVariableModel, self._averaged.module)
+        if settings.clip is not None:
+            _clip(optimizer, settings.clip)
         self.objective = objective
         self.optimizer = optimizer
         self.schedule = schedule
@@ -114,9 +131,14 @@ class Trainer:
         self.state = state
         self.hooks = hooks
         self.steps_per_pass = minibatches.per_pass
-        self.total_steps = minibatches.per_pass * schedule.passes
+        state.total_steps = minibatches.per_pass * schedule.passes
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self._measures = True
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the schedule, or up to where ``patience`` has ended it."""
+        return self.state.total_steps
 
     @property
     def is_validation_pending(self) -> bool:
@@ -137,7 +159,7 @@ class Trainer:
         if not self.begin():
             return False
         clock = SaveClock()
-        for step in range(self.state.step, self.total_steps):
+        while (step := self.state.step) < self.total_steps:
             self.begin_step(step)
             x, noise = self.minibatches[step]
             bounds = step_fn(x, noise)
@@ -180,7 +202,7 @@ class Trainer:
                 terms = {"log q(h|x)": drawn.log_q, "log p(h)": p.log_prior(drawn.latents)}
                 terms["log p(x|h)"] = p.log_likelihood(x, drawn.latents)
             found = [name for name, value in terms.items() if not value.isfinite().all()]
-            measured = {} if found else diagnostics(self.model, self.objective, *self.minibatches[step])
+            measured = {} if found else diagnostics(self._plain(), self.objective, *self.minibatches[step])
         except Exception:  # a user's own class may raise anything where numbers are not finite
             return None
         for name in ("p", "q"):
@@ -193,6 +215,9 @@ class Trainer:
         state = self.state
         if state.step:
             self.optimizer.load_state_dict(state.optimizer)
+        if state.step and self._averaged is not None:
+            self._averaged.module.load_state_dict(state.average)
+            self._averaged.n_averaged.fill_(state.step)
         device = accumulator_device(next(self.model.parameters()).device)
         self._bound_sum = torch.tensor(state.bound_sum, dtype=torch.float64, device=device)
         self._started = time.monotonic() - state.seconds
@@ -210,6 +235,8 @@ class Trainer:
         factor = self.schedule.factor(pass_index)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
+        if isinstance(self.model, WarmedUp):
+            self.model.set_kl_weight(self._kl_weight(pass_index))
         # The last minibatch of a pass may hold a single image: it is never measured, unless it is the only one.
         rows, _ = self.minibatches.shape
         number, whole = in_pass + 1, len(self.minibatches.data.train) // rows
@@ -220,7 +247,7 @@ class Trainer:
     def _measure(self, step: int) -> None:
         """Add the diagnostics of ``step`` to the sums of the pass; the step itself then draws the same numbers."""
         try:
-            found = diagnostics(self.model, self.objective, *self.minibatches[step])
+            found = diagnostics(self._plain(), self.objective, *self.minibatches[step])
         except Exception as error:  # a user's own class may refuse to be copied; memory may suffice for the step alone
             self._measures = False
             why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -230,6 +257,14 @@ class Trainer:
         state.measured += 1
         state.diagnostics = {name: state.diagnostics.get(name, 0.0) + value for name, value in found.items()}
 
+    def _plain(self) -> LatentVariableModel:
+        """Return the model without a weight on its KL."""
+        model = self.model
+        return LatentVariableModel(model.generative, model.inference) if isinstance(model, WarmedUp) else model
+
+    def _kl_weight(self, pass_index: int) -> float:
+        return min(1.0, (pass_index + 1) / max(1, self.settings.kl_warmup))
+
     def _is_validated(self, pass_number: int) -> bool:
         return pass_number == self.schedule.passes or pass_number % self.validation_every == 0
 
@@ -238,6 +273,8 @@ class Trainer:
         state = self.state
         self._bound_sum += bounds.to(self._bound_sum).sum()
         state.step += 1
+        if self._averaged is not None:
+            self._averaged.update_parameters(self._plain())
         self.hooks.on_step(state.step)
         if state.step % self.steps_per_pass == 0 and not self._end_pass():
             return False
@@ -266,6 +303,7 @@ class Trainer:
         state.seconds = time.monotonic() - self._started
         state.model = self.model.state_dict()
         state.optimizer = self.optimizer.state_dict()
+        state.average = {} if self._averaged is None else self._averaged.module.state_dict()
         return state
 
     def _end_pass(self) -> bool:
@@ -276,10 +314,12 @@ class Trainer:
             raise Diverged(f"training diverged in pass {pass_number}: the bound is {bound}; {ADVICE}")
         rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
+        if self.settings.kl_warmup:
+            metrics["train/kl_weight"] = self._kl_weight(pass_number - 1)
         for name, value in state.diagnostics.items():
             metrics[name] = value / state.measured if math.isfinite(value) else None
         if self._is_validated(pass_number):
-            self.model.eval()
+            self.evaluated.eval()
             try:
                 value = self.validate()
             except Interrupted:
@@ -290,7 +330,29 @@ class Trainer:
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}
                 self.hooks.on_best(state)
+            self._end_early(pass_number)
         self.hooks.on_pass(state.step, metrics)
         self._bound_sum.zero_()
         state.diagnostics, state.measured = {}, 0
         return True
+
+    def _end_early(self, pass_number: int) -> None:
+        """End the training where ``patience`` says so."""
+        state, patience = self.state, self.schedule.patience
+        best = state.best.get("step", 0) // self.steps_per_pass
+        if patience is not None and pass_number - best >= patience and state.step < self.total_steps:
+            state.total_steps = state.step
+            log.warning(
+                "the training ends after pass %d: no better validation bound since pass %d, schedule.patience=%d",
+                *(pass_number, best, patience),
+            )
+
+
+def _clip(optimizer: torch.optim.Optimizer, most: float) -> None:
+    """Scale the gradient of all parameters down to this norm before each update."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(trained, most)
+
+    optimizer.register_step_pre_hook(clip)

@@ -25,7 +25,8 @@ from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps import ensemble as sweep_ensemble
 from iwae_cli.training import ensemble
-from iwae_cli.training.settings import Backward, Training
+from iwae_cli.training.schedule import Constant
+from iwae_cli.training.settings import PLAIN, Training
 from iwae_cli.training.steps.graph import CannotCompileError
 
 BATCHED = "hydra/launcher=batched"
@@ -164,7 +165,12 @@ def test_stop_at_the_first_error(tmp_path: Path) -> None:
 
 
 def job(
-    objective: Objective, seed: int = 0, lr: float = 1e-3, backward: Backward = "all", layers: int = 1
+    objective: Objective,
+    seed: int = 0,
+    lr: float = 1e-3,
+    layers: int = 1,
+    training: Training = PLAIN,
+    patience: int | None = None,
 ) -> Experiment:
     experiment = object.__new__(Experiment)
     config = {
@@ -176,7 +182,12 @@ def job(
     optimizer = partial(torch.optim.Adam, lr=lr)
     model = GaussianMLP([3] * layers, [[8]] * layers)
     vars(experiment).update(
-        config=config, model=model, objective=objective, optimizer=optimizer, training=Training(backward)
+        config=config,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        training=training,
+        schedule=Constant(3, patience),
     )
     return experiment
 
@@ -186,11 +197,13 @@ class OwnObjective(IWAE):
 
 
 def test_what_can_train_at_once() -> None:
-    """Runs that differ in seed, objective of one k, and learning rate; not in k, model, class, or with the roulette."""
+    """Runs that differ in seed, objective of one k, learning rate; not in k, model, class, or with a protocol."""
     alike = [job(IWAE(3), 0), job(ELBO(3), 1), job(IWAE(3), 1, 0.1)]
     others = [job(IWAE(5)), job(IWAE(5), 1), job(IWAE(3), layers=2), job(OwnObjective(3)), job(OwnObjective(3), 1)]
-    thinned = [job(IWAE(3), seed, backward="roulette") for seed in (0, 1)]
-    (first, second) = sweep_ensemble.batches([*alike, *others, *thinned])
+    settings = (Training("roulette"), Training(clip=1.0), Training(ema=0.9), Training(kl_warmup=2))
+    alone = [job(IWAE(3), seed, training=training) for training in settings for seed in (0, 1)]
+    alone += [job(IWAE(3), seed, patience=5) for seed in (0, 1)]
+    (first, second) = sweep_ensemble.batches([*alike, *others, *alone])
     assert first == [alike[1], alike[0], alike[2]], "one objective side by side"
     assert second == others[:2]
     many = sweep_ensemble.batches([job(IWAE(3), seed) for seed in range(sweep_ensemble.AT_ONCE + 2)])

@@ -21,11 +21,13 @@ from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.training import settings as settings_module
 from iwae_cli.training import trainer as trainer_module
 from iwae_cli.training.checkpoint import State
 from iwae_cli.training.diagnostics import diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Burda, Constant, Schedule
+from iwae_cli.training.steps.compiled import CompiledStep
 from iwae_cli.training.steps.plain import PlainStep
 from iwae_cli.training.trainer import Trainer
 
@@ -100,6 +102,7 @@ class Training:
         lr: float = 0.01,
         state: State | None = None,
         hooks: Recorder | None = None,
+        settings: settings_module.Training = settings_module.PLAIN,
     ) -> None:
         toy = data()
         self.model = LinearGaussianModel([2]).build((4,), toy.mean(), torch.Generator().manual_seed(0))
@@ -110,13 +113,13 @@ class Training:
         minibatches = Minibatches(toy, BATCH, 0, torch.device("cpu"), torch.float32)
         self.trainer = Trainer(
             *(self.model, objective, self.optimizer, schedule, minibatches),
-            *(validate, validation_every, self.state, self.hooks),
+            *(validate, validation_every, self.state, self.hooks, settings),
         )
         if self.state.step:
             self.model.load_state_dict(self.state.model)
 
     def run(self) -> bool:
-        return self.trainer.run(PlainStep(self.model, self.objective, self.optimizer))
+        return self.trainer.run(PlainStep(self.trainer.model, self.objective, self.optimizer))
 
 
 def test_the_last_uneven_batch_counts_by_its_images() -> None:
@@ -212,19 +215,24 @@ def outcome(model: LatentVariableModel, hooks: list[Recorder]) -> tuple[Any, ...
     weights = {name: p.numpy().tobytes() for name, p in model.state_dict().items()}
     adam = {i: {key: v.numpy().tobytes() for key, v in s.items()} for i, s in last.optimizer["state"].items()}
     passes = [row for recorder in hooks for row in recorder.passes]
-    return weights, adam, last.optimizer["param_groups"], passes, last.best, last.step, last.bound_sum
+    average = {name: value.numpy().tobytes() for name, value in last.average.items()}
+    return weights, adam, average, last.optimizer["param_groups"], passes, last.best, last.step, last.bound_sum
 
 
 def norm(model: LatentVariableModel) -> float:
     return float(sum(p.detach().double().square().sum() for p in model.parameters()))
 
 
-def train_in_pieces(stops: list[int]) -> tuple[Any, ...]:
+def train_in_pieces(
+    stops: list[int], objective: Objective, schedule: Schedule, settings: settings_module.Training
+) -> tuple[Any, ...]:
     """Build everything again for each piece, as another process does; validation is the norm of the weights."""
     state, hooks = new_state(), []
     for stop in [*stops, None]:
-        training = Training(IWAE(3, "dreg"), Burda(2), validation_every=2, state=state, hooks=Recorder(stop))
-        training.trainer.validate = partial(norm, training.model)
+        training = Training(
+            objective, schedule, validation_every=2, state=state, hooks=Recorder(stop), settings=settings
+        )
+        training.trainer.validate = partial(norm, training.trainer.evaluated)
         hooks.append(training.hooks)
         assert training.run() is (stop is None)
         state = copy.deepcopy(hooks[-1].saved[-1])
@@ -232,10 +240,83 @@ def train_in_pieces(stops: list[int]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("stops", [list(range(1, 12)), *([stop] for stop in range(1, 12))])
-def test_interrupted_at_every_step_it_ends_the_same(stops: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_protocols", [False, True])
+def test_interrupted_at_every_step_it_ends_the_same(
+    stops: list[int], with_protocols: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """T11, bit for bit: 1 + 3 passes of 3 steps, two learning rates; diagnostics of every step."""
     monkeypatch.setattr(trainer_module, "EVERY", 1)
-    assert train_in_pieces(stops) == train_in_pieces([])
+    settings = settings_module.Training(kl_warmup=3, clip=0.5, ema=0.8) if with_protocols else settings_module.PLAIN
+    how = IWAE(3, "stl" if with_protocols else "dreg"), Burda(2, patience=3), settings
+    assert train_in_pieces(stops, *how) == train_in_pieces([], *how)
+
+
+def test_patience_ends_the_training_and_a_finished_one_stays_so() -> None:
+    values = [1.0, 3.0, 2.0, math.nan, 2.5, 9.0]
+    validate = iter(values)
+    training = Training(IWAE(2), Constant(6, patience=3), lambda: next(validate))
+    assert training.run() and training.trainer.is_done
+    saved = training.hooks.saved[-1]
+    assert (saved.step, saved.total_steps, saved.best) == (15, 15, {"step": 6, "bound": 3.0})
+    again = Training(IWAE(2), Constant(6, patience=3), state=copy.deepcopy(saved))
+    again.trainer.state = copy.deepcopy(saved)
+    assert again.trainer.is_done and again.run() and not again.hooks.steps
+    validate = iter(values)
+    assert Training(IWAE(2), Constant(6, patience=4), lambda: next(validate)).run() and not [*validate]
+
+
+def test_averaged_weights_are_what_is_validated() -> None:
+    seen: list[torch.Tensor] = []
+    ends: list[torch.Tensor] = []
+
+    class Keeps(Recorder):
+        def on_step(self, step: int) -> None:
+            super().on_step(step)
+            ends.append(torch.nn.utils.parameters_to_vector(training.model.parameters()).detach().clone())
+
+    training = Training(IWAE(2), Constant(2), hooks=Keeps(), settings=settings_module.Training(ema=0.7))
+    evaluated = training.trainer.evaluated
+    training.trainer.validate = lambda: seen.append(torch.nn.utils.parameters_to_vector(evaluated.parameters())) or 0.0
+    assert training.run() and evaluated is not training.model
+    average = ends[0]
+    for weights in ends[1:]:
+        average = 0.7 * average + 0.3 * weights
+    torch.testing.assert_close(seen[-1].detach(), average, rtol=1e-5, atol=1e-6)
+    saved = training.hooks.saved[-1]
+    assert saved.weights is saved.average
+    for name, value in evaluated.state_dict().items():
+        assert torch.equal(saved.average[name], value)
+    assert not torch.allclose(average, ends[-1], rtol=1e-3)
+
+
+def test_a_compiled_step_has_the_weight_of_the_moment_and_a_clipped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs, options: graph)
+    ends = []
+    for compiled in (False, True):
+        settings = settings_module.Training(kl_warmup=3, clip=0.5)
+        training = Training(IWAE(3), Constant(4), settings=settings)
+        step = PlainStep(training.trainer.model, training.objective, training.optimizer)
+        assert training.trainer.run(CompiledStep(step, torch.zeros(BATCH, 4)) if compiled else step)
+        assert [metrics["train/kl_weight"] for _, metrics in training.hooks.passes] == [1 / 3, 2 / 3, 1, 1]
+        ends.append(torch.nn.utils.parameters_to_vector(training.model.parameters()).detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
+    plain = Training(IWAE(3), Constant(4))
+    assert plain.run()
+    assert not torch.allclose(torch.nn.utils.parameters_to_vector(plain.model.parameters()), ends[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e6])
+def test_a_gradient_longer_than_clip_is_scaled_to_it(clip: float) -> None:
+    moved = []
+    for settings in (settings_module.PLAIN, settings_module.Training(clip=clip)):
+        training = Training(IWAE(3), Constant(1), optimizer=torch.optim.SGD, lr=0.1, settings=settings)
+        before = torch.nn.utils.parameters_to_vector(training.model.parameters()).detach().clone()
+        x, noise = training.trainer.minibatches[0]
+        PlainStep(training.model, training.objective, training.optimizer)(x, noise)
+        moved.append(torch.nn.utils.parameters_to_vector(training.model.parameters()).detach() - before)
+    whole, clipped = moved
+    assert whole.norm() > 0.1 * 0.1
+    torch.testing.assert_close(clipped, whole * min(1.0, 0.1 * clip / float(whole.norm())), rtol=1e-3, atol=1e-6)
 
 
 def measured(training: Training) -> list[dict[str, float | None]]:
@@ -270,9 +351,10 @@ def test_the_diagnostics_of_a_pass_are_the_mean_over_its_measured_steps(
 
 
 def test_measuring_changes_no_bit_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train_in_pieces([])
+    how = IWAE(3, "dreg"), Burda(2), settings_module.PLAIN
+    whole = train_in_pieces([], *how)
     monkeypatch.setattr(trainer_module.Trainer, "_measure", lambda trainer, step: None)
-    weights, adam, *_ = train_in_pieces([])
+    weights, adam, *_ = train_in_pieces([], *how)
     assert (weights, adam) == whole[:2]
 
 

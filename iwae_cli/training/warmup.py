@@ -1,0 +1,49 @@
+"""A weight on the KL term inside log w, for the first passes of a training."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+
+from iwae_cli.core.interfaces import Particles
+from iwae_cli.core.noise import Noise
+from iwae_cli.models.base import LatentVariableModel
+
+
+class WarmedUp(LatentVariableModel):
+    """``model`` with log w = log p(x|h) + beta (log p(h) - log q(h|x)) (Bowman et al. 2016, arXiv 1511.06349).
+
+    It shares the networks of ``model``. Below beta = 1 no bound of these weights is a bound on log p(x).
+    """
+
+    _kl_weight: Tensor
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        super().__init__(model.generative, model.inference)
+        # A tensor, which a compiled step reads; no part of the state.
+        self.register_buffer("_kl_weight", next(model.parameters()).new_ones(()), persistent=False)
+
+    def set_kl_weight(self, beta: float) -> None:
+        """Set beta for the draws from here on."""
+        self._kl_weight.fill_(beta)
+
+    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles:
+        """Return ``k`` samples h ~ q(h|x) for every x; log p(h) and log q(h|x) are multiplied by beta."""
+        beta = self._kl_weight
+        latents, log_q = self.inference.sample(x, k, noise)
+
+        def rescore() -> Tensor:
+            frozen = {name: p.detach() for name, p in self.inference.named_parameters()}
+            return beta * cast(Tensor, functional_call(self.inference, frozen, (x, latents)))
+
+        p = self.generative
+        return Particles(
+            latents=latents,
+            log_p=p.log_likelihood(x, latents) + beta * p.log_prior(latents),
+            log_q=beta * log_q,
+            reparameterized=self.inference.reparameterized,
+            rescore=rescore,
+        )
