@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.networks import (
+    Activation,
     bernoulli_draw,
     bernoulli_log_prob,
+    hidden_layers,
     normal_log_prob,
     standard_normal_log_prob,
-    tanh_network,
 )
 
 Given = Float[Tensor, "*#n i"] | None
@@ -49,6 +50,10 @@ class Conditional(nn.Module, ABC):
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return E[h|given]."""
 
+    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
+        """Return which values h should have, where some are none of this distribution; None where all may be."""
+        return None if h.isfinite().all() else "finite"
+
     def initialize(self, generator: torch.Generator) -> None:
         """Draw the initial values of parameters that no linear or convolutional layer holds; by default none."""
 
@@ -73,11 +78,11 @@ class DiagonalGaussian(Conditional):
 
 
 class GaussianConditional(DiagonalGaussian):
-    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on tanh layers of ``hidden`` sizes."""
+    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on layers of ``hidden`` sizes."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: Activation = "tanh") -> None:
         super().__init__()
-        self.body = tanh_network([inputs, *hidden])
+        self.body = hidden_layers([inputs, *hidden], activation)
         self.loc = nn.Linear(hidden[-1], outputs)
         self.log_scale = nn.Linear(hidden[-1], outputs)
 
@@ -152,6 +157,10 @@ class Bits(Conditional):
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
         """Return the log-probability, nats."""
         return bernoulli_log_prob(h, self(given).to(h.dtype))
+
+    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
+        """See the base class."""
+        return None if ((h == 0) | (h == 1)).all() else "0 or 1"
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return the probability of each bit to be 1."""

@@ -8,14 +8,14 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
-from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
+from iwae_cli.models.networks import Activation, bernoulli_draw, bernoulli_log_prob, hidden_layers
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
 OBSERVATIONS: Mapping[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
@@ -49,6 +49,10 @@ class PixelLikelihood(ABC):
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
         """Return draws of x, from the uniform noise of layer 0."""
 
+    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
+        """Return which values x should have, where some are none of this distribution; None where all may be."""
+        return None if x.isfinite().all() else "finite"
+
 
 @final
 class Bernoulli(PixelLikelihood):
@@ -76,6 +80,10 @@ class Bernoulli(PixelLikelihood):
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
         """See the base class."""
         return bernoulli_draw(values, 0, noise)
+
+    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
+        """See the base class."""
+        return None if ((x == 0) | (x == 1)).all() else "0 or 1"
 
 
 @final
@@ -134,6 +142,11 @@ class DiscretizedLogistic(PixelLikelihood):
         grey = loc + log_scale.exp() * torch.logit(noise.uniform(0, *loc.shape))
         return (grey * self.white).round().clamp(0, self.white)
 
+    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
+        """See the base class."""
+        inside = (x >= 0) & (x <= self.white) & (x % 1 == 0)
+        return None if inside.all() else f"integers from 0 to {self.white:g}"
+
 
 class Pixels(Conditional):
     """p(x|h_1): ``likelihood`` with the values of ``forward``, which a subclass implements."""
@@ -158,18 +171,33 @@ class Pixels(Conditional):
         """Return E[x|h_1], in the units of x."""
         return self.likelihood.mean(self(given))
 
+    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
+        """See the base class."""
+        return self.likelihood.refuses(h)
 
-class TanhPixels(Pixels):
-    """Pixels whose values are a linear head on tanh layers of ``hidden`` sizes; ``inputs`` is the size of h_1."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], pixels: int, likelihood: PixelLikelihood) -> None:
+class MLPPixels(Pixels):
+    """Pixels whose values are a linear head on layers of ``hidden`` sizes; ``inputs`` is the size of h_1."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        pixels: int,
+        likelihood: PixelLikelihood,
+        activation: Activation = "tanh",
+    ) -> None:
         super().__init__(likelihood)
-        self.body = tanh_network([inputs, *hidden])
+        self.body = hidden_layers([inputs, *hidden], activation)
         self.head = nn.Linear([inputs, *hidden][-1], likelihood.per_pixel * pixels)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
         """Return the values."""
         return self.head(self.body(given))
+
+
+TanhPixels = MLPPixels
+"""Its name up to version 0.4.0, which classes of users import."""
 
 
 def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:
