@@ -63,7 +63,10 @@ class GenerativeChain(nn.Module):
 
     def require_observable(self, x: Shaped[Tensor, "batch pixels"]) -> None:
         """Raise ValueError where x holds values that p(x|h_1) has not: its log-density there is no log-density."""
-        if wanted := self.observation.refuses(x):
+        largest = self.observation.largest
+        possible = x.isfinite() if largest is None else (x >= 0) & (x <= largest) & (x % 1 == 0)
+        if not possible.all():
+            wanted = "finite" if largest is None else "0 or 1" if largest == 1 else f"an integer from 0 to {largest}"
             name = type(getattr(self.observation, "likelihood", self.observation)).__name__
             low, high = (float(value) for value in x.aminmax())
             raise ValueError(f"x must be {wanted} for {name}, got values from {low:g} to {high:g}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,10 +33,12 @@ class Conditional(nn.Module, ABC):
     Attributes:
         reparameterized: whether draws are smooth functions of the parameters and of ``given``.
         linear_mean: whether the mean is linear in ``given``.
+        largest: of the values of h where they are the integers from 0 on; None for real numbers.
     """
 
     reparameterized: ClassVar[bool] = True
     linear_mean: ClassVar[bool] = False
+    largest: int | None = None
 
     @abstractmethod
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
@@ -49,10 +51,6 @@ class Conditional(nn.Module, ABC):
     @abstractmethod
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return E[h|given]."""
-
-    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
-        """Return which values h should have, where some are none of this distribution; None where all may be."""
-        return None if h.isfinite().all() else "finite"
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw the initial values of parameters that no linear or convolutional layer holds; by default none."""
@@ -147,6 +145,7 @@ class Bits(Conditional):
     """Independent bits with the logits of ``forward``, which a subclass implements; draws carry no gradient."""
 
     reparameterized: ClassVar[bool] = False
+    largest = 1
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws in {0, 1} and their log-probabilities, whose gradient is the score."""
@@ -157,10 +156,6 @@ class Bits(Conditional):
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
         """Return the log-probability, nats."""
         return bernoulli_log_prob(h, self(given).to(h.dtype))
-
-    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
-        """See the base class."""
-        return None if ((h == 0) | (h == 1)).all() else "0 or 1"
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return the probability of each bit to be 1."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,9 +28,11 @@ class PixelLikelihood(ABC):
     Attributes:
         per_pixel: values per pixel.
         white: largest value of a pixel; x / white lies in [0, 1].
+        integers: whether the values of a pixel are the integers from 0 to ``white`` alone.
     """
 
     per_pixel: ClassVar[int]
+    integers: ClassVar[bool] = False
     white: float
 
     @abstractmethod
@@ -49,16 +51,13 @@ class PixelLikelihood(ABC):
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
         """Return draws of x, from the uniform noise of layer 0."""
 
-    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
-        """Return which values x should have, where some are none of this distribution; None where all may be."""
-        return None if x.isfinite().all() else "finite"
-
 
 @final
 class Bernoulli(PixelLikelihood):
     """Pixels in {0, 1}; the values are logits, and ``mean`` is the training mean of every pixel."""
 
     per_pixel = 1
+    integers = True
     white = 1.0
 
     def __init__(self, mean: Float64[np.ndarray, " pixels"]) -> None:
@@ -81,10 +80,6 @@ class Bernoulli(PixelLikelihood):
         """See the base class."""
         return bernoulli_draw(values, 0, noise)
 
-    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
-        """See the base class."""
-        return None if ((x == 0) | (x == 1)).all() else "0 or 1"
-
 
 @final
 class DiscretizedLogistic(PixelLikelihood):
@@ -104,6 +99,7 @@ class DiscretizedLogistic(PixelLikelihood):
     """
 
     per_pixel = 2
+    integers = True
 
     def __init__(self, mean: Float64[np.ndarray, " pixels"], levels: int) -> None:
         if levels < 2:
@@ -142,11 +138,6 @@ class DiscretizedLogistic(PixelLikelihood):
         grey = loc + log_scale.exp() * torch.logit(noise.uniform(0, *loc.shape))
         return (grey * self.white).round().clamp(0, self.white)
 
-    def refuses(self, x: Shaped[Tensor, "*n pixels"]) -> str | None:
-        """See the base class."""
-        inside = (x >= 0) & (x <= self.white) & (x % 1 == 0)
-        return None if inside.all() else f"integers from 0 to {self.white:g}"
-
 
 class Pixels(Conditional):
     """p(x|h_1): ``likelihood`` with the values of ``forward``, which a subclass implements."""
@@ -156,6 +147,7 @@ class Pixels(Conditional):
     def __init__(self, likelihood: PixelLikelihood) -> None:
         super().__init__()
         self.likelihood = likelihood
+        self.largest = int(likelihood.white) if likelihood.integers else None
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws of x and their log-probabilities; ``level`` must be 0."""
@@ -170,10 +162,6 @@ class Pixels(Conditional):
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return E[x|h_1], in the units of x."""
         return self.likelihood.mean(self(given))
-
-    def refuses(self, h: Shaped[Tensor, "*n d"]) -> str | None:
-        """See the base class."""
-        return self.likelihood.refuses(h)
 
 
 class MLPPixels(Pixels):
