@@ -10,7 +10,7 @@ import copy
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, product
 from math import prod
@@ -75,7 +75,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         if not multirun:
             if swept:
                 raise UserError(f"{swept[0].input_line} asks for several runs: add -m (a list is written [1,2])")
-            jobs = [_job(base, chosen, parsed)]
+            jobs = [_job(base, base.hydra, parsed)]
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
@@ -90,7 +90,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         for texts in grid if is_grid else [[found[0] for found in dict(values).values()]]:
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
-            jobs.append(_job(cfg, cfg.hydra.runtime.choices, of_job))
+            jobs.append(_job(cfg, cfg.hydra, of_job))
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper)
 
@@ -107,10 +107,9 @@ def engine(plan: Plan) -> Callable[[Path, list[str]], None]:
 def _sweep_job(cfg: DictConfig) -> float | None:
     """Task function of Hydra's launchers: one job of a sweep, perhaps in another process."""
     node = HydraConfig.get()
-    chosen = node.runtime.choices
-    job = _job(cfg, chosen, OverridesParser.create().parse_overrides(list(node.overrides.task)))
+    job = _job(cfg, node, OverridesParser.create().parse_overrides(list(node.overrides.task)))
     with forgiving():
-        return run_job(job, Path(node.sweep.dir), node.job.num, chosen["hydra/launcher"])
+        return run_job(job, Path(node.sweep.dir), node.job.num, node.runtime.choices["hydra/launcher"])
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
@@ -131,6 +130,9 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         UserError: an override of something else, a wrong one, or ``run`` is no run folder.
     """
     saved = RunFolder(run).config()
+    recorded = saved.get("config_dir")
+    if recorded is not None and config_dir is None and os.path.isdir(convert(recorded, str, "config_dir")):
+        config_dir = recorded
     with _composer(config_dir) as composer:
         parsed = composer.parse(overrides)
         chosen = [o for o in parsed if composer.is_choice(o)]
@@ -162,6 +164,9 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         changed[ESTIMATOR]["objective"] = changed.pop("objective")
     if "data_dir" in saved["data"]:
         changed["data"]["data_dir"] = changed["data_dir"]
+    if config_dir is not None:
+        # An estimator may come from another folder than the model.
+        changed["config_dir"] = [str(Path(config_dir).absolute()), *([recorded] if recorded else [])]
     return {**saved, **changed}
 
 
@@ -297,17 +302,19 @@ def _check_key(key: str, node: Any, added: bool) -> None:
         node, path = node[part], f"{path}.{part}" if path else part
 
 
-def _job(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Sequence[Override]) -> Job:
-    """Return the plain values of a run, without Hydra's node, with ``WANDB_MODE`` where no logger was typed."""
+def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
+    """Return the plain values of a run without Hydra's ``node``, with ``WANDB_MODE`` where no logger was typed."""
     # How a sweep treats errors is no part of a run.
     config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")]))
+    # As the processes of a sweep know it, too. Recorded, so that the run can be evaluated and loaded without it.
+    config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
     mode = os.environ.get("WANDB_MODE")
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
-        for node in (config.get("logger") or {}).values():
-            if isinstance(node, dict) and node.get("_target_") == _WANDB:
-                node["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
-    names = {group: str(chosen[group]) for group in BASES if group in chosen}
+        for logger in (config.get("logger") or {}).values():
+            if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
+                logger["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
+    names = {group: str(node.runtime.choices[group]) for group in BASES if group in node.runtime.choices}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]
     return Job(config, names, lines)
 

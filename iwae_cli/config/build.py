@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -63,11 +64,28 @@ _EXPECTED = {
 """pydantic's name of an error -> what to write; other errors keep pydantic's words."""
 
 
+_trusted: list[Path] = []
+
+
+def trust(folders: Any) -> None:
+    """Let classes be imported and named that are defined in these folders of ``--config-dir``, or beside them.
+
+    What was trusted before is so no longer, so that a run never gets a class from the folder of another run. A relative
+    path, which no run records, would mean another folder in every current one: it is ignored.
+    """
+    given = convert(folders, str | list[str] | None, "config_dir")
+    named = map(Path, [given] if isinstance(given, str) else given or ())
+    _trusted[:] = [place for folder in named if folder.is_absolute() for place in (folder, folder.parent)]
+    # At the end: a file of a user must not take the place of a module of Python.
+    sys.path += [str(place) for place in dict.fromkeys(_trusted) if str(place) not in sys.path]
+
+
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
     """Return the object of every group of a resolved, plain ``config``.
 
     ``optimizer`` is a ``functools.partial`` without its parameters; a group of ``SEVERAL`` is a tuple of objects.
     """
+    trust(config.get("config_dir"))
     objects: dict[str, Any] = {}
     for group in groups:
         if group not in config and group not in SEVERAL:
@@ -96,9 +114,9 @@ def build(node: Any, base: type, path: str) -> Any:
 def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PACKAGES) -> type:
     """Return the class that the dotted name ``target`` names, derived from ``base``; ``path`` is for the message.
 
-    Only modules of ``packages`` and of those in ``IWAE_ALLOW_TARGETS`` are imported, the class is looked up in the
-    module's own names, and it must be defined in an allowed package too: walking attributes would reach ``os`` from
-    anywhere.
+    Only modules of ``packages``, of those in ``IWAE_ALLOW_TARGETS`` and of trusted folders are imported, the class is
+    looked up in the module's own names, and it must be defined in an allowed module too: walking attributes would
+    reach ``os`` from anywhere.
     """
     allowed = (*packages, *(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()))
     wanted = f"{path} must name a class of {' or '.join(allowed)}"
@@ -108,19 +126,25 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
         raise UserError(f"{wanted}, got {show(target)}")
     module_name, _, name = target.rpartition(".")
     if not _is_within(module_name, allowed):
-        raise UserError(f"{wanted}, got {target} (the environment variable {ALLOW_VARIABLE} allows more)")
+        allows = f"the environment variable {ALLOW_VARIABLE} allows more, --config-dir what lies in it and beside it"
+        if gone := [str(folder) for folder in _trusted if not folder.is_dir()]:
+            allows = f"{gone[0]} is gone; --config-dir names another place"
+        raise UserError(f"{wanted}, got {target} ({allows})")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{path}={target} cannot be imported: {error}") from None
+    except Exception as error:  # what a module of a user does when it is imported
+        raise UserError(f"{path}={target} cannot be imported: {described(error)}") from error
     found = vars(module).get(name)
     if not inspect.isclass(found):
         classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         raise UserError(f"{wanted}, got {target}{nearest(name, classes)}")
     home = vars(sys.modules.get(found.__module__, object))
     is_ours = _is_within(found.__module__, allowed) and home.get(found.__name__) is found
-    if not is_ours or not issubclass(found, base) or inspect.isabstract(found):
+    if not is_ours or not issubclass(found, base):
         raise UserError(f"{wanted}, got {target}")
+    lacking = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+    if lacking:
+        raise UserError(f"{path}={target}: {name} lacks {lacking}, needed for every class derived from {base.__name__}")
     return found
 
 
@@ -194,6 +218,19 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
+def described(error: BaseException) -> str:
+    """Return type, message and, if it is in code of a user, the place of an error, in one line."""
+    return f"{type(error).__name__}: {one_line(error)[:150]}{place_outside(error)}"
+
+
+def place_outside(error: BaseException) -> str:
+    """Return the last place in code of a user that an error came through, in brackets; empty if there is none."""
+    ours = (str(Path(__file__).parents[1]), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    theirs = [frame for frame in frames if "/lib/python" not in frame.filename]
+    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+
+
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
     closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -206,7 +243,13 @@ def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.
 
 
 def _is_within(module: str, packages: Iterable[str]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
+    """Whether ``module`` is in one of ``packages``, or its file is where its name says in a trusted folder."""
+    if any(module == package or module.startswith(f"{package}.") for package in packages):
+        return True
+    place = Path(*module.split("."))
+    files = [folder / part for folder in _trusted for part in (place.with_suffix(".py"), place / "__init__.py")]
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    return any(file.is_file() and (loaded is None or file.samefile(loaded)) for file in files)
 
 
 def _is_plain(hint: Any) -> bool:

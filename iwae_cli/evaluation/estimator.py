@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float64, Shaped
+from torch import Tensor
 
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.data.base import Data
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import LatentVariableModel
@@ -106,6 +108,42 @@ def without_nan(
 def standard_error(values: np.ndarray) -> float:
     """Return sd / sqrt(n); NaN for fewer than two values."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+SURE = math.log(1e6)
+ROUNDING = 0.1
+"""Nats of one image that sums of float32 numbers, and products of bfloat16 ones, may be wrong by."""
+
+
+def require_probabilities(
+    name: str, x: Shaped[Tensor, "n pixels"], log_px: Float64[np.ndarray, " n"], error: Float64[np.ndarray, " n"] | None
+) -> None:
+    """Raise RunFailed where estimates of log p(x) say that an observation of integers has a probability above 1.
+
+    An estimate p^ of p(x) is a mean of weights, so E[p^] <= 1 for any q, and p^ exceeds e^t with probability e^-t at
+    most (Markov's inequality). The images have independent noise, so the product of all p^ does the same. A right
+    model is thus refused twice in a million evaluations at most, and where six standard errors are less than that
+    bound, still less often.
+
+    Args:
+        name: of the estimate and the split, for the message.
+        x: the observations; of real numbers log p(x) may be positive.
+        log_px: estimates of every image, nats.
+        error: their Monte Carlo standard errors, nats; NaN where too few samples have the weight; None: exact.
+    """
+    if x.is_floating_point():
+        return
+    n, rounding = len(log_px), 0.0 if error is None else ROUNDING
+    slack = rounding + (0.0 if error is None else np.fmin(6 * error, SURE + math.log(n)))
+    above = np.isfinite(log_px) & (log_px > slack)
+    if not above.any() and not log_px.sum() > SURE + n * rounding:
+        return
+    worst = int(np.where(np.isfinite(log_px), log_px, -math.inf).argmax())
+    raise RunFailed(
+        f"{name} is above 0 in {int((log_px > 0).sum())} of {n} images, {log_px[worst]:.4g} nats in image {worst}: no "
+        "probability of integers is above 1, so a density of the model is wrong; "
+        "iwae_cli.check(model) may find it"
+    )
 
 
 def array_name(split: str, key: str) -> str:

@@ -31,7 +31,7 @@ from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import GaussianConditional
-from iwae_cli.models.likelihoods import Bernoulli, TanhPixels
+from iwae_cli.models.likelihoods import Bernoulli, MLPPixels
 from iwae_cli.models.priors import StandardNormal
 
 CHUNK = 40 * BLOCK
@@ -52,6 +52,7 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
         "Gaussian models of binary pixels, as model=one_layer or two_layer": (
             type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None
         ),
+        "model.activation=tanh": getattr(model, "activation", "tanh") != "tanh",
         "device=cpu": device.resolve().type != "cpu",
         "device.precision=float32": device.precision != "float32",
     }
@@ -78,7 +79,7 @@ class FusedScorer:
         self._upwards = [_conditional(layer, bf16) for layer in upwards]
         self._downwards = [_conditional(layer, bf16=False) for layer in generative.layers]
         observation = generative.observation
-        assert isinstance(observation, TanhPixels)
+        assert isinstance(observation, MLPPixels)
         self._body = _Body(observation.body, bf16)
         self._pixels = observation.head.out_features
         self._padding = -self._pixels % (FIRST_GROUPS * SECOND_GROUPS)
@@ -88,13 +89,16 @@ class FusedScorer:
     def fits(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"]) -> bool:
         """Return whether the model consists of exactly the known classes and every pixel is 0 or 1."""
         generative, inference = model.generative, model.inference
+        observation: Any = generative.observation
+        layers: list[Any] = [*generative.layers, *inference.layers]
         return bool(
             type(generative) is GenerativeChain
             and type(inference) is InferenceChain
             and type(generative.prior) is StandardNormal
-            and type(generative.observation) is TanhPixels
-            and type(generative.observation.likelihood) is Bernoulli
-            and all(type(layer) is GaussianConditional for layer in (*generative.layers, *inference.layers))
+            and type(observation) is MLPPixels
+            and type(observation.likelihood) is Bernoulli
+            and all(type(layer) is GaussianConditional for layer in layers)
+            and all(isinstance(part, nn.Linear | nn.Tanh) for layer in (observation, *layers) for part in layer.body)
             and ((x == 0) | (x == 1)).all()
         )
 

@@ -30,6 +30,7 @@ from iwae_cli.evaluation.estimator import (
     EstimatorInput,
     array_name,
     finite,
+    require_probabilities,
     standard_error,
     without_nan,
 )
@@ -51,6 +52,9 @@ PIECE = 128 * BLOCK
 
 IMAGES = 8
 """Images per batch of ``FusedScorer``, which computes one after the other."""
+
+LEAST_ESS = 30
+"""Effective sample size below which the Monte Carlo error is a floor."""
 
 DEFAULT_REFINED = 200
 """``evaluation.refine`` of conf/evaluation/default.yaml."""
@@ -211,8 +215,11 @@ def log_likelihood(
         on_progress: called with the number of finished images; may raise to stop.
 
     Raises:
-        ValueError: ``bf16`` for a model that ``FusedScorer`` does not fit, or not in float32 on a CPU.
+        RunFailed: estimates that are no log-probabilities, of integers.
+        ValueError: values of x that p(x|h) has not; ``bf16`` for a model that ``FusedScorer`` does not fit, or not in
+            float32 on a CPU.
     """
+    model.generative.require_observable(split.x)
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     fused = not plain and device.type == "cpu" and FusedScorer.fits(model, split.x)
@@ -272,6 +279,12 @@ def log_likelihood(
         {key: torch.cat([part[key] for part in parts]).to(torch.float64).numpy() for key in parts[0]}
         for parts in zip(*results, strict=True)
     )
+    what = f"L_{k} of {split.name}{', refined,' if refined else ''}"
+    # Where few samples have the weight, as with one sample always, they cannot tell the error.
+    errors = np.where(values["ess"] < LEAST_ESS, math.nan, np.sqrt(np.maximum(0, 1 / values["ess"] - 1 / k)))
+    require_probabilities(what, split.x, bounds[k], errors)
+    if "exact" in values:
+        require_probabilities(f"the exact log p(x) of {split.name}", split.x, values["exact"], None)
     return Likelihood(k, bounds[k], bounds, **values)
 
 

@@ -29,7 +29,13 @@ class LatentVariableModel(nn.Module):
         self.inference = inference
 
     def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles:
-        """Return ``k`` samples h ~ q(h|x) for every x, scored under both networks."""
+        """Return ``k`` samples h ~ q(h|x) for every x, scored under both networks.
+
+        Raises:
+            ValueError: see ``GenerativeChain.require_observable``; not in training mode, whose steps do not pay for it.
+        """
+        if not self.training:
+            self.generative.require_observable(x)
         latents, log_q = self.inference.sample(x, k, noise)
 
         def rescore() -> Tensor:
@@ -45,7 +51,8 @@ class LatentVariableModel(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Float[Tensor, "k batch"]:
-        """Return log w of ``k`` fresh draws, nats."""
+        """Return log w of ``k`` fresh draws, nats; ValueError as for ``draw``."""
+        self.generative.require_observable(x)
         return self.draw(x, k, noise).log_w
 
     @property

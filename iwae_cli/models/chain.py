@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Latents
@@ -67,8 +67,23 @@ class GenerativeChain(nn.Module):
         assert mean is not None  # p(x|h_1) is no flow
         return mean
 
+    def require_observable(self, x: Shaped[Tensor, "batch pixels"]) -> None:
+        """Raise ValueError where x holds values that p(x|h_1) has not: its log-density there is no log-density."""
+        largest = self.observation.largest
+        possible = x.isfinite() if largest is None else (x >= 0) & (x <= largest) & (x % 1 == 0)
+        if not possible.all():
+            wanted = "finite" if largest is None else "0 or 1" if largest == 1 else f"an integer from 0 to {largest}"
+            name = type(getattr(self.observation, "likelihood", self.observation)).__name__
+            low, high = (float(value) for value in x.aminmax())
+            raise ValueError(f"x must be {wanted} for {name}, got values from {low:g} to {high:g}")
+
     def exact_log_px(self, x: Images) -> Float[Tensor, " batch"] | None:
-        """Return log p(x) in float64, nats, for linear-Gaussian chains and for few discrete states; else None."""
+        """Return log p(x) in float64, nats, for linear-Gaussian chains and for few discrete states; else None.
+
+        Raises:
+            ValueError: as ``require_observable``.
+        """
+        self.require_observable(x)
         return exact_log_px(x, self.prior, self.observation, list(self.layers))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:

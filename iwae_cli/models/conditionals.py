@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.networks import (
+    Activation,
     bernoulli_draw,
     bernoulli_log_prob,
+    hidden_layers,
     normal_log_prob,
     standard_normal_log_prob,
-    tanh_network,
 )
 
 Given = Float[Tensor, "*#n i"] | None
@@ -33,11 +34,13 @@ class Conditional(nn.Module, ABC):
         reparameterized: whether draws are smooth functions of the parameters and of ``given``.
         linear_mean: whether the mean is linear in ``given``.
         strata: draws in training are taken in turn from so many parts of the distribution; 1 if they are independent.
+        largest: of the values of h where they are the integers from 0 on; None for real numbers.
     """
 
     reparameterized: ClassVar[bool] = True
     linear_mean: ClassVar[bool] = False
     strata: int = 1
+    largest: int | None = None
 
     @abstractmethod
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
@@ -75,11 +78,11 @@ class DiagonalGaussian(Conditional):
 
 
 class GaussianConditional(DiagonalGaussian):
-    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on tanh layers of ``hidden`` sizes."""
+    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on layers of ``hidden`` sizes."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: Activation = "tanh") -> None:
         super().__init__()
-        self.body = tanh_network([inputs, *hidden])
+        self.body = hidden_layers([inputs, *hidden], activation)
         self.loc = nn.Linear(hidden[-1], outputs)
         self.log_scale = nn.Linear(hidden[-1], outputs)
 
@@ -144,6 +147,7 @@ class Bits(Conditional):
     """Independent bits with the logits of ``forward``, which a subclass implements; draws carry no gradient."""
 
     reparameterized: ClassVar[bool] = False
+    largest = 1
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws in {0, 1} and their log-probabilities, whose gradient is the score."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
-from iwae_cli.models.networks import bernoulli_draw, bernoulli_log_prob, tanh_network
+from iwae_cli.models.networks import Activation, bernoulli_draw, bernoulli_log_prob, hidden_layers
 
 LikelihoodName = Literal["bernoulli", "discretized_logistic"]
 OBSERVATIONS: Mapping[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
@@ -28,9 +28,11 @@ class PixelLikelihood(ABC):
     Attributes:
         per_pixel: values per pixel.
         white: largest value of a pixel; x / white lies in [0, 1].
+        integers: whether the values of a pixel are the integers from 0 to ``white`` alone.
     """
 
     per_pixel: ClassVar[int]
+    integers: ClassVar[bool] = False
     white: float
 
     @abstractmethod
@@ -55,6 +57,7 @@ class Bernoulli(PixelLikelihood):
     """Pixels in {0, 1}; the values are logits, and ``mean`` is the training mean of every pixel."""
 
     per_pixel = 1
+    integers = True
     white = 1.0
 
     def __init__(self, mean: Float64[np.ndarray, " pixels"]) -> None:
@@ -96,6 +99,7 @@ class DiscretizedLogistic(PixelLikelihood):
     """
 
     per_pixel = 2
+    integers = True
 
     def __init__(self, mean: Float64[np.ndarray, " pixels"], levels: int) -> None:
         if levels < 2:
@@ -143,6 +147,7 @@ class Pixels(Conditional):
     def __init__(self, likelihood: PixelLikelihood) -> None:
         super().__init__()
         self.likelihood = likelihood
+        self.largest = int(likelihood.white) if likelihood.integers else None
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
         """Return draws of x and their log-probabilities; ``level`` must be 0."""
@@ -159,17 +164,28 @@ class Pixels(Conditional):
         return self.likelihood.mean(self(given))
 
 
-class TanhPixels(Pixels):
-    """Pixels whose values are a linear head on tanh layers of ``hidden`` sizes; ``inputs`` is the size of h_1."""
+class MLPPixels(Pixels):
+    """Pixels whose values are a linear head on layers of ``hidden`` sizes; ``inputs`` is the size of h_1."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], pixels: int, likelihood: PixelLikelihood) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        pixels: int,
+        likelihood: PixelLikelihood,
+        activation: Activation = "tanh",
+    ) -> None:
         super().__init__(likelihood)
-        self.body = tanh_network([inputs, *hidden])
+        self.body = hidden_layers([inputs, *hidden], activation)
         self.head = nn.Linear([inputs, *hidden][-1], likelihood.per_pixel * pixels)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
         """Return the values."""
         return self.head(self.body(given))
+
+
+TanhPixels = MLPPixels
+"""Its name up to version 0.4.0, which classes of users import."""
 
 
 def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:

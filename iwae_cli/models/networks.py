@@ -1,10 +1,11 @@
-"""Parts that models are built from: log-densities, draws of discrete variables, tanh networks, checks of sizes."""
+"""Parts that models are built from: log-densities, draws of discrete variables, hidden layers, checks of sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -55,11 +56,15 @@ def bernoulli_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise)
     return (noise.uniform(layer, *logits.shape) < torch.sigmoid(logits)).to(logits.dtype)
 
 
-def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
-    """Return linear layers of the given sizes, input first, each followed by tanh."""
+Activation = Literal["tanh", "relu", "elu"]
+ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+
+
+def hidden_layers(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
+    """Return linear layers of the given sizes, input first, each followed by the activation."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 

@@ -9,12 +9,15 @@ from typing import ClassVar, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad, vmap
 
 from iwae_cli.core.errors import check_range
 from iwae_cli.core.interfaces import Model, Particles, StochasticLayers
 from iwae_cli.core.noise import Noise
 
 Gradient = Literal["total", "stl", "dreg"]
+AT_ONCE = 2**24
+"""Log-weights that ``doubly_weights`` differentiates at once, about: bounds its memory."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Objective(ABC):
 
 
 class BoundObjective(Objective, ABC):
-    """A smooth bound B(log w) on reparameterized latents, with a choice of gradient estimator.
+    """A smooth bound B(log w) on reparameterized latents, with a choice of gradient estimator; ``bound`` is enough.
 
     With a = dB/dlog w, the gradient for theta is sum_i a_i dlog p(x, h_i). For phi:
 
@@ -142,13 +145,21 @@ class BoundObjective(Objective, ABC):
         # The coefficient b of ``dreg`` stands for a score term of weight one.
         self.takes_kl_weight = gradient in ("total", "stl")
 
-    @abstractmethod
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = dB/dlog w, in closed form."""
+        """Return a = dB/dlog w; by autograd, unless the closed form is there."""
+        return grad(lambda given: self.bound(given).sum())(log_w)
 
-    @abstractmethod
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = a - diag(d2B/dlog w2), in closed form."""
+        """Return b = a - diag(d2B/dlog w2); by autograd, in the time of k bounds, unless the closed form is there."""
+
+        def second(chosen: Float[Tensor, " k"]) -> Float[Tensor, " batch"]:
+            # d2B/dlog w_i2, where only the i-th entry of ``chosen`` is 1.
+            of_one = grad(lambda given: (chosen[:, None] * self.weights(given)).sum())(log_w)
+            return (chosen[:, None] * of_one).sum(0)
+
+        return self.weights(log_w) - vmap(second, chunk_size=max(1, AT_ONCE // log_w.numel()))(
+            torch.eye(len(log_w), dtype=log_w.dtype, device=log_w.device)
+        )
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
         """See the class; ``dreg`` has two losses, each differentiated for its own parameters."""

@@ -26,6 +26,7 @@ from iwae_cli.record.former import MARK
 from iwae_cli.record.identity import one_spelling, path_keys, paths_fingerprint, recorded_as, training_name, words
 from iwae_cli.record.loggers import Logger
 from iwae_cli.training import checkpoint
+from iwae_cli.training.check import check_outside
 from iwae_cli.training.schedule import Schedule
 from iwae_cli.training.settings import Training, Validation
 
@@ -252,7 +253,8 @@ class Experiment:
 
         Raises:
             UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
-                model, the objective cannot train these networks, or ``evaluation.refine`` is more than the images.
+                model, the objective cannot train these networks, a class from outside fails its check, or
+                ``evaluation.refine`` is more than the images.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:
@@ -261,7 +263,7 @@ class Experiment:
                 f"{data.image_shape}"
             )
         check_refine(self.evaluation, self.model, data)
-        model = self.model.outline(data.image_shape, data.levels)
+        model = check_outside(self.objective, self.model, data)
         refusal = self.objective.check_networks(model)
         if refusal is None and self.train == "inference" and model.shared:
             refusal = f"train=inference keeps p, but p and q of this model share parameters ({model.shared[0]})"

@@ -50,7 +50,7 @@ class Job:
         objects = construct(self.config)
         objects["loggers"] = objects.pop("logger")
         record = {"config": self.config, "names": self.names, "overrides": self.overrides, "group": group}
-        values = {key: value for key, value in self.config.items() if key not in BASES}
+        values = {key: value for key, value in self.config.items() if key not in (*BASES, "config_dir")}
         scalars = check_arguments(Experiment, values, "", given={*objects, *record})
         experiment: Experiment = call(Experiment, {**objects, **scalars, **record}, "")
         return experiment

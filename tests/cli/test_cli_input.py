@@ -174,7 +174,8 @@ def test_a_choice_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path, caps
     own.write_text(ours.read_text().replace("[50]", "[7]"))
     assert "own/model/one_layer.yaml has the name of a choice that" in refused(capsys, "--config-dir", "own")
     own.write_text(ours.read_text())
-    assert plan([], False, "own").jobs[0].config == plan([], False, None).jobs[0].config
+    recorded = {"config_dir": str(tmp_path / "own")}
+    assert plan([], False, "own").jobs[0].config == plan([], False, None).jobs[0].config | recorded
 
 
 def test_only_the_groups_of_a_config_folder_are_read(tmp_path: Path) -> None:

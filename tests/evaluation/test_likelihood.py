@@ -12,14 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from iwae_cli.core.errors import RunFailed
 from iwae_cli.core.files import dump_json
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import Split
+from iwae_cli.data.digits import Digits
+from iwae_cli.evaluation.ais.estimator import AIS
+from iwae_cli.evaluation.estimator import EstimatorInput, require_probabilities
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
+from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.chain import InferenceChain
 
 PIXELS = 4
 
@@ -244,6 +250,7 @@ MEMORY = """
 import resource, sys
 import numpy as np, torch
 from iwae_cli.data.base import Split
+from iwae_cli.data.digits import Digits
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.models.architectures.mlp import GaussianMLP
 model = GaussianMLP([50], [[1000]]).build((64,), np.full(64, 0.4), torch.Generator().manual_seed(0)).eval()
@@ -381,3 +388,74 @@ def test_few_samples_have_no_k_hat_and_one_has_no_error(
     summary, reasons = summarize(log_likelihood(two_layers, split_of(binary(5)), k=k, seed=0, rows=2000), 9)
     assert check_nulls(summary, reasons) == {"khat_share_above_0.7"} | also
     assert f"k = {k} has too few; use evaluation.k=25 or more" in reasons["khat_share_above_0.7"]
+
+
+class Lacking(InferenceChain):
+    """A q whose log-density lacks 30 nats, in the draws and in the density."""
+
+    def sample(self, x, k, noise):
+        latents, log_q = super().sample(x, k, noise)
+        return latents, log_q - 30
+
+    def forward(self, x, latents):
+        return super().forward(x, latents) - 30
+
+
+def certain(images: int, lacking: bool = False) -> tuple[LatentVariableModel, Split]:
+    """A model with p(x) = 1 for white images, whatever h is, under a q far from p(h): L_k is noise around 0."""
+    model = built(GaussianMLP([3], [[5]]), PIXELS, torch.float32)
+    with torch.no_grad():
+        model.generative.observation.head.weight.zero_()
+        model.generative.observation.head.bias.fill_(50)
+        model.inference.layers[0].log_scale.bias.fill_(0.3)
+    if lacking:
+        model.inference = Lacking(list(model.inference.layers))
+    return model, split_of(torch.ones(images, PIXELS, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("k", [1, 2, 50, 2000])
+def test_a_probability_near_one_is_not_refused_for_its_noise(k: int) -> None:
+    model, split = certain(400)
+    found = log_likelihood(model, split, k=k, seed=0, rows=5000, workers=1)
+    assert (found.log_px > 0).any(), "the noise goes both ways"
+
+
+@pytest.mark.parametrize(("k", "refined"), [(1, False), (50, False), (2000, False), (50, True)])
+def test_a_probability_above_one_is_refused(k: int, refined: bool) -> None:
+    model, split = certain(20, lacking=True)
+    if refined:
+        # Refined proposals use log_prob of the first layer: there the term is missing in p.
+        model.generative.log_prior = lambda latents: type(model.generative).log_prior(model.generative, latents) + 30
+    with pytest.raises(RunFailed) as caught:
+        log_likelihood(model, split, k=k, seed=0, rows=5000, workers=1, refined=refined)
+    words = f"L_{k} of test{', refined,' if refined else ''} is above 0 in 20 of 20 images"
+    assert words in str(caught.value) and len(str(caught.value)) <= 300
+
+
+def test_a_density_of_real_numbers_may_be_above_one() -> None:
+    model, split = certain(20, lacking=True)
+    x = split.x.to(torch.float32)
+    assert (log_likelihood(model, split_of(x), k=50, seed=0, rows=5000, workers=1).log_px > 20).all()
+
+
+def test_one_image_above_one_is_refused_where_its_noise_is_known() -> None:
+    x, log_px = torch.zeros(250, 3, dtype=torch.uint8), np.full(250, -20.0)
+    for value, error, refused in ((5.0, 0.2, True), (0.9, 0.2, False), (5.0, math.nan, False), (25.0, math.nan, True)):
+        log_px[7], errors = value, np.full(250, error)
+        if not refused:
+            require_probabilities("L_50 of test", x, log_px, errors)
+            continue
+        with pytest.raises(RunFailed, match=rf"above 0 in 1 of 250 images, {value:g} nats in image 7: no probability"):
+            require_probabilities("L_50 of test", x, log_px, errors)
+    log_px[7] = 0.01
+    with pytest.raises(RunFailed, match="the exact"):
+        require_probabilities("the exact log p(x) of test", x, log_px, None)
+
+
+def test_ais_refuses_a_probability_above_one() -> None:
+    model = built(GaussianMLP([3], [[5]]), 64, torch.float32)
+    model.generative.log_likelihood = lambda x, h: type(model.generative).log_likelihood(model.generative, x, h) + 99
+    evaluation = Evaluation(k=5, splits=["test"], weights="last", seed=0, binarization_seed=0, rows=5000, workers=1)
+    ais = AIS(chains=4, temperatures=5, max_temperatures=5, images=3, simulated=0)
+    with pytest.raises(RunFailed, match="AIS of test is above 0 in 3 of 3 images"):
+        ais.estimate(EstimatorInput(model, Digits().load(), evaluation), lambda: None)

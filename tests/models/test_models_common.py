@@ -357,3 +357,47 @@ def test_the_estimate_agrees_with_the_exact_value(name: str) -> None:
 def test_which_models_know_log_px_exactly() -> None:
     exact = {n for n, c in CASES.items() if c.build().generative.exact_log_px(c.x(1)) is not None}
     assert exact == {"linear gaussian chain"} | DISCRETE
+
+
+BINARY = [GaussianMLP([3], [[8]]), SigmoidBeliefNetwork([3]), Categorical(3), GaussianConvolutional(3, [2, 3], 8)]
+GREY = [GaussianMLP([3], [[8]], "discretized_logistic"), GaussianConvolutional(3, [2, 3], 8, "discretized_logistic")]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("architecture", [*BINARY, *GREY, LinearGaussianModel([2])], ids=lambda a: type(a).__name__)
+def test_values_that_the_likelihood_cannot_observe_are_refused(architecture: Architecture, training: bool) -> None:
+    """By hand the log-probability of grey levels under a Bernoulli is a number like any other: +172 nats."""
+    model = architecture.build((8, 8), np.full(64, 0.4), torch.Generator().manual_seed(1), levels=17).train(training)
+    random = torch.Generator().manual_seed(0)
+    binary = torch.randint(0, 2, (3, 64), generator=random).float()
+    given = {"binary": binary, "grey": 16 * binary, "half": binary + 0.5, "negative": -binary, "above": 17 * binary}
+    given |= {"nan": binary * math.nan, "infinite": binary / 0}
+    kind = {"binary": BINARY, "grey": GREY}
+    allowed = {"binary"} if architecture in kind["binary"] else {"binary", "grey"}
+    if architecture not in (*BINARY, *GREY):
+        allowed = set(given) - {"nan", "infinite"}
+    for name, x in given.items():
+        noise = GeneratorNoise(torch.Generator().manual_seed(0))
+        if name in allowed:
+            assert model(x, 2, noise).isfinite().all()
+            continue
+        for call in (model, model.draw, lambda x, k, noise: model.generative.exact_log_px(x)):
+            if not (call == model.draw and training):  # a training step does not pay for it
+                with pytest.raises(ValueError, match=r"^x must be .* for \w+, got values from"):
+                    call(x, 2, noise)
+
+
+ACTIVATIONS = {"tanh": np.tanh, "relu": lambda a: np.maximum(a, 0), "elu": lambda a: np.where(a > 0, a, np.expm1(a))}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_of_an_mlp(activation: str) -> None:
+    architecture = GaussianMLP([3, 2], [[8, 7], [6]], activation=activation)
+    model = architecture.build((5,), np.full(5, 0.4), torch.Generator().manual_seed(1))
+    p, q = model.generative, model.inference
+    for part, size in ((p.observation, 3), (p.layers[0], 2), (q.layers[0], 5), (q.layers[1], 3)):
+        given = torch.randn(4, size, generator=torch.Generator().manual_seed(2))
+        values = given.numpy()
+        for linear in [layer for layer in part.body if isinstance(layer, nn.Linear)]:
+            values = ACTIVATIONS[activation](values @ linear.weight.detach().numpy().T + linear.bias.detach().numpy())
+        np.testing.assert_allclose(part.body(given).detach().numpy(), values, atol=1e-6)

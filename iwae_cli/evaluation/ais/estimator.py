@@ -25,6 +25,7 @@ from iwae_cli.evaluation.estimator import (
     Estimator,
     EstimatorInput,
     array_name,
+    require_probabilities,
     standard_error,
     with_cheaper,
     without_nan,
@@ -204,6 +205,8 @@ class AIS(Estimator):
             for name, split in splits.items():
                 x = split.x[: self.images]
                 levels = self.anneal(model, x, stream=name, **how)
+                unsure = np.full(len(x), math.nan)  # a handful of chains cannot tell their error
+                require_probabilities(f"log p(x) by AIS of {name}", x, levels[-1].log_px, unsure)
                 numbers[name] = self._summary(name, levels, model, x, reasons)
                 for key in ("log_px", "stderr", "ess", "acceptance"):
                     arrays[array_name(name, key)] = getattr(levels[-1], key)

@@ -1,4 +1,4 @@
-"""Gaussian stochastic layers joined by tanh networks: the models of Burda et al. and any deeper ones.
+"""Gaussian stochastic layers joined by networks of hidden layers: the models of Burda et al. and any deeper ones.
 
 Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, arXiv 1509.00519, section 5.
 """
@@ -13,26 +13,28 @@ import numpy as np
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import GaussianConditional
-from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, TanhPixels, make_likelihood
-from iwae_cli.models.networks import check_sizes
+from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, MLPPixels, make_likelihood
+from iwae_cli.models.networks import Activation, check_sizes
 from iwae_cli.models.priors import Prior, StandardNormal
 
 
 @dataclass(eq=False)
 class GaussianMLP(Architecture):
-    """Sizes of a Gaussian chain with tanh networks between its layers; p mirrors q.
+    """Sizes of a Gaussian chain with hidden layers between the stochastic ones; p mirrors q.
 
     Args:
         latent_sizes: size of every stochastic layer, nearest to x first.
-        hidden_sizes: sizes of the tanh layers below each stochastic layer, in the direction of q.
+        hidden_sizes: sizes of the hidden layers below each stochastic layer, in the direction of q.
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
         prior: p(h_L); None is N(0, I).
+        activation: of every hidden layer; tanh in the paper.
     """
 
     latent_sizes: list[int]
     hidden_sizes: list[list[int]]
     likelihood: LikelihoodName = "bernoulli"
     prior: Prior | None = None
+    activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
         check_sizes("latent_sizes", self.latent_sizes)
@@ -50,13 +52,13 @@ class GaussianMLP(Architecture):
         """See the base class; the output bias starts where the likelihood says."""
         pixels, sizes = len(mean), self.latent_sizes
         likelihood = make_likelihood(self.likelihood, mean, levels)
-        observation = TanhPixels(sizes[0], self.hidden_sizes[0][::-1], pixels, likelihood)
+        observation = MLPPixels(sizes[0], self.hidden_sizes[0][::-1], pixels, likelihood, self.activation)
         downwards = [
-            GaussianConditional(above, hidden[::-1], below)
+            GaussianConditional(above, hidden[::-1], below, self.activation)
             for (below, above), hidden in zip(pairwise(sizes), self.hidden_sizes[1:], strict=True)
         ]
         upwards = [
-            GaussianConditional(below, hidden, above)
+            GaussianConditional(below, hidden, above, self.activation)
             for (below, above), hidden in zip(pairwise([pixels, *sizes]), self.hidden_sizes, strict=True)
         ]
         prior = StandardNormal(sizes[-1]) if self.prior is None else self.prior.build(sizes[-1])

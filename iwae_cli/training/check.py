@@ -1,0 +1,226 @@
+"""Check classes from outside the package on a few draws, in milliseconds: what they return against what must be.
+
+A wrong density or derivative trains without a word, and its numbers look like any others. So
+
+- the log-density that a conditional gives with its draws is compared with ``log_prob`` of them and, where a draw is a
+  function of one normal vector e, with the change of variables log N(e; 0, I) - log |det dh/de|;
+- a bound of equal log-weights must not exceed them, and ``weights`` and ``doubly_weights`` are compared with autograd;
+- shapes are compared, every number must be finite, and no row may depend on the other rows of its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwae_cli.config.build import described, place_outside
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.data.base import SPLITS, Data
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.conditionals import Conditional, Given
+from iwae_cli.models.networks import standard_normal_log_prob
+from iwae_cli.models.priors import Prior
+from iwae_cli.objectives.base import BoundObjective, Losses, Objective
+from iwae_cli.training.steps.compiled import Recorder, Replay
+
+K, BATCH = 3, 2
+SHAPE = (8, 8)
+"""Of the images for which a model is built that is checked alone."""
+MOST = 256
+"""Units of a layer, or log-weights, that are differentiated one by one."""
+TOLERANCE = 0.01
+"""And a hundredth of it for every nat: float32 rounds to less, and a forgotten term is more."""
+
+
+def check(part: object) -> None:
+    """Check an objective, a model (architecture or networks) or a prior, as a run checks those of users before step 0.
+
+    Raises:
+        UserError: one line that names class, method, what was seen and what was expected.
+        TypeError: for anything else.
+    """
+    if isinstance(part, Objective):
+        _check_objective(part, _built(GaussianMLP([2], [[4]]), SHAPE, 2))
+    elif isinstance(part, Architecture):
+        _check_model(_built(part, SHAPE, {"binary": 2, "grey": 17, "real": None}[part.observation]))
+    elif isinstance(part, LatentVariableModel):
+        _check_model(part)
+    elif isinstance(part, Prior):
+        _check_conditional(_called(part, "build", 8), None, 1, torch.zeros(1, 1))
+    else:
+        raise TypeError(f"part must be an objective, a model or a prior, got {type(part).__name__}")
+
+
+def check_outside(objective: Objective, architecture: Architecture, data: Data) -> LatentVariableModel:
+    """Return the networks with arbitrary weights, after checking them and the objective if any part is from outside.
+
+    Raises:
+        UserError: see ``check``; or data that the model cannot observe.
+    """
+    model: LatentVariableModel = _called(architecture, "outline", data.image_shape, data.levels)
+    likelihood = getattr(model.generative.observation, "likelihood", None)
+    if any(map(_is_outside, (objective, architecture, likelihood, *model.modules()))):
+        built = _built(architecture, data.image_shape, data.levels)
+        _check_model(built, data)
+        if _is_outside(objective):
+            _check_objective(objective, built)
+    return model
+
+
+def _is_outside(part: object) -> bool:
+    return not type(part).__module__.startswith(("iwae_cli.", "torch.", "builtins"))
+
+
+def _called(part: object, method: str, *arguments: Any) -> Any:
+    """Return what a method returns; an error in code of a user becomes one line that names it."""
+    try:
+        return getattr(part, method)(*arguments)
+    except Exception as error:
+        if isinstance(error, UserError) or not (_is_outside(part) or place_outside(error)):
+            raise
+        raise UserError(f"{type(part).__name__}.{method} raised {described(error)}") from error
+
+
+def _gives(part: object, method: str, of: str, seen: object, expected: object) -> UserError:
+    return UserError(f"{type(part).__name__}.{method} gives {of} {seen}, expected {expected}")
+
+
+def _require(part: object, method: str, of: str, value: object, shape: tuple[int, ...], given: str = "") -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        seen = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"that is a {type(value).__name__}"
+        raise _gives(part, method, of, seen, f"{tuple(shape)}{given}")
+    if not value.isfinite().all():
+        raise _gives(part, method, of, f"of {value[~value.isfinite()][0]}", f"finite numbers{given}")
+    return value.detach()
+
+
+def _compare(part: object, method: str, of: str, seen: Tensor, expected: Tensor, why: str) -> None:
+    wrong = (seen - expected).abs() > TOLERANCE * (1 + expected.abs() / 100)
+    if wrong.any():
+        raise _gives(part, method, of, f"{seen[wrong][0]:.4g}", f"{expected[wrong][0]:.4g} {why}")
+
+
+def _built(architecture: Architecture, image_shape: tuple[int, ...], levels: int | None) -> LatentVariableModel:
+    """Return a model whose vectors are moved: at zero, where many begin, a forgotten log-scale would not be seen."""
+    random = generator("cpu", 0, "check")
+    mean = np.full(math.prod(image_shape), 0.5)
+    model: LatentVariableModel = _called(architecture, "build", image_shape, mean, random, levels)
+    with torch.no_grad():
+        for vector in (p for p in model.parameters() if p.ndim < 2):
+            vector.add_(torch.where(vector == 0, 0.3, 0.1 * vector) * torch.randn(vector.shape, generator=random))
+    return model
+
+
+def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor, of_q: bool = False) -> Tensor:
+    """Return draws of h given ``given``, after comparing their log-densities; ``like`` has device and dtype."""
+    given, of = None if given is None else given.detach(), "a log-density"
+    recorder = Recorder(like)
+    found = _called(part, "sample", given, K, BATCH, level, recorder)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise _gives(part, "sample", "a", type(found).__name__, "a pair (draws, log-density)")
+    if of_q and part.reparameterized and not getattr(found[0], "requires_grad", True):
+        raise _gives(part, "sample", "draws", "without gradient", "smooth functions, or reparameterized = False")
+    drawn = [draws.requires_grad_() for draws in recorder.drawn]
+    live, log_p = _called(part, "sample", given, K, BATCH, level, Replay(drawn))
+    h = _require(part, "sample", "draws", live, (K, BATCH, *getattr(live, "shape", (0,))[-1:]))
+    log_p = _require(part, "sample", of, log_p, (K, BATCH))
+    again = _require(part, "log_prob", of, _called(part, "log_prob", h, given), (K, BATCH))
+    _compare(part, "sample", of, log_p, again, "as log_prob gives it for the same draw")
+    alone = _called(part, "log_prob", h[:, :1], None if given is None else given[..., :1, :])
+    alone = _require(part, "log_prob", of, alone, (K, 1))
+    _compare(part, "log_prob", of, again[:, :1], alone, "as without the other rows of the batch")
+    e = drawn[0] if len(drawn) == 1 else None
+    # A uniform draw is never negative.
+    if e is not None and e.shape == h.shape and e.min() < 0 and live.requires_grad and h.shape[-1] <= MOST:
+        rows = [torch.autograd.grad(unit.sum(), e, retain_graph=True)[0] for unit in live.unbind(-1)]
+        exact = standard_normal_log_prob(e.detach()) - torch.linalg.slogdet(torch.stack(rows, -2)).logabsdet
+        _compare(part, "sample", of, log_p, exact, "by the change of variables")
+    return h
+
+
+def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
+    """Check every conditional, then the chains, on two images of ``data``, or on draws of the model without them."""
+    p, q, like = model.generative, model.inference, next(model.parameters()).new_zeros(1, 1)
+    h = _check_conditional(p.prior, None, len(p.layers) + 1, like)
+    for level, layer in reversed(list(enumerate(p.layers, start=1))):
+        h = _check_conditional(layer, h, level, like)
+    x = _check_conditional(p.observation, h, 0, like)[0]
+    observed = {f"{type(p.observation).__name__}.sample": x}
+    for name in SPLITS if data is not None else ():
+        assert data is not None
+        split = data.evaluation_split(name, 0, BATCH if data.binarization == "dynamic" else None)
+        observed[f"{name} split of {data.name}"] = split.x
+        x = split.x[[0, -1]].to(like)
+    for name, values in observed.items():
+        try:
+            p.require_observable(values)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+    given = x / q.white
+    for level, layer in enumerate(q.layers, start=1):
+        given = _check_conditional(layer, given, level, like, of_q=True)
+    latents, log_q = _called(q, "sample", x, K, GeneratorNoise(generator(x.device, 0, "check"), x.dtype))
+    log_q = _require(q, "sample", "log q(h|x)", log_q, (K, BATCH))
+    again = _require(q, "forward", "log q(h|x)", _called(q, "__call__", x, latents), (K, BATCH))
+    _compare(q, "sample", "log q(h|x)", log_q, again, "as forward gives it for the same draws")
+    _require(p, "forward", "log p(x, h)", _called(p, "__call__", x, latents), (K, BATCH))
+    of = _called(p, "log_likelihood", x, latents)
+    most = float(_require(p, "log_likelihood", "log p(x|h)", of, (K, BATCH)).max())
+    if p.observation.largest is not None and most > TOLERANCE:
+        raise _gives(p.observation, "log_prob", "log p(x|h)", f"{most:.4g}", "at most 0 for integers")
+
+
+def _check_objective(objective: Objective, model: LatentVariableModel) -> None:
+    k = objective.num_samples
+    batch = BATCH + (k == BATCH)
+    log_w = 2 * torch.randn(k, batch, generator=generator("cpu", 0, "check")) - 30
+
+    def bound_of(log_w: Tensor) -> Tensor:
+        of = f" for log-weights of shape {tuple(log_w.shape)}"
+        return _require(objective, "bound", "values", _called(objective, "bound", log_w), log_w.shape[1:], of)
+
+    _compare(
+        objective, "bound", "a value", bound_of(log_w)[:1], bound_of(log_w[:, :1]), "as without the rest of the batch"
+    )
+    for value in (-30.0, 5.0) if objective.lower_bound else ():
+        if (equal := float(bound_of(torch.full((k, 1), value)))) > value + TOLERANCE:
+            why = f"which is log p(x) where all log-weights are {value:g}; or lower_bound = False"
+            raise _gives(objective, "bound", "a value", f"{equal:.4g}", f"at most {value:g}, {why}")
+    if isinstance(objective, BoundObjective):
+        _check_derivatives(objective, log_w)
+    noise = GeneratorNoise(generator("cpu", 0, "check"))
+    x = model.generative.sample(BATCH, noise)[1].detach()
+    losses = _called(objective, "losses", model, x, model.draw(x, k, noise), noise)
+    if not isinstance(losses, Losses):
+        raise _gives(objective, "losses", "a", type(losses).__name__, "Losses")
+    for part, shape in (("generative", ()), ("inference", ()), ("bound", (BATCH,))):
+        _require(objective, f"losses ({part})", "values", getattr(losses, part), shape)
+
+
+def _check_derivatives(objective: BoundObjective, log_w: Tensor) -> None:
+    """Compare ``weights`` and ``doubly_weights`` with autograd of ``bound``, without torch.func, which they may use."""
+    leaf = log_w.clone().requires_grad_()
+    bound = _called(objective, "bound", leaf)
+    if not bound.requires_grad:
+        raise _gives(objective, "bound", "values", "without gradient", "a smooth function of log_w")
+    how: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
+    (a,) = torch.autograd.grad(bound.sum(), leaf, **how)
+    b = a.detach().clone()[:MOST]
+    for i in range(len(b) if a.requires_grad else 0):
+        b[i] -= torch.autograd.grad(a[i].sum(), leaf, **how)[0][i].detach()
+    needed = {"total": (), "stl": ("weights",)}.get(objective.gradient, ("weights", "doubly_weights"))
+    for method, expected in (("weights", a.detach()), ("doubly_weights", b)):
+        try:
+            found = _called(objective, method, log_w)
+        except (UserError, ValueError) as error:
+            if method not in needed and isinstance(error.__cause__ or error, ValueError | NotImplementedError):
+                continue  # it has none
+            raise
+        found = _require(objective, method, "values", found, tuple(log_w.shape))[: len(expected)]
+        _compare(objective, method, "a value", found, expected, "by autograd of bound")

@@ -1,0 +1,318 @@
+"""Classes of a user that are wrong in silence are refused before the first step; those of this package never are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from own_models import Colours, MixturePrior, VampMLP
+from torch import Tensor, nn
+
+import iwae_cli
+from iwae_cli.core.errors import UserError
+from iwae_cli.core.numerics import log_mean_exp, normalized_weights
+from iwae_cli.data.base import Data
+from iwae_cli.models.architectures.categorical import Categorical
+from iwae_cli.models.architectures.conv import GaussianConvolutional
+from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import Networks
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import Bits, Conditional, GaussianConditional
+from iwae_cli.models.likelihoods import Bernoulli, MLPPixels
+from iwae_cli.models.networks import HALF_LOG_2PI
+from iwae_cli.models.priors import Prior, StandardNormal
+from iwae_cli.objectives.base import BoundObjective, Objective
+from iwae_cli.objectives.ciwae import CIWAE
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.jvi import JVI
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.objectives.vr import VR
+from iwae_cli.training.check import check_outside
+
+OURS = [
+    *(IWAE(1), IWAE(2, "dreg"), IWAE(300, "stl"), CIWAE(7, 0.3), ELBO(7), ELBO(1, analytic_kl=True), JVI(4)),
+    *(MIWAE(4, 3), PIWAE(4, 3), VR(7, 0.5), VR(7, 2.0), VR(5, -1.0), VR(5, "max"), TVO(7, gradient="covariance")),
+    *(RWS(5), RWS(5, "sleep"), VIMCO(4), GaussianMLP([5, 3], [[8], [8]], activation="relu"), MixturePrior(3)),
+    *(GaussianMLP([3], [[8]], "discretized_logistic"), GaussianMLP([3], [[8]], prior=MixturePrior(3))),
+    *(GaussianConvolutional(3, [2, 3], 8), SigmoidBeliefNetwork([6, 4]), Categorical(5), LinearGaussianModel([4, 2])),
+    VampMLP([2], [[6]]),
+]
+
+
+def words_only(value: object) -> str:
+    return value if isinstance(value, str) else type(value).__name__
+
+
+@pytest.mark.parametrize("part", OURS, ids=words_only)
+def test_what_is_right_passes(part: Any) -> None:
+    iwae_cli.check(part)
+
+
+class Own(BoundObjective):
+    """IWAE's bound; a test replaces a method."""
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(log_w)
+
+
+def iwae(log_w: Tensor) -> Tensor:
+    return log_mean_exp(log_w)
+
+
+OBJECTIVES: list[tuple[dict[str, Callable[..., Any]], str]] = [
+    ({"bound": lambda self, w: iwae(w).mean()}, "Own.bound gives values of shape (), expected (2,) for log-weights of"),
+    ({"bound": lambda self, w: w.mean(1)}, "Own.bound gives values of shape (5,), expected (2,)"),
+    (
+        {"bound": lambda self, w: iwae(w).mean().expand(w.shape[1])},
+        "Own.bound gives a value {}, expected {} as without the rest of",
+    ),
+    ({"bound": lambda self, w: iwae(w) / 20}, "Own.bound gives a value -1.5, expected at most -30, which is log p(x)"),
+    ({"bound": lambda self, w: w.logsumexp(0)}, "Own.bound gives a value -28.39, expected at most -30"),
+    ({"bound": lambda self, w: (w - w).log().mean(0)}, "Own.bound gives values of -inf, expected finite numbers for"),
+    ({"bound": lambda self, w: iwae(w.detach())}, "Own.bound gives values without gradient"),
+    ({"bound": lambda self, w: iwae(w) + self.missing}, "Own.bound raised AttributeError: 'Own' object has no"),
+    ({"bound": lambda self, w: float(iwae(w).mean())}, "Own.bound gives values that is a float, expected (2,)"),
+    (
+        {"weights": lambda self, w: -normalized_weights(w)},
+        "Own.weights gives a value {}, expected {} by autograd of bound",
+    ),
+    (
+        {"weights": lambda self, w: torch.full_like(w, 1 / len(w))},
+        "Own.weights gives a value 0.2, expected {} by autograd",
+    ),
+    ({"weights": lambda self, w: normalized_weights(w).sum(1)}, "Own.weights gives values of shape (5,), expected (5,"),
+    ({"doubly_weights": lambda self, w: normalized_weights(w)}, "Own.doubly_weights gives a value {}, expected {} by"),
+    # Its weights are right, but cannot be differentiated as the default of doubly_weights does.
+    (
+        {"weights": lambda self, w: normalized_weights(w.detach())},
+        "Own.doubly_weights gives a value {}, expected {} by",
+    ),
+    ({"losses": lambda self, *rest: -rest[2].log_w.mean()}, "Own.losses gives a Tensor, expected Losses"),
+]
+
+
+def matches(message: str, expected: str) -> bool:
+    """Whether the message holds the expected words, {} being any number, and is one short line."""
+    place = 0
+    for words in expected.split("{}"):
+        place = message.find(words, place)
+        if place < 0:
+            return False
+        place += len(words)
+    return "\n" not in message and len(message) <= 300
+
+
+@pytest.mark.parametrize(("methods", "expected"), OBJECTIVES, ids=words_only)
+def test_wrong_objectives_are_named(methods: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        iwae_cli.check(type("Own", (Own,), {"__module__": "mine", **methods})(5, "dreg"))
+    assert matches(str(caught.value), expected), str(caught.value)
+
+
+def test_what_may_exceed_log_px_says_so() -> None:
+    above = {"bound": lambda self, w: w.logsumexp(0), "lower_bound": False}
+    iwae_cli.check(type("Own", (Own,), above)(5))
+
+
+@pytest.mark.parametrize("known", [CIWAE(7, 0.3), VR(7, 2.0), MIWAE(3, 4), TVO(7), JVI(5)], ids=words_only)
+def test_a_bound_alone_has_the_weights_of_the_closed_form(known: Any) -> None:
+    own = type("Own", (Own,), {"bound": lambda self, w: known.bound(w)})(known.num_samples)
+    log_w = 2 * torch.randn(known.num_samples, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for method in ("weights", "doubly_weights"):
+            torch.testing.assert_close(getattr(own, method)(log_w), getattr(known, method)(log_w))
+
+
+class OwnGaussian(GaussianConditional):
+    """A diagonal Gaussian; a test replaces a method."""
+
+
+def lacking(self: Any, h: Tensor, given: Tensor) -> Tensor:
+    """The log-density of a Gaussian without -log_scale, which is zero where a log-scale begins at zero."""
+    loc, log_scale = self(given)
+    return (-0.5 * ((h - loc) * (-log_scale).exp()).square()).sum(-1) - h.shape[-1] * HALF_LOG_2PI
+
+
+def sample(self: Any, given: Tensor, k: int, batch: int, level: int, noise: Any) -> tuple[Tensor, Tensor]:
+    loc, log_scale = self(given)
+    h = loc + log_scale.exp() * noise.normal(level, k, batch, loc.shape[-1])
+    return h, self.log_prob(h, given)
+
+
+def without_gradient(self: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    h = sample(self, *rest)[0].detach()
+    return h, self.log_prob(h, rest[0])
+
+
+def of_the_batch(self: Any, given: Tensor) -> tuple[Tensor, Tensor]:
+    loc, log_scale = GaussianConditional.forward(self, given - given.mean(-2, keepdim=True))
+    return loc, log_scale
+
+
+CONDITIONALS: list[tuple[dict[str, Any], str]] = [
+    ({"log_prob": lacking}, "OwnGaussian.sample gives a log-density {}, expected {} as log_prob gives it"),
+    ({"log_prob": lacking, "sample": sample}, "OwnGaussian.sample gives a log-density {}, expected {} by the change"),
+    ({"sample": lambda self, *rest: sample(self, *rest)[0]}, "OwnGaussian.sample gives a Tensor, expected a pair"),
+    ({"sample": lambda self, *r: (sample(self, *r)[0][0], 0)}, "OwnGaussian.sample gives draws of shape (2, 3)"),
+    ({"sample": lambda self, given: None}, "OwnGaussian.sample raised TypeError: "),
+    ({"sample": without_gradient}, "OwnGaussian.sample gives draws without gradient, expected smooth functions"),
+    ({"forward": of_the_batch}, "OwnGaussian.log_prob gives a log-density {}, expected {} as without the other rows"),
+    ({"log_prob": lambda self, h, given: h.sum()}, "OwnGaussian.log_prob gives a log-density of shape ()"),
+    ({"log_prob": lambda self, h, given: h.sum(-1) * math.nan}, "OwnGaussian.log_prob gives a log-density of nan"),
+]  # fmt: skip
+
+
+class OwnModel(GaussianMLP):
+    """A model of this package, with a conditional of a user in place of q or of p(h_1|h_2)."""
+
+    def __init__(self, cls: type[nn.Module], in_q: bool) -> None:
+        super().__init__([3, 2], [[8], [8]])
+        self.cls, self.in_q = cls, in_q
+
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
+        made = super().networks(image_shape, mean, levels)
+        if self.in_q:
+            made.inference.layers[0] = self.cls(len(mean), [8], 3)  # type: ignore[index]
+        else:
+            made.generative.layers[0] = self.cls(2, [8], 3)  # type: ignore[index]
+        return made
+
+
+@pytest.mark.parametrize("in_q", [True, False], ids=["q", "p"])
+@pytest.mark.parametrize(
+    ("methods", "expected"), CONDITIONALS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_wrong_conditionals_are_named(methods: dict[str, Any], expected: str, in_q: bool) -> None:
+    if "without gradient" in expected and not in_q:
+        pytest.skip("nothing differentiates through the draws of p")
+    with pytest.raises(UserError) as caught:
+        iwae_cli.check(OwnModel(type("OwnGaussian", (OwnGaussian,), {"__module__": "mine", **methods}), in_q))
+    assert matches(str(caught.value), expected), str(caught.value)
+
+
+class OwnPixels(MLPPixels):
+    """Pixels of a user."""
+
+
+class OwnBinary(GaussianMLP):
+    """A model of binary pixels with another observation or another chain."""
+
+    pixels: type = OwnPixels
+    chain: type = InferenceChain
+
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
+        made, likelihood = super().networks(image_shape, mean, levels), Bernoulli(mean)
+        pixels = self.pixels(3, [8], len(mean), likelihood)
+        return Networks(
+            GenerativeChain(StandardNormal(3), pixels, []),
+            self.chain(list(made.inference.layers)),
+            pixels.head.bias,
+            likelihood.initial_bias(),
+        )
+
+
+def of(**classes: type) -> OwnBinary:
+    return type("OwnBinary", (OwnBinary,), classes)([3], [[8]])
+
+
+def drawn() -> Data:
+    return Colours().load()
+
+
+def test_the_networks_of_a_user_are_checked_on_the_data_of_a_run() -> None:
+    check_outside(IWAE(5), of(), drawn())
+    certain = type(
+        "Certain", (OwnPixels,), {"log_prob": lambda self, h, given: MLPPixels.log_prob(self, h, given) + 99}
+    )
+    with pytest.raises(UserError, match=r"Certain.sample gives a log-density"):
+        check_outside(IWAE(5), of(pixels=certain), drawn())
+
+    def louder(self: Any, given: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        x, _ = MLPPixels.sample(self, given, *rest)
+        return x, self.log_prob(x, given)
+
+    with pytest.raises(UserError, match=r"Louder.log_prob gives log p\(x\|h\) .*, expected at most 0"):
+        check_outside(IWAE(5), of(pixels=type("Louder", (certain,), {"sample": louder})), drawn())
+
+    def half_of_q(self: Any, *rest: Any) -> tuple[Any, Tensor]:
+        latents, log_q = InferenceChain.sample(self, *rest)
+        return latents, log_q / 2
+
+    half = type("Half", (InferenceChain,), {"sample": half_of_q})
+    with pytest.raises(UserError, match=r"Half.sample gives log q\(h\|x\) .*, expected .* as forward gives it"):
+        check_outside(IWAE(5), of(chain=half), drawn())
+
+
+def test_data_that_the_model_cannot_observe_are_refused() -> None:
+    grey = torch.full((4, 64), 9, dtype=torch.uint8)
+    data = Data("own", "four images", grey, grey, grey, levels=17, binarization="none", image_shape=(8, 8))
+    with pytest.raises(UserError, match="train split of own: x must be 0 or 1 for Bernoulli, got values from 9 to 9"):
+        check_outside(IWAE(5), of(), data)
+
+
+class Unfinished(Bits):
+    """Bits without ``forward``."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__()
+
+
+class Abstract(Conditional):
+    """A conditional that lacks its methods."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Unfinished, "Unfinished.sample raised NotImplementedError: "),
+        (Abstract, "OwnModel.build raised TypeError: "),
+    ],
+)
+def test_errors_in_code_of_a_user_are_one_line(cls: type[nn.Module], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        iwae_cli.check(OwnModel(cls, in_q=True))
+    assert (matches(str(caught.value), expected) and "(test_check.py, line" in str(caught.value)) or cls is Unfinished
+
+
+class Wide(StandardNormal):
+    """N(0, 4 I) with the density of N(0, I)."""
+
+    def sample(self, given: None, k: int, batch: int, level: int, noise: Any) -> tuple[Tensor, Tensor]:
+        h = 2 * noise.normal(level, k, batch, self._size)
+        return h, self.log_prob(h, None)
+
+
+class WidePrior(Prior):
+    """Settings of it."""
+
+    def build(self, size: int) -> Conditional:
+        return Wide(size)
+
+
+def test_a_prior_of_a_user_is_checked_alone() -> None:
+    with pytest.raises(UserError, match=r"Wide.sample gives a log-density .* by the change of variables"):
+        iwae_cli.check(WidePrior())
+    with pytest.raises(TypeError, match="part must be an objective, a model or a prior, got int"):
+        iwae_cli.check(3)
+
+
+def test_our_own_classes_are_not_checked_before_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iwae_cli.training.check._check_model", lambda *_: pytest.fail("checked"))
+    check_outside(IWAE(5), GaussianMLP([3], [[8]]), drawn())
+    with pytest.raises(pytest.fail.Exception):
+        check_outside(type("Own", (Own,), {})(5), GaussianMLP([3], [[8]]), drawn())
+
+
+def test_every_objective_of_a_user_needs_its_bound_alone() -> None:
+    assert Objective.__abstractmethods__ == {"bound", "losses"} and BoundObjective.__abstractmethods__ == {"bound"}
