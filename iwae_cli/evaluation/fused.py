@@ -50,7 +50,10 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
         return
     wrong = {
         "Gaussian models of binary pixels, as model=one_layer or two_layer": (
-            type(model) is not GaussianMLP or model.likelihood != "bernoulli" or model.prior is not None
+            type(model) is not GaussianMLP
+            or model.likelihood != "bernoulli"
+            or model.prior != "standard"
+            or model.posterior != "diagonal"
         ),
         "model.activation=tanh": getattr(model, "activation", "tanh") != "tanh",
         "device=cpu": device.resolve().type != "cpu",

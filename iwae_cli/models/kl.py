@@ -19,6 +19,7 @@ from iwae_cli.models.conditionals import (
     Given,
     LinearConditional,
 )
+from iwae_cli.models.posteriors import FullGaussian
 from iwae_cli.models.priors import StandardNormal
 
 KL = Callable[[Any, Any, Tensor], Tensor]
@@ -65,3 +66,10 @@ def cholesky_to_standard_normal(q: CholeskyConditional, p: StandardNormal, given
     """Return KL(N(loc, L L^T) || N(0, I)), nats."""
     loc, cholesky = q.linear(given), q.cholesky()
     return 0.5 * (loc.square().sum(-1) + cholesky.square().sum() - loc.shape[-1]) - q.log_diagonal.sum()
+
+
+@register_kl(FullGaussian, StandardNormal)
+def full_to_standard_normal(q: FullGaussian, p: StandardNormal, given: Given) -> Float[Tensor, " batch"]:
+    """Return KL(N(loc, L L^T) || N(0, I)) with L from ``given``, nats."""
+    loc, log_diagonal, cholesky = q(given)
+    return 0.5 * (loc.square().sum(-1) + cholesky.square().sum((-2, -1)) - loc.shape[-1]) - log_diagonal.sum(-1)

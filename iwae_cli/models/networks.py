@@ -56,15 +56,31 @@ def bernoulli_draw(logits: Float[Tensor, "k batch d"], layer: int, noise: Noise)
     return (noise.uniform(layer, *logits.shape) < torch.sigmoid(logits)).to(logits.dtype)
 
 
-Activation = Literal["tanh", "relu", "elu"]
+Activation = Literal["tanh", "relu", "elu", "gated"]
 ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+
+
+class Gated(nn.Module):
+    """A linear layer times the sigmoid of another (Dauphin, Fan, Auli, Grangier 2017, arXiv 1612.08083)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(inputs, outputs)
+        self.gate = nn.Linear(inputs, outputs)
+
+    def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """Return value * sigmoid(gate)."""
+        return self.value(given) * torch.sigmoid(self.gate(given))
 
 
 def hidden_layers(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
     """Return linear layers of the given sizes, input first, each followed by the activation."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+        if activation == "gated":
+            layers.append(Gated(inputs, outputs))
+        else:
+            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 

@@ -16,12 +16,39 @@ from torch.nn import functional as F
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
-from iwae_cli.models.networks import mixture_log_prob, normal_log_prob, standard_normal_log_prob
+from iwae_cli.models.networks import check_size, mixture_log_prob, normal_log_prob, standard_normal_log_prob
 
 PosteriorName = Literal["diagonal", "full", "coupling", "mixture"]
 
 COUPLING_UNITS = 100
 """Hidden units of a coupling block."""
+
+
+def make_posterior(
+    name: PosteriorName, body: nn.Module, features: int, outputs: int, size: int, first: bool
+) -> Conditional:
+    """Return q(h|given) of a family other than ``diagonal``.
+
+    Args:
+        name: of the family.
+        body: makes features of ``given``.
+        features: their number.
+        outputs: size of h.
+        size: number of components of ``mixture``, of blocks of ``coupling``.
+        first: whether ``given`` is x.
+    """
+    if name == "full":
+        return FullGaussian(body, features, outputs)
+    if name == "coupling":
+        return Coupling(body, features, outputs, size)
+    return GaussianMixture(body, features, outputs, size, stratified=first)
+
+
+def check_posterior(name: PosteriorName, size: int, latent_sizes: Sequence[int]) -> None:
+    """Raise ValueError unless layers of these sizes can have such a q."""
+    check_size("posterior_size", size, 2 if name == "mixture" else 1)
+    if name == "coupling" and min(latent_sizes) < 2:
+        raise ValueError("posterior=coupling needs at least two latents in every layer, got 1; use posterior=full")
 
 
 class ZeroLinear(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Bits, Conditional, DiagonalGaussian, Draws, Given, OneHot
-from iwae_cli.models.networks import mixture_log_prob, standard_normal_log_prob
+from iwae_cli.models.networks import check_size, mixture_log_prob, standard_normal_log_prob
 
 PriorName = Literal["standard", "mixture", "vamp"]
 
@@ -26,6 +26,42 @@ class Prior(ABC):
     @abstractmethod
     def build(self, size: int) -> Conditional:
         """Return the prior of a layer of ``size`` units."""
+
+
+def make_prior(
+    prior: PriorName | Prior,
+    size: int,
+    components: int,
+    q: Conditional,
+    mean: Float[Tensor, " pixels"],
+) -> Conditional:
+    """Return the prior of a layer of ``size`` units.
+
+    Args:
+        prior: its name, or settings of another one.
+        size: units.
+        components: of ``mixture`` and of ``vamp``.
+        q: q(h|x), and
+        mean: the mean image in [0, 1], for ``vamp``.
+    """
+    if isinstance(prior, Prior):
+        return prior.build(size)
+    if prior == "mixture":
+        return MixturePrior(components, size)
+    if prior == "vamp":
+        assert isinstance(q, DiagonalGaussian)  # see check_prior
+        return VampPrior(q, mean, components)
+    return StandardNormal(size)
+
+
+def check_prior(prior: PriorName | Prior, components: int, layers: int, posterior: str) -> None:
+    """Raise ValueError unless such a prior can be made for q of so many layers."""
+    check_size("prior_components", components)
+    if prior == "vamp" and (layers > 1 or posterior != "diagonal"):
+        raise ValueError(
+            "prior=vamp needs one stochastic layer and posterior=diagonal, "
+            f"got {layers} and posterior={posterior}; use prior=mixture"
+        )
 
 
 class StandardNormal(Conditional):

@@ -114,7 +114,7 @@ class Objective(ABC):
         if self.k % strata:
             return (
                 f"objective.k={self.k} is not a multiple of the {strata} components of q, from which draws are taken "
-                f"in turn: write objective.k={-(-self.k // strata) * strata} or model.components={self.k}"
+                f"in turn: write objective.k={-(-self.k // strata) * strata} or model.posterior_size={self.k}"
             )
         return None
 

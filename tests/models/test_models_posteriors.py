@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from objective_toys import quadrature
+from small_runs import TINY, finished, read_json
 from torch import Tensor, nn
 
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.fused import FusedScorer
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
+from iwae_cli.objectives.ciwae import CIWAE
+from iwae_cli.objectives.elbo import ELBO
+from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.jvi import JVI
+from iwae_cli.objectives.miwae import MIWAE
+from iwae_cli.objectives.piwae import PIWAE
+from iwae_cli.objectives.reinforce import REINFORCE
+from iwae_cli.objectives.rws import RWS
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.objectives.umiwae import UMIWAE
+from iwae_cli.objectives.vimco import VIMCO
+from iwae_cli.objectives.vr import VR
 
 INPUTS, FEATURES = 3, 5
 DENSE = {
@@ -174,3 +196,107 @@ def test_a_vamp_prior_is_the_mixture_of_its_q_given_learned_images() -> None:
     assert {id(p) for p in q.parameters()} < {id(p) for p in prior.parameters()}
     gradient = torch.autograd.grad(prior.log_prob(h, None).sum(), prior.images)[0]
     assert gradient[0, 0] == 0 and gradient[1, 1] == 0 and (gradient[2:].abs() > 0).all()
+
+
+def built(**settings: Any) -> LatentVariableModel:
+    """A model of four pixels with arbitrary weights."""
+    random = torch.Generator().manual_seed(0)
+    model = GaussianMLP([2], [[6]], **settings).build((4,), np.full(4, 0.4), random).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=random, dtype=p.dtype)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"posterior": name} for name in ("full", "coupling", "mixture")),
+        *({"prior": name, "prior_components": 3} for name in ("mixture", "vamp")),
+        {"posterior": "mixture", "prior": "mixture", "prior_components": 3, "activation": "gated"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_the_estimate_agrees_with_quadrature_for_every_family(settings: dict[str, Any]) -> None:
+    model = built(**settings)
+    h, log_cell = grid(201, 10.0)
+    with torch.no_grad():
+        x = model.generative.sample(8, noise(2))[1]
+        exact = torch.logsumexp(model.generative(x, (h.expand(-1, 8, 2),)), 0) + log_cell
+    for refined in (False, True):
+        found = log_likelihood(model, Split("test", x, ""), k=5000, seed=0, rows=4000, workers=1, refined=refined)
+        summary, _ = summarize(found, 4)
+        assert abs(summary["nll"] + exact.mean().item()) < 4 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
+        assert summary["stderr_mc"] < 0.02
+    assert not FusedScorer.fits(model, x)
+
+
+def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
+    model = built(posterior="mixture")
+    for fine in (IWAE(8), IWAE(4, "stl"), ELBO(4), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4), RWS(4)):
+        assert fine.check_networks(model) is None
+    for wrong in (
+        IWAE(4, "dreg"), PIWAE(2, 4, "dreg"), UMIWAE(2, 4), JVI(4), VIMCO(4), REINFORCE(4),
+        TVO(4, gradient="covariance"), RWS(4, gradient="dreg"),
+    ):  # fmt: skip
+        assert "independent draws" in (wrong.check_networks(model) or ""), wrong
+        assert wrong.check_networks(built(posterior="coupling")) is None
+    for k in (MIWAE(4, 6), IWAE(2)):  # groups, too, must hold every component equally often
+        assert "objective.k=" in (k.check_networks(model) or "")
+
+
+def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_components() -> None:
+    model = built(posterior="mixture")
+    with torch.no_grad():
+        # Components far from each other.
+        model.inference.layers[0].loc.bias += torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0, 2.0, 0.0, -2.0])
+        x = model.generative.sample(1, noise(3))[1].expand(40_000, 4)
+        h, log_cell = grid(201, 10.0)
+        exact = torch.logsumexp(model.generative(x[:1], (h,)), 0) + log_cell
+        bounds = {}
+        for mode in (True, False):
+            model.train(mode)
+            bounds[mode] = IWAE(4).bound(model.draw(x, 4, noise(4)).log_w)
+    error = {mode: float(bound.std()) / 200 for mode, bound in bounds.items()}
+    assert bounds[True].mean() < exact + 4 * error[True]
+    # The spread between components is no noise of the mean weight any more.
+    assert bounds[True].mean() > bounds[False].mean() + 4 * (error[True] + error[False])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"posterior": "coupling", "latent_sizes": [1]},
+            "posterior=coupling needs at least two latents in every layer",
+        ),
+        ({"posterior": "mixture", "posterior_size": 1}, "posterior_size must be >= 2, got 1"),
+        ({"prior": "vamp", "posterior": "full"}, "prior=vamp needs one stochastic layer and posterior=diagonal"),
+        (
+            {"prior": "vamp", "latent_sizes": [3, 2], "hidden_sizes": [[4], [4]]},
+            "prior=vamp needs one stochastic layer",
+        ),
+        ({"prior": "mixture", "prior_components": 0}, "prior_components must be >= 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        GaussianMLP(**{"latent_sizes": [2], "hidden_sizes": [[4]], **settings})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "choice", ["posterior=full", "posterior=coupling", "posterior=mixture", "prior=mixture", "prior=vamp"]
+)
+def test_runs_and_their_estimators(tmp_path: Path, choice: str) -> None:
+    folder = finished(
+        tmp_path, *TINY[1:], "model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4", "objective.k=4",
+        "evaluation.refine=20",
+    )  # fmt: skip
+    result = read_json(folder / "result.json")
+    assert result["test"]["nll"] > 0 and result["test"]["refined"]["n"] == 20 and len(result["active_units"]) == 1
+    for estimator in ("ais", "gaps", "sandwich", "grid"):
+        small = {"ais": ["estimator.images=2", "estimator.temperatures=20", "estimator.chains=2"],
+                 "gaps": ["estimator.images=3"], "sandwich": ["estimator.simulated=4"],
+                 "grid": ["estimator.images=4", "estimator.points=101"]}[estimator]  # fmt: skip
+        assert evaluate([str(folder), f"estimator={estimator}", "evaluation.splits=[test]", *small]) == 0

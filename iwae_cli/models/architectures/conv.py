@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from iwae_cli.core.errors import UserError
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
-from iwae_cli.models.conditionals import DiagonalGaussian
+from iwae_cli.models.conditionals import Conditional, DiagonalGaussian
 from iwae_cli.models.kl import diagonal_to_standard_normal, register_kl
 from iwae_cli.models.likelihoods import (
     OBSERVATIONS,
@@ -24,35 +24,42 @@ from iwae_cli.models.likelihoods import (
     make_likelihood,
 )
 from iwae_cli.models.networks import check_size, check_sizes
-from iwae_cli.models.priors import Prior, StandardNormal
+from iwae_cli.models.posteriors import PosteriorName, check_posterior, make_posterior
+from iwae_cli.models.priors import Prior, PriorName, StandardNormal, check_prior, make_prior
 
 HALVE = (4, 2, 1)
 """Kernel size, stride, padding: make a side exactly half as long; transposed, twice as long."""
 
 
-class ConvolutionalConditional(DiagonalGaussian):
-    """A diagonal Gaussian given an image: two convolutions that halve its sides, one hidden layer, ELU.
-
-    No batch norm: an observation's log q must not depend on the others of its batch.
+def convolutions(image: tuple[int, int, int], channels: Sequence[int], hidden: int) -> nn.Sequential:
+    """Return what makes features of an image: two convolutions that halve its sides, one hidden layer, ELU.
 
     Args:
         image: channels, height and width.
         channels: after the first and after the second convolution.
-        hidden, outputs: sizes of the hidden layer and of the Gaussian.
+        hidden: number of features.
+    """
+    return nn.Sequential(
+        nn.Unflatten(-1, image),
+        nn.Conv2d(image[0], channels[0], *HALVE),
+        nn.ELU(),
+        nn.Conv2d(channels[0], channels[1], *HALVE),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(channels[1] * (image[1] // 4) * (image[2] // 4), hidden),
+        nn.ELU(),
+    )
+
+
+class ConvolutionalConditional(DiagonalGaussian):
+    """A diagonal Gaussian of ``outputs`` units given an image, on ``convolutions``.
+
+    No batch norm: an observation's log q must not depend on the others of its batch.
     """
 
     def __init__(self, image: tuple[int, int, int], channels: Sequence[int], hidden: int, outputs: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Unflatten(-1, image),
-            nn.Conv2d(image[0], channels[0], *HALVE),
-            nn.ELU(),
-            nn.Conv2d(channels[0], channels[1], *HALVE),
-            nn.ELU(),
-            nn.Flatten(),
-            nn.Linear(channels[1] * (image[1] // 4) * (image[2] // 4), hidden),
-            nn.ELU(),
-        )
+        self.body = convolutions(image, channels, hidden)
         self.loc = nn.Linear(hidden, outputs)
         self.log_scale = nn.Linear(hidden, outputs)
 
@@ -74,7 +81,7 @@ class ConvolutionalPixels(Pixels):
 
     Args:
         inputs, hidden: sizes of the latents and of the hidden layer.
-        channels, image: as in ``ConvolutionalConditional``.
+        channels, image: as in ``convolutions``.
         likelihood: of the pixels.
     """
 
@@ -115,14 +122,17 @@ class GaussianConvolutional(Architecture):
         channels: after the first and after the second convolution of q; p mirrors them.
         hidden_size: of the layer between convolutions and latents.
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
-        prior: p(h); None is N(0, I).
+        prior, posterior, posterior_size, prior_components: as in ``GaussianMLP``.
     """
 
     latent_size: int
     channels: list[int]
     hidden_size: int
     likelihood: LikelihoodName = "bernoulli"
-    prior: Prior | None = None
+    prior: PriorName | Prior = "standard"
+    posterior: PosteriorName = "diagonal"
+    posterior_size: int = 4
+    prior_components: int = 500
     layers = 1
 
     def __post_init__(self) -> None:
@@ -132,6 +142,8 @@ class GaussianConvolutional(Architecture):
             raise ValueError(f"channels must hold two sizes, got {len(self.channels)}")
         check_size("hidden_size", self.hidden_size)
         self.observation = OBSERVATIONS[self.likelihood]
+        check_posterior(self.posterior, self.posterior_size, [self.latent_size])
+        check_prior(self.prior, self.prior_components, self.layers, self.posterior)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
@@ -144,8 +156,14 @@ class GaussianConvolutional(Architecture):
         image = (image_shape[0] if len(image_shape) == 3 else 1, height, width)
         likelihood = make_likelihood(self.likelihood, mean, levels)
         pixels = ConvolutionalPixels(self.latent_size, self.hidden_size, self.channels, image, likelihood)
-        q = ConvolutionalConditional(image, self.channels, self.hidden_size, self.latent_size)
-        prior = StandardNormal(self.latent_size) if self.prior is None else self.prior.build(self.latent_size)
+        hidden, size = self.hidden_size, self.latent_size
+        if self.posterior == "diagonal":
+            q: Conditional = ConvolutionalConditional(image, self.channels, hidden, size)
+        else:
+            body = convolutions(image, self.channels, hidden)
+            q = make_posterior(self.posterior, body, hidden, size, self.posterior_size, first=True)
+        white = torch.from_numpy(mean / likelihood.white).float()
+        prior = make_prior(self.prior, size, self.prior_components, q, white)
         return Networks(
             generative=GenerativeChain(prior, pixels, []),
             inference=InferenceChain([q], likelihood.white),

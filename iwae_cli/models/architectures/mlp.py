@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
-from iwae_cli.models.conditionals import GaussianConditional
+from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, MLPPixels, make_likelihood
-from iwae_cli.models.networks import Activation, check_sizes
-from iwae_cli.models.priors import Prior, StandardNormal
+from iwae_cli.models.networks import Activation, check_sizes, hidden_layers
+from iwae_cli.models.posteriors import PosteriorName, check_posterior, make_posterior
+from iwae_cli.models.priors import Prior, PriorName, check_prior, make_prior
 
 
 @dataclass(eq=False)
@@ -26,15 +28,23 @@ class GaussianMLP(Architecture):
         latent_sizes: size of every stochastic layer, nearest to x first.
         hidden_sizes: sizes of the hidden layers below each stochastic layer, in the direction of q.
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
-        prior: p(h_L); None is N(0, I).
+        prior: p(h_L): ``standard`` is N(0, I); ``mixture`` of Gaussians; ``vamp``, of q given learned images; or
+            settings of another one.
         activation: of every hidden layer; tanh in the paper.
+        posterior: family of every factor of q: a Gaussian with ``diagonal`` or ``full`` covariance, a diagonal one
+            moved by affine ``coupling`` blocks, or a ``mixture`` of diagonal ones.
+        posterior_size: number of coupling blocks, or of components of the mixture.
+        prior_components: of ``mixture`` and ``vamp``.
     """
 
     latent_sizes: list[int]
     hidden_sizes: list[list[int]]
     likelihood: LikelihoodName = "bernoulli"
-    prior: Prior | None = None
+    prior: PriorName | Prior = "standard"
     activation: Activation = "tanh"
+    posterior: PosteriorName = "diagonal"
+    posterior_size: int = 4
+    prior_components: int = 500
 
     def __post_init__(self) -> None:
         check_sizes("latent_sizes", self.latent_sizes)
@@ -47,6 +57,8 @@ class GaussianMLP(Architecture):
                 f"latent_sizes has {self.layers}, got {len(self.hidden_sizes)}"
             )
         self.observation = OBSERVATIONS[self.likelihood]
+        check_posterior(self.posterior, self.posterior_size, self.latent_sizes)
+        check_prior(self.prior, self.prior_components, self.layers, self.posterior)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
@@ -58,13 +70,22 @@ class GaussianMLP(Architecture):
             for (below, above), hidden in zip(pairwise(sizes), self.hidden_sizes[1:], strict=True)
         ]
         upwards = [
-            GaussianConditional(below, hidden, above, self.activation)
-            for (below, above), hidden in zip(pairwise([pixels, *sizes]), self.hidden_sizes, strict=True)
+            self._posterior(below, hidden, above, first=level == 0)
+            for level, ((below, above), hidden) in enumerate(
+                zip(pairwise([pixels, *sizes]), self.hidden_sizes, strict=True)
+            )
         ]
-        prior = StandardNormal(sizes[-1]) if self.prior is None else self.prior.build(sizes[-1])
+        white = torch.from_numpy(mean / likelihood.white).float()
+        prior = make_prior(self.prior, sizes[-1], self.prior_components, upwards[-1], white)
         return Networks(
             generative=GenerativeChain(prior, observation, downwards),
             inference=InferenceChain(upwards, likelihood.white),
             output_bias=observation.head.bias,
             start=likelihood.initial_bias(),
         )
+
+    def _posterior(self, inputs: int, hidden: list[int], outputs: int, first: bool) -> Conditional:
+        if self.posterior == "diagonal":
+            return GaussianConditional(inputs, hidden, outputs, self.activation)
+        body = hidden_layers([inputs, *hidden], self.activation)
+        return make_posterior(self.posterior, body, hidden[-1], outputs, self.posterior_size, first)
