@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from iwae_cli.models.likelihoods import (
     LikelihoodName,
     PixelLikelihood,
     Pixels,
+    check_noise_std,
     make_likelihood,
 )
 from iwae_cli.models.networks import check_size, check_sizes
@@ -114,8 +116,10 @@ class GaussianConvolutional(Architecture):
         latent_size: of the stochastic layer.
         channels: after the first and after the second convolution of q; p mirrors them.
         hidden_size: of the layer between convolutions and latents.
-        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
+        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
+            real values.
         prior: p(h); None is N(0, I).
+        noise_std: scale of ``likelihood=gaussian``, in the units of x; ``learned`` is one for all pixels.
     """
 
     latent_size: int
@@ -123,6 +127,7 @@ class GaussianConvolutional(Architecture):
     hidden_size: int
     likelihood: LikelihoodName = "bernoulli"
     prior: Prior | None = None
+    noise_std: float | Literal["learned"] = "learned"
     layers = 1
 
     def __post_init__(self) -> None:
@@ -131,6 +136,7 @@ class GaussianConvolutional(Architecture):
         if len(self.channels) != 2:
             raise ValueError(f"channels must hold two sizes, got {len(self.channels)}")
         check_size("hidden_size", self.hidden_size)
+        check_noise_std(self.noise_std, self.likelihood)
         self.observation = OBSERVATIONS[self.likelihood]
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
@@ -142,7 +148,7 @@ class GaussianConvolutional(Architecture):
             )
         height, width = image_shape[-2:]
         image = (image_shape[0] if len(image_shape) == 3 else 1, height, width)
-        likelihood = make_likelihood(self.likelihood, mean, levels)
+        likelihood = make_likelihood(self.likelihood, mean, levels, self.noise_std)
         pixels = ConvolutionalPixels(self.latent_size, self.hidden_size, self.channels, image, likelihood)
         q = ConvolutionalConditional(image, self.channels, self.hidden_size, self.latent_size)
         prior = StandardNormal(self.latent_size) if self.prior is None else self.prior.build(self.latent_size)
