@@ -32,7 +32,7 @@ MAX_DRAWS = 10_000_000
 """Draws of q in one step; each takes some kilobytes of memory."""
 
 MODELS_FOR = {
-    "real": "model=linear_gaussian",
+    "real": "model.likelihood=gaussian with model=one_layer, two_layer or conv, or model=linear_gaussian",
     "binary": "model=one_layer or model=two_layer, with model.likelihood=bernoulli",
     "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
 }
@@ -116,10 +116,12 @@ class Experiment:
         """
         holds, wants = self.data.observation, self.model.observation
         if holds != wants:
-            grey = ", or data.binarization=none" if (holds, wants) == ("binary", "grey") else ""
+            other = {"binary": "dynamic", "grey": "none"}.get(wants)
+            chosen = self.config["data"].get("binarization", other)
+            way = f", or data.binarization={other}" if chosen != other and {holds, wants} == {"binary", "grey"} else ""
             raise UserError(
                 f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
-                f"ones; with this data use {MODELS_FOR[holds]}{grey}"
+                f"ones; with this data use {MODELS_FOR[holds]}{way}"
             )
         refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
@@ -168,7 +170,8 @@ class Experiment:
         model = "_".join([words(type(self.model).__name__), *map(str, self._sizes())])
         gradient = getattr(self.objective, "gradient", "total")
         objective = words(type(self.objective).__name__) + ("" if gradient == "total" else f"_{gradient}")
-        parts = (self.data.name, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
+        data = f"{self.data.name}_first{self.data.limit}" if self.data.limit else self.data.name
+        parts = (data, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
         return training_name(parts, self.config, known)
 
     def _sizes(self) -> list[int]:
@@ -223,7 +226,7 @@ class Experiment:
 
         Raises:
             UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
-                model, the objective cannot train these networks, or ``evaluation.refine`` is more than the images.
+                model, the objective cannot train these networks, or fewer images than ``evaluation`` asks for.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:
