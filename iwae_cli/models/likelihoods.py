@@ -147,9 +147,9 @@ class DiscretizedLogistic(PixelLikelihood):
 class Gaussian(nn.Module, PixelLikelihood):
     """Real pixels, N(value, noise_std^2) with one scale for all of them; its log-density may be positive.
 
-    A learned scale is the sigma-VAE of Rybkin, Daniilidis, Levine 2021, arXiv 2006.13202: at its optimum the mean
-    squared error of the reconstructions. A scale for each pixel, or one that depends on h, would make the likelihood
-    unbounded where a pixel is constant.
+    A learned scale is the sigma-VAE of Rybkin, Daniilidis, Levine 2021, arXiv 2006.13202: at the optimum its square is
+    the mean squared error. A scale for each pixel, or one that depends on h, would make the likelihood unbounded where
+    a pixel is constant.
 
     Args:
         mean: training mean of every pixel.
@@ -234,25 +234,22 @@ class TanhPixels(Pixels):
         return self.head(self.body(given))
 
 
-def check_noise_std(noise_std: float | Literal["learned"], name: LikelihoodName) -> None:
-    """Raise ValueError unless ``noise_std`` is ``learned``, or a number for ``likelihood=gaussian`` and in range."""
-    if noise_std == "learned":
-        return
-    if name != "gaussian":
-        raise ValueError(f"noise_std={noise_std:g} is for likelihood=gaussian, got likelihood={name}")
-    if not LEAST_STD <= noise_std <= 1 / LEAST_STD:
-        raise ValueError(f"noise_std must be learned or from {LEAST_STD:g} to {1 / LEAST_STD:g}, got {noise_std:g}")
+def check_noise_std(noise_std: float | None, name: LikelihoodName) -> None:
+    """Raise ValueError unless ``noise_std`` is None, or a number for ``likelihood=gaussian`` and in range."""
+    if noise_std is not None and (name != "gaussian" or not LEAST_STD <= noise_std <= 1 / LEAST_STD):
+        wanted = f"null, or with likelihood=gaussian from {LEAST_STD:g} to {1 / LEAST_STD:g}"
+        raise ValueError(f"noise_std must be {wanted}, got {noise_std:g} with likelihood={name}")
 
 
 def make_likelihood(
     name: LikelihoodName,
     mean: Float64[np.ndarray, " pixels"],
     levels: int | None,
-    noise_std: float | Literal["learned"] = "learned",
+    noise_std: float | None = None,
 ) -> PixelLikelihood:
     """Return the likelihood ``name`` for data of the given training mean and number of grey levels, if it needs one."""
     if name == "gaussian":
-        return Gaussian(mean, None if noise_std == "learned" else noise_std)
+        return Gaussian(mean, noise_std)
     if name == "bernoulli":
         return Bernoulli(mean)
     if levels is None:

@@ -117,8 +117,11 @@ class Experiment:
         holds, wants = self.data.observation, self.model.observation
         if holds != wants:
             other = {"binary": "dynamic", "grey": "none"}.get(wants)
-            chosen = self.config["data"].get("binarization", other)
-            way = f", or data.binarization={other}" if chosen != other and {holds, wants} == {"binary", "grey"} else ""
+            # Of two levels, or without the key, there is no choice.
+            may = (
+                other and "binarization" in self.config["data"] and getattr(self.data, "levels", None) not in (2, None)
+            )
+            way = f", or data.binarization={other}" if may else ""
             raise UserError(
                 f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
                 f"ones; with this data use {MODELS_FOR[holds]}{way}"

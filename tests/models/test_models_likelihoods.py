@@ -201,7 +201,7 @@ def test_a_linear_gaussian_model_has_its_exact_density() -> None:
 
 def test_a_gaussian_scale_is_learned_kept_or_refused(generator: torch.Generator) -> None:
     sizes: dict[str, list] = {"latent_sizes": [2], "hidden_sizes": [[3]]}
-    for noise_std, names in (("learned", ["generative.observation.likelihood.log_std"]), (0.5, [])):
+    for noise_std, names in ((None, ["generative.observation.likelihood.log_std"]), (0.5, [])):
         model = GaussianMLP(**sizes, likelihood="gaussian", noise_std=noise_std)
         built = model.build((4,), np.full(4, 3.0), generator, None, std=2.0)
         assert [name for name, _ in built.named_parameters() if "std" in name] == names
@@ -212,9 +212,11 @@ def test_a_gaussian_scale_is_learned_kept_or_refused(generator: torch.Generator)
         other = model.build((4,), np.zeros(4), generator)
         other.load_state_dict(built.state_dict())
     for wrong in (0.0, -1.0, 1e9):
-        with pytest.raises(ValueError, match=r"^noise_std must be learned or from 1e-06"):
+        with pytest.raises(ValueError, match=r"^noise_std must be null, or with likelihood=gaussian from 1e-06"):
             GaussianMLP(**sizes, likelihood="gaussian", noise_std=wrong)
-    with pytest.raises(ValueError, match=r"^noise_std=0\.5 is for likelihood=gaussian"):
+    with pytest.raises(
+        ValueError, match=r"^noise_std must be null, or with likelihood=gaussian .* with likelihood=bernoulli$"
+    ):
         GaussianMLP(**sizes, noise_std=0.5)
 
 

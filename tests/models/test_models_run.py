@@ -71,7 +71,7 @@ def test_real_images_have_nats_no_bits_and_every_estimator(
         (("data=linear_gaussian",), "model.likelihood=gaussian"),
         (("data=linear_gaussian", "model=discrete", "objective=vimco"), "model=linear_gaussian"),
         (("model.likelihood=gaussian",), "model.likelihood=bernoulli"),
-        (("model.noise_std=0.5",), "model.noise_std=0.5 is for likelihood=gaussian"),
+        (("model.noise_std=0.5",), "with likelihood=gaussian"),
         (("model.likelihood=gaussian", "model.noise_std=fixed"), "model.noise_std"),
         (("data.binarization=none",), "model=one_layer"),
         (("model.likelihood=discretized_logistic",), "data.binarization=none"),

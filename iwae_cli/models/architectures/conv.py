@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ class GaussianConvolutional(Architecture):
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
             real values.
         prior: p(h); None is N(0, I).
-        noise_std: scale of ``likelihood=gaussian``, in the units of x; ``learned`` is one for all pixels.
+        noise_std: scale of ``likelihood=gaussian``, in the units of x; None: learned, one for all pixels.
     """
 
     latent_size: int
@@ -127,7 +126,7 @@ class GaussianConvolutional(Architecture):
     hidden_size: int
     likelihood: LikelihoodName = "bernoulli"
     prior: Prior | None = None
-    noise_std: float | Literal["learned"] = "learned"
+    noise_std: float | None = None
     layers = 1
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
@@ -29,14 +28,14 @@ class GaussianMLP(Architecture):
         likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
             real values.
         prior: p(h_L); None is N(0, I).
-        noise_std: scale of ``likelihood=gaussian``, in the units of x; ``learned`` is one for all pixels.
+        noise_std: scale of ``likelihood=gaussian``, in the units of x; None: learned, one for all pixels.
     """
 
     latent_sizes: list[int]
     hidden_sizes: list[list[int]]
     likelihood: LikelihoodName = "bernoulli"
     prior: Prior | None = None
-    noise_std: float | Literal["learned"] = "learned"
+    noise_std: float | None = None
 
     def __post_init__(self) -> None:
         check_sizes("latent_sizes", self.latent_sizes)
