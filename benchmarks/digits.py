@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, final
+from typing import final
 
 import torch
 
@@ -16,7 +16,7 @@ class EnlargedDigits(GreyDataset):
     """``data=digits`` at 28x28, every pixel repeated three or four times in both directions."""
 
     name = "enlarged_digits"
-    levels: ClassVar[int] = 17
+    levels = 17
 
     def load(self) -> Data:
         """See the base class."""

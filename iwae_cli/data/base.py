@@ -7,13 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import numpy_generator
 
@@ -90,6 +91,18 @@ class Data:
             return u.mul_(self.levels - 1).lt_(images)
         return images.to(torch.float32)
 
+    def std(self) -> float:
+        """Return the standard deviation of the pixels of the training split about their means, in the units of x."""
+        return math.sqrt(float(self.train.float().var(0, correction=0).mean()))
+
+    def pictured(self, x: Shaped[Tensor, "n pixels"]) -> Shaped[np.ndarray, "n *image"]:
+        """Return observations as images in [0, 1], real values between the least and the greatest of training."""
+        low, high = 0.0, 1.0
+        if self.binarization == "none":
+            low, high = map(float, self.train.aminmax()) if self.levels is None else (0.0, self.levels - 1.0)
+        scaled = (x.double() - low) / max(high - low, 1e-30)
+        return scaled.clamp(0, 1).cpu().numpy().reshape(-1, *self.image_shape)
+
     def mean(self) -> np.ndarray:
         """Return the mean of every pixel over the training split, (pixels,), float64; a probability for binary data."""
         scale = self.levels - 1 if self.binarization == "dynamic" and self.levels else 1
@@ -141,10 +154,17 @@ def _add(digest: hashlib._Hash, values: np.ndarray) -> None:
 
 
 class Dataset(ABC):
-    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
+    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names.
 
-    name: ClassVar[str]
+    Attributes:
+        name: of the data set, or of its source, for the name of a run.
+        observation: kind of its pixels, as a model is given them.
+        limit: number of training images that are used, from the first; None is all.
+    """
+
+    name: str
     observation: Observation
+    limit: int | None = None
 
     @abstractmethod
     def load(self) -> Data:
@@ -166,47 +186,66 @@ class Dataset(ABC):
 class GreyDataset(Dataset, ABC):
     """A data set of grey images, binarized or, with ``binarization="none"``, unchanged.
 
-    Their results are not comparable, so the second has another name, ``<name>_grey``.
+    Their results are not comparable, so the second has another name, ``<name>_grey``. Images of two levels, or of real
+    values (``levels`` None), are always unchanged.
     """
 
-    levels: ClassVar[int]
+    levels: int | None
+    fixed = "binary as they are"
+    """How images of two levels are described."""
 
-    def __init__(self, binarization: GreyBinarization = "dynamic") -> None:
+    def __init__(self, binarization: GreyBinarization = "dynamic", limit: int | None = None) -> None:
         if binarization not in get_args(GreyBinarization):
             raise ValueError(f"binarization must be one of dynamic, none, got {binarization!r}")
+        self.limit = limit
         self.binarization: GreyBinarization = binarization
-        self.observation = "binary" if binarization == "dynamic" else "grey"
+        binary = self.levels == 2 or binarization == "dynamic"
+        self.observation = "real" if self.levels is None else "binary" if binary else "grey"
 
     def data(
         self,
         splits: Sequence[Shaped[Tensor, "_ pixels"]],
-        side: int,
+        image_shape: tuple[int, ...],
         source: str,
         *,
         which: str = "",
         how: str = "",
         **facts: str,
     ) -> Data:
-        """Return ``splits`` (train, validation, test) of square images, with a protocol that says what they are.
+        """Return ``splits`` (train, validation, test) of images, with a protocol that says what they are.
 
         ``which`` names the images of the validation split, ``how`` more about all of them.
         """
-        if self.binarization == "dynamic":
-            levels = "binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
-        else:
-            levels = f"grey levels 0 to {self.levels - 1} as they are, not binarized"
         train, validation, test = splits
+        name, first = self.name, ""
+        binarization: Binarization = "none"
+        if self.levels is None:
+            how += ", real values as they are"
+        elif self.levels == 2:
+            binarization, how = "fixed", f"{how}, {self.fixed}"
+        elif self.binarization == "dynamic":
+            binarization = "dynamic"
+            how += ", binarized dynamically: redrawn at every access in training, one keyed draw for evaluation"
+        else:
+            name, how = f"{name}_grey", f"{how}, grey levels 0 to {self.levels - 1} as they are, not binarized"
+        if self.limit is not None:
+            if not 1 <= self.limit <= len(train):
+                raise UserError(f"data.limit must be null or from 1 to {len(train):,} images, got {self.limit}")
+            name, first = f"{name}_first{self.limit}", f" (the first of {len(train):,})"
+            train = train[: self.limit]
+        sizes = "x".join(map(str, image_shape))
+        what = f"observations of {sizes} values" if len(image_shape) == 1 else f"images of {sizes}"
         return Data(
-            name=self.name if self.binarization == "dynamic" else f"{self.name}_grey",
+            name=name,
             protocol=(
-                f"{len(train):,} training, {len(validation):,} validation{which} and {len(test):,} test images of "
-                f"{side}x{side}{how}, {levels}; {source}"
+                f"{len(train):,} training{first}, {len(validation):,} validation{which} and {len(test):,} test {what}"
+                f"{how}; {source}"
             ),
             train=train,
             validation=validation,
             test=test,
             levels=self.levels,
-            binarization=self.binarization,
-            image_shape=(side, side),
+            binarization=binarization,
+            image_shape=image_shape,
             facts=facts,
         )

@@ -51,7 +51,7 @@ class Digits(GreyDataset):
         images = torch.from_numpy(values[order])
         return self.data(
             images.split(SIZES),
-            SIDE,
+            (SIDE, SIDE),
             "Alpaydin and Kaynak 1998, the copy in scikit-learn",
             how=f" after one fixed permutation, {LEVELS} grey levels",
         )

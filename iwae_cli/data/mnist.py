@@ -38,8 +38,8 @@ class IdxImages(GreyDataset, ABC):
     validation: ClassVar[int] = 400
     levels = 256
 
-    def __init__(self, data_dir: str, binarization: GreyBinarization = "dynamic") -> None:
-        super().__init__(binarization)
+    def __init__(self, data_dir: str, binarization: GreyBinarization = "dynamic", limit: int | None = None) -> None:
+        super().__init__(binarization, limit)
         self._root = directory(data_dir)
         self._raw = self._root / self.folder / "raw"
 
@@ -52,7 +52,7 @@ class IdxImages(GreyDataset, ABC):
         obtain(self.name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
         splits = (*train.split([len(train) - self.validation, self.validation]), test)
-        return self.data(splits, SIDE, self.source, which=" (the last of the training file)")
+        return self.data(splits, (SIDE, SIDE), self.source, which=" (the last of the training file)")
 
     @staticmethod
     def _found(path: Path) -> Path:

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from iwae_cli.core.interfaces import Observation
-from iwae_cli.data.base import Data, Dataset
+from iwae_cli.data.base import Data, GreyDataset
 from iwae_cli.data.files import Damaged, check_hash, directory, download, obtain, read_bytes
 
 SIDE = 28
@@ -26,7 +25,7 @@ class Amat(NamedTuple):
 
 
 @final
-class FixedMNIST(Dataset):
+class FixedMNIST(GreyDataset):
     """Three text files in ``<data_dir>/BinaryMNIST``, one image a line, each pixel 0 or 1.
 
     Larochelle, Murray 2011, The Neural Autoregressive Distribution Estimator; the binarization is that of
@@ -34,7 +33,8 @@ class FixedMNIST(Dataset):
     """
 
     name = "mnist_fixed"
-    observation: Observation = "binary"
+    levels = 2
+    fixed = "binarized once by their authors (fixed)"
     url: ClassVar[str] = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
     files: ClassVar[Mapping[str, Amat]] = {
         "train": Amat(
@@ -48,7 +48,8 @@ class FixedMNIST(Dataset):
         ),
     }
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, limit: int | None = None) -> None:
+        super().__init__(limit=limit)
         self._root = directory(data_dir)
 
     def load(self) -> Data:
@@ -56,21 +57,8 @@ class FixedMNIST(Dataset):
         folder = self._root / "BinaryMNIST"
         paths = [folder / file.name for file in self.files.values()]
         obtain(self.name, self._root, paths, ", ".join(path.name for path in paths), self._fetch)
-        splits = {split: _read(folder / file.name, file) for split, file in self.files.items()}
-        train, validation, test = (f"{len(x):,}" for x in splits.values())
-        return Data(
-            name=self.name,
-            protocol=(
-                f"{train} training, {validation} validation and {test} test images of {SIDE}x{SIDE}, binarized "
-                "once by their authors (fixed); the files of Larochelle and Murray"
-            ),
-            train=splits["train"],
-            validation=splits["validation"],
-            test=splits["test"],
-            levels=2,
-            binarization="fixed",
-            image_shape=(SIDE, SIDE),
-        )
+        splits = [_read(folder / file.name, file) for file in self.files.values()]
+        return self.data(splits, (SIDE, SIDE), "the files of Larochelle and Murray")
 
     def _fetch(self, folder: Path) -> Sequence[Path]:
         fetched = []

@@ -34,6 +34,7 @@ class Omniglot(GreyDataset):
         data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
         path: another file of the same layout and any size.
         binarization: ``dynamic`` or ``none``.
+        limit: training images that are used, from the first; None is all.
     """
 
     name = "omniglot"
@@ -41,8 +42,14 @@ class Omniglot(GreyDataset):
     url: ClassVar[str] = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat"
     md5: ClassVar[str] = "21ecaf34373511aa7691cf2e0802aa3d"
 
-    def __init__(self, data_dir: str, path: str | None = None, binarization: GreyBinarization = "dynamic") -> None:
-        super().__init__(binarization)
+    def __init__(
+        self,
+        data_dir: str,
+        path: str | None = None,
+        binarization: GreyBinarization = "dynamic",
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(binarization, limit)
         if path == "":
             raise ValueError("path must be a file or null, got an empty string")
         self._root = directory(data_dir)
@@ -68,7 +75,7 @@ class Omniglot(GreyDataset):
         train = train[np.random.RandomState(123).permutation(len(train))]
         validation = min(VALIDATION, len(train) // 10)
         splits = (*train.split([len(train) - validation, validation]), test)
-        return self.data(splits, SIDE, source, which=" (the last after one fixed permutation)", **facts)
+        return self.data(splits, (SIDE, SIDE), source, which=" (the last after one fixed permutation)", **facts)
 
     @staticmethod
     def _content(path: Path) -> bytearray:

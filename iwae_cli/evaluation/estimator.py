@@ -14,7 +14,7 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from iwae_cli.core.errors import RunFailed, UserError
-from iwae_cli.data.base import Data
+from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
@@ -41,6 +41,11 @@ class EstimatorInput:
     data: Data
     evaluation: Evaluation
     objective: Callable[[int], Objective] = _no_objective
+
+    def split(self, name: str, first: int | None = None) -> Split:
+        """Return a split to score, all of it or its first images: as many as ``evaluation.images`` and ``first``."""
+        limits = [limit for limit in (self.evaluation.images, first) if limit is not None]
+        return self.data.evaluation_split(name, self.evaluation.binarization_seed, min(limits, default=None))
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Gaps(Estimator):
             "q* misses, so is the approximation gap",
         ]
         for name in subject.evaluation.splits:
-            split = subject.data.evaluation_split(name, subject.evaluation.binarization_seed, self.images)
+            split = subject.split(name, self.images)
             found, by = self._bounds(subject, split, check)
             with np.errstate(invalid="ignore"):
                 chosen = max(by, key=lambda of: _less_its_error(by[of]))

@@ -285,7 +285,7 @@ class Grid(Estimator):
         figures: dict[str, Callable[[Path], None]] = {}
         pictured = next(name for name in SPLITS if name in evaluation.splits)
         for name in evaluation.splits:
-            split = subject.data.evaluation_split(name, evaluation.binarization_seed, self.images)
+            split = subject.split(name, self.images)
             hashes[name] = split.sha256
             with Progress(f"grid of {name}", total=len(split.x), unit="image") as progress:
                 how["on_progress"] = progress.update
@@ -431,7 +431,7 @@ def _posteriors(
     shares = {name: log - np.logaddexp.reduce(log, axis=0) for name, log in on_whole.items()}
     exact, *_ = shares.values()
     divergences = {name: (np.exp(share) * (share - exact)).sum(0) for name, share in shares.items()}
-    images = (x / model.inference.white).reshape(-1, *data.image_shape).cpu().numpy()
+    images = data.pictured(x)
     shape = (WINDOW,) * box.low.shape[-1]
     return [
         Posterior(

@@ -63,6 +63,11 @@ COMPARED = 200
 """Number of images (all, if there are fewer than twice as many) that are also computed without bfloat16."""
 
 
+OF_A_DENSITY = (
+    "real values: NLL is of a density, in nats, it changes with their unit, and there are no bits per dimension"
+)
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """Per-image results of one split, in the order of the data set; arrays are (n,), float64, nats.
@@ -91,17 +96,26 @@ class Likelihood:
 
 
 def check_refine(evaluation: Evaluation, model: Architecture, data: Data | None = None) -> None:
-    """Raise UserError if ``evaluation.refine`` is not possible for this model, or has more images than ``data``."""
-    if evaluation.refine == "all":
-        if model.discrete:
-            raise UserError(f"evaluation.refine=all: {DISCRETE}; write evaluation.refine=0")
-    elif data is not None:
+    """Raise UserError if ``evaluation.refine`` is not possible for this model, or has more images than are evaluated.
+
+    Likewise if ``evaluation.images`` is more than those of a split of ``data``.
+    """
+    refine = evaluation.refine
+    if refine == "all" and model.discrete:
+        raise UserError(f"evaluation.refine=all: {DISCRETE}; write evaluation.refine=0")
+    if data is not None:
         for name in evaluation.splits:
             images = len(getattr(data, name))
-            # The default serves data sets with fewer images, too: it takes a smaller split whole.
-            if evaluation.refine > images and evaluation.refine != DEFAULT_REFINED:
+            if evaluation.images is not None and evaluation.images > images:
                 raise UserError(
-                    f"evaluation.refine={evaluation.refine} is more than the {images:,} images of {name}; "
+                    f"evaluation.images={evaluation.images} is more than the {images:,} images of {name}; "
+                    "write evaluation.images=null, or evaluation.splits without it"
+                )
+            images = evaluation.images or images
+            # The default serves data sets with fewer images, too: it takes a smaller split whole.
+            if refine != "all" and refine > images and refine != DEFAULT_REFINED:
+                raise UserError(
+                    f"evaluation.refine={refine} is more than the {images:,} images of {name}; "
                     "write evaluation.refine=all, or evaluation.splits without it"
                 )
 
@@ -120,7 +134,8 @@ class LogLikelihood(Estimator):
         reasons: dict[str, str] = {}
         arrays: dict[str, np.ndarray] = {}
         for name in evaluation.splits:
-            split = subject.data.evaluation_split(name, evaluation.binarization_seed)
+            split = subject.split(name)
+            pixels = None if split.x.is_floating_point() else split.x.shape[1]
             how: dict[str, Any] = {"k": evaluation.k, "seed": evaluation.seed, "check": check}
             how |= {"rows": evaluation.rows, "workers": evaluation.workers}
             with Progress(f"evaluating {name}", total=len(split.x), unit="image") as progress:
@@ -132,7 +147,7 @@ class LogLikelihood(Estimator):
                     on_progress=progress.update,
                     **how,
                 )
-            numbers[name], missing = summarize(likelihood, split.x.shape[1])
+            numbers[name], missing = summarize(likelihood, pixels)
             hashes[name] = split.sha256
             kept = {"": likelihood}
             images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
@@ -143,7 +158,7 @@ class LogLikelihood(Estimator):
                 if isinstance(refined, str):
                     numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {refined}"
                 else:
-                    found, why = summarize_gap(likelihood, refined, split.x.shape[1])
+                    found, why = summarize_gap(likelihood, refined, pixels)
                     numbers[name] |= found
                     missing |= why
                     kept["refined_"] = refined
@@ -158,7 +173,8 @@ class LogLikelihood(Estimator):
             )
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
-        return Estimates(numbers, split_rows(numbers), hashes, reasons, arrays)
+        notes = [] if subject.data.levels else [OF_A_DENSITY]
+        return Estimates(numbers, split_rows(numbers), hashes, reasons, arrays, notes)
 
 
 def _refined(model: LatentVariableModel, split: Split, **how: Any) -> Likelihood | str:
@@ -288,10 +304,11 @@ def log_likelihood(
     return Likelihood(k, bounds[k], bounds, **values)
 
 
-def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
+def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the numbers of one split for ``result.json``, and why any of them is missing.
 
-    - ``nll`` = -mean L_k, nats. ``bits_per_dim`` = nll / (pixels ln 2).
+    - ``nll`` = -mean L_k, nats. ``bits_per_dim`` = nll / (pixels ln 2), unless ``pixels`` is None: for real values,
+      whose NLL is of a density and depends on their unit.
     - ``stderr_images`` = sd / sqrt(n): another test set; already contains the Monte Carlo noise.
     - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
       ESS < 30 or k-hat > 0.5.
@@ -335,8 +352,9 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
             "ess_share_below_10": math.nan if broken else (ess < 10).mean(),
             "khat_share_above_0.7": (khat > 0.7).sum() / n if len(khat) else math.nan,
             "top_weight_share_above_0.5": math.nan if broken else (likelihood.top_weight > 0.5).mean(),
-            "bits_per_dim": -log_px.mean() / (pixels * math.log(2)),
         }
+        if pixels is not None:
+            found["bits_per_dim"] = -log_px.mean() / (pixels * math.log(2))
         if likelihood.jackknife is not None:
             found["nll_jackknife"] = -likelihood.jackknife.mean()
             why["nll_jackknife"] = (
@@ -357,7 +375,7 @@ def summarize(likelihood: Likelihood, pixels: int) -> tuple[dict[str, Any], dict
     return numbers, reasons
 
 
-def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int) -> tuple[dict[str, Any], dict[str, str]]:
+def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the numbers of refined proposals on the first images of a split, and why any of them is missing.
 
     - ``gap_q`` = mean of L_k by the refined proposal - L_k by q, nats, on the same images; ``gap_q_stderr`` is paired.

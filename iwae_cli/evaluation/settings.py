@@ -34,6 +34,7 @@ class Evaluation:
         refine: images of each split, the first ones, on which NLL_k is measured by refined proposals too; ``all``, or
             0 for none. 200, the default, takes a smaller split whole. Twenty images are computed together, with 64
             samples at least, also if ``rows`` is less.
+        images: number of images of every split that are evaluated, from the first; None is all.
     """
 
     k: int
@@ -46,12 +47,14 @@ class Evaluation:
     jackknife: bool = False
     precision: Literal["float32", "bf16"] = "float32"
     refine: int | Literal["all"] = 0
+    images: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
             ("k", 1, MAX_K),
             ("rows", 64, MAX_ROWS),  # one block of samples at least
             ("workers", 1, MAX_WORKERS),
+            ("images", 1, math.inf),
             ("seed", 0, math.inf),
             ("binarization_seed", 0, math.inf),
         ):

@@ -17,6 +17,7 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.kl import find_kl
+from iwae_cli.models.likelihoods import Gaussian
 
 
 @Model.register  # from Python 3.12 on a protocol does not see submodules, which are no attributes of the class
@@ -118,6 +119,7 @@ class Architecture(ABC):
         mean: np.ndarray,
         generator: torch.Generator,
         levels: int | None = None,
+        std: float = 1.0,
     ) -> LatentVariableModel:
         """Return the model in float32 on the CPU, with weights drawn from ``generator``.
 
@@ -127,6 +129,7 @@ class Architecture(ABC):
                 in grey levels for grey data.
             generator: of the CPU.
             levels: number of grey levels of the data; models of binary or real-valued data ignore it.
+            std: standard deviation of real-valued data about their means; where a learned scale of p(x|h) begins.
 
         Raises:
             UserError: observations of this shape cannot be modelled.
@@ -141,6 +144,8 @@ class Architecture(ABC):
                     nn.init.zeros_(part.bias)
             if isinstance(part, Conditional):
                 part.initialize(generator)
+            if isinstance(part, Gaussian):
+                part.start_at(std)
         with torch.no_grad():
             output_bias.copy_(torch.from_numpy(start))
         return model

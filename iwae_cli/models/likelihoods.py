@@ -1,7 +1,8 @@
-"""The distribution of pixels given the nearest latents: Bernoulli, or grey levels by a discretized logistic."""
+"""The distribution of pixels given the nearest latents: Bernoulli, discretized logistic (grey levels) or Gaussian."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, final
@@ -15,11 +16,18 @@ from torch.nn import functional as F
 from iwae_cli.core.interfaces import Observation
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
-from iwae_cli.models.networks import Activation, bernoulli_draw, bernoulli_log_prob, hidden_layers
+from iwae_cli.models.networks import HALF_LOG_2PI, Activation, bernoulli_draw, bernoulli_log_prob, hidden_layers
 
-LikelihoodName = Literal["bernoulli", "discretized_logistic"]
-OBSERVATIONS: Mapping[LikelihoodName, Observation] = {"bernoulli": "binary", "discretized_logistic": "grey"}
+LikelihoodName = Literal["bernoulli", "discretized_logistic", "gaussian"]
+OBSERVATIONS: Mapping[LikelihoodName, Observation] = {
+    "bernoulli": "binary",
+    "discretized_logistic": "grey",
+    "gaussian": "real",
+}
 """The kind of pixels that each likelihood is for."""
+
+LEAST_STD = 1e-6
+"""Least scale of a Gaussian pixel, in the units of x: below, float32 holds no difference from the mean."""
 
 
 class PixelLikelihood(ABC):
@@ -49,7 +57,7 @@ class PixelLikelihood(ABC):
 
     @abstractmethod
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
-        """Return draws of x, from the uniform noise of layer 0."""
+        """Return draws of x, from the noise of layer 0."""
 
 
 @final
@@ -122,7 +130,7 @@ class DiscretizedLogistic(PixelLikelihood):
         first, last = x == 0, x == self.white
         inside = torch.log(-torch.expm1(-precision / self.white)).masked_fill(first | last, 0.0)
         log_mass = F.logsigmoid(upper).masked_fill(last, 0.0) + F.logsigmoid(-lower).masked_fill(first, 0.0) + inside
-        return log_mass.sum(-1, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+        return _long_sum(log_mass)
 
     def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
         """Return E[x] = sum over v of P(x > v), in grey levels."""
@@ -137,6 +145,60 @@ class DiscretizedLogistic(PixelLikelihood):
         loc, log_scale = values.chunk(2, dim=-1)
         grey = loc + log_scale.exp() * torch.logit(noise.uniform(0, *loc.shape))
         return (grey * self.white).round().clamp(0, self.white)
+
+
+@final
+class Gaussian(nn.Module, PixelLikelihood):
+    """Real pixels, N(value, noise_std^2) with one scale for all of them; its log-density may be positive.
+
+    A learned scale is the sigma-VAE of Rybkin, Daniilidis, Levine 2021, arXiv 2006.13202: at the optimum its square is
+    the mean squared error. A scale for each pixel, or one that depends on h, would make the likelihood unbounded where
+    a pixel is constant.
+
+    Args:
+        mean: training mean of every pixel.
+        noise_std: the scale, in the units of x; None: learned, see ``start_at``.
+    """
+
+    per_pixel = 1
+    white = 1.0
+
+    def __init__(self, mean: Float64[np.ndarray, " pixels"], noise_std: float | None) -> None:
+        super().__init__()
+        self._mean = mean
+        self.is_learned = noise_std is None
+        log_std = torch.tensor(math.log(noise_std or 1.0))
+        if self.is_learned:
+            self.log_std = nn.Parameter(log_std)
+        else:
+            self.register_buffer("log_std", log_std)
+
+    def start_at(self, std: float) -> None:
+        """Set a learned scale to ``std``, that of the data about their means: what p has when h says nothing."""
+        if self.is_learned:
+            nn.init.constant_(self.log_std, math.log(max(std, LEAST_STD)))
+
+    def initial_bias(self) -> Float64[np.ndarray, " values"]:
+        """Return the training mean."""
+        return self._mean
+
+    def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
+        """See the base class; summed and returned in float64 where the device has it."""
+        standardized = (x - values) * torch.exp(-self.log_std)
+        return _long_sum(-0.5 * standardized.square() - self.log_std - HALF_LOG_2PI)
+
+    def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
+        """Return the values themselves."""
+        return values
+
+    def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
+        """See the base class."""
+        return values + self.log_std.exp() * noise.normal(0, *values.shape)
+
+
+def _long_sum(terms: Float[Tensor, "*n pixels"]) -> Float[Tensor, "*n"]:
+    """Return the sum over the last axis, in float64 where the device has it."""
+    return terms.sum(-1, dtype=torch.float32 if terms.device.type == "mps" else torch.float64)
 
 
 class Pixels(Conditional):
@@ -188,8 +250,22 @@ TanhPixels = MLPPixels
 """Its name up to version 0.4.0, which classes of users import."""
 
 
-def make_likelihood(name: LikelihoodName, mean: Float64[np.ndarray, " pixels"], levels: int | None) -> PixelLikelihood:
+def check_noise_std(noise_std: float | None, name: LikelihoodName) -> None:
+    """Raise ValueError unless ``noise_std`` is None, or a number for ``likelihood=gaussian`` and in range."""
+    if noise_std is not None and (name != "gaussian" or not LEAST_STD <= noise_std <= 1 / LEAST_STD):
+        wanted = f"null, or with likelihood=gaussian from {LEAST_STD:g} to {1 / LEAST_STD:g}"
+        raise ValueError(f"noise_std must be {wanted}, got {noise_std:g} with likelihood={name}")
+
+
+def make_likelihood(
+    name: LikelihoodName,
+    mean: Float64[np.ndarray, " pixels"],
+    levels: int | None,
+    noise_std: float | None = None,
+) -> PixelLikelihood:
     """Return the likelihood ``name`` for data of the given training mean and number of grey levels, if it needs one."""
+    if name == "gaussian":
+        return Gaussian(mean, noise_std)
     if name == "bernoulli":
         return Bernoulli(mean)
     if levels is None:

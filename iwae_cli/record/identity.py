@@ -187,15 +187,17 @@ def _imported(source: bytes, package: str) -> Iterator[str]:
 def evaluation_name(config: Mapping[str, Any]) -> str:
     """Return the name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
     evaluation = config["evaluation"]
+    first = {"images": evaluation["images"]} if evaluation.get("images") else {}  # missing in older records
     if "estimator" in config:
         parts = {key: evaluation[key] for key in ("weights", "seed", "binarization_seed")}
-        parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"]}
+        parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"], **first}
         return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
-    parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config)}
+    parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config), **first}
     if evaluation.get("refine", 0):  # missing in older records
         parts |= {"refine": evaluation["refine"], "recipe": RECIPE}
-    return f"k{parts['k']}-{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
+    of = f"first{first['images']}+" if first else ""
+    return f"k{parts['k']}-{of}{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
 
 
 def evaluation_precision(config: Mapping[str, Any]) -> str:

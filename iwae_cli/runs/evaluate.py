@@ -248,13 +248,14 @@ def _facts(
 ) -> dict[str, Any]:
     """Return what was evaluated, how, and with what; ``step`` is that of the weights."""
     model, data, evaluation = subject.model, subject.data, subject.evaluation
+    first = f"the first {evaluation.images:,}" if evaluation.images and "estimator" not in config else ""
     groups = {key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")}
     facts = {
         "status": "finished" if state.step == state.total_steps else "unfinished",
         "identity": state.identity,  # a folder may have been renamed
         "dataset": {
             "name": data.name,
-            "protocol": data.protocol,
+            "protocol": data.protocol + (f"; evaluated: {first} images of each split" if first else ""),
             "sizes": {s: len(getattr(data, s)) for s in ("train", "validation", "test")},
             "image_shape": list(data.image_shape),
             "evaluation_sha256": {},

@@ -34,7 +34,7 @@ MAX_DRAWS = 10_000_000
 """Draws of q in one step; each takes some kilobytes of memory."""
 
 MODELS_FOR = {
-    "real": "model=linear_gaussian",
+    "real": "model.likelihood=gaussian with model=one_layer, two_layer or conv, or model=linear_gaussian",
     "binary": "model=one_layer or model=two_layer, with model.likelihood=bernoulli",
     "grey": "model=one_layer, two_layer or conv with model.likelihood=discretized_logistic",
 }
@@ -121,10 +121,15 @@ class Experiment:
         """
         holds, wants = self.data.observation, self.model.observation
         if holds != wants:
-            grey = ", or data.binarization=none" if (holds, wants) == ("binary", "grey") else ""
+            other = {"binary": "dynamic", "grey": "none"}.get(wants)
+            # Of two levels, or without the key, there is no choice.
+            may = (
+                other and "binarization" in self.config["data"] and getattr(self.data, "levels", None) not in (2, None)
+            )
+            way = f", or data.binarization={other}" if may else ""
             raise UserError(
                 f"data={self.names['data']} holds {holds} observations and model={self.names['model']} is for {wants} "
-                f"ones; with this data use {MODELS_FOR[holds]}{grey}"
+                f"ones; with this data use {MODELS_FOR[holds]}{way}"
             )
         refusal = self.objective.check(self.model) or self.training.check(self.objective)
         if refusal is not None:
@@ -183,7 +188,8 @@ class Experiment:
         model = "_".join([words(type(self.model).__name__), *map(str, self._sizes())])
         gradient = getattr(self.objective, "gradient", "total")
         objective = words(type(self.objective).__name__) + ("" if gradient in ("total", "score") else f"_{gradient}")
-        parts = (self.data.name, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
+        data = f"{self.data.name}_first{self.data.limit}" if self.data.limit else self.data.name
+        parts = (data, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
         return training_name(parts, self.config, known)
 
     def _sizes(self) -> list[int]:
@@ -253,8 +259,8 @@ class Experiment:
 
         Raises:
             UserError: they are missing, their shape is not that of the run this one starts from or is refused by the
-                model, the objective cannot train these networks, a class from outside fails its check, or
-                ``evaluation.refine`` is more than the images.
+                model, the objective cannot train these networks, a class from outside fails its check, or fewer images
+                than ``evaluation`` asks for.
         """
         data, initial = self.data.load(), self.initial
         if initial is not None and initial.image_shape != data.image_shape:

@@ -70,7 +70,11 @@ class Runner:
         self.progress: progress.Progress | None = None
         self._validation: Split | None = None
         self.model = experiment.model.build(
-            data.image_shape, data.mean(), generator("cpu", experiment.seed, "weights"), data.levels
+            data.image_shape,
+            data.mean(),
+            generator("cpu", experiment.seed, "weights"),
+            data.levels,
+            std=data.std() if data.levels is None else 1.0,
         ).to(device=self.device, dtype=dtype)
         initial = experiment.initial
         if initial is not None:
@@ -380,12 +384,7 @@ def pictures(
         images["samples"] = p.mean(p.sample(100, noise)[0])[0]
         images["originals"] = x[:20]
         images["reconstructions"] = p.mean(tuple(h[:1, :20] for h in drawn.latents))[0]
-    # Grey levels that are not binarized are numbers up to white.
-    white = data.levels - 1 if data.binarization == "none" and data.levels else 1
-    arrays = {
-        name: (values.double() / white).cpu().numpy().reshape(-1, *data.image_shape) for name, values in images.items()
-    }
-    return arrays, drawn.log_w - drawn.log_w.mean(0)
+    return {name: data.pictured(values) for name, values in images.items()}, drawn.log_w - drawn.log_w.mean(0)
 
 
 @oom_as_run_failed()

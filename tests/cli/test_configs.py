@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from small_runs import read_json, run, run_folders
 
@@ -22,6 +23,7 @@ from iwae_cli.cli.compose import plan
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.config.build import construct
 from iwae_cli.core.device import available
+from iwae_cli.data.base import SPLITS
 from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST
 from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
 from iwae_cli.data.omniglot import Omniglot
@@ -55,7 +57,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     savemat(root / "OMNIGLOT" / "chardata.mat", {"data": random.random((784, 40)), "testdata": random.random((784, 9))})
     content = (root / "OMNIGLOT" / "chardata.mat").read_bytes()
     monkeypatch.setattr(Omniglot, "md5", hashlib.md5(content).hexdigest())
+    np.savez(root / "own.npz", **{split: random.integers(0, 2, (30, 8, 8)) for split in SPLITS})
+    for split in SPLITS:
+        (root / "own" / split).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / "own" / split / f"{i}.png")
     return root
+
+
+OWN = {"file": ("data.path=files/own.npz",), "folder": ("data.path=files/own",)}
+"""What data sets need that have no default."""
 
 
 def one_step(*overrides: str) -> None:
@@ -86,7 +97,7 @@ def test_every_objective_takes_a_step_and_with_it_every_choice_of_other_groups(r
         chosen[group] = names[row % len(names)]
     if composed(f"data={chosen['data']}", group="data").observation == "real":
         chosen["model"] = "linear_gaussian"
-    one_step(*(f"{group}={name}" for group, name in chosen.items()))
+    one_step(*(f"{group}={name}" for group, name in chosen.items()), *OWN.get(chosen["data"], ()))
 
 
 def test_every_choice_has_a_row_and_every_group_a_test() -> None:

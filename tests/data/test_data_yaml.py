@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from iwae_cli.data.base import Dataset
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "conf" / "data").glob("*.yaml"))
-NEED_NO_FILES = {"digits", "linear_gaussian"}
+WITHOUT_DATA_DIR = {"digits", "linear_gaussian", "file", "folder"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -30,4 +30,4 @@ def test_it_is_the_arguments_of_a_data_set_of_that_name(file: Path) -> None:
             assert values[key] == "${data_dir}"
         else:
             assert values[key] == parameter.default
-    assert ("data_dir" in values) == (file.stem not in NEED_NO_FILES)
+    assert ("data_dir" in values) == (file.stem not in WITHOUT_DATA_DIR)

@@ -1,11 +1,17 @@
-"""Settings of an evaluation that are refused by name."""
+"""Settings of an evaluation: refused by name, and the first images of a split."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluations import evaluation
+from small_runs import TINY, arrays, finished, read_json, run
+
+from iwae_cli.report.reader import read
+from iwae_cli.report.selection import comparable
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,7 @@ from evaluations import evaluation
         ("binarization_seed", -1),
         ("rows", 63),
         ("workers", 0),
+        ("images", 0),
         ("splits", []),
         ("splits", ["test", "test"]),
     ],
@@ -24,3 +31,28 @@ from evaluations import evaluation
 def test_a_wrong_setting_is_refused(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{argument} "):
         evaluation(**{argument: value})
+
+
+def test_the_first_images_have_their_values_and_are_another_test_set(tmp_path: Path) -> None:
+    few = finished(tmp_path, *TINY, "evaluation.images=30")
+    result, log_px = read_json(few / "result.json"), arrays(few / "log_likelihood.npz")["log_px"]
+    assert result["test"]["n"] == len(log_px) == 30
+    assert result["evaluation"]["name"].startswith("k50-first30+test-last-")
+    assert result["dataset"]["protocol"].endswith("; evaluated: the first 30 images of each split")
+    whole = finished(tmp_path, *TINY, "seed=1")
+    kept, left_out = comparable(read([tmp_path]).runs, "test")
+    assert len(kept) == 1 and "other images" in left_out[0].why
+    # The same command without it evaluates the same training again, and the first values stay.
+    code, out, err = run(*TINY, f"output_dir={tmp_path}")
+    assert code == 0 and "trained already" in out, err
+    again = arrays(few / "log_likelihood.npz")["log_px"]
+    assert len(again) == len(arrays(whole / "log_likelihood.npz")["log_px"]) == 250
+    np.testing.assert_allclose(again[:30], log_px, atol=1e-5)
+    assert len(list((few / "evaluations").iterdir())) == 2
+    assert len(comparable(read([tmp_path]).runs, "test")[0]) == 2
+    for asked, words in {
+        "evaluation.images=251": "more than the 250 images of test",
+        "evaluation.images=9 evaluation.refine=10": "evaluation.refine=10 is more than the 9 images of test",
+    }.items():
+        code, _, err = run(*TINY, *asked.split(), "seed=2", f"output_dir={tmp_path}")
+        assert code == 2 and words in err and err.count("\n") == 1

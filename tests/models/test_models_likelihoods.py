@@ -11,7 +11,14 @@ from scipy import stats
 from torch import Tensor
 
 from iwae_cli.core.noise import GeneratorNoise
-from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, make_likelihood
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.architectures.mlp import GaussianMLP
+from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import CholeskyConditional
+from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, TanhPixels, make_likelihood
+from iwae_cli.models.priors import StandardNormal
 
 
 def noise() -> GeneratorNoise:
@@ -140,6 +147,77 @@ def test_grey_pixels_begin_at_the_training_mean(levels: int) -> None:
     found = likelihood.mean(torch.from_numpy(likelihood.initial_bias())[None, None])[0, 0].numpy()
     # The ends are cut off, which pulls inwards a little.
     np.testing.assert_allclose(found, mean, atol=0.03 * (levels - 1))
+
+
+@pytest.mark.parametrize("noise_std", [None, 0.3])
+def test_a_gaussian_is_the_normal_of_torch_with_one_scale(noise_std: float | None) -> None:
+    likelihood = Gaussian(np.array([1.0, -2.0, 0.5]), noise_std).double()
+    likelihood.start_at(0.7)
+    std = noise_std or 0.7
+    generator = torch.Generator().manual_seed(0)
+    x, at = (torch.randn(*shape, 3, generator=generator, dtype=torch.float64) for shape in ((4,), (5, 4)))
+    law = torch.distributions.Normal(at, std)
+    torch.testing.assert_close(likelihood.log_prob(x, at), law.log_prob(x).sum(-1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(likelihood.mean(at), at) and likelihood.initial_bias().tolist() == [1.0, -2.0, 0.5]
+    drawn = (likelihood.sample(at[:1, :1].expand(20_000, 1, 3), noise())[:, 0] - at[0, 0]).detach()
+    assert stats.kstest(drawn.flatten().numpy() / std, "norm").pvalue > 1e-3
+    # A learned scale is a parameter, whose optimum is the root mean squared error.
+    parameters = list(likelihood.parameters())
+    assert len(parameters) == (noise_std is None)
+    if parameters:
+        error = (x - at).square().mean().sqrt()
+        likelihood.start_at(float(error))
+        (slope,) = torch.autograd.grad(likelihood.log_prob(x, at).sum(), parameters)
+        assert abs(slope) < 1e-5
+
+
+def test_a_linear_gaussian_model_has_its_exact_density() -> None:
+    """Without hidden layers p(x) is a Gaussian, and with the exact posterior as q every weight is p(x)."""
+    std, pixels = 0.4, 6
+    observation = TanhPixels(2, [], pixels, make_likelihood("gaussian", np.zeros(pixels), None, std))
+    q = CholeskyConditional(pixels, 2)
+    model = LatentVariableModel(
+        GenerativeChain(StandardNormal(2), observation, []), InferenceChain([q], observation.likelihood.white)
+    ).double()
+    weight, bias = observation.head.weight, observation.head.bias
+    posterior = torch.linalg.inv(torch.eye(2) + weight.T @ weight / std**2)
+    cholesky = torch.linalg.cholesky(posterior)
+    with torch.no_grad():
+        q.linear.weight.copy_(posterior @ weight.T / std**2)
+        q.linear.bias.copy_(-q.linear.weight @ bias)
+        q.log_diagonal.copy_(cholesky.diagonal().log())
+        q.below_diagonal.copy_(cholesky.tril(-1))
+    law = torch.distributions.MultivariateNormal(bias, weight @ weight.T + std**2 * torch.eye(pixels))
+    x = law.sample((7,)).detach()
+    exact = law.log_prob(x)
+    log_w = model(x, 5, noise())
+    torch.testing.assert_close(log_w, exact.expand(5, 7), rtol=1e-5, atol=1e-5)
+    found = log_likelihood(model, Split("test", x, ""), k=10, seed=0, rows=1000)
+    np.testing.assert_allclose(found.log_px, exact.detach().numpy(), atol=1e-5)
+    assert "bits_per_dim" not in summarize(found, None)[0]
+    drawn = model.generative.sample(20_000, noise())[1]
+    torch.testing.assert_close(torch.cov(drawn.T), law.covariance_matrix, rtol=0.1, atol=0.1)
+
+
+def test_a_gaussian_scale_is_learned_kept_or_refused(generator: torch.Generator) -> None:
+    sizes: dict[str, list] = {"latent_sizes": [2], "hidden_sizes": [[3]]}
+    for noise_std, names in ((None, ["generative.observation.likelihood.log_std"]), (0.5, [])):
+        model = GaussianMLP(**sizes, likelihood="gaussian", noise_std=noise_std)
+        built = model.build((4,), np.full(4, 3.0), generator, None, std=2.0)
+        assert [name for name, _ in built.named_parameters() if "std" in name] == names
+        scale = built.state_dict()["generative.observation.likelihood.log_std"].exp().item()
+        assert scale == pytest.approx(2.0 if names else 0.5)
+        # E[x|h] begins at the training mean for any h, up to the head's random weights.
+        assert built.generative.observation.head.bias.tolist() == [3.0] * 4
+        other = model.build((4,), np.zeros(4), generator)
+        other.load_state_dict(built.state_dict())
+    for wrong in (0.0, -1.0, 1e9):
+        with pytest.raises(ValueError, match=r"^noise_std must be null, or with likelihood=gaussian from 1e-06"):
+            GaussianMLP(**sizes, likelihood="gaussian", noise_std=wrong)
+    with pytest.raises(
+        ValueError, match=r"^noise_std must be null, or with likelihood=gaussian .* with likelihood=bernoulli$"
+    ):
+        GaussianMLP(**sizes, noise_std=0.5)
 
 
 def test_which_likelihood() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import TINY, finished, read_json, run
 
 import iwae_cli
+from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.digits import Digits
 
@@ -33,9 +35,44 @@ def test_grey_levels_have_honest_bits_per_dimension(tmp_path: Path) -> None:
     assert -bound == pytest.approx(test["nll"], abs=0.5)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
+def test_real_images_have_nats_no_bits_and_every_estimator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], generator: torch.Generator
+) -> None:
+    np.save("x.npy", 7 + 3 * torch.randn(90, 4, 4, generator=generator).numpy())
+    own = ("data=file", "data.path=x.npy", "data.levels=real", "data.splits=[0.6,0.2,0.2]", "model.likelihood=gaussian")
+    sizes = ("model.latent_sizes=[2]", *TINY[1:], "evaluation.refine=10")
+    folder = finished(tmp_path, *own, *sizes, "evaluation.images=12")
+    result = read_json(folder / "result.json")
+    test = result["test"]
+    assert test["n"] == 12 and "bits_per_dim" not in test and "bits_per_dim" not in test["refined"]
+    assert (folder / "figures" / "reconstructions.png").is_file() and "figures" not in result["reasons"]
+    assert any("in nats" in note for note in result["notes"])
+    # The data are noise of scale 3 in 16 dimensions: no model is below their entropy, and the start is near.
+    assert test["nll"] == pytest.approx(16 * (math.log(3) + 0.5 * math.log(2 * math.pi * math.e)), abs=4)
+    for estimator in (
+        ("ais", "images=3", "chains=2", "temperatures=8", "max_temperatures=8", "simulated=2"),
+        ("grid", "images=3", "points=33", "k=50"),
+        ("sandwich", "simulated=3", "k=10"),
+        ("gaps", "images=3"),
+        ("gradient_snr", "images=2", "draws=8", "ks=[2,4]"),
+    ):
+        name, *keys = estimator
+        capsys.readouterr()
+        assert evaluate([str(folder), f"estimator={name}", *(f"estimator.{key}" for key in keys)]) == 0, estimator
+        assert "bits per dimension  " not in capsys.readouterr().out
+    code, _, err = run(*own, *sizes, "evaluation.precision=bf16", f"output_dir={tmp_path}")
+    assert code == 2 and "evaluation.precision=float32" in err
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        (("data=linear_gaussian",), "model.likelihood=gaussian"),
+        (("data=linear_gaussian", "model=discrete", "objective=vimco"), "model=linear_gaussian"),
+        (("model.likelihood=gaussian",), "model.likelihood=bernoulli"),
+        (("model.noise_std=0.5",), "with likelihood=gaussian"),
+        (("model.likelihood=gaussian", "model.noise_std=fixed"), "model.noise_std"),
         (("data.binarization=none",), "model=one_layer"),
         (("model.likelihood=discretized_logistic",), "data.binarization=none"),
         (("model=discrete", "data.binarization=none", "objective=vimco"), "model.likelihood=discretized_logistic"),

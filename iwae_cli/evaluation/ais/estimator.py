@@ -190,7 +190,7 @@ class AIS(Estimator):
         """Return log p(x) for every split of the evaluation, and the sandwich for simulated observations."""
         evaluation, model = subject.evaluation, subject.model
         _require_movable(model)
-        splits = {name: subject.data.evaluation_split(name, evaluation.binarization_seed) for name in evaluation.splits}
+        splits = {name: subject.split(name) for name in evaluation.splits}
         images = {str(name): len(split.x[: self.images]) for name, split in splits.items()}
         least, most = self._transitions(sum(images.values()), model.inference.reparameterized)
         announce(self._plan(images, least, most, model.inference.reparameterized))
@@ -274,8 +274,9 @@ class AIS(Estimator):
             "ess_min": float(last.ess.min()),
             "acceptance": float(last.acceptance.mean()),
             "acceptance_min": float(last.acceptance.min()),
-            "bits_per_dim": nll / (x.shape[1] * math.log(2)),
         }
+        if not x.is_floating_point():
+            numbers["bits_per_dim"] = nll / (x.shape[1] * math.log(2))
         with torch.no_grad():
             exact = model.generative.exact_log_px(x.to(next(model.parameters())))
         if exact is not None:

@@ -21,6 +21,7 @@ from iwae_cli.models.likelihoods import (
     LikelihoodName,
     PixelLikelihood,
     Pixels,
+    check_noise_std,
     make_likelihood,
 )
 from iwae_cli.models.networks import check_size, check_sizes
@@ -121,8 +122,10 @@ class GaussianConvolutional(Architecture):
         latent_size: of the stochastic layer.
         channels: after the first and after the second convolution of q; p mirrors them.
         hidden_size: of the layer between convolutions and latents.
-        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
+        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
+            real values.
         prior, posterior, posterior_size, prior_components: as in ``GaussianMLP``.
+        noise_std: scale of ``likelihood=gaussian``, in the units of x; None: learned, one for all pixels.
     """
 
     latent_size: int
@@ -133,6 +136,7 @@ class GaussianConvolutional(Architecture):
     posterior: PosteriorName = "diagonal"
     posterior_size: int = 4
     prior_components: int = 500
+    noise_std: float | None = None
     layers = 1
 
     def __post_init__(self) -> None:
@@ -141,6 +145,7 @@ class GaussianConvolutional(Architecture):
         if len(self.channels) != 2:
             raise ValueError(f"channels must hold two sizes, got {len(self.channels)}")
         check_size("hidden_size", self.hidden_size)
+        check_noise_std(self.noise_std, self.likelihood)
         self.observation = OBSERVATIONS[self.likelihood]
         check_posterior(self.posterior, self.posterior_size, [self.latent_size])
         check_prior(self.prior, self.prior_components, self.layers, self.posterior)
@@ -154,7 +159,7 @@ class GaussianConvolutional(Architecture):
             )
         height, width = image_shape[-2:]
         image = (image_shape[0] if len(image_shape) == 3 else 1, height, width)
-        likelihood = make_likelihood(self.likelihood, mean, levels)
+        likelihood = make_likelihood(self.likelihood, mean, levels, self.noise_std)
         pixels = ConvolutionalPixels(self.latent_size, self.hidden_size, self.channels, image, likelihood)
         hidden, size = self.hidden_size, self.latent_size
         if self.posterior == "diagonal":

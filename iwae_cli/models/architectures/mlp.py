@@ -14,7 +14,7 @@ import torch
 from iwae_cli.models.base import Architecture, Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
-from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, MLPPixels, make_likelihood
+from iwae_cli.models.likelihoods import OBSERVATIONS, LikelihoodName, MLPPixels, check_noise_std, make_likelihood
 from iwae_cli.models.networks import Activation, check_sizes, hidden_layers
 from iwae_cli.models.posteriors import PosteriorName, check_posterior, make_posterior
 from iwae_cli.models.priors import Prior, PriorName, check_prior, make_prior
@@ -27,7 +27,8 @@ class GaussianMLP(Architecture):
     Args:
         latent_sizes: size of every stochastic layer, nearest to x first.
         hidden_sizes: sizes of the hidden layers below each stochastic layer, in the direction of q.
-        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized.
+        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
+            real values.
         prior: p(h_L): ``standard`` is N(0, I); ``mixture`` of Gaussians; ``vamp``, of q given learned images; or
             settings of another one.
         activation: of every hidden layer; tanh in the paper.
@@ -35,6 +36,7 @@ class GaussianMLP(Architecture):
             moved by affine ``coupling`` blocks, or a ``mixture`` of diagonal ones.
         posterior_size: number of coupling blocks, or of components of the mixture.
         prior_components: of ``mixture`` and ``vamp``.
+        noise_std: scale of ``likelihood=gaussian``, in the units of x; None: learned, one for all pixels.
     """
 
     latent_sizes: list[int]
@@ -45,6 +47,7 @@ class GaussianMLP(Architecture):
     posterior: PosteriorName = "diagonal"
     posterior_size: int = 4
     prior_components: int = 500
+    noise_std: float | None = None
 
     def __post_init__(self) -> None:
         check_sizes("latent_sizes", self.latent_sizes)
@@ -56,6 +59,7 @@ class GaussianMLP(Architecture):
                 "hidden_sizes must hold one list per stochastic layer: "
                 f"latent_sizes has {self.layers}, got {len(self.hidden_sizes)}"
             )
+        check_noise_std(self.noise_std, self.likelihood)
         self.observation = OBSERVATIONS[self.likelihood]
         check_posterior(self.posterior, self.posterior_size, self.latent_sizes)
         check_prior(self.prior, self.prior_components, self.layers, self.posterior)
@@ -63,7 +67,7 @@ class GaussianMLP(Architecture):
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""
         pixels, sizes = len(mean), self.latent_sizes
-        likelihood = make_likelihood(self.likelihood, mean, levels)
+        likelihood = make_likelihood(self.likelihood, mean, levels, self.noise_std)
         observation = MLPPixels(sizes[0], self.hidden_sizes[0][::-1], pixels, likelihood, self.activation)
         downwards = [
             GaussianConditional(above, hidden[::-1], below, self.activation)
