@@ -30,7 +30,7 @@ from iwae_cli.evaluation.proposals import Refined, mixture_log_prob, refine
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.record.figures import Posterior, plot_posteriors
+from iwae_cli.record.figures import Posterior, in_unit_range, plot_posteriors
 from iwae_cli.record.folder import drawable
 from iwae_cli.record.summary import SPLITS
 
@@ -431,7 +431,8 @@ def _posteriors(
     shares = {name: log - np.logaddexp.reduce(log, axis=0) for name, log in on_whole.items()}
     exact, *_ = shares.values()
     divergences = {name: (np.exp(share) * (share - exact)).sum(0) for name, share in shares.items()}
-    images = (x / model.inference.white).reshape(-1, *data.image_shape).cpu().numpy()
+    observed = x.cpu().numpy()
+    images = in_unit_range(observed, observed, model.inference.white).reshape(-1, *data.image_shape)
     shape = (WINDOW,) * box.low.shape[-1]
     return [
         Posterior(
