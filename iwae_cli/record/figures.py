@@ -127,12 +127,8 @@ def plot_reconstructions(path: str | Path, originals: Images, reconstructions: I
         raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
     columns = min(columns, len(originals))
     pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
-    _save_grid(
-        path,
-        pairs.reshape(-1, *pairs.shape[2:]),
-        "Observed above, means of p(x|h) with h drawn from q(h|x) below",
-        group=2,
-    )
+    title = "Observed above, means of p(x|h) with h drawn from q(h|x) below"
+    _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), title, group=2)
 
 
 def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
@@ -144,7 +140,7 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
     names = list(posteriors[0].densities)
     pictured = posteriors[0].image is not None
     rows, columns = len(posteriors), len(names) + pictured
-    figure = Figure(figsize=(1.12 * columns, 1.12 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.12 * columns, 1.12 * rows + 0.65), layout="constrained")
     sheet = figure.subplots(rows, columns, squeeze=False)
     cmap, shades = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[0]]), np.linspace(0.02, 1, 9)
     for row, (posterior, cells) in enumerate(zip(posteriors, sheet, strict=True)):
@@ -173,10 +169,10 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
                 axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK, bbox=behind)
             if not row:
                 axes.set_title(name, fontsize=8, color=INK)
-    lines = "lines around 50 and 95% of the mass; " * (len(posteriors[0].sides) > 1)
-    words = {1: "exact p(h|x)", 0: f"approximation; {lines}KL(approximation \N{PARALLEL TO} exact) in nats"}
+    lines = "; lines around 50 and 95% of the mass" * (len(posteriors[0].sides) > 1)
+    words = {1: f"exact p(h|x){lines}", 0: "approximation; KL(approximation \N{PARALLEL TO} exact) in nats"}
     handles = [Line2D([], [], color=COLOURS[i], label=label) for i, label in words.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False, labelcolor=INK)
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, labelcolor=INK)
     _save(figure, path, legend=None)
 
 
@@ -199,7 +195,7 @@ def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, f
 def training_figure(curves: Sequence[Curve], label: str, marked: int = MARKED) -> Figure:
     """Return a figure of what is measured in training, against passes; logarithmic where these span more than 100.
 
-    The axis clips a first quarter of the passes that is far from the rest: the rest fills at least half of the height.
+    From four points on, the axis clips a first quarter far from the rest, which fills at least half of the height.
     Points are (pass, value), ``label`` is the title of the vertical axis, and ``marked`` is as for ``k_figure``.
     """
     figure, axes = _figure(label, "passes over the training data")
@@ -426,14 +422,7 @@ def _save(figure: Figure, path: str | Path, legend: Any = "lower right") -> None
             axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=legend)
     Path(path).parent.mkdir(exist_ok=True)
     # Without dates and versions: the same run makes the same files.
-    undated: dict[str, dict[str, Any]] = {
-        "pdf": {"CreationDate": None},
-        "svg": {"Date": None},
-        "png": {"Software": None},
-    }
-    for form, metadata in undated.items():
-        with (
-            atomic_path(Path(path).with_suffix(f".{form}")) as temporary,
-            matplotlib.rc_context({"svg.hashsalt": "figure"}),
-        ):
-            figure.savefig(temporary, format=form, dpi=DPI, metadata=metadata)
+    for form, key in {"pdf": "CreationDate", "svg": "Date", "png": "Software"}.items():
+        target = Path(path).with_suffix(f".{form}")
+        with atomic_path(target) as temporary, matplotlib.rc_context({"svg.hashsalt": "figure"}):
+            figure.savefig(temporary, format=form, dpi=DPI, metadata={key: None})

@@ -21,7 +21,7 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import BOUND, COLOURS, DASHES, Curve, ess_curve, k_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warning
-from iwae_cli.record.units import layer_sizes
+from iwae_cli.record.units import layer_sizes, units_text
 from iwae_cli.report.cells import PLUS_MINUS, WITHIN, Cell, Table
 from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
 from iwae_cli.report.reader import MALFORMED, Estimate
@@ -129,11 +129,13 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     pairs = [(name, cell.against, colours.get(i)) for i, (name, cell) in enumerate(named)]
     paired = [_paired(name, pair, colour) for name, pair, colour in pairs if pair is not None]
     by = f"by {BY_REFINED if table.refined else BY_Q}; on the right of 0 is better; {PAIRED}"
-    units = [
-        Interval(name, 0.0, sum(cell.units), cell.units_of_sizes, wide=(0.0, sum(sizes)), colour=i)
-        for i, (name, cell) in enumerate(drawn)
-        if (sizes := layer_sizes(cell.runs[0].run.config["model"]) or cell.units) and cell.units is not None
-    ]
+    units = []
+    for i, (name, cell) in enumerate(drawn):
+        found, sizes = cell.units or (), layer_sizes(cell.runs[0].run.config["model"])
+        for layer, n in enumerate(found):
+            size = sizes[layer : layer + 1] * (len(sizes) == len(found))
+            of_layer = name + f", h_{layer + 1}" * (len(found) > 1)
+            units.append(Interval(of_layer, 0.0, n, units_text([n], size), wide=(0.0, sum(size) or n), colour=i))
     runs = [_run(scored, name, table.k) for name, cell in named for scored in cell.runs]
     shown = [heading for heading in runs[0]["numbers"] if any(run["numbers"][heading][0] is not None for run in runs)]
     return {
@@ -148,7 +150,7 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
         ],
         "forests": [
             _forest(f"Difference from {table.against}", by, paired, 0.0),
-            _forest("Active units", "by layer, nearest to x first; mean over seeds", units, None),
+            _forest("Active units", "mean over seeds", units, None),
         ],
         "damaged": damaged,
         "count": _count(len(runs), "run"),

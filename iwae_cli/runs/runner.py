@@ -381,7 +381,7 @@ def pictures(
     # Grey levels that are not binarized are numbers up to white.
     white = data.levels - 1 if data.binarization == "none" and data.levels else 1
     arrays = {
-        name: in_unit_range(values.double().cpu().numpy(), x.cpu().numpy(), white).reshape(-1, *data.image_shape)
+        name: in_unit_range(values.cpu().double().numpy(), x.cpu().numpy(), white).reshape(-1, *data.image_shape)
         for name, values in images.items()
     }
     return arrays, kl_of_units(model, x, drawn.latents), drawn.log_w - drawn.log_w.mean(0)

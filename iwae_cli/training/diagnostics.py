@@ -97,7 +97,7 @@ def kl_of_units(
                 return []
             loc, log_scale = layer(given) if isinstance(layer, DiagonalGaussian) else 2 * [h.new_zeros(())]
             terms.append(-((h - loc) / log_scale.exp()).square() / 2 - log_scale)
-        found.append((terms[0] - terms[1]).double().flatten(0, 1).mean(0).cpu().numpy())
+        found.append((terms[0] - terms[1]).cpu().double().flatten(0, 1).mean(0).numpy())
     return found
 
 

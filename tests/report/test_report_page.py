@@ -94,7 +94,7 @@ def test_the_diagnostics_of_every_layer_and_network_are_drawn(tmp_path: Path) ->
     """Where a run has them: one of an earlier version has none."""
     place = tmp_path / "outputs"
     for seed in range(2):
-        folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"))
+        folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"), units=[30, 8])
     rows = [{"step": s, "pass": s, "train/bound": -90.0, "train/kl/1": 20.0 + s, "train/kl/2": 2.0} for s in (1, 2)]
     rows.append({"step": 3, "pass": 3, "train/bound": -90.0, "train/gradient_norm/q": None})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,7 +109,12 @@ def test_the_diagnostics_of_every_layer_and_network_are_drawn(tmp_path: Path) ->
     (training,) = found["Training"][1]
     assert training.points == [(1.0, -94.5), (2.0, -94.0), (3.0, -93.5)]
     assert training.band == [(-99.0, -90.0), (-98.0, -90.0), (-97.0, -90.0)]
-    assert written(place).read_text().count("<svg ") == 5, "with the bound against k and effective sample sizes"
+    text = written(place).read_text()
+    assert text.count("<svg ") == 5, "with the bound against k and effective sample sizes"
+    assert re.findall(r'class="what">[^<]*(h_\d)</span>.*<span>([\d of]*)</span>', text) == [
+        ("h_1", "30 of 100"),
+        ("h_2", "8 of 50"),
+    ]
 
 
 def test_seeds_with_other_passes_have_a_mean_where_all_have_a_point() -> None:
