@@ -195,7 +195,8 @@ def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, f
 def training_figure(curves: Sequence[Curve], label: str, marked: int = MARKED) -> Figure:
     """Return a figure of what is measured in training, against passes; logarithmic where these span more than 100.
 
-    From four points on, the axis clips a first quarter far from the rest, which fills at least half of the height.
+    From four points on, the axis clips a first quarter of its width that is far from the rest, which fills at least
+    half of the height; the last point of a curve is never clipped.
     Points are (pass, value), ``label`` is the title of the vertical axis, and ``marked`` is as for ``k_figure``.
     """
     figure, axes = _figure(label, "passes over the training data")
@@ -204,15 +205,19 @@ def training_figure(curves: Sequence[Curve], label: str, marked: int = MARKED) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     passes = [x for curve in curves for x, _ in curve.points if x > 0]
     # The usual schedules grow by powers of three: a linear axis would show the last stage only.
-    if passes and max(passes) / min(passes) > 100:
+    log = bool(passes) and max(passes) / min(passes) > 100
+    if log:
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     spans = [np.array(curve.band or [(y, y) for _, y in curve.points]) for curve in curves if len(curve.points)]
-    if max(map(len, spans), default=0) > 3:
+    if passes and max(map(len, spans)) > 3:
         every = np.concatenate(spans)
-        rest = np.concatenate([span[min(max(1, len(span) // 4), len(span) - 1) :] for span in spans])
+        first, last = min(passes), max(passes)
+        quarter = (first**3 * last) ** 0.25 if log else (3 * first + last) / 4
+        drawn = [[x for x, _ in curve.points] for curve in curves if len(curve.points)]
+        rest = np.concatenate([y[np.array([*xs[:-1], last]) >= quarter] for y, xs in zip(spans, drawn, strict=True)])
         more = np.ptp(rest) / 2
         low, high = max(every.min(), rest.min() - more), min(every.max(), rest.max() + more)
         pad = 0.06 * (high - low or 1.0)

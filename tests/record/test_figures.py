@@ -156,14 +156,21 @@ def test_first_passes_far_away_squeeze_nothing_and_no_curve_is_lost(sign: int) -
     curves = [Curve("steep", steep, 0, band), Curve("flat", flat, 1), Curve("four", steep[:4], 2)]
     (axes,) = training_figure(curves, "nats").axes
     low, high = axes.get_ylim()
-    # What follows the first quarter of each curve: 95 to 101, or with the four passes 190.
-    assert 5 < abs(sign * -100 - (low if sign > 0 else high)) < 150 and high - low < 161
+    # What follows the first quarter of the passes lies between 95 and 102.
+    assert 5 < abs(sign * -100 - (low if sign > 0 else high)) < 8 and high - low < 15
     for curve in curves:
         assert any(low < y < high for _, y in curve.points), curve.name
     text = svg(axes.figure, curves, "Steep")
     (clip,) = re.findall(r'<clipPath id="(\w+)">', text)
     groups = re.findall(r'<g class="line c\d">.*?</g>', text, re.DOTALL)
     assert len(groups) == 4 and all(f"url(#{clip})" in group for group in groups), "with the band; all end at the axis"
+
+
+def test_a_quarter_of_a_logarithmic_axis_is_few_of_the_passes() -> None:
+    curve = Curve("ess", [(x, 3.0 - 1 / x) for x in range(1, 201)], 0)
+    (axes,) = training_figure([curve], "draws").axes
+    # 200^(1/4) is 3.8: the rest begins at 2.75, and half of its height is below it.
+    assert axes.get_xscale() == "log" and 2.55 < axes.get_ylim()[0] < 2.65
 
 
 def test_a_short_run_is_shown_whole() -> None:
