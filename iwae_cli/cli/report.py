@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +94,7 @@ def _report(argv: list[str]) -> bool:
 
         try:
             options.html.parent.mkdir(parents=True, exist_ok=True)
-            write_text(options.html, page(made))
+            write_text(options.html, page(made, shlex.join(["iwae-report", *argv]), time.strftime("%Y-%m-%d")))
         except OSError as error:
             raise UserError(f"--html {options.html} cannot be written: {error.strerror}") from None
     _print(made, options.format)

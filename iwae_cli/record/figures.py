@@ -1,4 +1,4 @@
-"""Figures of runs: PNG files for run folders, SVG for pages.
+"""Figures of runs: PNG, PDF and SVG files for run folders, SVG for pages.
 
 Built from ``Figure`` objects: pyplot keeps every figure in a global list, which leaks between runs of a process.
 """
@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from iwae_cli.core.files import atomic_path
@@ -30,19 +31,23 @@ COLOURS = (
     "#2f5d9e", "#d9822b", "#3d8f6e", "#8a5fa8", "#b5473c", "#3f9bb3", "#94802f", "#c46a9b", "#6b7885", "#7a5238",
 )  # fmt: skip
 """The first three are distinguishable with any colour vision, and in grey."""
+BOUND = "mean bound L\N{LATIN SUBSCRIPT SMALL LETTER K} (nats)"
 INK = "#33373d"
 FAINT = "#e3e6ea"
 DPI = 150
+DASHES = ("solid", "dashed", "dotted", "dashdot")
 MARKED = 12
 """Curves of an SVG with at most this many points have a marker at each."""
 
 
 class Curve(NamedTuple):
-    """One curve: its name in the legend, its points (x, y), and the number of its colour."""
+    """One curve: name, points (x, y), number of its colour; least and largest y at each point; number of its dashes."""
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
+    band: Sequence[tuple[float, float]] = ()
+    dash: int = 0
 
 
 class Posterior(NamedTuple):
@@ -64,15 +69,35 @@ class Posterior(NamedTuple):
 def plot_run(
     folder: Path,
     curves: Mapping[str, Sequence[tuple[float, float]]],
-    bounds: Mapping[str, Mapping[str, float]],
+    results: Mapping[str, Mapping[str, Any]],
+    ess: Mapping[str, Shaped[np.ndarray, " images"]],
+    units: Sequence[Shaped[np.ndarray, " units"]] = (),
     samples: Shaped[np.ndarray, "samples *image"] | None = None,
     originals: Images | None = None,
     reconstructions: Images | None = None,
 ) -> dict[str, Path]:
-    """Draw the figures of a run into ``folder`` and return their files by name; no images where these are None."""
-    made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k")}
+    """Draw the figures of a run into ``folder`` and return their PNG files by name; no images where these are None.
+
+    Args:
+        folder: created where it is missing.
+        curves: see ``plot_training``.
+        results: for every split ``bounds``, ``stderr_images`` and ``k`` of ``result.json``.
+        ess: for every split the effective sample size of each image.
+        units: KL of the units of every layer, nearest to x first, nats; empty where they are not Gaussian.
+        samples, originals, reconstructions: see ``plot_samples`` and ``plot_reconstructions``.
+    """
+    made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k", "ess")}
     plot_training(made["training"], curves)
-    plot_bounds(made["bound_vs_k"], bounds)
+    by_split = ({name: result[key] for name, result in results.items()} for key in ("bounds", "stderr_images"))
+    plot_bounds(made["bound_vs_k"], *by_split)
+    shares = [ess_curve(name, values, results[name]["k"], i) for i, (name, values) in enumerate(ess.items())]
+    _save(k_figure(shares, "share of images", "effective sample size of an image", 0), made["ess"], legend="best")
+    figure, axes = _figure("KL (nats), mean over images", "unit of the layer, by falling KL")
+    for i, values in enumerate(units):
+        name = f"$h_{{{i + 1}}}$: {values.sum():.2f} in all"
+        _line(axes, Curve(name, list(enumerate(-np.sort(-values), 1)), i), marked=200)
+    if units:
+        _save(figure, made.setdefault("kl_per_unit", folder / "kl_per_unit.png"), legend="upper right")
     if samples is not None:
         plot_samples(made.setdefault("samples", folder / "samples.png"), samples)
     if originals is not None and reconstructions is not None:
@@ -82,10 +107,10 @@ def plot_run(
 
 
 def plot_samples(path: str | Path, images: Images) -> None:
-    """Draw samples from the prior in a grid that is nearly square.
+    """Draw means of p(x|h), h from the prior, in a grid that is nearly square.
 
     Args:
-        path: PNG file.
+        path: PNG file, beside which the same as PDF and as SVG is written.
         images: (n, height, width) or (n, channels, height, width) with 1 or 3 channels, n >= 1, in [0, 1]; with one
             channel 0 is paper and 1 is ink.
 
@@ -93,16 +118,17 @@ def plot_samples(path: str | Path, images: Images) -> None:
         ValueError: no image, values outside [0, 1], or another number of channels.
     """
     rows = _rows(images, int(np.ceil(np.sqrt(len(images)))))
-    _save_grid(path, rows, "Samples from the prior", group=len(rows))
+    _save_grid(path, rows, "Means of p(x|h), h drawn from the prior", group=len(rows))
 
 
 def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images, columns: int = 10) -> None:
-    """Draw pairs of rows: observations above, their reconstructions below; images as for ``plot_samples``."""
+    """Draw pairs of rows: observations above, means of p(x|h) below, h from q; images as for ``plot_samples``."""
     if originals.shape != reconstructions.shape:
         raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
     columns = min(columns, len(originals))
     pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
-    _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), "Observed above, reconstructed below", group=2)
+    title = "Observed above, means of p(x|h) with h drawn from q(h|x) below"
+    _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), title, group=2)
 
 
 def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
@@ -114,7 +140,7 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
     names = list(posteriors[0].densities)
     pictured = posteriors[0].image is not None
     rows, columns = len(posteriors), len(names) + pictured
-    figure = Figure(figsize=(1.12 * columns, 1.12 * rows + 0.25), layout="constrained")
+    figure = Figure(figsize=(1.12 * columns, 1.12 * rows + 0.65), layout="constrained")
     sheet = figure.subplots(rows, columns, squeeze=False)
     cmap, shades = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[0]]), np.linspace(0.02, 1, 9)
     for row, (posterior, cells) in enumerate(zip(posteriors, sheet, strict=True)):
@@ -143,7 +169,11 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
                 axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK, bbox=behind)
             if not row:
                 axes.set_title(name, fontsize=8, color=INK)
-    _save(figure, path, legend=False)
+    lines = "; lines around 50 and 95% of the mass" * (len(posteriors[0].sides) > 1)
+    words = {1: f"exact p(h|x){lines}", 0: "approximation; KL(approximation \N{PARALLEL TO} exact) in nats"}
+    handles = [Line2D([], [], color=COLOURS[i], label=label) for i, label in words.items()]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7, frameon=False, labelcolor=INK)
+    _save(figure, path, legend=None)
 
 
 def _level(density: Shaped[np.ndarray, "*points"], share: float) -> float:
@@ -162,14 +192,12 @@ def plot_training(path: str | Path, curves: Mapping[str, Sequence[tuple[float, f
     _save(training_figure(named, "bound (nats)", marked=40), path)
 
 
-def training_figure(curves: Sequence[Curve], label: str, focus: bool = False, marked: int = MARKED) -> Figure:
-    """Return a figure of bounds against passes over the training data; logarithmic where passes span more than 100.
+def training_figure(curves: Sequence[Curve], label: str, marked: int = MARKED) -> Figure:
+    """Return a figure of what is measured in training, against passes; logarithmic where these span more than 100.
 
-    Args:
-        curves: points (pass, nats).
-        label: title of the vertical axis.
-        focus: cut off the first steep part of the curves.
-        marked: curves with at most so many points have a marker at each.
+    From four points on, the axis clips a first quarter of its width that is far from the rest, which fills at least
+    half of the height; the last point of a curve is never clipped.
+    Points are (pass, value), ``label`` is the title of the vertical axis, and ``marked`` is as for ``k_figure``.
     """
     figure, axes = _figure(label, "passes over the training data")
     for curve in curves:
@@ -177,31 +205,47 @@ def training_figure(curves: Sequence[Curve], label: str, focus: bool = False, ma
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     passes = [x for curve in curves for x, _ in curve.points if x > 0]
     # The usual schedules grow by powers of three: a linear axis would show the last stage only.
-    if passes and max(passes) / min(passes) > 100:
+    log = bool(passes) and max(passes) / min(passes) > 100
+    if log:
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
-    if focus and max((len(curve.points) for curve in curves), default=0) > 10:
-        ys = sorted(y for curve in curves for _, y in curve.points)
-        # The last point of every curve stays visible.
-        low = min(ys[len(ys) // 5], *(curve.points[-1][1] for curve in curves if curve.points))
-        axes.set_ylim(low - 0.06 * (ys[-1] - low or 1.0), ys[-1] + 0.06 * (ys[-1] - low or 1.0))
+    spans = [np.array(curve.band or [(y, y) for _, y in curve.points]) for curve in curves if len(curve.points)]
+    if passes and max(map(len, spans)) > 3:
+        every = np.concatenate(spans)
+        first, last = min(passes), max(passes)
+        quarter = (first**3 * last) ** 0.25 if log else (3 * first + last) / 4
+        drawn = [[x for x, _ in curve.points] for curve in curves if len(curve.points)]
+        rest = np.concatenate([y[np.array([*xs[:-1], last]) >= quarter] for y, xs in zip(spans, drawn, strict=True)])
+        more = np.ptp(rest) / 2
+        low, high = max(every.min(), rest.min() - more), min(every.max(), rest.max() + more)
+        pad = 0.06 * (high - low or 1.0)
+        axes.set_ylim(low - pad, high + pad)
     return figure
 
 
-def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> None:
+def plot_bounds(
+    path: str | Path, bounds: Mapping[str, Mapping[str, float]], errors: Mapping[str, float | None] | None = None
+) -> None:
     """Draw the mean bound L_k of each split against k into a PNG file, with the values written beside the points.
 
     Args:
         path: PNG file.
         bounds: such as ``{"test": {"1": -91.2, "5": -88.4, "50": -86.9}}``; with three splits only the values of the
             first are written.
+        errors: standard error over images of each split at its largest k, drawn as a bar.
     """
     lines = {name: sorted((int(k), y) for k, y in levels.items() if y is not None) for name, levels in bounds.items()}
-    curves = [Curve(name, points, i) for i, (name, points) in enumerate(lines.items()) if points]
-    figure = bounds_figure(curves)
+    lines = {name: points for name, points in lines.items() if points}
+    known = {name: error for name, error in (errors or {}).items() if error is not None and name in lines}
+    words = {name: f" \N{PLUS-MINUS SIGN} {error:.2f}, standard error over images" for name, error in known.items()}
+    curves = [Curve(name + words.get(name, ""), points, i) for i, (name, points) in enumerate(lines.items())]
+    figure = k_figure(curves, BOUND)
     (axes,) = figure.axes
+    for i, name in enumerate(lines):
+        if name in known:
+            axes.errorbar(*lines[name][-1], yerr=known[name], fmt="none", ecolor=COLOURS[i], capsize=3.5 + 2 * i)
     for row, curve in enumerate(curves):
         for k, value in curve.points if len(curves) <= 2 or row == 0 else ():
             # Bounds rise with k and flatten: no curve is above and left of a point, nor below and right of it.
@@ -216,22 +260,39 @@ def plot_bounds(path: str | Path, bounds: Mapping[str, Mapping[str, float]]) -> 
     _save(figure, path)
 
 
-def bounds_figure(curves: Sequence[Curve]) -> Figure:
-    """Return a figure of mean bounds against k, points (k, nats)."""
-    figure, axes = _figure("mean bound L\N{LATIN SUBSCRIPT SMALL LETTER K} (nats)", "samples k")
+def k_figure(
+    curves: Sequence[Curve], label: str, x: str = "samples k", marked: int = 10**9, log: bool = False
+) -> Figure:
+    """Return a figure of points (k, value) with k on a logarithmic axis; with ``log`` both axes are.
+
+    Curves with at most ``marked`` points have a marker at each; where none has, the axis has no tick at every k either.
+    """
+    figure, axes = _figure(label, x)
     for i, curve in enumerate(curves):
         # Where curves coincide the first one is visible.
-        _line(axes, curve, marked=10**9, zorder=3 - i / len(curves))
+        _line(axes, curve, marked, zorder=3 - i / len(curves))
     axes.set_xscale("log")
     ticks, last = [], float("inf")
     for k in sorted({k for curve in curves for k, _ in curve.points}, reverse=True):
         if k <= last / 1.6:  # closer labels overlap
             ticks.append(k)
             last = k
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if marked else LogLocator())
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     return figure
+
+
+def ess_curve(name: str, values: Shaped[np.ndarray, " images"], k: int, colour: int) -> Curve:
+    """Return the histogram of effective sample sizes of ``k`` draws: the share of images by size, on a log scale."""
+    edges = np.geomspace(1, max(k, 2), 21)
+    counts, _ = np.histogram(np.clip(values[np.isfinite(values)], 1, edges[-1]), edges)
+    return Curve(name, list(zip(np.repeat(edges, 2)[1:-1], np.repeat(counts / len(values), 2), strict=True)), colour)
 
 
 def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
@@ -243,7 +304,9 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
     """
 
     def tag(match: re.Match[str]) -> str:
-        curve = curves[int(match[1])]
+        curve = curves[int(match[2])]
+        if match[1] == "band":
+            return f' class="line c{curve.colour}">'
         values = "; ".join(f"{y:.2f} at {x:,.10g}" for x, y in curve.points) if len(curve.points) <= MARKED else ""
         name = html.escape(f"{curve.name}: {values}" if values else curve.name)
         return f' class="line c{curve.colour}"><title>{name}</title>'
@@ -262,7 +325,7 @@ def svg(figure: Figure, curves: Sequence[Curve], title: str) -> str:
     body = text[text.index("<g id=") :]
     body = re.sub(r"font: [^;\"]*;? ?|font-size: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), body)
-    body = re.sub(r' id="curve(\d+)">', tag, body)
+    body = re.sub(r' id="(curve|band)(\d+)">', tag, body)
     body = re.sub(r' id="[a-z][\w.]*_\w+"', "", body)  # not unique in a page with several figures
     for colour, variable in {INK: "var(--soft)", FAINT: "var(--rule)", **dict.fromkeys(COLOURS, "var(--c)")}.items():
         body = body.replace(colour, variable)
@@ -300,17 +363,17 @@ def _save_grid(
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, color=INK)
     _show(axes, sheet)
-    _save(figure, path, legend=False)
+    _save(figure, path, legend=None)
 
 
 def _show(axes: Axes, image: Shaped[np.ndarray, "height width colours"]) -> None:
     """Show an image; NaN is the page."""
     axes.set_axis_off()
     if image.shape[-1] == 3:
-        axes.imshow(np.nan_to_num(image, nan=1.0), interpolation="nearest")
+        axes.imshow(np.nan_to_num(image, nan=1.0), interpolation="none")
     else:
         # Paper is slightly darker than the page, so that the gaps show where an image ends.
-        axes.imshow(-0.08 - 0.92 * image[..., 0], cmap="gray", vmin=-1, vmax=0, interpolation="nearest")
+        axes.imshow(-0.08 - 0.92 * image[..., 0], cmap="gray", vmin=-1, vmax=0, interpolation="none")
 
 
 def _figure(y: str, x: str) -> tuple[Figure, Axes]:
@@ -327,15 +390,21 @@ def _figure(y: str, x: str) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, curve: Curve, marked: int, zorder: float = 2) -> None:
+    colour, number = COLOURS[curve.colour % len(COLOURS)], len(axes.lines)
+    if curve.band:
+        low, high = np.asarray(curve.band, dtype=np.float64).T
+        xs = [x for x, _ in curve.points]
+        axes.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0, zorder=1.5, gid=f"band{number}")
     axes.plot(
         *np.asarray(curve.points, dtype=np.float64).reshape(-1, 2).T,
-        color=COLOURS[curve.colour % len(COLOURS)],
+        color=colour,
         lw=1.6,
+        ls=DASHES[curve.dash % len(DASHES)],
         marker="o" if len(curve.points) <= marked else "",
         ms=4,
         label=curve.name,
         zorder=zorder,
-        gid=f"curve{len(axes.lines)}",
+        gid=f"curve{number}",
     )
 
 
@@ -343,11 +412,14 @@ def _nats(value: float) -> str:
     return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _save(figure: Figure, path: str | Path, legend: bool = True) -> None:
-    for axes in figure.axes if legend else ():
+def _save(figure: Figure, path: str | Path, legend: Any = "lower right") -> None:
+    """Write a PNG file, and before it the same as PDF and as SVG: a run with the PNG has all three."""
+    for axes in figure.axes if legend is not None else ():
         if axes.lines:
-            axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+            axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=legend)
     Path(path).parent.mkdir(exist_ok=True)
-    with atomic_path(path) as temporary:
-        # Without the version of matplotlib: the same run makes the same file.
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+    # Without dates and versions: the same run makes the same files.
+    for form, key in {"pdf": "CreationDate", "svg": "Date", "png": "Software"}.items():
+        target = Path(path).with_suffix(f".{form}")
+        with atomic_path(target) as temporary, matplotlib.rc_context({"svg.hashsalt": "figure"}):
+            figure.savefig(temporary, format=form, dpi=DPI, metadata={key: None})

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+from scipy.special import stdtrit
 
 from iwae_cli import __version__
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.figures import COLOURS, Curve, bounds_figure, svg, training_figure
+from iwae_cli.record.figures import BOUND, COLOURS, DASHES, Curve, ess_curve, k_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import reliability_warning
-from iwae_cli.record.units import layer_sizes
-from iwae_cli.report.cells import Cell, Table
+from iwae_cli.record.units import layer_sizes, units_text
+from iwae_cli.report.cells import PLUS_MINUS, WITHIN, Cell, Table
+from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
+from iwae_cli.report.reader import MALFORMED, Estimate
 from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
 
-CURVES = 5
-"""Seeds of a cell whose training is drawn."""
 PICTURES = 20_000_000
 """Bytes of pictures in a page."""
+NORMAL = 1.96
+"""Standard errors on each side of a 95% interval over images, of which there are many."""
+PAIRED = (
+    f"nats of log p(x); thick: 95% over images ({PLUS_MINUS} {NORMAL} standard errors); thin: 95% over seeds, by "
+    f"Student's t, where each side has {ENOUGH_SEEDS} or more"
+)
 MEASURED = {
     "Reconstruction": ("train/reconstruction", "nats", "during training, E_q[log p(x|h)]"),
     "KL of every layer": ("train/kl/", "nats", "during training, E_q[log q - log p]"),
@@ -31,16 +43,38 @@ MEASURED = {
     "Gradient norms": ("train/gradient_norm/", "norm", "during training, of p and of q"),
 }
 """Title -> beginning of the metrics' names, unit, words beside it."""
+GALLERIES = {
+    "samples": "Means of p(x|h), h drawn from the prior",
+    "reconstructions": "Test images, and means of p(x|h) with h drawn from q(h|x)",
+    "kl_per_unit": "KL of every unit",
+}
+"""Pictures of a run folder -> title."""
 HTML = Path(__file__).parent / "html"
+Points = Mapping[Any, float | None]
+Named = tuple[str, Cell]
+"""A cell, and the keys and values that tell it from the others."""
 
 
-def page(report: Report) -> str:
-    """Return the whole page; the same runs give the same page."""
+class Interval(NamedTuple):
+    """A row of a forest plot: an interval, a point in it, a wider interval, text, the number of a colour."""
+
+    name: str
+    low: float
+    high: float
+    text: str
+    at: float | None = None
+    wide: tuple[float, float] | None = None
+    colour: int | None = 0
+
+
+def page(report: Report, command: str = "", date: str = "") -> str:
+    """Return the whole page, which names the command that made it and the date; the same runs give the same page."""
     room = [PICTURES]
+    compared = [_paired(f"{pair.a} \N{MINUS SIGN} {pair.b}, by {pair.by}", pair) for pair in report.comparisons]
     sections = [_section(i, table, room) for i, table in enumerate(report.tables)]
-    links = [(f"t{i}", table.title) for i, table in enumerate(report.tables)]
+    links = [("compared", "Paired comparison")] if report.comparisons else []
+    links += [(f"t{i}", table.title) for i, table in enumerate(report.tables)]
     links += [("estimates", "Other estimators")] if report.estimates else []
-    links += [("compared", "Paired comparison")] if report.comparisons else []
     links += [("left", "Not in a table")] if report.left_out else []
     cells = sum(len(table.cells) for table in report.tables)
     counts = [f"{_count(len(report.scored), 'run')} in {_count(cells, 'cell')}"]
@@ -51,7 +85,12 @@ def page(report: Report) -> str:
     css, js = (Markup((HTML / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return environment.get_template("page.html.jinja").render(
         report=report, sections=sections, links=links, counts=counts, css=css, js=js, version=__version__,
-        missing=MISSING,
+        missing=MISSING, command=command, date=date, sources=_sources(report.scored),
+        compared=_forest("A \N{MINUS SIGN} B", PAIRED, compared, 0.0),
+        estimates=[
+            (run, estimate, _intervals(estimate), _pictures(run.path / "evaluations" / estimate.name, room))
+            for run, estimate in report.estimates
+        ],
     )  # fmt: skip
 
 
@@ -59,140 +98,252 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
+def _sources(scored: Sequence[Scored]) -> list[str]:
+    """Return with which versions and commits the runs were evaluated."""
+    found: Counter[str] = Counter()
+    for s in scored:
+        version, git = (s.run.result.get("versions") or {}).get("iwae-cli"), s.run.result.get("git") or {}
+        commit = f", commit {git.get('commit')}{' with changes' * bool(git.get('changed'))}" * bool(git)
+        found[f"iwae-cli {version or 'of an unknown version'}{commit}"] += 1
+    return [f"{_count(n, 'run')} evaluated by {name}" for name, n in found.items()]
+
+
+def _names(table: Table) -> list[str]:
+    """Return for each cell the keys in which the cells differ, with their values; for a lone cell all keys."""
+    values = [table.keyed(cell) for cell in table.cells]
+    keys = (*table.columns, *table.rows)
+    differ = [key for key in keys if len({held[key] for held in values}) > 1] or keys
+    return [" ".join(f"{key}={held[key]}" for key in differ) for held in values]
+
+
 def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     """Return what the template shows of one table; as many cells are drawn as there are colours, the best ones."""
-    best = sorted(table.cells, key=lambda cell: cell.nll)[: len(COLOURS)]
-    drawn = [cell for cell in table.cells if cell in best]
+    named: list[Named] = list(zip(_names(table), table.cells, strict=True))
+    best = sorted(range(len(named)), key=lambda i: table.cells[i].nll)[: len(COLOURS)]
+    colours = {i: colour for colour, i in enumerate(sorted(best))}
+    drawn = [named[i] for i in colours]
     notes = table.notes_below
-    if len(drawn) < len(table.cells):
-        notes.append(f"drawn below: the {len(drawn)} cells of lowest NLL, of {len(table.cells)}")
+    if len(drawn) < len(named):
+        notes.append(f"drawn below: the {len(drawn)} cells of lowest NLL, of {len(named)}")
     damaged: list[str] = []
-    bounds = [Curve(cell.name, [(float(k), y) for k, y in cell.bounds.items()], i) for i, cell in enumerate(drawn)]
-    bounds = [curve for curve in bounds if curve.points]
-    words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined
-    charts = [("Bound against k", words, bounds, bounds_figure(bounds))]
-    for title, words, curves in _training(drawn, damaged):
-        _, unit, _ = MEASURED.get(title, ("", "nats", ""))
-        charts.append((title, words, curves, training_figure(curves, unit, focus=title not in MEASURED)))
+    pairs = [(name, cell.against, colours.get(i)) for i, (name, cell) in enumerate(named)]
+    paired = [_paired(name, pair, colour) for name, pair, colour in pairs if pair is not None]
+    by = f"by {BY_REFINED if table.refined else BY_Q}; on the right of 0 is better; {PAIRED}"
+    units = []
+    for i, (name, cell) in enumerate(drawn):
+        found, sizes = cell.units or (), layer_sizes(cell.runs[0].run.config["model"])
+        for layer, n in enumerate(found):
+            size = sizes[layer : layer + 1] * (len(sizes) == len(found))
+            of_layer = name + f", h_{layer + 1}" * (len(found) > 1)
+            units.append(Interval(of_layer, 0.0, n, units_text([n], size), wide=(0.0, sum(size) or n), colour=i))
+    runs = [_run(scored, name, table.k) for name, cell in named for scored in cell.runs]
+    shown = [heading for heading in runs[0]["numbers"] if any(run["numbers"][heading][0] is not None for run in runs)]
     return {
         "table": table,
+        "protocols": dict.fromkeys(str(s.run.result["dataset"].get("protocol", "")) for _, c in named for s in c.runs),
         "notes": notes,
         "drawn": drawn,
         "charts": [
             {"title": title, "words": words, "svg": Markup(svg(figure, curves, f"{title}, table {index + 1}"))}
-            for title, words, curves, figure in charts
+            for title, words, curves, figure in _charts(table, drawn, damaged)
             if curves
         ],
+        "forests": [
+            _forest(f"Difference from {table.against}", by, paired, 0.0),
+            _forest("Active units", "mean over seeds", units, None),
+        ],
         "damaged": damaged,
-        "bars": _bars(drawn),
-        "headings": ["run", "seed", f"NLL_{table.k}", "stderr_images", "stderr_mc", "bias_mc", "gap_q",
-                     f"refined NLL_{table.k}", "L_1", "ESS, median",
-                     "active units", "passes", "training, s", "weak"],
-        "runs": [_run(scored, cell) for cell in table.cells for scored in cell.runs],
-        "galleries": [_gallery(table, name, room) for name in ("samples", "reconstructions")],
-    }  # fmt: skip
-
-
-Chart = tuple[str, str, list[Curve]]
-"""Title, words beside it, curves."""
-
-
-def _training(cells: Sequence[Cell], damaged: list[str]) -> Iterator[Chart]:
-    """Yield charts of validation by data set and k, training and ``MEASURED``; note unreadable runs in ``damaged``."""
-    validation: dict[tuple[str, int], list[Curve]] = {}
-    training: list[Curve] = []
-    measured: dict[str, list[Curve]] = {title: [] for title in MEASURED}
-    for i, cell in enumerate(cells):
-        for scored in cell.runs[:CURVES]:
-            run = scored.run
-            try:
-                history = [(x, row) for _, row in read_history(run.path) if (x := row.get("pass") or 0) > 0]
-            except (UserError, OSError, ValueError, TypeError) as error:
-                damaged.append(f"{run.identity}: {error}")
-                continue
-            on_same = validation.setdefault((run.dataset, int(run.keys["validation.k"])), [])
-            kinds = [("validation/bound", on_same), ("train/bound", training)]
-            kinds += [(prefix, measured[title]) for title, (prefix, _, _) in MEASURED.items()]
-            for prefix, curves in kinds:
-                for key in sorted({key for _, row in history for key in row if key.startswith(prefix)}):
-                    points = [(float(x), float(y)) for x, row in history if (y := row.get(key)) is not None]
-                    part = f", {key.removeprefix('train/')}" if key != prefix else ""
-                    if points:
-                        curves.append(Curve(f"{cell.name}, seed {run.seed}{part}", points, i))
-    some = f"; the first {CURVES} seeds of each" if any(len(cell.runs) > CURVES for cell in cells) else ""
-    several = len({dataset for dataset, _ in validation}) > 1
-    for (dataset, k), curves in sorted(validation.items()):
-        yield f"Validation{f' on {dataset}' * several}, L_{k}", f"the same images and noise for all{some}", curves
-    yield "Training", f"every run's own bound: not comparable between objectives{some}", training
-    for title, (_, _, words) in MEASURED.items():
-        if measured[title]:
-            yield title, f"{words}{some}", measured[title]
-
-
-def _bars(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    known = [
-        (i, cell, cell.units, layer_sizes(cell.runs[0].run.config["model"]))
-        for i, cell in enumerate(cells)
-        if cell.units is not None
-    ]
-    most = max((sum(sizes) or sum(units) for _, _, units, sizes in known), default=0) or 1
-    return [
-        {
-            "colour": i,
-            "name": cell.name,
-            "widths": [100 * n / most for n in units],
-            "text": cell.units_of_sizes,
-        }
-        for i, cell, units, _ in known
-    ]
-
-
-def _run(scored: Scored, cell: Cell) -> dict[str, Any]:
-    numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
-    weak = reliability_warning({scored.split: numbers})
-    refined = by_refined([scored])
-    values: list[tuple[float | int | None, str]] = [
-        (scored.run.seed, "{}"),
-        (numbers["nll"], "{:.3f}"),
-        (numbers["stderr_images"], "{:.3f}"),
-        (numbers["stderr_mc"], "{:.4f}"),
-        (numbers["bias_mc"], "{:+.4f}"),
-        (numbers.get("gap_q"), "{:.2f}"),
-        (refined[0].numbers["nll"] if refined else None, "{:.3f}"),
-        (numbers["bounds"].get("1"), "{:.2f}"),
-        (numbers.get("ess_median"), "{:,.1f}"),
-        (None if units is None else sum(units), "+".join(map(str, units or ()))),
-        (result.get("epochs"), "{:,}"),
-        ((result.get("seconds") or {}).get("train"), "{:,.0f}"),
-        (int(weak is not None), "{}"),
-    ]
-    return {
-        "identity": scored.run.identity,
-        "title": "; ".join((cell.name, str(scored.run.path), *([weak] if weak else []))),
-        "numbers": [(value, MISSING if value is None else form.format(value)) for value, form in values],
+        "count": _count(len(runs), "run"),
+        "headings": ["run", *shown],
+        "runs": [{**run, "numbers": [run["numbers"][heading] for heading in shown]} for run in runs],
+        "galleries": [_gallery(named, name, room) for name in GALLERIES],
     }
 
 
-def _gallery(table: Table, name: str, room: list[int]) -> dict[str, Any]:
-    """Return ``figures/<name>.png`` of the first seed of every cell, then of the second, until ``room`` is used up."""
-    pictures, missing, full = [], 0, 0
-    seeds = range(max(len(cell.runs) for cell in table.cells))
-    for cell, scored in [(cell, cell.runs[i]) for i in seeds for cell in table.cells if i < len(cell.runs)]:
+def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterator[tuple[str, str, list[Curve], Any]]:
+    """Yield title, words, curves and figure of every chart."""
+    band = "; band: from the lowest to the highest seed" * any(len(cell.runs) > 1 for _, cell in drawn)
+    bounds, shares, ratios = [], [], []
+    for i, (name, cell) in enumerate(drawn):
+        bounds.append(_over_seeds(name, [s.numbers["bounds"] for s in cell.runs], i))
         try:
-            data = (scored.run.path / "figures" / f"{name}.png").read_bytes()
-        except OSError:
-            data = b""
-        if not data.startswith(b"\x89PNG"):
-            missing += 1
-        elif len(data) > room[0]:
-            full += 1
-        else:
-            room[0] -= len(data)
-            # The size, so that the page reserves room for pictures that are not decoded yet.
-            width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-            label = f"{cell.name}, seed {scored.run.seed}"
-            encoded = base64.b64encode(data).decode()
-            pictures.append(dict(name=label, nll=scored.numbers["nll"], width=width, height=height, data=encoded))
+            shares.append(ess_curve(name, np.concatenate([_ess(s) for s in cell.runs]), cell.runs[0].score.k, i))
+        except MALFORMED as error:
+            damaged.append(f"effective sample sizes of {name}: {error}")
+        snr: dict[tuple[int, str], list[Points]] = {}
+        for e in (e for s in cell.runs for e in s.run.estimates if e.estimator == "gradient_snr"):
+            for dash, network in enumerate(("inference", "generative")):
+                parts = [(key.split("."), value) for key, value in e.numbers.items() if key.endswith("per_parameter")]
+                snr.setdefault((dash, f"{network}, {e.name}"), []).append(
+                    {k[2]: y for k, y in parts if k[1] == network}
+                )
+        ratios += [_over_seeds(f"{name}, {what}", seeds, i, dash) for (dash, what), seeds in snr.items()]
+    words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined + band
+    yield "Bound against k", words, bounds, k_figure(bounds, BOUND)
+    words = f"of {table.k:,} draws of q, {table.split} images of all seeds; an estimate from fewer than 10 is weak"
+    yield "Effective sample sizes", words, shares, k_figure(shares, "share of images", "effective sample size", 0)
+    words = f"median over parameters; without values that chance gives too; solid: q, dashed: p{band}"
+    yield "Gradient signal-to-noise", words, ratios, k_figure(ratios, "signal-to-noise ratio", log=True)
+    for title, words, curves in _training(drawn, damaged):
+        yield title, words + band, curves, training_figure(curves, MEASURED.get(title, ("", "nats"))[1])
+
+
+def _ess(scored: Scored) -> np.ndarray:
+    """Return the effective sample size of each image; raise an error of ``MALFORMED`` where it cannot be read."""
+    with scored.score.arrays.open("rb") as opened, np.load(opened) as file:
+        return np.asarray(file[("" if scored.split == "test" else f"{scored.split}_") + "ess"], dtype=np.float64)
+
+
+def _over_seeds(name: str, seeds: Sequence[Points], colour: int, dash: int = 0) -> Curve:
+    """Return mean and range over seeds at each x that all have; where they share none, at each x that one has."""
+    held = [{float(x): y for x, y in seed.items() if isinstance(y, int | float) and math.isfinite(y)} for seed in seeds]
+    found = [points for points in held if points]
+    shared = set.intersection(*map(set, found)) or set.union(*map(set, found)) if found else set()
+    values = [(x, [points[x] for points in found if x in points]) for x in sorted(shared)]
+    band = [(min(ys), max(ys)) for _, ys in values] if len(found) > 1 else []
+    return Curve(name, [(x, statistics.fmean(ys)) for x, ys in values], colour, band, dash)
+
+
+def _training(drawn: Sequence[Named], damaged: list[str]) -> Iterator[tuple[str, str, list[Curve]]]:
+    """Yield charts of validation by data set and k, training and ``MEASURED``; note unreadable runs in ``damaged``."""
+    on_same: dict[tuple[str, int], list[tuple[int, Sequence[Mapping[str, Any]]]]] = {}
+    for i, (_, cell) in enumerate(drawn):
+        for run in (scored.run for scored in cell.runs):
+            try:
+                rows = [row for _, row in read_history(run.path) if (row.get("pass") or 0) > 0]
+                on_same.setdefault((run.dataset, int(run.keys["validation.k"])), []).append((i, rows))
+            except (UserError, OSError, ValueError, TypeError) as error:
+                damaged.append(f"{run.identity}: {error}")
+    charts = {
+        f"Validation{f' on {dataset}' * (len({name for name, _ in on_same}) > 1)}, L_{k}":
+        ("validation/bound", "the same images and noise for all", on_same[dataset, k])
+        for dataset, k in sorted(on_same)
+    }  # fmt: skip
+    every = [run for runs in on_same.values() for run in runs]
+    charts["Training"] = ("train/bound", "every run's own bound: not comparable between objectives", every)
+    charts |= {title: (prefix, words, every) for title, (prefix, _, words) in MEASURED.items()}
+    for title, (prefix, words, runs) in charts.items():
+        keys = sorted({key for _, rows in runs for row in rows for key in row if key.startswith(prefix)})
+        parts = [key.removeprefix(prefix) for key in keys]
+        words += "".join(f"; {DASHES[i % len(DASHES)]}: {part}" for i, part in enumerate(parts) if len(parts) > 1)
+        curves = []
+        for dash, (key, part) in enumerate(zip(keys, parts, strict=True)):
+            for i, (name, _) in enumerate(drawn):
+                seeds = [{row["pass"]: row.get(key) for row in rows} for of, rows in runs if of == i]
+                curves.append(_over_seeds(name + f", {part}" * bool(part), seeds, i, dash))
+        yield title, words, [curve for curve in curves if curve.points]
+
+
+def _paired(name: str, pair: Paired, colour: int | None = 0) -> Interval:
+    at, reach, wide = pair.difference, NORMAL * pair.stderr_images, None
+    seeds = min(len(pair.seeds_a), len(pair.seeds_b))
+    if pair.stderr_seeds is not None and seeds >= ENOUGH_SEEDS:
+        # With the degrees of freedom of the smaller side, the fewest that Welch's formula can give.
+        over_seeds = float(stdtrit(seeds - 1, 0.975)) * pair.stderr_seeds
+        wide = (at - over_seeds, at + over_seeds)
+    text = f"{at:+.3f}{WITHIN * bool(pair.within)} {PLUS_MINUS} {pair.stderr_images:.3f}"
+    return Interval(name, at - reach, at + reach, text, at, wide, colour)
+
+
+def _intervals(estimate: Estimate) -> dict[str, Any] | None:
+    """Return the forest plot of an estimator that has one: gaps, differences from the grid, bounds around log p(x)."""
+    held = estimate.numbers
+    gaps = [(key, at) for key, at in held.items() if key.endswith(("_gap", "above_grid")) and at is not None]
+    errors = {key: held.get(f"{key}_stderr_images", held.get(f"{key}_stderr")) or 0.0 for key, _ in gaps}
+    rows = [Interval(key, at - NORMAL * errors[key], at + NORMAL * errors[key], f"{at:+.3f}", at) for key, at in gaps]
+    if rows:
+        return _forest("", f"nats, with 95% over images ({PLUS_MINUS} {NORMAL} standard errors)", rows, 0.0)
+    levels = [key.removeprefix("simulated.bounds.") for key in held if key.startswith("simulated.bounds.")]
+    sides = {f"L_{m} to U_{m}": (f"simulated.bounds.{m}", f"simulated.upper_bounds.{m}") for m in levels}
+    sides["lower to upper"] = ("simulated.lower", "simulated.upper")
+    for name, (low, high) in ((name, (held.get(a), held.get(b))) for name, (a, b) in sides.items()):
+        if low is not None and high is not None:
+            rows.append(Interval(name, min(low, high), max(low, high), f"{low:.2f} to {high:.2f}"))
+    words = "nats; in expectation log p(x) of the model's own draws lies between; line: its exact value, if known"
+    return _forest("", words, rows, held.get("simulated.exact"))
+
+
+def _forest(title: str, words: str, rows: Sequence[Interval], line: float | None) -> dict[str, Any] | None:
+    """Return rows with all positions in percent of the width, and a vertical line; None without a row."""
+    if not rows:
+        return None
+    ends = [x for row in rows for x in (row.low, row.high, *(row.wide or ()))] + [line] * (line is not None)
+    margin = 0.03 * (max(ends) - min(ends)) or 1.0
+    first, width = min(ends) - margin, max(ends) - min(ends) + 2 * margin
+
+    def percent(x: float | None, of: float = first) -> float | None:
+        return None if x is None else 100 * (x - of) / width
+
+    def spans(row: Interval) -> list[tuple[float | None, ...]]:
+        return [(percent(a), percent(b, a)) for a, b in filter(None, (row.wide, (row.low, row.high)))]
+
+    ticks = [x for x in MaxNLocator(4).tick_values(min(ends), max(ends)) if 0 <= x - first <= width]
+    return {
+        **{"title": title, "words": words, "line": percent(line)},
+        "ticks": [(percent(x), f"{x:.6g}".replace("-", "\N{MINUS SIGN}")) for x in ticks],
+        "rows": [{**row._asdict(), "at": percent(row.at), "spans": spans(row)} for row in rows],
+    }
+
+
+def _run(scored: Scored, name: str, k: int) -> dict[str, Any]:
+    numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
+    weak = reliability_warning({scored.split: numbers})
+    refined = by_refined([scored])
+    seconds = result.get("seconds") or {}
+    values: dict[str, tuple[float | int | None, str]] = {
+        "seed": (scored.run.seed, "{}"),
+        f"NLL_{k}": (numbers["nll"], "{:.3f}"),
+        "stderr_images": (numbers["stderr_images"], "{:.3f}"),
+        "stderr_mc": (numbers["stderr_mc"], "{:.4f}"),
+        "bias_mc": (numbers["bias_mc"], "{:+.4f}"),
+        "gap_q": (numbers.get("gap_q"), "{:.2f}"),
+        f"refined NLL_{k}": (refined[0].numbers["nll"] if refined else None, "{:.3f}"),
+        "L_1": (numbers["bounds"].get("1"), "{:.2f}"),
+        "ESS, median": (numbers.get("ess_median"), "{:,.1f}"),
+        "active units": (None if units is None else sum(units), "+".join(map(str, units or ()))),
+        "passes": (result.get("epochs"), "{:,}"),
+        "training, s": (seconds.get("train"), "{:,.0f}"),
+        "weak": (None if weak is None else 1, "yes"),
+    }
+    return {
+        "identity": scored.run.identity,
+        "title": "; ".join((name, str(scored.run.path), *([weak] if weak else []))),
+        "numbers": {
+            heading: (value, MISSING if value is None else form.format(value))
+            for heading, (value, form) in values.items()
+        },
+    }
+
+
+def _gallery(named: Sequence[Named], name: str, room: list[int]) -> dict[str, Any]:
+    """Return ``figures/<name>.png`` of the first seed of every cell, then of the second, until ``room`` is used up."""
+    found = []
+    for i in range(max(len(cell.runs) for _, cell in named)):
+        for label, s in [(label, cell.runs[i]) for label, cell in named if i < len(cell.runs)]:
+            caption = f"{label}, seed {s.run.seed}; NLL {s.numbers['nll']:.2f}"
+            found.append(_picture(s.run.path / "figures" / f"{name}.png", caption, room))
+    pictures, missing, full = [p for p in found if isinstance(p, dict)], found.count("missing"), found.count("full")
     notes = [f"{missing} without figures/{name}.png"] if missing else []
     notes += [f"{full} more in their folders: the page holds {PICTURES // 1_000_000} MB of pictures"] if full else []
-    return {"title": name.capitalize(), "pictures": pictures, "notes": notes if name == "samples" or pictures else []}
+    return {"title": GALLERIES[name], "pictures": pictures, "notes": notes if name == "samples" or pictures else []}
+
+
+def _pictures(place: Path, room: list[int]) -> list[dict[str, Any]]:
+    found = [_picture(path, path.name, room) for path in sorted(place.glob("*.png"))]
+    return [picture for picture in found if isinstance(picture, dict)]
+
+
+def _picture(path: Path, name: str, room: list[int]) -> dict[str, Any] | str:
+    """Return a PNG file with its size; ``missing``, or ``full`` where it does not fit into ``room``."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if not data.startswith(b"\x89PNG"):
+        return "missing"
+    if len(data) > room[0]:
+        return "full"
+    room[0] -= len(data)
+    # The size, so that the page reserves room for pictures that are not decoded yet.
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    return {"name": name, "width": width, "height": height, "data": base64.b64encode(data).decode()}

@@ -25,7 +25,7 @@ from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trou
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
-from iwae_cli.evaluation.estimator import EstimatorInput
+from iwae_cli.evaluation.estimator import EstimatorInput, array_name
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record import summary
@@ -37,6 +37,7 @@ from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.training import checkpoint
+from iwae_cli.training.diagnostics import kl_of_units
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.steps.choose import choose_step
 from iwae_cli.training.trainer import Trainer
@@ -317,10 +318,13 @@ class Runner:
             name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
             for name, key in shown.items()
         }
-        bounds = {split: result[split]["bounds"] for split in summary.SPLITS if split in result}
+        results = {split: result[split] for split in summary.SPLITS if split in result}
+        with np.load(self.folder.path / "log_likelihood.npz") as arrays:
+            ess = {split: arrays[array_name(split, "ess")] for split in results}
         test = self.data.evaluation_split("test", experiment.evaluation.binarization_seed).x[:50]
-        images, spread = pictures(self.model, self.data, test.to(device=self.device, dtype=experiment.device.dtype))
-        for name, path in plot_run(self.folder.figures, curves, bounds, **images).items():
+        test = test.to(device=self.device, dtype=experiment.device.dtype)
+        images, units, spread = pictures(self.model, self.data, test)
+        for name, path in plot_run(self.folder.figures, curves, results, ess, units, **images).items():
             self.logger.image(self.state.step, name, path)
         self.logger.histogram(self.state.step, "log_w minus its mean", spread.flatten().tolist())
 
@@ -375,8 +379,8 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
 @torch.no_grad()
 def pictures(
     model: LatentVariableModel, data: Data, x: Float[Tensor, "batch pixels"]
-) -> tuple[dict[str, Shaped[np.ndarray, "n *image"]], Float[Tensor, "k batch"]]:
-    """Return the images of ``plot_run`` by name, none if they are not ``drawable``, and log w minus its mean, nats."""
+) -> tuple[dict[str, Shaped[np.ndarray, "n *image"]], list[Shaped[np.ndarray, " units"]], Float[Tensor, "k batch"]]:
+    """Return images (none unless ``drawable``) and units of ``plot_run``, and log w minus its mean, nats."""
     drawn = model.draw(x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device))
     images = {}
     if drawable(data.image_shape):
@@ -384,7 +388,8 @@ def pictures(
         images["samples"] = p.mean(p.sample(100, noise)[0])[0]
         images["originals"] = x[:20]
         images["reconstructions"] = p.mean(tuple(h[:1, :20] for h in drawn.latents))[0]
-    return {name: data.pictured(values) for name, values in images.items()}, drawn.log_w - drawn.log_w.mean(0)
+    arrays = {name: data.pictured(values) for name, values in images.items()}
+    return arrays, kl_of_units(model, x, drawn.latents), drawn.log_w - drawn.log_w.mean(0)
 
 
 @oom_as_run_failed()

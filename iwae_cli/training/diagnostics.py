@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from iwae_cli.core.interfaces import Latents
@@ -18,6 +19,8 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.core.numerics import effective_sample_size
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import DiagonalGaussian
+from iwae_cli.models.priors import StandardNormal
 from iwae_cli.objectives.base import Objective
 
 EVERY = 500
@@ -73,6 +76,29 @@ def kl_terms(
     below, above = (x / q.white, *latents[:-1]), (*latents[1:], None)
     every = zip(latents, q.layers, below, (*p.layers, p.prior), above, strict=True)
     return [of_q.log_prob(h, under) - of_p.log_prob(h, over) for h, of_q, under, of_p, over in every]
+
+
+@torch.no_grad()
+def kl_of_units(
+    model: LatentVariableModel, x: Float[Tensor, "batch pixels"], latents: Latents
+) -> list[Float64[np.ndarray, " units"]]:
+    """Return ``kl_terms`` by unit, means over images and draws; empty unless all factors are diagonal Gaussians."""
+    q, p = model.inference, model.generative
+    if type(p) is not GenerativeChain or type(q) is not InferenceChain:
+        return []
+    of_q = zip(q.layers, (x / q.white, *latents[:-1]), strict=True)
+    of_p = zip((*p.layers, p.prior), (*latents[1:], None), strict=True)
+    found = []
+    for h, *pair in zip(latents, of_q, of_p, strict=True):
+        terms = []
+        for layer, given in pair:
+            # A subclass may have another density.
+            if type(layer).log_prob not in (DiagonalGaussian.log_prob, StandardNormal.log_prob):
+                return []
+            loc, log_scale = layer(given) if isinstance(layer, DiagonalGaussian) else 2 * [h.new_zeros(())]
+            terms.append(-((h - loc) / log_scale.exp()).square() / 2 - log_scale)
+        found.append((terms[0] - terms[1]).cpu().double().flatten(0, 1).mean(0).numpy())
+    return found
 
 
 def _gradients(loss: Float[Tensor, ""], weights: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -65,7 +65,9 @@ def test_the_files_are_there(folder: Path) -> None:
     }
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == expected
     assert {path.name for path in (folder / "figures").iterdir()} == {
-        *("samples.png", "reconstructions.png", "training.png", "bound_vs_k.png")
+        f"{name}.{form}"
+        for name in ("samples", "reconstructions", "training", "bound_vs_k", "ess", "kl_per_unit")
+        for form in ("png", "pdf", "svg")
     }
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
     (kept,) = (folder / "evaluations").iterdir()

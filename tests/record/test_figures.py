@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_runs import TINY, read_json, run, run_folders
 
+from iwae_cli.data.base import Data
 from iwae_cli.record.figures import (
+    COLOURS,
     Curve,
     Posterior,
-    bounds_figure,
+    k_figure,
     plot_bounds,
     plot_posteriors,
     plot_reconstructions,
@@ -55,8 +58,11 @@ def test_a_figure_is_whole_small_reproducible_and_leaves_no_trace(tmp_path: Path
     first, second = tmp_path / "figures" / "a.png", tmp_path / "figures" / "b.png"
     for path in (first, second):
         PLOTS[name](path)
-    assert first.read_bytes() == second.read_bytes()
-    assert sorted(path.name for path in first.parent.iterdir()) == ["a.png", "b.png"]
+    starts = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml"}
+    for form, start in starts.items():
+        whole = first.with_suffix(form).read_bytes()
+        assert whole == second.with_suffix(form).read_bytes() and whole.startswith(start)
+    assert sorted(path.name for path in first.parent.iterdir()) == [f"{n}{form}" for n in "ab" for form in starts]
     assert 2_000 < first.stat().st_size < 150_000
     assert imread(first)[..., :3].std() > 0.01, "not a blank sheet"
     assert pyplot.get_fignums() == []
@@ -121,13 +127,13 @@ def test_curves_may_be_short_long_or_missing(tmp_path: Path) -> None:
     plot_training(tmp_path / "one.png", {"train": [(1.0, -100.0)]})
     plot_training(tmp_path / "none.png", {})
     plot_bounds(tmp_path / "k1.png", {"test": {"1": -100.0}})
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 def test_an_svg_has_its_curves_and_no_colour_of_its_own() -> None:
     curves = [Curve(f"cell {i} <b>", [(1.0, -90.0 - i), (50.0, -84.0 - i)], i) for i in range(10)]
-    text = svg(bounds_figure(curves), curves, "Bounds")
-    assert text == svg(bounds_figure(curves), curves, "Bounds")
+    text = svg(k_figure(curves, "nats"), curves, "Bounds")
+    assert text == svg(k_figure(curves, "nats"), curves, "Bounds")
     assert sorted(re.findall(r'class="line (c\d)"', text)) == [f"c{i}" for i in range(10)]
     assert "#" not in re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", text), "colours are those of the page"
     assert "cell 3 &lt;b&gt;: -93.00 at 1; -87.00 at 50" in text
@@ -137,9 +143,54 @@ def test_an_svg_has_its_curves_and_no_colour_of_its_own() -> None:
 
 def test_a_focused_figure_shows_the_end_of_every_curve() -> None:
     curves = [Curve("good", [(i, -100 - 400 / i) for i in range(1, 40)], 0), Curve("bad", [(1, -500), (2, -300)], 1)]
-    (axes,) = training_figure(curves, "nats", focus=True).axes
+    (axes,) = training_figure(curves, "nats").axes
     low, high = axes.get_ylim()
     assert -500 < low < -300 and high > -111
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["far below", "far above"])
+def test_first_passes_far_away_squeeze_nothing_and_no_curve_is_lost(sign: int) -> None:
+    """A fall of the first passes by thousands; KL of two layers; a seed whose band is wide; a run of four passes."""
+    steep = [(x, sign * (-100.0 - 9000.0 * 0.1**x)) for x in range(1, 14)]
+    flat = [(x, sign * -95.0) for x in range(1, 14)]
+    band = [(y - 1.0, y + 1.0) for _, y in steep]
+    curves = [Curve("steep", steep, 0, band), Curve("flat", flat, 1), Curve("four", steep[:4], 2)]
+    (axes,) = training_figure(curves, "nats").axes
+    low, high = axes.get_ylim()
+    # What follows the first quarter of the passes lies between 95 and 102.
+    assert 5 < abs(sign * -100 - (low if sign > 0 else high)) < 8 and high - low < 15
+    for curve in curves:
+        assert any(low < y < high for _, y in curve.points), curve.name
+    text = svg(axes.figure, curves, "Steep")
+    (clip,) = re.findall(r'<clipPath id="(\w+)">', text)
+    groups = re.findall(r'<g class="line c\d">.*?</g>', text, re.DOTALL)
+    assert len(groups) == 4 and all(f"url(#{clip})" in group for group in groups), "with the band; all end at the axis"
+
+
+def test_a_quarter_of_a_logarithmic_axis_is_few_of_the_passes() -> None:
+    curve = Curve("ess", [(x, 3.0 - 1 / x) for x in range(1, 201)], 0)
+    (axes,) = training_figure([curve], "draws").axes
+    # 200^(1/4) is 3.8: the rest begins at 2.75, and half of its height is below it.
+    assert axes.get_xscale() == "log" and 2.55 < axes.get_ylim()[0] < 2.65
+
+
+def test_a_short_run_is_shown_whole() -> None:
+    (axes,) = training_figure([Curve("smoke", [(1, -200.0), (2, -30.0), (3, -28.0)], 0)], "nats").axes
+    assert axes.get_ylim()[0] < -200
+
+
+def test_real_values_and_means_outside_of_the_data_are_drawn() -> None:
+    observed = torch.tensor([[-3.0, 0.0, 5.0]])
+    of = {"protocol": "", "image_shape": (3,)}
+    real = Data("real", train=observed, validation=observed, test=observed, levels=None, binarization="none", **of)
+    assert real.pictured(observed) == pytest.approx(np.array([[0.0, 0.375, 1.0]]))
+    assert (real.pictured(observed * 9).min(), real.pictured(observed * 9).max()) == (0, 1)
+    grey = torch.tensor([[0, 3, 12]], dtype=torch.uint8)
+    split = {"train": grey, "validation": grey, "test": grey, "levels": 17, **of}
+    assert Data("grey", binarization="none", **split).pictured(grey).tolist() == [[0, 3 / 16, 12 / 16]]
+    assert Data("bits", binarization="dynamic", **split).pictured(grey / 36).tolist() == pytest.approx(
+        [[0, 3 / 36, 1 / 3]]
+    )
 
 
 @pytest.fixture
@@ -178,6 +229,24 @@ def test_every_value_of_both_splits_is_written_where_it_can_be_read(
         assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert not box.overlaps(axes.get_legend().get_window_extent())
+
+
+def test_the_error_of_the_last_bound_is_a_bar_and_a_number(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_bounds(tmp_path / "b.png", BOUNDS, {"test": 0.75, "validation": None})
+    (axes,) = drawn[0].axes
+    (bars,) = axes.containers
+    ((bar,),) = [segments.get_segments() for segments in bars[2]]
+    assert bar.tolist() == [[50.0, -86.75], [50.0, -85.25]]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["test \N{PLUS-MINUS SIGN} 0.75, standard error over images", "validation"]
+
+
+def test_posteriors_have_a_legend(tmp_path: Path, drawn: list[Figure]) -> None:
+    PLOTS["posteriors"](tmp_path / "p.png")
+    (legend,) = drawn[0].legends
+    (exact, approximation) = (text.get_text() for text in legend.get_texts())
+    colours = [line.get_color() for line in legend.get_lines()]
+    assert "exact" in exact and "approximation" in approximation and colours == [COLOURS[1], COLOURS[0]]
 
 
 @pytest.mark.parametrize("error", ["ModuleNotFoundError", "KeyError"])

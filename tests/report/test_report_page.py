@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from report_runs import change, config, values, write
+from report_runs import change, config, values, write, write_estimate
 
 from iwae_cli.cli.report import report
 from iwae_cli.report.cells import tables
-from iwae_cli.report.page import _training
+from iwae_cli.report.page import _over_seeds, _training
 from iwae_cli.report.reader import read
 from iwae_cli.report.selection import comparable
 
@@ -47,20 +50,20 @@ def written(runs: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="module")
 def page(runs: Path) -> Path:
-    return written(runs, *COMPARE)
+    return written(runs, *COMPARE, "--against", "objective.k=1")
 
 
 def test_a_page_is_one_file_and_the_same_every_time(runs: Path, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", text)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", text)
-    assert text.count("<img ") == 6 and text.count("<svg ") == 3
+    assert text.count("<img ") == 6 and text.count("<svg ") == 4
     assert "84.85 <" not in text and "84.85<span" in text, "the mean over two seeds"
     assert "Paired comparison" in text and "A wins 40 images" in text
     assert "not drawn:" in text, "a damaged record is named"
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
-    assert written(runs, *COMPARE).read_text(encoding="utf-8") == text
+    assert written(runs, *COMPARE, "--against", "objective.k=1").read_text(encoding="utf-8") == text
 
 
 def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
@@ -71,17 +74,19 @@ def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
 
     def charts(columns: list[str]) -> list[dict[str, int]]:
         made = tables(comparable(read([tmp_path]).runs, "test")[0], ["model"], columns)
-        return [{title: len(curves) for title, _, curves in _training(table.cells, [])} for table in made]
+        drawn = [[(str(i), cell) for i, cell in enumerate(table.cells)] for table in made]
+        return [{title: len(curves) for title, _, curves in _training(cells, []) if curves} for cells in drawn]
 
     mnist, omniglot = charts(["objective"])
-    assert mnist == {"Validation, L_5": 1, "Validation, L_50": 2, "Training": 3}
+    # One curve for the seeds of a cell.
+    assert mnist == {"Validation, L_5": 1, "Validation, L_50": 1, "Training": 1}
     assert omniglot == {"Validation, L_50": 1, "Training": 1}
     (both,) = charts(["data"])
     assert both == {
         "Validation on mnist, L_5": 1,
-        "Validation on mnist, L_50": 2,
+        "Validation on mnist, L_50": 1,
         "Validation on omniglot, L_50": 1,
-        "Training": 4,
+        "Training": 2,
     }
 
 
@@ -89,17 +94,127 @@ def test_the_diagnostics_of_every_layer_and_network_are_drawn(tmp_path: Path) ->
     """Where a run has them: one of an earlier version has none."""
     place = tmp_path / "outputs"
     for seed in range(2):
-        folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"))
+        folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"), units=[30, 8])
     rows = [{"step": s, "pass": s, "train/bound": -90.0, "train/kl/1": 20.0 + s, "train/kl/2": 2.0} for s in (1, 2)]
     rows.append({"step": 3, "pass": 3, "train/bound": -90.0, "train/gradient_norm/q": None})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (made,) = tables(comparable(read([place]).runs, "test")[0], ["model"], [])
-    charts = {title: curves for title, _, curves in _training(made.cells, [])}
-    assert set(charts) == {"Validation, L_50", "Training", "KL of every layer"}
-    kl = charts["KL of every layer"]
-    assert [curve.name for curve in kl] == ["two_layer, seed 1, kl/1", "two_layer, seed 1, kl/2"]
-    assert kl[0].points == [(1.0, 21.0), (2.0, 22.0)] and len(charts["Training"]) == 2
-    assert written(place).read_text().count("<svg ") == 4, "with the bound against k"
+    found = {title: (words, curves) for title, words, curves in _training([("a", made.cells[0])], []) if curves}
+    assert set(found) == {"Validation, L_50", "Training", "KL of every layer"}
+    words, kl = found["KL of every layer"]
+    assert [(curve.name, curve.dash) for curve in kl] == [("a, 1", 0), ("a, 2", 1)]
+    assert "solid: 1; dashed: 2" in words
+    assert kl[0].points == [(1.0, 21.0), (2.0, 22.0)] and kl[0].band == [], "one seed has it"
+    # The other seed has -100 + x at pass x: mean and range where both have a pass.
+    (training,) = found["Training"][1]
+    assert training.points == [(1.0, -94.5), (2.0, -94.0), (3.0, -93.5)]
+    assert training.band == [(-99.0, -90.0), (-98.0, -90.0), (-97.0, -90.0)]
+    text = written(place).read_text()
+    assert text.count("<svg ") == 5, "with the bound against k and effective sample sizes"
+    assert re.findall(r'class="what">[^<]*(h_\d)</span>.*<span>([\d of]*)</span>', text) == [
+        ("h_1", "30 of 100"),
+        ("h_2", "8 of 50"),
+    ]
+
+
+def test_seeds_with_other_passes_have_a_mean_where_all_have_a_point() -> None:
+    seeds = [{1: 1.0, 2: 3.0, 3: None, 4: math.nan}, {2: 5.0, 3: 9.0}, {}]
+    assert _over_seeds("a", seeds, 0)[1::2] == ([(2.0, 4.0)], [(3.0, 5.0)])
+    apart = _over_seeds("a", [{1: 1.0}, {2: 5.0}], 0)
+    assert apart.points == [(1.0, 1.0), (2.0, 5.0)], "no curve is dropped"
+
+
+def test_the_head_says_what_made_the_page_and_legends_name_what_differs(runs: Path, page: Path) -> None:
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    head = text[: text.index("<section")]
+    assert f"iwae-report {runs} --html {page} --compare objective.k=50 objective.k=1 --against objective.k=1" in head
+    assert time.strftime("%Y-%m-%d") in head and "6 runs evaluated by iwae-cli of an unknown version" in head
+    assert ">binarized</p>" in text, "the sentence about the data"
+    legend = re.findall(r'aria-pressed="false">([^<]*)<', text)
+    assert legend == ["objective.k=1", "objective.k=5", "objective.k=50"], "model and objective are the same"
+    assert "Means of p(x|h)" in text and ">Samples<" not in text
+
+
+def test_the_versions_and_commits_of_the_runs_are_named(tmp_path: Path) -> None:
+    for seed in range(3):
+        git = {"commit": "0123abcd", "changed": seed == 2}
+        change(
+            write(tmp_path / "o", config(seed=seed), values(85.0)) / "result.json", versions={"iwae-cli": "9"}, git=git
+        )
+    text = written(tmp_path / "o").read_text()
+    assert "2 runs evaluated by iwae-cli 9, commit 0123abcd; 1 run evaluated by iwae-cli 9, commit 0123abcd wi" in text
+
+
+def test_the_forest_plot_has_the_intervals_of_the_paired_differences(tmp_path: Path) -> None:
+    """Three seeds on each side; t of two degrees of freedom from a table."""
+    rng = np.random.default_rng(0)
+    log_px = {k: [rng.normal(nll, 1, 40) for _ in range(3)] for k, nll in ((1, -86.0), (50, -85.0), (5, -85.5))}
+    for k, seeds in log_px.items():
+        for seed, values_of in enumerate(seeds):
+            write(tmp_path / "o", config(seed=seed, k=k), values_of)
+    text = written(tmp_path / "o", "--against", "objective.k=1").read_text(encoding="utf-8")
+    (forest,) = re.findall(r"<b>Difference from objective.k=1</b>.*?aria-hidden", text, re.DOTALL)
+    assert text.index("<b>Difference from") < text.index("<table"), "on top"
+    rows = re.findall(r'class="what">(.*?)</span>(.*?)</div>', forest, re.DOTALL)
+    assert [name for name, _ in rows] == ["objective.k=5", "objective.k=50"]
+    places = []
+    for k, (_, row) in zip((5, 50), rows, strict=True):
+        a, b = np.array(log_px[k]), np.array(log_px[1])
+        gain = a.mean(0) - b.mean(0)
+        images = 1.96 * gain.std(ddof=1) / 40**0.5
+        seeds = 4.303 * (a.mean(1).var(ddof=1) / 3 + b.mean(1).var(ddof=1) / 3) ** 0.5
+        (thin, thin_width), (thick, thick_width) = re.findall(r"<i.*?left:([\d.]+)%;width:([\d.]+)%", row)
+        (point,), (zero,) = re.findall(r'<b style="left:([\d.]+)', row), re.findall(r'<u style="left:([\d.]+)', row)
+        scale = (float(point) - float(zero)) / gain.mean()  # percent of a nat
+        assert float(thick_width) / scale == pytest.approx(2 * images, rel=0.01)
+        assert float(thin_width) / scale == pytest.approx(2 * seeds, rel=0.01)
+        assert float(thin) + float(thin_width) / 2 == pytest.approx(float(point), abs=0.02)
+        assert float(thick) + float(thick_width) / 2 == pytest.approx(float(point), abs=0.02)
+        places.append((zero, scale))
+    assert places[0][0] == places[1][0] and places[0][1] == pytest.approx(places[1][1], rel=0.01), "one axis"
+
+
+def test_a_forest_plot_is_by_refined_values_where_the_report_is(tmp_path: Path) -> None:
+    for k, nll in ((1, 86.0), (50, 85.0)):
+        write(tmp_path / "o", config(k=k), values(nll), refined=values(nll - 1.5 * (k == 1), seed=1))
+    text = written(tmp_path / "o", "--against", "objective.k=1", *COMPARE).read_text(encoding="utf-8")
+    assert "by the refined proposals; on the right" in text and "-0.500 ± 0.000" in text and "+1.000" not in text
+    assert "<i" in text and text.index('id="compared"') < text.index('id="t0"'), "on top"
+
+
+def test_other_estimators_have_their_pictures(tmp_path: Path) -> None:
+    place = tmp_path / "o"
+    folder = write(place, config(), values(85.0))
+    snr = {
+        n: {str(k): {"per_parameter": y * k**p} for k in (2, 8)}
+        for n, y, p in (("inference", 1, -1), ("generative", 2, 1))
+    }
+    rows = [["k", f"gradient_snr.{n}.{k}.per_parameter", "{:.3f}"] for n in snr for k in (2, 8)]
+    write_estimate(folder, "gradient_snr", {"gradient_snr": snr}, rows)
+    bounds = {"bounds": {"1": -88.0, "50": -85.0}, "upper_bounds": {"1": -80.0, "50": -84.0}, "exact": -84.0}
+    write_estimate(folder, "sandwich", {"simulated": bounds}, [
+        *(["x", f"simulated.{side}.{k}", "{:.2f}"] for side in ("bounds", "upper_bounds") for k in (1, 50)),
+        ["exact", "simulated.exact", "{:.2f}"],
+    ])  # fmt: skip
+    gap = {"approximation_gap": 1.0, "approximation_gap_stderr_images": 0.1}
+    write_estimate(folder, "gaps", {"test": gap}, [["x", f"test.{key}", "{:.2f}"] for key in gap])
+    Figure(figsize=(2, 2)).savefig(folder / "evaluations" / "gaps-last-01234567" / "posteriors.png", format="png")
+    text = written(place).read_text(encoding="utf-8")
+    assert "<b>Gradient signal-to-noise</b>" in text
+    assert "inference, gradient_snr-last-01234567: 0.50 at 2; 0.12 at 8<" in text
+    assert "generative, gradient_snr-last-01234567: 4.00 at 2; 16.00 at 8<" in text
+    assert "L_1 to U_1" in text and "-85.00 to -84.00" in text and "test.approximation_gap</span>" in text
+    assert 'alt="gaps-last-01234567 of posteriors.png"' in text
+    # -88 to -80 with 3% on either side: the exact value is in the middle.
+    assert 'style="left:50.00%"></u>' in text and "left:2.83%;width:94.34%" in text
+
+
+def test_hostile_metrics_are_no_traceback(tmp_path: Path) -> None:
+    folder = write(tmp_path / "o", config(), values(85.0))
+    row = {"step": 1, "pass": 1, "train/bound": "high", "train/kl/1": None, "train/ess": [1]}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    np.savez(folder / "log_likelihood.npz", log_px=values(85.0))
+    assert "effective sample sizes of" in written(tmp_path / "o").read_text()
 
 
 def test_pictures_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +227,11 @@ def test_pictures_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     next((tmp_path / "outputs").glob("*-k1-seed0-*")).joinpath("figures", "samples.png").unlink()
     monkeypatch.setattr("iwae_cli.report.page.PICTURES", 5 * len(picture))
     text = written(tmp_path / "outputs").read_text()
-    samples, others = (re.findall(rf'alt="{name} of ([^"]*)"', text) for name in ("Samples", "Reconstructions"))
-    assert samples[:2] == ["iwae one_layer 5, seed 0", "iwae one_layer 50, seed 0"], "every cell before a second seed"
-    assert len(samples) == 4 and others == ["iwae one_layer 1, seed 0"]
+    samples, others = (re.findall(rf'alt="{name}[^"]* of ([^"]*)"', text) for name in ("Means", "Test images"))
+    assert samples[:2] == ["objective.k=5, seed 0; NLL 85.00", "objective.k=50, seed 0; NLL 85.00"], (
+        "every cell before a second seed"
+    )
+    assert len(samples) == 4 and others == ["objective.k=1, seed 0; NLL 85.00"]
     assert "1 without figures/samples.png" in text and "4 more in their folders" in text
 
 
@@ -131,6 +248,9 @@ function layout(page, window) {
     row: Math.max(...find(page, "tr").map(r => r.offsetHeight)),
     font: Math.min(...find(page, "td").map(c => parseFloat(window.getComputedStyle(c).fontSize))),
     left: page.querySelector("#left").textContent,
+    scrolled: find(page, ".scroll").map(b => [b.scrollWidth > b.clientWidth, !b.nextElementSibling.hidden]),
+    zeros: new Set(find(page, "#t0 .track u").map(u => Math.round(u.getBoundingClientRect().left))).size,
+    clipped: find(page, "svg").every(s => find(s, ".line").every(l => l.innerHTML.includes("clip-path"))),
   };
 }
 function behaviour(page) {
@@ -149,6 +269,12 @@ function behaviour(page) {
   found.on = find(page, ".on").map(e => e.classList.contains("c1"));
   legend[1].click();
   found.off = find(page, ".on, .lit").length;
+  const picture = page.querySelector(".pictures img"), width = () => picture.getBoundingClientRect().width;
+  found.widths = [width()];
+  picture.click();
+  found.widths.push(width());
+  page.defaultView.dispatchEvent(new page.defaultView.KeyboardEvent("keydown", {key: "Escape"}));
+  found.widths.push(width());
   return found;
 }
 window.onload = () => {
@@ -180,10 +306,15 @@ def test_it_loads_alone_reads_on_a_phone_sorts_and_highlights(page: Path, tmp_pa
     for width in ("1200", "390", "320"):
         layout = found[width]
         assert layout["requests"] == [] and not layout["hacked"] and EVIL in layout["left"]
+        assert all(hidden == told for hidden, told in layout["scrolled"]), "what a frame hides is said below it"
+        assert any(hidden for hidden, _ in layout["scrolled"]) == (width != "1200"), "all fits on a screen"
+        assert layout["zeros"] == 1 and layout["clipped"]
         assert layout["sticks_out"] <= 0 and layout["row"] < 120 and layout["font"] >= 12, width
     behaviour = found["behaviour"]
     assert behaviour["columns"] == ["1 5 50", "50 5 1", "1 5 50", "1 5 50", "50 5 1"], "50 after 5"
     assert behaviour["sorted"] == 1
     assert len(behaviour["nlls"]) == 6 and behaviour["nlls"] == sorted(behaviour["nlls"])
-    # The bound, validation and training of two seeds, active units.
-    assert len(behaviour["on"]) == 6 and all(behaviour["on"]) and behaviour["off"] == 0
+    small, large, again = behaviour["widths"]
+    assert small == again < 300 and large > 1100, "a click enlarges, Escape ends that"
+    # The bound, validation and training with their bands, effective sample sizes, the difference, active units.
+    assert len(behaviour["on"]) == 9 and all(behaviour["on"]) and behaviour["off"] == 0

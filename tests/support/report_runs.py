@@ -101,7 +101,7 @@ def write(
         **{"ess_median": 800.0, "ess_min": 40.0, "ess_share_below_10": 0.0, "khat_share_above_0.7": 0.0},
         **{"top_weight_share_above_0.5": 0.0, "bits_per_dim": nll / 784 / float(np.log(2))},
     }
-    held, reasons = {"log_px": np.asarray(log_px, dtype=np.float64)}, {}
+    held, reasons = {"log_px": np.asarray(log_px, dtype=np.float64), "ess": np.full(n, 800.0)}, {}
     if no_gap is not None:
         split |= {"gap_q": None, "gap_q_stderr": None}
         reasons["test.gap_q"] = no_gap

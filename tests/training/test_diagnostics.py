@@ -33,7 +33,7 @@ from iwae_cli.objectives.rws import RWS
 from iwae_cli.objectives.tvo import TVO
 from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.training import trainer
-from iwae_cli.training.diagnostics import diagnostics
+from iwae_cli.training.diagnostics import diagnostics, kl_of_units, kl_terms
 from iwae_cli.training.steps.plain import PlainStep
 
 SHAPE = (4, 4)
@@ -123,6 +123,30 @@ def test_the_terms_are_those_of_each_factor_and_add_up(name: str) -> None:
         reconstruction = float(model.generative.log_likelihood(X, h).mean())
     assert found.pop("train/reconstruction") == pytest.approx(reconstruction, abs=1e-5)
     assert set(found) == {"train/ess", "train/gradient_norm/p", "train/gradient_norm/q"}
+
+
+def test_the_kl_of_the_units_adds_up_and_is_the_analytic_one() -> None:
+    model = built(GaussianMLP([3, 2], [[6], [5]]))
+    drawn = model.draw(X, 4, noise())
+    for units, term in zip(kl_of_units(model, X, drawn.latents), kl_terms(model, X, drawn.latents), strict=True):
+        assert units.sum() == pytest.approx(float(term.detach().mean()), rel=1e-5)
+    model = built(GaussianMLP([3], [[6]]))
+    with torch.no_grad():
+        (found,) = kl_of_units(model, X, model.draw(X, 40_000, noise()).latents)
+        loc, log_scale = model.inference.layers[0](X)
+    exact = 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale).mean(0)
+    assert found == pytest.approx(exact.numpy(), rel=0.03, abs=0.01)
+
+
+def test_units_that_are_not_diagonal_gaussians_have_no_kl() -> None:
+    discrete, full = SigmoidBeliefNetwork([3]), LinearGaussianModel([3])
+    for model in (built(discrete), built(full, levels=None)):
+        assert kl_of_units(model, X, model.draw(X, 2, noise()).latents) == []
+    model = built(GaussianMLP([3], [[6]]))
+    latents = model.draw(X, 2, noise()).latents
+    layer = model.inference.layers[0]
+    layer.__class__ = type("Own", (type(layer),), {"log_prob": lambda self, h, given: h.sum(-1)})
+    assert kl_of_units(model, X, latents) == []
 
 
 def test_kl_and_reconstruction_give_the_elbo() -> None:

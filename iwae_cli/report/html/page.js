@@ -22,6 +22,16 @@ for (const button of document.querySelectorAll("th button")) {
     body.append(...rows.map(([, row]) => row));
   });
 }
+// What a frame hides is said below it.
+const measure = () => document.querySelectorAll(".scroll").forEach((frame) => {
+  const hides = frame.scrollWidth > frame.clientWidth + 1 || frame.scrollHeight > frame.clientHeight + 1;
+  frame.nextElementSibling.hidden = !hides;
+});
+addEventListener("resize", measure);
+measure();
+addEventListener("keydown", (e) => {
+  if (e.key === "Escape") document.querySelectorAll(".zoom input").forEach((box) => { box.checked = false; });
+});
 // A legend lights up the curves of one cell: while pointed at, and for good once clicked.
 for (const legend of document.querySelectorAll(".legend")) {
   const section = legend.closest("section");
