@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from iwae_cli.config.build import build
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
@@ -165,11 +168,13 @@ class Experiment:
         Raises:
             UserError: a file whose content belongs to it is missing.
         """
-        data = self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
-        return self._named(data)
+        return self._named(self._data_fingerprint())
 
-    def _named(self, data: str | None) -> str:
-        """Return the name of the training on data with this fingerprint."""
+    def _data_fingerprint(self) -> str | None:
+        return self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
+
+    def _named(self, data: str | None, **groups: Any) -> str:
+        """Return the name of the training on data with this fingerprint, with these nodes instead of its own."""
         fingerprints = {"data": data}
         if self.initial is not None:
             fingerprints["init_from"] = checkpoint.fingerprint(self.initial, self.with_optimizer)
@@ -178,7 +183,27 @@ class Experiment:
         gradient = getattr(self.objective, "gradient", "total")
         objective = words(type(self.objective).__name__) + ("" if gradient == "total" else f"_{gradient}")
         parts = (self.data.name, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
-        return training_name(parts, self.config, known)
+        return training_name(parts, {**self.config, **groups}, known)
+
+    def shorter(self) -> list[tuple[int, RunFolder]]:
+        """Return the runs of this training with another schedule that is the beginning of this one, longest first.
+
+        Each with its number of passes. Only runs with the same readable name are looked at.
+        """
+        data = self._data_fingerprint()
+        name = self._named(data).rpartition("-")[0]
+        found = []
+        for file in Path(self.output_dir).glob(f"{escape(name)}-????????/config.yaml"):
+            with suppress(UserError, OSError, KeyError, TypeError):
+                node = _schedule(file, file.stat().st_mtime_ns)
+                theirs, mine = build(node, Schedule, "schedule"), self.schedule
+                if theirs.passes < mine.passes and all(
+                    theirs.factor(number) == mine.factor(number) for number in range(theirs.passes)
+                ):
+                    run = RunFolder(file.parent)
+                    if self._named(data, schedule=node).rpartition("-")[2] == run.identity.rpartition("-")[2]:
+                        found.append((theirs.passes, run))
+        return sorted(found, key=lambda pair: -pair[0])
 
     def _sizes(self) -> list[int]:
         """Return the first argument of the model that is a size or a list of sizes, such as ``latent_sizes``."""
@@ -263,6 +288,12 @@ class Experiment:
         if refusal is not None:
             raise UserError(refusal)
         return data
+
+
+@lru_cache(maxsize=10_000)
+def _schedule(config: Path, changed: int) -> Any:
+    # Cached for the jobs of a sweep.
+    return RunFolder(config.parent).config()["schedule"]
 
 
 def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
+from iwae_cli.runs.extend import extend
 from iwae_cli.training import checkpoint
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.steps.choose import choose_step
@@ -436,6 +437,8 @@ def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tupl
     with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
         if lacking:
             log.warning("regenerated, since it was gone or damaged: %s", ", ".join(lacking))
+        if not experiment.restart:
+            extend(experiment, data, folder)
         result = Runner(experiment, data, folder, caught).run()
     return result, FanOut(experiment.loggers).sync_command()
 

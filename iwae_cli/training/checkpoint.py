@@ -14,6 +14,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ class State:
         measured: number of these steps.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
+        before_extra: ``best``, ``diagnostics`` and ``measured`` before a validation that only the last pass has, for a
+            longer training that starts from this one.
     """
 
     identity: str
@@ -64,6 +67,7 @@ class State:
     measured: int = 0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    before_extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compiled(self) -> bool | None:
@@ -91,6 +95,11 @@ class State:
     def _current(self, key: str) -> str:
         """Return ``plan[key]`` after its last change."""
         return str(self.plan.get(key)).rpartition(", then ")[2]
+
+
+def means(sums: Mapping[str, float], measured: int) -> dict[str, float | None]:
+    """Return the means over measured steps; one that is not finite is None."""
+    return {name: value / measured if math.isfinite(value) else None for name, value in sums.items()}
 
 
 def previous(path: Path) -> Path:
@@ -171,7 +180,15 @@ def _last_step(path: Path) -> object:
 
 
 def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
-    """Write the best weights so far, described by ``state.best``, to ``path``, atomically."""
+    """Write the best weights so far, described by ``state.best``, to ``path``, atomically.
+
+    Those of ``before_extra`` become the ``previous`` ones.
+    """
+    if path.exists() and (before := state.before_extra.get("best")) and before != state.best:
+        with suppress(UserError):
+            if load_best(path, state)[0] == before["step"]:
+                with atomic_path(previous(path)) as temporary:
+                    shutil.copyfile(path, temporary)
     _write({"identity": state.identity, **state.best, "model": model}, path)
 
 

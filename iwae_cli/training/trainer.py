@@ -17,7 +17,7 @@ from iwae_cli.core.errors import Interrupted, RunFailed
 from iwae_cli.core.numerics import accumulator_device
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.training.checkpoint import State, not_finite
+from iwae_cli.training.checkpoint import State, means, not_finite
 from iwae_cli.training.diagnostics import EVERY, diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
@@ -215,6 +215,9 @@ class Trainer:
         number, whole = in_pass + 1, len(self.minibatches.data.train) // rows
         due = number % EVERY == 0 or (number == whole and self._is_validated(pass_index + 1))
         if self._measures and due and number <= whole:
+            if self._is_extra(pass_index + 1) and number % EVERY:
+                now = {"diagnostics": dict(self.state.diagnostics), "measured": self.state.measured}
+                self.state.before_extra.update(now)
             self._measure(step)
 
     def _measure(self, step: int) -> None:
@@ -232,6 +235,10 @@ class Trainer:
 
     def _is_validated(self, pass_number: int) -> bool:
         return pass_number == self.schedule.passes or pass_number % self.validation_every == 0
+
+    def _is_extra(self, pass_number: int) -> bool:
+        """Whether a pass is validated only because it is the last one."""
+        return pass_number == self.schedule.passes and pass_number % self.validation_every != 0
 
     def end_step(self, bounds: Float[Tensor, " batch"], save: bool) -> bool:
         """Count a step with these bounds in nats; validate and save where due; return whether to continue."""
@@ -276,8 +283,7 @@ class Trainer:
             raise Diverged(f"training diverged in pass {pass_number}: the bound is {bound}; {ADVICE}")
         rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
-        for name, value in state.diagnostics.items():
-            metrics[name] = value / state.measured if math.isfinite(value) else None
+        metrics |= means(state.diagnostics, state.measured)
         if self._is_validated(pass_number):
             self.model.eval()
             try:
@@ -286,6 +292,8 @@ class Trainer:
                 self.save()
                 return False
             self.model.train()
+            if self._is_extra(pass_number):
+                state.before_extra["best"] = dict(state.best)
             metrics["validation/bound"] = value if math.isfinite(value) else None
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}
