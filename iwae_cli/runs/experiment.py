@@ -43,7 +43,7 @@ MODELS_FOR = {
 """What to type for data of each kind of observation."""
 
 
-_hashes: dict[str | None, str] = {}
+_hashes: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,10 @@ class Experiment:
         Raises:
             UserError: a file whose content belongs to it is missing.
         """
-        return self._named(self._data_fingerprint())
+        return self._named(self._fingerprint)
 
-    def _data_fingerprint(self) -> str | None:
+    @cached_property
+    def _fingerprint(self) -> str | None:
         return self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
 
     def _named(self, data: str | None, **groups: Any) -> str:
@@ -190,8 +191,7 @@ class Experiment:
 
         Each with its number of passes. Only runs with the same readable name are looked at.
         """
-        data = self._data_fingerprint()
-        name = self._named(data).rpartition("-")[0]
+        name = self.identity().rpartition("-")[0]
         found = []
         for file in Path(self.output_dir).glob(f"{escape(name)}-????????/config.yaml"):
             with suppress(UserError, OSError, KeyError, TypeError):
@@ -201,7 +201,10 @@ class Experiment:
                     theirs.factor(number) == mine.factor(number) for number in range(theirs.passes)
                 ):
                     run = RunFolder(file.parent)
-                    if self._named(data, schedule=node).rpartition("-")[2] == run.identity.rpartition("-")[2]:
+                    if (
+                        self._named(self._fingerprint, schedule=node).rpartition("-")[2]
+                        == run.identity.rpartition("-")[2]
+                    ):
                         found.append((theirs.passes, run))
         return sorted(found, key=lambda pair: -pair[0])
 
@@ -258,8 +261,8 @@ class Experiment:
 
     def data_sha256(self) -> str:
         """Return the hash of the data; nothing is downloaded. The jobs of one sweep that share data compute it once."""
-        key = self.group and f"{self.group} {json.dumps(self.config['data'], sort_keys=True)}"
-        if key not in _hashes or key is None:
+        key = f"{self.group} {json.dumps(self.config['data'], sort_keys=True)}"
+        if key not in _hashes or self.group is None:
             downloads = DOWNLOADS.set(False)
             try:
                 _hashes[key] = self.data.load().sha256()

@@ -11,7 +11,7 @@ from iwae_cli.core import progress
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import sources
+from iwae_cli.record.identity import changed, sources
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import RunInfo
 from iwae_cli.runs.experiment import Experiment
@@ -29,7 +29,7 @@ def extend(experiment: Experiment, data: Data, folder: RunFolder) -> None:
     if checkpoint.exists(folder.checkpoint) or folder.result() is not None:
         return
     for passes, shorter in experiment.shorter():
-        with suppress(UserError):
+        with suppress(UserError, KeyError):
             if _copy(experiment, data, shorter, passes, folder):
                 line = f"starts from pass {passes:,} of {shorter.identity}, whose schedule is the beginning of this one"
                 progress.announce(line)
@@ -38,38 +38,30 @@ def extend(experiment: Experiment, data: Data, folder: RunFolder) -> None:
 
 
 def _copy(experiment: Experiment, data: Data, shorter: RunFolder, passes: int, folder: RunFolder) -> bool:
-    """Return whether ``shorter`` has ended as this training would pass by, and was copied."""
+    """Return whether ``shorter`` ended in a state that this training passes through, and was copied."""
     state = checkpoint.load(shorter.checkpoint, shorter.identity)
     model = experiment.model.outline(data.image_shape, data.levels)
-    per_pass = math.ceil(len(data.train) / experiment.batch_size)
-    total, rows = per_pass * experiment.schedule.passes, min(experiment.batch_size, len(data.train))
-    # The last pass is always validated, which the longer training may not do there: it continues from before that.
+    rows, per_pass = min(experiment.batch_size, len(data.train)), math.ceil(len(data.train) / experiment.batch_size)
+    total = per_pass * experiment.schedule.passes
+    # The last pass is always validated, and the longer training may not do that there: it continues from before it.
     extra = passes % experiment.validation.every != 0
     if (
         not state.step == state.total_steps == passes * per_pass
         or state.bound_sum != 0
-        or checkpoint.not_finite(state, state.model) is not None
         or state.data_sha256 != data.sha256()
-        or state.changed_since(sources(experiment.config))
+        or changed(state.sources, sources(experiment.config))
         or state.compiled != should_compile(model, experiment.objective, experiment.device, total, rows, None)
-        or (extra and "best" not in state.before_extra)
+        or (extra and "row" not in state.before_extra)
     ):
         return False
-    best, history, before = state.best, read_history(shorter.path), state.before_extra
+    history, best, file = read_history(shorter.path, state.step), state.best, shorter.best
     if extra:
-        best = before["best"]
-        for step, row in history:
-            if step == state.step:
-                row.pop("validation/bound", None)
-                if "measured" in before:
-                    kept = {key: row[key] for key in ("pass", "train/bound", "learning_rate")}
-                    row.clear()
-                    row.update(kept | checkpoint.means(before["diagnostics"], before["measured"]))
-    longer = replace(
-        state, identity=folder.identity, names=experiment.names, total_steps=total, best=best, before_extra={}
-    )
+        history = [*read_history(shorter.path, state.step - 1), (state.step, state.before_extra["row"])]
+        best = state.before_extra["best"]
+        file = file if best == state.best else checkpoint.previous(file)
+    longer = replace(state, identity=folder.identity, names=experiment.names, total_steps=total)
+    longer.best, longer.before_extra = best, {}
     if best:
-        file = shorter.best if best == state.best else checkpoint.previous(shorter.best)
         checkpoint.save_best(longer, checkpoint.load_best(file, state)[1], folder.best)
     record = JsonlLogger()
     record.open(RunInfo(folder.path, folder.identity, experiment.config, experiment.group, []), history)

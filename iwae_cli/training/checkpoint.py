@@ -48,8 +48,8 @@ class State:
         measured: number of these steps.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
-        before_extra: ``best``, ``diagnostics`` and ``measured`` before a validation that only the last pass has, for a
-            longer training that starts from this one.
+        before_extra: of a last pass that is validated only as such: ``best`` before it, and the ``row`` of its metrics
+            in a longer training, which may start from this state.
     """
 
     identity: str
@@ -87,19 +87,14 @@ class State:
                 self.plan[key] = value
         return changes
 
-    def changed_since(self, sources: Mapping[str, str]) -> str:
-        """Return which of these source files (path -> hash) differ from those in ``plan``, in words; empty if none."""
-        changed = [name for name, now in sources.items() if name in self.plan and self._current(name) != now]
-        return f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
+    @property
+    def sources(self) -> dict[str, str]:
+        """The hashes of the source files in ``plan``, see ``identity.sources``."""
+        return {name: self._current(name) for name in self.plan if name.endswith(".py")}
 
     def _current(self, key: str) -> str:
         """Return ``plan[key]`` after its last change."""
         return str(self.plan.get(key)).rpartition(", then ")[2]
-
-
-def means(sums: Mapping[str, float], measured: int) -> dict[str, float | None]:
-    """Return the means over measured steps; one that is not finite is None."""
-    return {name: value / measured if math.isfinite(value) else None for name, value in sums.items()}
 
 
 def previous(path: Path) -> Path:
@@ -245,15 +240,15 @@ def _require(path: Path, identity: str, wanted: str | None) -> None:
         raise UserError(f"{path} is a checkpoint of {identity}, not of {wanted}")
 
 
-def require_data(state: State, sha256: str, name: str) -> None:
+def require_data(identity: str, trained_on: str, sha256: str, name: str) -> None:
     """Refuse data that has changed.
 
     Raises:
-        UserError: the data called ``name`` is not what ``state`` was trained on.
+        UserError: the data called ``name``, with hash ``sha256``, is not what ``identity`` was trained on.
     """
-    if state.data_sha256 != sha256:
+    if trained_on != sha256:
         raise UserError(
-            f"the files of {name} are not those that {state.identity} was trained on; "
+            f"the files of {name} are not those that {identity} was trained on; "
             "restore them, or retrain with restart=true"
         )
 

@@ -17,7 +17,7 @@ from iwae_cli.core.errors import Interrupted, RunFailed
 from iwae_cli.core.numerics import accumulator_device
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.training.checkpoint import State, means, not_finite
+from iwae_cli.training.checkpoint import State, not_finite
 from iwae_cli.training.diagnostics import EVERY, diagnostics
 from iwae_cli.training.minibatches import Minibatches
 from iwae_cli.training.schedule import Schedule
@@ -216,8 +216,7 @@ class Trainer:
         due = number % EVERY == 0 or (number == whole and self._is_validated(pass_index + 1))
         if self._measures and due and number <= whole:
             if self._is_extra(pass_index + 1) and number % EVERY:
-                now = {"diagnostics": dict(self.state.diagnostics), "measured": self.state.measured}
-                self.state.before_extra.update(now)
+                self.state.before_extra = {"diagnostics": self._means()}
             self._measure(step)
 
     def _measure(self, step: int) -> None:
@@ -232,6 +231,10 @@ class Trainer:
         state = self.state
         state.measured += 1
         state.diagnostics = {name: state.diagnostics.get(name, 0.0) + value for name, value in found.items()}
+
+    def _means(self) -> dict[str, float | None]:
+        sums, measured = self.state.diagnostics, self.state.measured
+        return {name: value / measured if math.isfinite(value) else None for name, value in sums.items()}
 
     def _is_validated(self, pass_number: int) -> bool:
         return pass_number == self.schedule.passes or pass_number % self.validation_every == 0
@@ -283,7 +286,10 @@ class Trainer:
             raise Diverged(f"training diverged in pass {pass_number}: the bound is {bound}; {ADVICE}")
         rate = self._base_rates[0] * self.schedule.factor(pass_number - 1)
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
-        metrics |= means(state.diagnostics, state.measured)
+        if self._is_extra(pass_number):
+            earlier = state.before_extra.get("diagnostics", self._means())
+            state.before_extra |= {"best": dict(state.best), "row": metrics | earlier}
+        metrics |= self._means()
         if self._is_validated(pass_number):
             self.model.eval()
             try:
@@ -292,8 +298,6 @@ class Trainer:
                 self.save()
                 return False
             self.model.train()
-            if self._is_extra(pass_number):
-                state.before_extra["best"] = dict(state.best)
             metrics["validation/bound"] = value if math.isfinite(value) else None
             if math.isfinite(value) and value > state.best.get("bound", -math.inf):
                 state.best = {"step": state.step, "bound": value}

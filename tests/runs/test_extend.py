@@ -12,13 +12,15 @@ from small_runs import TINY, bits, finished, last_of_each, run, run_folders, sna
 
 from iwae_cli.training import trainer
 
-BASE = last_of_each(*TINY, "device=cpu", "validation.every=2", "evaluation.weights=best", "optimizer.lr=0.01")
+BASE = last_of_each(
+    *TINY, "device=cpu", "batch_size=400", "validation.every=2", "evaluation.weights=best", "optimizer.lr=0.01"
+)
 
 
 @pytest.fixture(autouse=True)
 def often_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps 5 and 10 of every pass, and step 12 of a validated one."""
-    monkeypatch.setattr(trainer, "EVERY", 5)
+    """Step 2 of the 4 of every pass, and step 3 of a validated one."""
+    monkeypatch.setattr(trainer, "EVERY", 2)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +53,9 @@ def test_it_ends_in_the_bits_of_an_uninterrupted_run(
     assert [line.split(",")[0] for line in said] == ([f"starts from pass {passes} of {old.name}"] if passes else [])
     (new,) = set(run_folders(tmp_path / "here")) - {old}
     assert bits(new) == uninterrupted and snapshot(old) == before
-    code, _, err = run(*of_longer, f"output_dir={tmp_path / 'here'}", "restart=true")
-    assert code == 0 and "starts from" not in err and "resumes" not in err, err
-    assert bits(new) == uninterrupted
+    if passes is not None:
+        code, _, err = run(*of_longer, f"output_dir={tmp_path / 'here'}", "restart=true", "evaluation.k=2")
+        assert code == 0 and "starts from" not in err and "resumes" not in err, err
 
 
 def test_a_kill_while_it_is_copied_and_one_that_is_not_whole(tmp_path: Path, forks: Forks) -> None:
