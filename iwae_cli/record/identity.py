@@ -77,7 +77,7 @@ def path_keys(node: Mapping[str, Any]) -> list[str]:
     cls, outside = _class(node), not _is_own(node)
     parameters = {} if cls is None else inspect.signature(cls).parameters
     annotated = [key for key, p in parameters.items() if re.search(r"\bPath(Like)?\b", str(p.annotation))]
-    return [k for k in node if k in ("data_dir", "path", *annotated) or (outside and _PATH.fullmatch(k))]
+    return [k for k in node if k in ("data_dir", "path", *annotated) or (outside and _PATH.fullmatch(str(k)))]
 
 
 def paths_fingerprint(node: Mapping[str, Any], shared: str) -> str | None:
@@ -117,7 +117,7 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
         file, top = str(getattr(sys.modules.get(first), "__file__", None)), first.partition(".")[0]
         if top in (_OWN, "torch") or not file.endswith(".py"):
             continue
-        root, todo = Path(file).parents[first.count(".") + file.endswith("__init__.py")], [first]
+        root, todo = Path(file).absolute().parents[first.count(".") + file.endswith("__init__.py")], [first]
         while todo:
             name = todo.pop()
             for path in (root / f"{name.replace('.', '/')}.py", root / name.replace(".", "/") / "__init__.py"):

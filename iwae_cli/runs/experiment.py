@@ -197,15 +197,11 @@ class Experiment:
             with suppress(UserError, OSError, KeyError, TypeError):
                 node = _schedule(file, file.stat().st_mtime_ns)
                 theirs, mine = build(node, Schedule, "schedule"), self.schedule
-                if theirs.passes < mine.passes and all(
+                begins = theirs.passes < mine.passes and all(
                     theirs.factor(number) == mine.factor(number) for number in range(theirs.passes)
-                ):
-                    run = RunFolder(file.parent)
-                    if (
-                        self._named(self._fingerprint, schedule=node).rpartition("-")[2]
-                        == run.identity.rpartition("-")[2]
-                    ):
-                        found.append((theirs.passes, run))
+                )
+                if begins and self._named(self._fingerprint, schedule=node) == file.parent.name:
+                    found.append((theirs.passes, RunFolder(file.parent)))
         return sorted(found, key=lambda pair: -pair[0])
 
     def _sizes(self) -> list[int]:
@@ -237,10 +233,11 @@ class Experiment:
                 raise
             return finished
         existing = folder_ending(output_dir, place.name.rpartition("-")[2], first=place.name)
-        if existing is None and not self.restart and self.data.fingerprint() is None:
+        if existing is None and not self.restart and self._fingerprint and self.data.fingerprint() is None:
             # Versions before 0.5 did not hash the files of a class from outside; their content is compared later.
             unhashed = self._named(None)
-            existing = folder_ending(output_dir, unhashed.rpartition("-")[2], first=unhashed)
+            known = folder_ending(output_dir, unhashed.rpartition("-")[2], first=unhashed)
+            existing = known if known and recorded_as(known.config()) == recorded_as(self.config) else None
         former = None if existing or self.restart else self._recorded(MARK, finished=False)
         if former is not None and former.result() is None:
             raise UserError(
