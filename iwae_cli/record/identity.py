@@ -9,8 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ LONGEST_PART = 40
 """Characters of one readable part of a folder's name."""
 
 _OWN = __name__.partition(".")[0]
-_OF_TRAINING = ("data", "model", "objective", "optimizer", "schedule", "estimator")
+_OF_NUMBERS = ("data", "model", "objective", "optimizer", "schedule", "estimator")
 """Groups whose classes decide numbers."""
 _PATH = re.compile(r"(.+_)?(path|file|filename|dir|directory|folder|root)s?")
 """How arguments are named that hold paths."""
@@ -70,118 +69,97 @@ def recorded_as(config: Mapping[str, Any]) -> str:
 
     It compares configurations whose files are gone, or that were hashed by another version.
     """
-    data = config["data"]
-    paths = [data[key] for key in path_keys(data) if key != "data_dir" and data[key] is not None]
-    named = {"data": paths or None, "init_from": config["init_from"]}
-    return _digest(training_config(config, {key: str(path) for key, path in named.items() if path is not None}))
+    paths = {
+        key: path for key, path in config["data"].items() if key in path_keys(config["data"]) and key != "data_dir"
+    }
+    paths["init_from"] = config["init_from"]
+    return _digest(training_config(config, {key: str(path) for key, path in paths.items() if path is not None}))
 
 
 def path_keys(node: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the node of a data set that name files or folders.
+    """Return the keys of a data set's node that name files or folders.
 
-    They are ``data_dir`` and ``path``, arguments annotated as ``Path``, and for a class from outside this package all
-    that are named as paths are.
+    They are ``data_dir``, ``path``, arguments annotated as ``Path``, and what a class from outside this package names
+    as paths are named.
     """
-    cls, outside = _class(node), not str(node.get("_target_")).startswith(f"{_OWN}.")
-    annotated = (
-        []
-        if cls is None
-        else [
-            name
-            for name, p in inspect.signature(cls).parameters.items()
-            if re.search(r"\bPath(Like)?\b", str(p.annotation))
-        ]
-    )
-    return [
-        key
-        for key in node
-        if key in ("data_dir", "path") or key in annotated or (outside and _PATH.fullmatch(key) is not None)
-    ]
+    cls, outside = _class(node), not _is_own(node)
+    parameters = {} if cls is None else inspect.signature(cls).parameters
+    annotated = [key for key, p in parameters.items() if re.search(r"\bPath(Like)?\b", str(p.annotation))]
+    return [k for k in node if k in ("data_dir", "path", *annotated) or (outside and _PATH.fullmatch(str(k)))]
 
 
 def paths_fingerprint(node: Mapping[str, Any], shared: str) -> str | None:
-    """Return a hash of the content of all files and folders that the node of a data set names; None if it names none.
+    """Return a hash of the content of all files and folders that a data set's node names; None if it names none.
 
-    Not of the folder ``shared``, which holds many data sets, nor of ``data_dir`` of a class of this package, which
-    checks published hashes.
+    Left out are the folder ``shared`` of many data sets, and ``data_dir`` of a class of this package, which checks
+    published hashes.
 
     Raises:
-        UserError: one does not exist or cannot be read.
+        UserError: one cannot be read.
     """
-    own = str(node.get("_target_")).startswith(f"{_OWN}.")
-    contents = []
-    for key in path_keys(node):
-        for value in node[key] if isinstance(node[key], list) else [node[key]]:
-            if isinstance(value, str) and value not in ("", shared) and not (own and key == "data_dir"):
-                contents.append(_content(Path(value).expanduser(), f"data.{key}"))
-    return None if not contents else contents[0] if len(contents) == 1 else _digest(contents)
-
-
-def _content(path: Path, key: str) -> str:
-    try:
-        if not path.is_dir():
-            return _hashed(path, path.stat().st_size, path.stat().st_mtime_ns)
-        inner = [(file, file.stat()) for file in sorted(path.rglob("[!.]*")) if file.is_file()]
-        return _digest([(str(f.relative_to(path)), _hashed(f, at.st_size, at.st_mtime_ns)) for f, at in inner])
-    except OSError as error:
-        raise UserError(f"{key} names {path}, which cannot be read: {error.strerror or error}") from None
-
-
-@lru_cache(maxsize=100_000)
-def _hashed(path: Path, size: int, changed: int) -> str:
-    # Cached while it is unchanged, for the jobs of a sweep.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    keys = [key for key in path_keys(node) if key != "data_dir" or not _is_own(node)]
+    named = [(key, value) for key in keys for value in (node[key] if isinstance(node[key], list) else [node[key]])]
+    digest, hashed = hashlib.sha256(), False
+    for key, value in named:
+        if isinstance(value, str) and value not in ("", shared):
+            path, hashed = Path(value).expanduser(), True
+            try:
+                inner = sorted(file for file in path.rglob("[!.]*") if file.is_file()) if path.is_dir() else [path]
+                for file in inner:
+                    with file.open("rb") as opened:
+                        content = hashlib.file_digest(opened, "sha256").hexdigest()
+                    digest.update(f"{file.relative_to(path)} {content} ".encode())
+            except OSError as error:
+                raise UserError(f"data.{key} names {path}, which cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest() if hashed else None
 
 
 def sources(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a hash of every file with source code from outside this package that decides numbers: path -> hash.
+    """Return a hash of every source file from outside this package that decides numbers, by its path in ``sys.path``.
 
-    These are the modules of the classes in ``config`` that have been imported, and what they import from their own
-    package or folder. The paths are relative to the folder that Python finds them in.
+    These are the modules of the classes that ``config`` names, as far as they have been imported, and what they import
+    from their own package or folder.
     """
     found: dict[str, str] = {}
-    targets = [target for group in _OF_TRAINING for target in _targets(config.get(group))]
-    modules = [str(target).rpartition(".")[0] for target in targets]
-    for first in modules:
-        file = getattr(sys.modules.get(first), "__file__", None)
-        if first.partition(".")[0] in (_OWN, "torch") or file is None or not file.endswith(".py"):
+    for first in [target.rpartition(".")[0] for target in _targets([config.get(group) for group in _OF_NUMBERS])]:
+        file, top = str(getattr(sys.modules.get(first), "__file__", None)), first.partition(".")[0]
+        if top in (_OWN, "torch") or not file.endswith(".py"):
             continue
-        package = file.endswith("__init__.py")
-        root, top = Path(file).parents[first.count(".") + package], first.partition(".")[0]
-        todo = [first]
+        root, todo = Path(file).absolute().parents[first.count(".") + file.endswith("__init__.py")], [first]
         while todo:
             name = todo.pop()
             for path in (root / f"{name.replace('.', '/')}.py", root / name.replace(".", "/") / "__init__.py"):
-                # Among installed packages only the class's own one is looked into.
                 known = str(path.relative_to(root))
-                if (
-                    known not in found
-                    and (name.split(".")[0] == top or "-packages" not in root.name)
-                    and path.is_file()
-                ):
-                    source = path.read_bytes()
-                    found[known] = hashlib.sha256(source).hexdigest()[:16]
-                    todo += _imported(source, name if path.stem == "__init__" else name.rpartition(".")[0])
+                # Beside an installed package lie all others.
+                near = name.partition(".")[0] == top or "-packages" not in root.name
+                if known in found or not near or not path.is_file():
+                    continue
+                found[known] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+                for node in ast.walk(ast.parse(path.read_bytes())):
+                    if isinstance(node, ast.Import):
+                        todo += [alias.name for alias in node.names]
+                    elif isinstance(node, ast.ImportFrom):
+                        base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                        todo += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return found
 
 
-def _targets(node: Any) -> Iterator[Any]:
-    inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    if isinstance(node, Mapping) and "_target_" in node:
-        yield node["_target_"]
-    for value in inner:
-        yield from _targets(value)
+def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return which of the ``sources`` recorded differ now, such as "shapes.py has changed"; empty if none."""
+    names = [name for name, found in now.items() if recorded.get(name, found) != found]
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} changed" if names else ""
 
 
-def _imported(source: bytes, package: str) -> Iterator[str]:
-    """Return the modules, or what may be modules, that a source file of ``package`` imports."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+def _targets(node: Any) -> list[str]:
+    """Return the names of the classes in a node and below."""
+    inner = [*node.values()] if isinstance(node, Mapping) else node if isinstance(node, list) else []
+    own = [str(node["_target_"])] if isinstance(node, Mapping) and "_target_" in node else []
+    return own + [target for value in inner for target in _targets(value)]
+
+
+def _is_own(node: Mapping[str, Any]) -> bool:
+    return str(node.get("_target_")).startswith(f"{_OWN}.")
 
 
 def evaluation_name(config: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision, sources
+from iwae_cli.record.identity import changed, estimator_name, evaluation_name, evaluation_precision, sources
 from iwae_cli.training import checkpoint
 from iwae_cli.training.checkpoint import State
 
@@ -76,7 +76,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         if refusal is not None:
             raise UserError(refusal)
     data = objects["data"].load()
-    checkpoint.require_data(state, data.sha256(), data.name)
+    checkpoint.require_data(state.identity, state.data_sha256, data.sha256(), data.name)
     _say_changes(state, config)
     if "estimator" not in config:
         check_refine(evaluation, objects["model"], data)
@@ -105,8 +105,8 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
 
 
 def _say_changes(state: State, config: Mapping[str, Any]) -> None:
-    if changed := state.changed_since(sources(config)):
-        progress.announce(f"{changed} since this run, whose weights were trained by the code as it was")
+    if what := changed(state.sources, sources(config)):
+        progress.announce(f"{what} since this run, whose weights were trained by the code as it was")
 
 
 def _build(architecture: Architecture, state: State) -> LatentVariableModel:
@@ -288,7 +288,8 @@ def _facts(
             "train_runs_at_once": state.plan.get("runs_at_once", 1),
         },
         "git": _git(),
-        "sources": sources(config),
+        "sources": state.sources | sources({"estimator": config.get("estimator")}),
+        "data_sha256": state.data_sha256,
     }
     if "estimator" in config:
         del facts["evaluation"]["k"]  # that of L_k

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from iwae_cli.config.build import build
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
@@ -41,7 +44,7 @@ MODELS_FOR = {
 """What to type for data of each kind of observation."""
 
 
-_hashes: dict[str | None, str] = {}
+_hashes: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,14 @@ class Experiment:
         Raises:
             UserError: a file whose content belongs to it is missing.
         """
-        data = self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
-        return self._named(data)
+        return self._named(self._fingerprint)
 
-    def _named(self, data: str | None) -> str:
-        """Return the name of the training on data with this fingerprint."""
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return self.data.fingerprint() or paths_fingerprint(self.config["data"], self.config["data_dir"])
+
+    def _named(self, data: str | None, **groups: Any) -> str:
+        """Return the name of the training on data with this fingerprint, with these nodes instead of its own."""
         fingerprints = {"data": data}
         if self.initial is not None:
             fingerprints["init_from"] = checkpoint.fingerprint(self.initial, self.with_optimizer)
@@ -190,7 +196,27 @@ class Experiment:
         objective = words(type(self.objective).__name__) + ("" if gradient in ("total", "score") else f"_{gradient}")
         data = f"{self.data.name}_first{self.data.limit}" if self.data.limit else self.data.name
         parts = (data, model, objective, f"k{self.objective.num_samples}", f"seed{self.seed}")
-        return training_name(parts, self.config, known)
+        return training_name(parts, {**self.config, **groups}, known)
+
+    def shorter(self) -> list[tuple[int, RunFolder]]:
+        """Return the runs of this training with another schedule that is the beginning of this one, longest first.
+
+        Each with its number of passes. Only runs with the same readable name are looked at.
+        """
+        name = self.identity().rpartition("-")[0]
+        found = []
+        for file in Path(self.output_dir).glob(f"{escape(name)}-????????/config.yaml"):
+            with suppress(UserError, OSError, KeyError, TypeError):
+                node = _schedule(file, file.stat().st_mtime_ns)
+                theirs, mine = build(node, Schedule, "schedule"), self.schedule
+                begins = (
+                    theirs.patience is None is mine.patience
+                    and theirs.passes < mine.passes
+                    and all(theirs.factor(number) == mine.factor(number) for number in range(theirs.passes))
+                )
+                if begins and self._named(self._fingerprint, schedule=node) == file.parent.name:
+                    found.append((theirs.passes, RunFolder(file.parent)))
+        return sorted(found, key=lambda pair: -pair[0])
 
     def _sizes(self) -> list[int]:
         """Return the first argument of the model that is a size or a list of sizes, such as ``latent_sizes``."""
@@ -221,10 +247,11 @@ class Experiment:
                 raise
             return finished
         existing = folder_ending(output_dir, place.name.rpartition("-")[2], first=place.name)
-        if existing is None and not self.restart and self.data.fingerprint() is None:
+        if existing is None and not self.restart and self._fingerprint and self.data.fingerprint() is None:
             # Versions before 0.5 did not hash the files of a class from outside; their content is compared later.
             unhashed = self._named(None)
-            existing = folder_ending(output_dir, unhashed.rpartition("-")[2], first=unhashed)
+            known = folder_ending(output_dir, unhashed.rpartition("-")[2], first=unhashed)
+            existing = known if known and recorded_as(known.config()) == recorded_as(self.config) else None
         former = None if existing or self.restart else self._recorded(MARK, finished=False)
         if former is not None and former.result() is None:
             raise UserError(
@@ -245,8 +272,8 @@ class Experiment:
 
     def data_sha256(self) -> str:
         """Return the hash of the data; nothing is downloaded. The jobs of one sweep that share data compute it once."""
-        key = self.group and f"{self.group} {json.dumps(self.config['data'], sort_keys=True)}"
-        if key not in _hashes or key is None:
+        key = f"{self.group} {json.dumps(self.config['data'], sort_keys=True)}"
+        if key not in _hashes or self.group is None:
             downloads = DOWNLOADS.set(False)
             try:
                 _hashes[key] = self.data.load().sha256()
@@ -276,6 +303,12 @@ class Experiment:
         if refusal is not None:
             raise UserError(refusal)
         return data
+
+
+@lru_cache(maxsize=10_000)
+def _schedule(config: Path, changed: int) -> Any:
+    # Cached for the jobs of a sweep.
+    return RunFolder(config.parent).config()["schedule"]
 
 
 def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:

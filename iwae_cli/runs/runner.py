@@ -30,12 +30,13 @@ from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder, drawable
-from iwae_cli.record.identity import evaluation_name, sources
+from iwae_cli.record.identity import changed, evaluation_name, sources
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
 from iwae_cli.runs.evaluate import evaluate
 from iwae_cli.runs.experiment import Experiment
+from iwae_cli.runs.extend import extend
 from iwae_cli.training import checkpoint
 from iwae_cli.training.diagnostics import kl_of_units
 from iwae_cli.training.minibatches import Minibatches
@@ -164,17 +165,17 @@ class Runner:
         self.folder.set_status("running", self.state.step)
 
     def _resume(self) -> None:
-        now = self.state.plan
+        now, found = self.state.plan, self.state.data_sha256
         self.trainer.state = checkpoint.load(self.folder.checkpoint, self.folder.identity)
-        checkpoint.require_data(self.state, self.data.sha256(), self.data.name)
-        if changed := self.state.changed_since(sources(self.experiment.config)):
-            log.warning("%s since this run, which uses the code as it is now; %s", changed, RETRAIN)
-            if not self.trainer.is_done:
-                self.state.update_plan(**sources(self.experiment.config))
+        checkpoint.require_data(self.state.identity, self.state.data_sha256, found, self.data.name)
+        code = sources(self.experiment.config)
+        if what := changed(self.state.sources, code):
+            log.warning("%s since this run, which uses the code as it is now; %s", what, RETRAIN)
+            self.state.update_plan(**code)
         for key, value in self.state.plan.items():
             if key == "threads":
                 torch.set_num_threads(value)
-            elif not key.endswith(".py") and key in now and now[key] != value and not self.trainer.is_done:
+            elif key not in code and key in now and now[key] != value and not self.trainer.is_done:
                 log.warning("resuming is not exact: %s was %s and is %s", key, value, now[key])
         self.model.load_state_dict(self.state.model)
         kept, per_pass = {step for step, _ in read_history(self.folder.path)}, self.trainer.steps_per_pass
@@ -415,7 +416,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
         result = None if experiment.restart else _finished(experiment, folder)
         if result is not None:
-            _compare(experiment, folder)
+            _compare(experiment, folder, result)
         lacking = _lacking(folder, result)
         if result is None or lacking:
             try:
@@ -440,6 +441,8 @@ def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tupl
     with RunLock(folder.path), logging_to(folder), signals.caught() as caught:
         if lacking:
             log.warning("regenerated, since it was gone or damaged: %s", ", ".join(lacking))
+        if not experiment.restart:
+            extend(experiment, data, folder)
         result = Runner(experiment, data, folder, caught).run()
     return result, FanOut(experiment.loggers).sync_command()
 
@@ -461,21 +464,22 @@ def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | Non
     return None
 
 
-def _compare(experiment: Experiment, folder: RunFolder) -> None:
+def _compare(experiment: Experiment, folder: RunFolder, result: Mapping[str, Any]) -> None:
     """Say what has changed since a run was finished whose result answers.
 
     Raises:
         UserError: the data have changed.
     """
     try:
-        state = checkpoint.load(folder.checkpoint)
-        if changed := state.changed_since(sources(experiment.config)):
-            progress.announce(f"{changed} since this run, whose result is that of the code as it was; {RETRAIN}")
+        # Only results since 0.5 hold it.
+        trained_on = result.get("data_sha256") or checkpoint.load(folder.checkpoint).data_sha256
+        if what := changed(result.get("sources", {}), sources(experiment.config)):
+            progress.announce(f"{what} since this run, whose result is that of the code as it was; {RETRAIN}")
         found = experiment.data_sha256()
     except Exception as error:  # a user's own data set may raise anything, and the result is there
         progress.announce(f"the data could not be compared with those of this run: {one_line(error)[:230]}")
     else:
-        checkpoint.require_data(state, found, experiment.data.name)
+        checkpoint.require_data(folder.identity, trained_on, found, experiment.data.name)
 
 
 def _lacking(folder: RunFolder, result: dict[str, Any] | None) -> list[str]:

@@ -20,6 +20,7 @@ from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data
 from iwae_cli.objectives.base import Objective
 from iwae_cli.runs.experiment import Experiment
+from iwae_cli.runs.extend import extend
 from iwae_cli.runs.runner import Runner, logging_to
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Member, train_ensemble
@@ -90,7 +91,7 @@ def train_together(
             for experiment in experiments if all_ours(model, experiments[0].objective) else ():
                 caught.check()
                 with suppress(UserError, OSError):
-                    standing[_standing(experiment, stack)].append(experiment)
+                    standing[_standing(experiment, data, stack)].append(experiment)
         caught.check()
         for (step, _), members in standing.items():
             if step != DONE and len(members) > 1 and not (any_failed and stop_on_error):
@@ -99,13 +100,14 @@ def train_together(
     return any_failed
 
 
-def _standing(experiment: Experiment, stack: ExitStack) -> tuple[int, bool]:
+def _standing(experiment: Experiment, data: Data, stack: ExitStack) -> tuple[int, bool]:
     """Lock a run; return its step, ``DONE`` if it is trained, and whether its steps were compiled."""
     folder = experiment.folder()
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(RunLock(folder.path))
     if experiment.restart:
         return 0, False
+    extend(experiment, data, folder)
     if not checkpoint.exists(folder.checkpoint):
         # A finished run that has lost its checkpoint still has a result.
         return DONE if folder.result() is not None else 0, False

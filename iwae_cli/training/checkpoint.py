@@ -14,6 +14,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,8 @@ class State:
         measured: number of these steps.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
+        before_extra: of a last pass that is validated only as such: ``best`` before it, and the ``row`` of its metrics
+            in a longer training, which may start from this state.
     """
 
     identity: str
@@ -66,6 +69,7 @@ class State:
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     average: dict[str, Tensor] = field(default_factory=dict)
+    before_extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -90,10 +94,10 @@ class State:
                 self.plan[key] = value
         return changes
 
-    def changed_since(self, sources: Mapping[str, str]) -> str:
-        """Return which of these source files (path -> hash) differ from those in ``plan``, in words; empty if none."""
-        changed = [name for name, now in sources.items() if name in self.plan and self._current(name) != now]
-        return f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed" if changed else ""
+    @property
+    def sources(self) -> dict[str, str]:
+        """The hashes of the source files in ``plan``, see ``identity.sources``."""
+        return {name: self._current(name) for name in self.plan if name.endswith(".py")}
 
     def _current(self, key: str) -> str:
         """Return ``plan[key]`` after its last change."""
@@ -178,7 +182,15 @@ def _last_step(path: Path) -> object:
 
 
 def save_best(state: State, model: Mapping[str, Tensor], path: Path) -> None:
-    """Write the best weights so far, described by ``state.best``, to ``path``, atomically."""
+    """Write the best weights so far, described by ``state.best``, to ``path``, atomically.
+
+    Those of ``before_extra`` become the ``previous`` ones.
+    """
+    if path.exists() and (before := state.before_extra.get("best")) and before != state.best:
+        with suppress(UserError):
+            if load_best(path, state)[0] == before["step"]:
+                with atomic_path(previous(path)) as temporary:
+                    shutil.copyfile(path, temporary)
     _write({"identity": state.identity, **state.best, "model": model}, path)
 
 
@@ -235,15 +247,15 @@ def _require(path: Path, identity: str, wanted: str | None) -> None:
         raise UserError(f"{path} is a checkpoint of {identity}, not of {wanted}")
 
 
-def require_data(state: State, sha256: str, name: str) -> None:
+def require_data(identity: str, trained_on: str, sha256: str, name: str) -> None:
     """Refuse data that has changed.
 
     Raises:
-        UserError: the data called ``name`` is not what ``state`` was trained on.
+        UserError: the data called ``name``, with hash ``sha256``, is not what ``identity`` was trained on.
     """
-    if state.data_sha256 != sha256:
+    if trained_on != sha256:
         raise UserError(
-            f"the files of {name} are not those that {state.identity} was trained on; "
+            f"the files of {name} are not those that {identity} was trained on; "
             "restore them, or retrain with restart=true"
         )
 

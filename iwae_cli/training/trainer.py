@@ -242,6 +242,8 @@ class Trainer:
         number, whole = in_pass + 1, len(self.minibatches.data.train) // rows
         due = number % EVERY == 0 or (number == whole and self._is_validated(pass_index + 1))
         if self._measures and due and number <= whole:
+            if self._is_extra(pass_index + 1) and number % EVERY:
+                self.state.before_extra = {"diagnostics": self._means()}
             self._measure(step)
 
     def _measure(self, step: int) -> None:
@@ -265,8 +267,16 @@ class Trainer:
     def _kl_weight(self, pass_index: int) -> float:
         return min(1.0, (pass_index + 1) / max(1, self.settings.kl_warmup))
 
+    def _means(self) -> dict[str, float | None]:
+        sums, measured = self.state.diagnostics, self.state.measured
+        return {name: value / measured if math.isfinite(value) else None for name, value in sums.items()}
+
     def _is_validated(self, pass_number: int) -> bool:
         return pass_number == self.schedule.passes or pass_number % self.validation_every == 0
+
+    def _is_extra(self, pass_number: int) -> bool:
+        """Whether a pass is validated only because it is the last one."""
+        return pass_number == self.schedule.passes and pass_number % self.validation_every != 0
 
     def end_step(self, bounds: Float[Tensor, " batch"], save: bool) -> bool:
         """Count a step with these bounds in nats; validate and save where due; return whether to continue."""
@@ -316,8 +326,10 @@ class Trainer:
         metrics: dict[str, float | None] = {"pass": pass_number, "train/bound": bound, "learning_rate": rate}
         if self.settings.kl_warmup:
             metrics["train/kl_weight"] = self._kl_weight(pass_number - 1)
-        for name, value in state.diagnostics.items():
-            metrics[name] = value / state.measured if math.isfinite(value) else None
+        if self._is_extra(pass_number):
+            earlier = state.before_extra.get("diagnostics", self._means())
+            state.before_extra |= {"best": dict(state.best), "row": metrics | earlier}
+        metrics |= self._means()
         if self._is_validated(pass_number):
             self.evaluated.eval()
             try:

@@ -209,6 +209,13 @@ def test_a_finished_run_compares_its_data(shapes: Path) -> None:
     assert len(run_folders(outputs)) == 2
 
 
+def test_nothing_is_downloaded_to_compare(tmp_path: Path) -> None:
+    (job,) = plan(["data=mnist", f"data_dir={tmp_path / 'none'}"], False, None).jobs
+    with pytest.raises(UserError, match="of data=mnist are not in"):
+        job.experiment().data_sha256()
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_change_of_a_users_source_is_said(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also of what it imports; the result stays that of the code as it was."""
     outputs = shapes / "outputs"
