@@ -14,6 +14,7 @@ import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Literal
@@ -66,6 +67,23 @@ def read_bytes(path: Path) -> bytearray:
             return content
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def load_mat(path: Path, content: bytearray, advice: str) -> dict[str, Any]:
+    """Return the variables of a MATLAB file of ``path``, up to version 7.
+
+    Raises:
+        Damaged: it cannot be read.
+    """
+    # Imported here, since scipy.io takes longer to import than most files to read.
+    from scipy.io import loadmat
+
+    try:
+        found: dict[str, Any] = loadmat(BytesIO(content))
+    except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
+        what = f"cannot be read, it may be truncated ({' '.join(str(error).split())})"
+        raise Damaged(path, what, advice) from error
+    return found
 
 
 def check_hash(

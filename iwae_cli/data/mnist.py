@@ -14,10 +14,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.data.base import Data, GreyBinarization, GreyDataset
 from iwae_cli.data.files import Damaged, check_hash, directory, import_torchvision, obtain, read_bytes
 
 SIDE = 28
+VALIDATION = 400
+"""Images of the validation split in the protocol of Burda et al. 2016."""
+
 HEADER = 16
 """Bytes before the pixels: the magic number and three sizes, each big-endian and four bytes long."""
 
@@ -26,7 +30,8 @@ class IdxImages(GreyDataset, ABC):
     """Files as torchvision lays them out, ``<data_dir>/<folder>/raw/*-images-idx3-ubyte``, also with ``.gz``.
 
     They are read directly; torchvision is imported only for a download. The last ``validation`` images of the training
-    file are the validation split, in the order of the file.
+    file are the validation split, in the order of the file; with another number than the 400 of Burda et al. the data
+    set has another name, such as ``mnist_validation10000``.
     """
 
     folder: ClassVar[str]
@@ -35,11 +40,20 @@ class IdxImages(GreyDataset, ABC):
     """Published hashes by file name; a packed file is also checked against the hash of its unpacked content."""
     source: ClassVar[str]
     sizes: ClassVar[tuple[int, int]] = (60_000, 10_000)
-    validation: ClassVar[int] = 400
     levels = 256
 
-    def __init__(self, data_dir: str, binarization: GreyBinarization = "dynamic", limit: int | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: str,
+        binarization: GreyBinarization = "dynamic",
+        limit: int | None = None,
+        validation: int = VALIDATION,
+    ) -> None:
         super().__init__(binarization, limit)
+        check_range("validation", validation, 1, self.sizes[0] - 1)
+        self._validation = validation
+        if validation != VALIDATION:
+            self.name = f"{self.name}_validation{validation}"
         self._root = directory(data_dir)
         self._raw = self._root / self.folder / "raw"
 
@@ -49,9 +63,9 @@ class IdxImages(GreyDataset, ABC):
         # Packed files count as present: torchvision downloads only the others.
         missing = [path for path in files if not self._found(path).exists()]
         what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
-        obtain(self.name, self._root, missing, what, self._fetch)
+        obtain(type(self).name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
-        splits = (*train.split([len(train) - self.validation, self.validation]), test)
+        splits = (*train.split([len(train) - self._validation, self._validation]), test)
         return self.data(splits, (SIDE, SIDE), self.source, which=" (the last of the training file)")
 
     @staticmethod
@@ -80,7 +94,7 @@ class IdxImages(GreyDataset, ABC):
             raise Damaged(path, f"is truncated: {len(content):,} of {expected:,} bytes")
         header = np.frombuffer(content, dtype=">i4", count=4).tolist()
         if header != [0x803, n, SIDE, SIDE] or len(content) != expected:
-            raise Damaged(path, f"is not the idx file of {n:,} images of {SIDE}x{SIDE} of data={self.name}")
+            raise Damaged(path, f"is not the idx file of {n:,} images of {SIDE}x{SIDE} of data={type(self).name}")
         for name, hashed in ((path.name, stored), (path.name.removesuffix(".gz"), content)):
             if name in self.md5:
                 check_hash(path, hashed, "md5", self.md5[name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.base import Data, GreyBinarization, GreyDataset
-from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download, obtain, read_bytes
+from iwae_cli.data.files import AFRESH, Damaged, check_hash, directory, download, load_mat, obtain, read_bytes
 
 SIDE = 28
 VALIDATION = 1_345
@@ -99,14 +98,7 @@ class Omniglot(GreyDataset):
 
 def _read(path: Path, content: bytearray) -> tuple[UInt8[Tensor, "n pixels"], UInt8[Tensor, "m pixels"]]:
     """Return training and test images, row by row, 0 to 255."""
-    # Imported here, since scipy.io takes longer to import than most files to read.
-    from scipy.io import loadmat
-
-    try:
-        found = loadmat(BytesIO(content))
-    except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
-        what = f"cannot be read, it may be truncated ({' '.join(str(error).split())})"
-        raise Damaged(path, what, ADVICE) from error
+    found = load_mat(path, content, ADVICE)
     images = []
     for key, least in (("data", 10), ("testdata", 1)):
         values = found.get(key, np.zeros(()))

@@ -16,7 +16,7 @@ from iwae_cli.data import mnist
 from iwae_cli.data.files import import_torchvision
 from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST, IdxImages
 
-SIZES = (60, 20)
+SIZES = (460, 20)
 NAMES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 
 
@@ -33,7 +33,6 @@ def pictures(n: int) -> np.ndarray:
 def dataset(monkeypatch: pytest.MonkeyPatch) -> type[IdxImages]:
     """MNIST, its files small and without a network."""
     monkeypatch.setattr(MNIST, "sizes", SIZES)
-    monkeypatch.setattr(MNIST, "validation", 7)
     monkeypatch.setattr(MNIST, "md5", {})
     monkeypatch.setattr(mnist, "import_torchvision", lambda module: pytest.fail("torchvision was asked for"))
     return MNIST
@@ -57,12 +56,17 @@ def test_files_are_read_as_they_were_written(dataset: type[IdxImages], tmp_path:
     data = dataset(str(tmp_path)).load()
     raw.chmod(0o755)
     train, test = (pictures(n).reshape(n, 784) for n in SIZES)
-    assert np.array_equal(data.train, train[:53])
-    assert np.array_equal(data.validation, train[53:])
+    assert np.array_equal(data.train, train[:60])
+    assert np.array_equal(data.validation, train[60:])
     assert np.array_equal(data.test, test)
     assert {x.dtype for x in (data.train, data.validation, data.test)} == {torch.uint8}
     assert (data.name, data.levels, data.binarization, data.image_shape) == (dataset.name, 256, "dynamic", (28, 28))
-    assert all(size in data.protocol for size in ("53 training", "7 validation", "20 test"))
+    assert all(size in data.protocol for size in ("60 training", "400 validation", "20 test"))
+    other = dataset(str(tmp_path), validation=7).load()
+    assert np.array_equal(other.validation, train[453:]) and len(other.train) == 453
+    assert (other.name, dataset.name) == ("mnist_validation7", "mnist")
+    with pytest.raises(ValueError, match=r"^validation must be <= 459, got 460$"):
+        dataset(str(tmp_path), validation=460)
 
 
 def test_a_relative_folder_is_that_of_the_moment_of_construction(
@@ -108,7 +112,7 @@ def test_the_published_sizes_and_hashes_are_those_of_torchvision() -> None:
     """Packed hashes are torchvision's own; unpacked ones are checked on real files below."""
     datasets = import_torchvision("torchvision.datasets")
     for kind in (MNIST, FashionMNIST, KMNIST):
-        assert (kind.sizes, kind.validation) == ((60_000, 10_000), 400)
+        assert kind.sizes == (60_000, 10_000)
         theirs = dict(getattr(datasets, kind.folder).resources)
         assert {f"{name}.gz" for name in NAMES} <= set(theirs)
     assert dict(KMNIST.md5).items() <= dict(datasets.KMNIST.resources).items()
