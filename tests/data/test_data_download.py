@@ -91,16 +91,15 @@ def offer_fixed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def offer_kmnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = files.import_torchvision("torchvision.datasets")
-    for part, n in (("train", 60), ("t10k", 20)):
-        images = bytes.fromhex(f"00000803{n:08x}0000001c0000001c") + bytes([n]) * (n * 784)
+    for part, n in (("train", 460), ("t10k", 20)):
+        images = bytes.fromhex(f"00000803{n:08x}0000001c0000001c") + bytes([n % 256]) * (n * 784)
         labels = bytes.fromhex(f"00000801{n:08x}") + bytes(n)
         server.contents[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(images)
         server.contents[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(labels)
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in server.contents.items()]
     monkeypatch.setattr(datasets.KMNIST, "mirrors", [server.url])
     monkeypatch.setattr(datasets.KMNIST, "resources", resources)
-    monkeypatch.setattr(KMNIST, "sizes", (60, 20))
-    monkeypatch.setattr(KMNIST, "validation", 7)
+    monkeypatch.setattr(KMNIST, "sizes", (460, 20))
     monkeypatch.setattr(KMNIST, "md5", {})
 
 
@@ -114,7 +113,7 @@ def test_torchvisions_sets_are_fetched_by_torchvision(
     offer_kmnist(server, monkeypatch)
     root = tmp_path / "not" / "there"
     data = KMNIST(str(root)).load()
-    assert (len(data.train), len(data.validation), len(data.test)) == (53, 7, 20)
+    assert (len(data.train), len(data.validation), len(data.test)) == (60, 400, 20)
     assert set(data.test.flatten().tolist()) == {20}
     raw = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     assert everything(root) == {f"KMNIST/raw/{name}" for name in raw}
