@@ -45,6 +45,7 @@ from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches, threads
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import CholeskyConditional, DiagonalGaussian
+from iwae_cli.models.posteriors import FullGaussian
 from iwae_cli.record.summary import Row
 
 CHOICE = 4 * BLOCK
@@ -141,10 +142,10 @@ def is_diagonal(model: LatentVariableModel) -> bool:
     if (refusal := why_not(model)) is not None:
         raise UserError(f"estimator=gaps is not for this model: {refusal}")
     first = model.inference.layers[0]
-    if not isinstance(first, DiagonalGaussian | CholeskyConditional):
+    if not isinstance(first, DiagonalGaussian | CholeskyConditional | FullGaussian):
         raise UserError(
-            "estimator=gaps fits the best DiagonalGaussian or CholeskyConditional to each image, and q(h_1|x) of this "
-            f"model is a {type(first).__name__}"
+            "estimator=gaps fits the best Gaussian with diagonal or full covariance to each image, and q(h_1|x) of "
+            f"this model is a {type(first).__name__}"
         )
     return isinstance(first, DiagonalGaussian)
 

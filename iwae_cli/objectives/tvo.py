@@ -108,6 +108,13 @@ class TVO(BoundObjective):
             bound = bound + width * _expectation(_tilted(beta, log_w), log_w)
         return bound
 
+    def right_sum(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
+        """Return sum_j d_j f_{j+1}: the same draws' L_k lies between ``bound`` and this."""
+        value = torch.zeros_like(log_w[0])
+        for left, right in pairwise(self.points(log_w)):
+            value = value + (right - left) * _expectation(_tilted(right, log_w), log_w)
+        return value
+
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """Return a = sum_j d_j v_j u_j."""
         a = torch.zeros_like(log_w)

@@ -161,6 +161,7 @@ def test_thermodynamic_sums_hold_the_importance_weighted_bound_between_them():
             left = tvo.bound(log_w)
             points = tvo.points(log_w)
             right = sum((b - a) * (torch.softmax(b * log_w, 0) * log_w).sum(0) for a, b in pairwise(points))
+            torch.testing.assert_close(tvo.right_sum(log_w), right)
             assert (elbo < left).all() and (left < iwae).all() and (iwae < right).all()
             if schedule == "linear":  # every point of the coarser partition is one of the finer
                 assert (previous < left).all()

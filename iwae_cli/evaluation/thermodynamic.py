@@ -1,0 +1,135 @@
+"""log p(x) between the two sums of thermodynamic integration.
+
+log p(x) = int_0^1 f(beta) dbeta with f(beta) = E_{pi_beta}[log w], pi_beta ~ q^(1-beta) p^beta, and f does not fall:
+the left sum over points 0 = beta_0 < ... < beta_J = 1 lies below log p(x), the right one above it (Masrani, Le, Wood
+2019, arXiv 1907.00031). The points are where f rises by equal steps (Brekelmans et al. 2020, arXiv 2007.00642): then
+the sums differ by (f(1) - f(0)) / J.
+
+Here every f(beta) is estimated by the same k draws of q with weights w^beta. L_k of these draws lies between the two
+sums for any k; log p(x) does where the weights at beta = 1 are well estimated. Their effective sample size says
+whether: where it is small, f(1) is too low, and so may the right sum be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from iwae_cli.core.errors import check_range
+from iwae_cli.core.noise import BLOCK, KeyedNoise
+from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
+from iwae_cli.core.progress import Progress
+from iwae_cli.data.base import Split
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, standard_error, without_nan
+from iwae_cli.evaluation.likelihood import CHUNK
+from iwae_cli.evaluation.settings import MAX_K
+from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.objectives.tvo import TVO
+from iwae_cli.record.summary import SPLITS
+
+ROWS = (
+    ("right sum, nats", "right", "{:.3f}"),
+    ("  other images: stderr_images of right", "right_stderr_images", "± {:.2f}"),
+    ("L_{k}, nats", "log_px", "{:.3f}"),
+    ("left sum, nats", "left", "{:.3f}"),
+    ("  other images: stderr_images of left", "left_stderr_images", "± {:.2f}"),
+    ("right - left, nats", "difference", "{:.3f}"),
+    ("exact log p(x), nats", "exact", "{:.3f}"),
+    ("effective sample size at beta = 1, median", "ess_median", "{:,.1f}"),
+    ("  images below 10", "ess_share_below_10", "{:.1%}"),
+    ("images", "n", "{:,}"),
+)
+
+
+@final
+@dataclass(frozen=True)
+class Thermodynamic(Estimator):
+    """Left and right sum and L_k for every split of the evaluation.
+
+    Args:
+        k: samples of each image; all their log-weights are in memory.
+        partitions: intervals between 0 and 1.
+        images: number of images of each split, the first ones; null: all.
+    """
+
+    k: int
+    partitions: int = 20
+    images: int | None = 100
+
+    def __post_init__(self) -> None:
+        check_range("k", self.k, 2, MAX_K)
+        check_range("partitions", self.partitions, 1)
+        check_range("images", 1 if self.images is None else self.images, 1)
+
+    def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
+        """Return the sums of every split, with per-image arrays."""
+        numbers: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        arrays: dict[str, np.ndarray] = {}
+        for name in subject.evaluation.splits:
+            split = subject.split(name, self.images)
+            hashes[name] = split.sha256
+            with Progress(f"thermodynamic sums of {name}", total=len(split.x), unit="image") as progress:
+                found = self._sums(subject, split, check, progress.update)
+            with np.errstate(invalid="ignore"):
+                numbers[name] = without_nan(self._summary(found), f"{name}.", reasons, "a log-weight is not finite")
+            arrays |= {array_name(name, key): values for key, values in found.items()}
+        rows = [
+            (label.format(k=self.k), f"{name}.{key}", form)
+            for label, key, form in ROWS
+            for name in SPLITS
+            if key in numbers.get(name, {})
+        ]
+        notes = [
+            f"L_{self.k} lies between the sums of its draws; so does log p(x) with many draws, but where the effective "
+            "sample size at beta = 1 is small the right sum, too, may lie below log p(x)"
+        ]
+        return Estimates(numbers, rows, hashes, reasons, arrays, notes)
+
+    def _sums(
+        self, subject: EstimatorInput, split: Split, check: Callable[[], None], on_progress: Callable[[int], None]
+    ) -> dict[str, Float64[np.ndarray, " n"]]:
+        """Return the results of every image by name."""
+        model, evaluation = subject.model, subject.evaluation
+        parameter, sums = next(model.parameters()), TVO(self.k, self.partitions, "moments")
+        piece = min(-(-self.k // BLOCK) * BLOCK, max(BLOCK, evaluation.rows // BLOCK * BLOCK), CHUNK)
+
+        def score(images: Sequence[int]) -> Float64[np.ndarray, "values batch"]:
+            x = split.x[images[0] : images[-1] + 1].to(parameter)
+            pieces = []
+            for start in range(0, self.k, piece):
+                check()
+                stream = f"{split.name}, thermodynamic"
+                noise = KeyedNoise(evaluation.seed, stream, images, start, parameter.dtype, parameter.device)
+                pieces.append(model(x, min(piece, self.k - start), noise).double())
+            log_w = torch.cat(pieces)
+            exact = model.generative.exact_log_px(x)
+            absent = torch.full_like(log_w[0], math.nan)
+            values = [sums.bound(log_w), sums.right_sum(log_w), log_mean_exp(log_w), effective_sample_size(log_w)]
+            return torch.stack([*values, absent if exact is None else exact]).cpu().numpy()
+
+        batch, count = max(1, evaluation.rows // piece), threads(evaluation.workers, parameter.device)
+        parts = map_batches(score, len(split.x), batch=batch, workers=count, on_progress=on_progress)
+        names = ("left", "right", "log_px", "ess", "exact")
+        found = dict(zip(names, np.concatenate(parts, axis=1), strict=True))
+        return {name: values for name, values in found.items() if name != "exact" or not np.isnan(values).all()}
+
+    def _summary(self, found: dict[str, Float64[np.ndarray, " n"]]) -> dict[str, Any]:
+        ess = found["ess"]
+        numbers: dict[str, Any] = {key: float(values.mean()) for key, values in found.items() if key != "ess"}
+        numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right")}
+        return numbers | {
+            "difference": float((found["right"] - found["left"]).mean()),
+            "ess_median": float(np.median(ess)),
+            "ess_share_below_10": math.nan if np.isnan(ess).any() else float((ess < 10).mean()),
+            "k": self.k,
+            "partitions": self.partitions,
+            "n": len(ess),
+        }
