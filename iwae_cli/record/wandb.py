@@ -25,7 +25,7 @@ Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
 SWEEP = "WANDB_SWEEP_ID"
 MEMORY = "wandb.json"
-"""File of a run folder: id, project and entity of its W&B run, where the record is, and what that holds."""
+"""File of a run folder: id, project and entity of its W&B run, mode asked for, place and content of the record."""
 UPLOAD_SECONDS = 60
 """Time that wandb has for uploads when a run ends."""
 
@@ -144,7 +144,9 @@ class WandbLogger(Logger):
         # A record of an earlier version lacks most of this, and is complete.
         if not known or any(known.get(key, value) != value for key, value in asked.items()):
             return False
-        return known["uploaded"] or (self.mode == "offline" and (run.folder / known["folder"]).is_dir())
+        # Where online was not to be had, the same command does not wait for it again: it prints the line that uploads.
+        is_enough = self.mode in ("offline", known.get("mode"))
+        return known["uploaded"] or (is_enough and (run.folder / known["folder"]).is_dir())
 
     def _media(self, step: int, name: str, kind: str, *content: Any) -> None:
         if self._run is not None:
@@ -165,12 +167,10 @@ class WandbLogger(Logger):
         """Return a new W&B run, offline where it cannot be online."""
         new = secrets.token_hex(8)
         start = {"id": _memory(run.folder).get("id", new), "project": self.project, "entity": self.entity}
-        self._remember(**(start | _from_agent()), folder="", holds=None, uploaded=False)
+        self._remember(**(start | _from_agent()), mode=self.mode, folder="", holds=None, uploaded=False)
         place = Path(os.environ.get("WANDB_DIR") or run.folder).expanduser().absolute()
         place.mkdir(parents=True, exist_ok=True)
-        if self.mode == "offline":
-            return self._init(run, place, "offline")
-        while True:
+        while self.mode == "online":
             before = {*place.glob("wandb/run-*")}
             try:
                 online = self._init(run, place, "online")
@@ -188,9 +188,10 @@ class WandbLogger(Logger):
             # The id of a run that was deleted there is never free again; one that was asked for stays.
             if "HTTP 409" not in why or self._memory["id"] == new or _from_agent():
                 log.warning("W&B: cannot go online (%s); recording offline instead", why)
-                return self._init(run, place, "offline")
+                break
             log.warning("W&B refuses the id %s (%s); recording as %s", self._memory["id"], why, new)
             self._remember(id=new)
+        return self._init(run, place, "offline")
 
     def _init(self, run: RunInfo, place: Path, mode: Literal["online", "offline"]) -> wandb.Run:
         import wandb
@@ -248,8 +249,8 @@ def _memory(run_folder: Path) -> dict[str, Any]:
         read = json.loads((run_folder / MEMORY).read_text())
         known = read | {key: str(read[key]) for key in ("id", "folder")} | {"uploaded": read["uploaded"] is True}
     # By their time of day, which follows "run-".
-    records = sorted((run_folder / "wandb").glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
-    if not known and records:
+    records = sorted(run_folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    if records and not known:
         name = records[-1].name
         known = {"id": name.rpartition("-")[2], "folder": f"wandb/{name}", "uploaded": name.startswith("run-")}
     if known and any((run_folder / known["folder"]).glob("*.wandb.synced")):

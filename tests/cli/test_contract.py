@@ -99,7 +99,7 @@ RESULT = {
     **dict.fromkeys(("seed", "epochs", "steps", "parameters"), int),
     **dict.fromkeys(("active_units", "active_units_authors_rule"), list),
     **dict.fromkeys(GROUPS, dict),
-    "git": dict | None,
+    **dict.fromkeys(("git", "code"), dict | None),
 }
 
 

@@ -176,10 +176,11 @@ from iwae_cli.record.wandb import WandbLogger, left_to_upload
 folder = Path(sys.argv[1])
 folder.mkdir()
 run = WandbLogger(mode="online", project="iwae-test", entity=None, group=None, tags=[], name=None)
-run.open(RunInfo(folder=folder, identity="x", config={"k": 5}), [])
+info = RunInfo(folder=folder, identity="x", config={"k": 5})
+run.open(info, [])
 run.log(1, {"a": 1})
 run.close("finished")
-print(left_to_upload(folder))
+print(left_to_upload(folder), run.recorded(info))
 """
 
 
@@ -206,7 +207,7 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
     assert "offline" in warning
     assert done.stderr == ""
     [offline] = offline_folders(folder)
-    assert command.endswith(offline.name)
+    assert command.endswith(f"{offline.name} True"), "and the same command would not wait again"
     assert history(offline) == [{"step": 1, "a": 1}]
     assert not list((folder / "wandb").glob("run-*")), "what the attempt left behind is gone"
 
