@@ -311,7 +311,7 @@ def command(server: Server, *arguments: str, **environment: str) -> subprocess.C
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
 
@@ -328,7 +328,7 @@ def test_online_a_finished_run_is_uploaded_and_the_id_of_a_deleted_one_is_replac
     assert command(server, *online).stderr == "", "uploaded once"
 
     server.deleted.add(first)
-    done = command(server, *online, "logger.wandb.project=other", WANDB_INIT_TIMEOUT="5")
+    done = command(server, *online, "logger.wandb.project=other", WANDB_INIT_TIMEOUT="8")
     [warning] = [line for line in done.stderr.splitlines() if "refuses" in line]
     second = read_json(folder / "wandb.json")["id"]
     assert first in warning and second in warning and "deleted" in warning and len(warning) <= 300

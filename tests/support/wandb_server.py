@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """Return the variables that send wandb here."""
         address = f"http://127.0.0.1:{self.server_port}"
-        return {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "10"}
+        return {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "60"}
 
     def summary(self, run_id: str) -> dict[str, Any]:
         """Return the last summary that a run sent."""
