@@ -132,8 +132,7 @@ class WandbLogger(Logger):
             return
         self._run.finish(exit_code=0 if status == "finished" else 1)
         # Where wandb raised, or hangs, the record is left to be uploaded.
-        holds = self._info.evaluation if status == "finished" else None
-        self._remember(holds=holds, uploaded=not self._run.offline)
+        self._remember(holds=self._info.evaluation if status == "finished" else None, uploaded=not self._run.offline)
 
     def recorded(self, run: RunInfo) -> bool:
         """Return whether W&B, or the disk where offline is asked for, has the result in this project, by this id."""
