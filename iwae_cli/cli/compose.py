@@ -309,7 +309,8 @@ def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     # As the processes of a sweep know it, too. Recorded, so that the run can be evaluated and loaded without it.
     config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
-    mode = os.environ.get("WANDB_MODE")
+    # What an agent of W&B starts is a run of its server already.
+    mode = os.environ.get("WANDB_MODE") or ("online" if "WANDB_SWEEP_ID" in os.environ else None)
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
         for logger in (config.get("logger") or {}).values():
             if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
@@ -370,6 +371,17 @@ def _not_installed(group: str, name: Any) -> str | None:
         return None
     extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"
+
+
+def _variable(name: str, default: Any) -> Any:
+    """Resolve ``${variable:NAME,default}``: an empty variable is none, and a list as default makes commas separate."""
+    text = os.environ.get(name, "").strip()
+    if isinstance(default, list) and text:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text or default
+
+
+OmegaConf.register_new_resolver("variable", _variable, replace=True)
 
 
 def _quoted(text: str) -> str:

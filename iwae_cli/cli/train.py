@@ -76,6 +76,10 @@ def _run(plan: Plan, argv: list[str]) -> None:
     if plan.multirun:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise UserError("torchrun is for one run; the launchers of a sweep are hydra/launcher=joblib, ray, ...")
+        nodes = [node for job in plan.jobs for node in (job.config.get("logger") or {}).values()]
+        modes = {str(node.get("mode")) for node in nodes if isinstance(node, dict)}
+        if os.environ.get("WANDB_RUN_ID") and modes & {"online", "offline"}:
+            raise UserError("WANDB_RUN_ID names one W&B run, -m asks for several: leave out -m, or unset WANDB_RUN_ID")
         from iwae_cli.cli.compose import engine
         from iwae_cli.sweeps.jobs import run_sweep
 

@@ -6,7 +6,6 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,9 +29,11 @@ class RunInfo:
     Attributes:
         folder: the run folder; exists.
         identity: folder name, unique for the training.
-        config: the resolved configuration, plain dicts, lists, strings and numbers.
+        config: the resolved configuration, plain dicts, lists, strings and numbers; with the ``name`` of every choice,
+            ``parameters`` (how many), ``commit`` (None outside a git repository) and ``version``.
         group: name shared by the runs of one sweep, or None.
         overrides: the command line, for display.
+        evaluation: name of the evaluation that ends the run.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class RunInfo:
     config: Mapping[str, Any]
     group: str | None = None
     overrides: Sequence[str] = ()
+    evaluation: str = ""
 
 
 class Logger(ABC):
@@ -65,6 +67,9 @@ class Logger(ABC):
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:  # noqa: B027 (optional: nothing by default)
         """Record a set of values to be shown as a histogram."""
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:  # noqa: B027
+        """Record a table of numbers and words."""
+
     def summary(self, values: Mapping[str, Any]) -> None:  # noqa: B027 (optional: nothing by default)
         """Record the final numbers, nested plain values."""
 
@@ -72,9 +77,9 @@ class Logger(ABC):
     def close(self, status: Status) -> None:
         """End; called exactly once, also for failed runs, after results are on disk."""
 
-    def sync_command(self) -> str | None:
-        """Return, after ``close``, the command line that uploads what only lies on this machine; None if none."""
-        return None
+    def recorded(self, run: RunInfo) -> bool:
+        """Return whether a finished run needs nothing; if not, it is opened, given its record, and closed."""
+        return True
 
 
 @final
@@ -108,6 +113,10 @@ class FanOut(Logger):
         """Send a set of values to every logger."""
         self._each(lambda logger: logger.histogram(step, name, values))
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table to every logger."""
+        self._each(lambda logger: logger.table(step, name, columns, rows))
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Send the final numbers to every logger."""
         self._each(lambda logger: logger.summary(values))
@@ -130,14 +139,6 @@ class FanOut(Logger):
             other.wait()
         if errors:
             raise errors[0]
-
-    def sync_command(self) -> str | None:
-        """Return the first command line that a logger has; one that raises has none."""
-        for logger in (*self._essential, *(other.logger for other in self._others)):
-            with suppress(Exception):
-                if command := logger.sync_command():
-                    return command
-        return None
 
     def _each(self, call: Callable[[Logger], None]) -> None:
         # The local record before everything else: where it fails, no other logger may claim to have the row.
@@ -192,3 +193,11 @@ class _Background:
                 self._works = False
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
                 log.warning("%s failed and is left out; the local record is whole: %s", self._thread.name, why)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by names joined with ``/``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import math
 import os
+import secrets
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from iwae_cli.record.loggers import Logger, Metrics, RunInfo, Status
+from iwae_cli.core.files import shown, write_json
+from iwae_cli.record.loggers import Logger, Metrics, RunInfo, Status, flat
 
 if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
-ONLINE = "wandb/run-*"
+SWEEP = "WANDB_SWEEP_ID"
+MEMORY = "wandb.json"
+"""File of a run folder: id, project and entity of its W&B run, mode asked for, place and content of the record."""
 UPLOAD_SECONDS = 60
 """Time that wandb has for uploads when a run ends."""
 
@@ -30,11 +35,13 @@ log = logging.getLogger("iwae_cli")
 @final
 @dataclass(kw_only=True, eq=False)
 class WandbLogger(Logger):
-    """One W&B run for every run.
+    """One W&B run for every run folder.
 
-    Offline, everything is in ``<run folder>/wandb/offline-run-*``, to be uploaded with ``sync_command()``. The id
-    follows the identity of the run, so uploading twice, or uploading a run that was resumed, makes one run there.
-    A resumed run begins a new offline folder with its whole history, so the newest folder alone is complete.
+    Offline, everything is in ``<run folder>/wandb/offline-run-*``, or where ``WANDB_DIR`` says, to be uploaded with
+    ``left_to_upload``. The id is random and kept in ``wandb.json``: uploading twice, or uploading a run that was
+    resumed, makes one run there, and the same training in another folder is another run. ``WANDB_RUN_ID``, which
+    ``wandb agent`` sets, comes first. A resumed run begins a new offline folder with its whole history, so the newest
+    folder alone is complete.
 
     Args:
         mode: ``online`` falls back to ``offline``, with a warning, where there is no key or no network;
@@ -42,7 +49,7 @@ class WandbLogger(Logger):
         project: name of the project there.
         entity: user or team; None is W&B's own default.
         group: what runs are grouped by; None takes the group of the sweep, if there is one.
-        tags: labels.
+        tags: labels; the names of data, model and objective are added.
         name: what the run is called; None takes its identity.
 
     Raises:
@@ -56,8 +63,8 @@ class WandbLogger(Logger):
     tags: list[str]
     name: str | None
     _run: wandb.Run | None = field(default=None, init=False)
-    _folder: Path | None = field(default=None, init=False)
-    _to_upload: bool = field(default=False, init=False)
+    _info: RunInfo | None = field(default=None, init=False)
+    _memory: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
@@ -86,9 +93,12 @@ class WandbLogger(Logger):
             "WANDB_FINISH_TIMEOUT": str(UPLOAD_SECONDS),
         }.items():
             os.environ.setdefault(variable, value)
-        self._run, self._to_upload = self._started(run)
-        self._folder = Path(self._run.settings.sync_dir).resolve()
-        self._run.define_metric(AXIS)
+        self._info = run
+        self._run = self._started(run)
+        folder, own = Path(self._run.settings.sync_dir).resolve(), run.folder.resolve()
+        self._remember(id=self._run.id, folder=str(folder.relative_to(own) if folder.is_relative_to(own) else folder))
+        self._run.define_metric(AXIS, hidden=True)
+        self._run.define_metric("pass", step_metric=AXIS, hidden=True)
         self._run.define_metric("*", step_metric=AXIS)
         for step, metrics in history:
             self.log(step, metrics)
@@ -100,73 +110,103 @@ class WandbLogger(Logger):
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Record a picture, copied into W&B's folder."""
-        if self._run is not None:
-            import wandb
-
-            self._run.log({AXIS: step, name: wandb.Image(str(path))})
+        self._media(step, name, "Image", str(path))
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Record a histogram of the finite ``values``; -inf is a proper log-weight but has no place on an axis."""
-        if self._run is not None and (finite := [value for value in map(float, values) if math.isfinite(value)]):
-            import wandb
+        if finite := [value for value in map(float, values) if math.isfinite(value)]:
+            self._media(step, name, "Histogram", finite)
 
-            self._run.log({AXIS: step, name: wandb.Histogram(finite)})
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table."""
+        self._media(step, name, "Table", list(columns), [list(row) for row in rows])
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Record the final numbers; nested names are joined with ``/``."""
         if self._run is not None:
-            self._run.summary.update(dict(_flat(values)))
+            self._run.summary.update(flat(values))
 
     def close(self, status: Status) -> None:
         """Finish, waiting ``UPLOAD_SECONDS`` for uploads."""
-        if self._run is None:
+        if self._run is None or self._info is None:
             return
-        uploads, self._to_upload = not self._to_upload, True
         self._run.finish(exit_code=0 if status == "finished" else 1)
         # Where wandb raised, or hangs, the record is left to be uploaded.
-        self._to_upload = not uploads
+        self._remember(holds=self._info.evaluation if status == "finished" else None, uploaded=not self._run.offline)
 
-    def sync_command(self) -> str | None:
-        """Return ``wandb sync`` with the newest folder, if that holds anything not uploaded."""
-        if not self._to_upload or self._folder is None:
-            return None
-        return _sync(self._folder)
+    def recorded(self, run: RunInfo) -> bool:
+        """Return whether W&B, or the disk where offline is asked for, has the result in this project, by this id."""
+        known = _memory(run.folder)
+        asked = {"project": self.project, "entity": self.entity, "holds": run.evaluation, **_from_agent()}
+        if self.mode == "disabled":
+            return True
+        # A record of an earlier version lacks most of this, and is complete.
+        if not known or any(known.get(key, value) != value for key, value in asked.items()):
+            return False
+        # Where online was not to be had, the same command does not wait for it again: it prints the line that uploads.
+        is_enough = self.mode in ("offline", known.get("mode"))
+        return known["uploaded"] or (is_enough and (run.folder / known["folder"]).is_dir())
 
-    def _started(self, run: RunInfo) -> tuple[wandb.Run, bool]:
-        """Return a new W&B run, and whether it has to be uploaded by hand."""
-        if self.mode == "offline":
-            return self._init(run, "offline"), True
-        before = {*run.folder.glob(ONLINE)}
-        try:
-            online = self._init(run, "online")
-            log.info("W&B: recording at %s", online.url)
-            return online, False
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            log.warning("W&B: cannot go online (%s); recording offline instead", why)
-        if leftovers := {*run.folder.glob(ONLINE)} - before:
+    def _media(self, step: int, name: str, kind: str, *content: Any) -> None:
+        if self._run is not None:
             import wandb
 
-            # The service keeps trying, and refuses the same id until then.
-            wandb.teardown()
-            for leftover in leftovers:
-                shutil.rmtree(leftover, ignore_errors=True)
-        return self._init(run, "offline"), True
+            value = getattr(wandb, kind)(*content)
+            if kind == "Table":
+                # Otherwise wandb keeps another copy of it in the home folder, for an artifact.
+                value.bind_to_run(self._run, name, step)
+            self._run.log({AXIS: step, name: value})
 
-    def _init(self, run: RunInfo, mode: Literal["online", "offline"]) -> wandb.Run:
+    def _remember(self, **changed: Any) -> None:
+        assert self._info is not None
+        self._memory |= changed
+        write_json(self._info.folder / MEMORY, self._memory)
+
+    def _started(self, run: RunInfo) -> wandb.Run:
+        """Return a new W&B run, offline where it cannot be online."""
+        new = secrets.token_hex(8)
+        start = {"id": _memory(run.folder).get("id", new), "project": self.project, "entity": self.entity}
+        self._remember(**(start | _from_agent()), mode=self.mode, folder="", holds=None, uploaded=False)
+        place = Path(os.environ.get("WANDB_DIR") or run.folder).expanduser().absolute()
+        place.mkdir(parents=True, exist_ok=True)
+        while self.mode == "online":
+            before = {*place.glob("wandb/run-*")}
+            try:
+                online = self._init(run, place, "online")
+                log.info("W&B: recording at %s", online.url)
+                return online
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+            if leftovers := {*place.glob(f"wandb/run-*-{self._memory['id']}")} - before:
+                import wandb
+
+                # The service keeps trying, and refuses the same id until then.
+                wandb.teardown()
+                for leftover in leftovers:
+                    shutil.rmtree(leftover, ignore_errors=True)
+            # The id of a run that was deleted there is never free again; one that was asked for stays.
+            if "HTTP 409" not in why or self._memory["id"] == new or _from_agent():
+                log.warning("W&B: cannot go online (%s); recording offline instead", why)
+                break
+            log.warning("W&B refuses the id %s (%s); recording as %s", self._memory["id"], why, new)
+            self._remember(id=new)
+        return self._init(run, place, "offline")
+
+    def _init(self, run: RunInfo, place: Path, mode: Literal["online", "offline"]) -> wandb.Run:
         import wandb
 
-        return wandb.init(
+        names = [str(run.config.get(key, {}).get("name", "")) for key in ("data", "model", "objective")]
+        # The run of an agent has all three; wandb ignores others, and says so.
+        where = {} if SWEEP in os.environ else {key: self._memory[key] for key in ("id", "project", "entity")}
+        begun = wandb.init(
             mode=mode,
-            dir=str(run.folder),
-            id=hashlib.blake2b(run.identity.encode(), digest_size=8).hexdigest(),
-            project=self.project,
-            entity=self.entity,
+            dir=str(place),
+            **where,
             group=self.group or run.group,
-            job_type="train",
-            tags=self.tags or None,
+            job_type=os.environ.get("WANDB_JOB_TYPE", "train"),
+            tags=list(dict.fromkeys([*self.tags, *(name for name in names if 0 < len(name) <= 64)])),
             name=self.name or run.identity,
-            notes=" ".join(run.overrides) or None,
+            notes=os.environ.get("WANDB_NOTES") or " ".join(run.overrides) or None,
             config=dict(run.config),
             # Apart from any other run in this process: neither returned for it nor finished by it.
             reinit="create_new",
@@ -174,6 +214,7 @@ class WandbLogger(Logger):
                 silent=True,
                 console="off",
                 disable_git=True,
+                git_commit=run.config.get("commit"),
                 save_code=False,
                 finish_timeout_raises=True,
                 x_disable_stats=True,
@@ -184,25 +225,38 @@ class WandbLogger(Logger):
                 x_transaction_log_flush_interval=1.0,
             ),
         )
+        for key, node in run.config.items():
+            # An agent that varies a group has put the name of its choice in place of the node.
+            if isinstance(node, Mapping) and not isinstance(begun.config[key], Mapping):
+                begun.config.update({f"{key}.{name}": value for name, value in node.items()})
+        return begun
 
 
 def left_to_upload(run_folder: Path) -> str | None:
-    """Return ``wandb sync`` with the newest record in a run folder, if that is offline and not uploaded."""
-    # By their time of day, which follows "run-".
-    records = sorted((run_folder / "wandb").glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
-    if not records or not records[-1].name.startswith("offline-") or any(records[-1].glob("*.wandb.synced")):
+    """Return ``wandb sync`` with the newest record of a run folder, if that is not uploaded."""
+    known = _memory(run_folder)
+    if not known or known["uploaded"] or not known["folder"]:
         return None
-    return _sync(records[-1].resolve())
+    folder = (run_folder / known["folder"]).resolve()
+    return f"wandb sync {shlex.quote(shown(folder))}" if folder.is_dir() else None
 
 
-def _sync(folder: Path) -> str:
-    here = Path.cwd()
-    return f"wandb sync {shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))}"
+def _memory(run_folder: Path) -> dict[str, Any]:
+    """Return the content of ``wandb.json``, of a run of an earlier version what its newest record says; or nothing."""
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        read = json.loads((run_folder / MEMORY).read_text())
+        known = read | {key: str(read[key]) for key in ("id", "folder")} | {"uploaded": read["uploaded"] is True}
+    # By their time of day, which follows "run-".
+    records = sorted(run_folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    if records and not known:
+        name = records[-1].name
+        known = {"id": name.rpartition("-")[2], "folder": f"wandb/{name}", "uploaded": name.startswith("run-")}
+    if known and any((run_folder / known["folder"]).glob("*.wandb.synced")):
+        known["uploaded"] = True
+    return known
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+def _from_agent() -> dict[str, str]:
+    """Return the id that ``wandb agent``, or a person, gives to the next run, if one does."""
+    return {"id": agents} if (agents := os.environ.get("WANDB_RUN_ID")) else {}

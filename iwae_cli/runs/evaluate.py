@@ -38,6 +38,9 @@ from iwae_cli.training.checkpoint import State
 
 log = logging.getLogger("iwae_cli")
 
+SOURCE = Path(iwae_cli.__file__).parent
+"""Folder of the package."""
+
 
 @oom_as_run_failed()
 def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +290,8 @@ def _facts(
             "train_compiler": state.plan.get("compiler"),  # None: the plain step
             "train_runs_at_once": state.plan.get("runs_at_once", 1),
         },
-        "git": _git(),
+        "git": git_state(SOURCE),
+        "code": git_state(Path.cwd()),
         "sources": state.sources | sources({"estimator": config.get("estimator")}),
         "data_sha256": state.data_sha256,
     }
@@ -301,17 +305,19 @@ def _described(node: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"name": name, **{key: value for key, value in node.items() if key != "_target_"}}
 
 
-def _git() -> dict[str, Any] | None:
-    """Return the commit of the source and whether it was changed since; None for an installed package."""
-    source = Path(__file__).parents[1]
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of a folder and whether its files were changed since; None outside a git repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True, timeout=10
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", str(source)))}
+        if folder == SOURCE:
+            # An installed package may lie inside the repository of something else.
+            git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", f"--untracked-files={'normal' if folder == SOURCE else 'no'}", "--", ".")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from iwae_cli.record.identity import changed, evaluation_name, sources
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
-from iwae_cli.runs.evaluate import evaluate
+from iwae_cli.runs.evaluate import SOURCE, evaluate, git_state
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.extend import extend
 from iwae_cli.training import checkpoint
@@ -190,12 +191,11 @@ class Runner:
 
     def open(self, local: bool = False) -> None:
         """Open all loggers, or the ``local`` one, with the rows so far."""
-        experiment, folder = self.experiment, self.folder
-        self.logger = FanOut([JsonlLogger()] if local else [JsonlLogger(), *experiment.loggers])
-        self.logger.open(
-            RunInfo(folder.path, folder.identity, experiment.config, experiment.group, experiment.overrides),
-            read_history(folder.path, self.state.step),
-        )
+        self.logger = FanOut([JsonlLogger()] if local else [JsonlLogger(), *self.experiment.loggers])
+        parameters = sum(p.numel() for p in self.model.parameters())
+        commit = (git_state(Path.cwd()) or git_state(SOURCE) or {}).get("commit")
+        info = _run_info(self.experiment, self.folder, parameters, commit, iwae_cli.__version__)
+        self.logger.open(info, read_history(self.folder.path, self.state.step))
 
     def _train(self) -> None:
         experiment, trainer = self.experiment, self.trainer
@@ -280,14 +280,13 @@ class Runner:
 
     def _publish(self, result: dict[str, Any]) -> None:
         """Make a kept evaluation the result of the run."""
-        folder, splits = self.folder, self.experiment.evaluation.splits
+        folder = self.folder
         # Without a result in between, a kill cannot leave the arrays of one evaluation beside the result of another.
         (folder.path / "result.json").unlink(missing_ok=True)
         with atomic_path(folder.path / "log_likelihood.npz") as temporary:
             shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
         write_json(folder.path / "result.json", result)
-        log.info("result: %s", json.dumps({split: result[split]["nll"] for split in splits}))
-        self.logger.summary({key: result[key] for key in (*splits, "active_units", "seconds")})
+        log.info("result: %s", json.dumps({split: result[split]["nll"] for split in summary.SPLITS if split in result}))
         try:
             self._draw(result)
         except Interrupted:
@@ -303,9 +302,10 @@ class Runner:
             result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
             with suppress(OSError):
                 write_json(folder.path / "result.json", result)
+        _log_result(self.logger, folder, result)
 
     def _draw(self, result: Mapping[str, Any]) -> None:
-        """Draw the figures of the run folder and give them to the loggers."""
+        """Draw the figures of the run folder."""
         # Imported here: matplotlib takes half a second, which would come before the first step.
         from iwae_cli.record.figures import plot_run
 
@@ -325,8 +325,7 @@ class Runner:
         test = self.data.evaluation_split("test", experiment.evaluation.binarization_seed).x[:50]
         test = test.to(device=self.device, dtype=experiment.device.dtype)
         images, units, spread = pictures(self.model, self.data, test)
-        for name, path in plot_run(self.folder.figures, curves, results, ess, units, **images).items():
-            self.logger.image(self.state.step, name, path)
+        plot_run(self.folder.figures, curves, results, ess, units, **images)
         self.logger.histogram(self.state.step, "log_w minus its mean", spread.flatten().tolist())
 
     def ended(self, error: BaseException, finished_before: bool = False) -> BaseException:
@@ -361,6 +360,27 @@ class Runner:
         with suppress(OSError):
             self.logger.close(status)
         return failure
+
+
+def _run_info(
+    experiment: Experiment, folder: RunFolder, parameters: int | None, commit: str | None, version: str | None
+) -> RunInfo:
+    """Return what a logger is given first; its configuration has the name of every choice too."""
+    config, names = dict(experiment.config), experiment.names
+    config |= {key: {"name": name, **config[key]} for key, name in names.items() if key != "logger"}
+    config |= {"parameters": parameters, "commit": commit, "version": version}
+    evaluation = evaluation_name(experiment.config)
+    return RunInfo(folder.path, folder.identity, config, experiment.group, experiment.overrides, evaluation)
+
+
+def _log_result(logger: Logger, folder: RunFolder, result: Mapping[str, Any]) -> None:
+    """Give the result of a finished run, and its figures, to a logger."""
+    splits, step = [split for split in summary.SPLITS if split in result], result["steps"]
+    logger.summary({key: result[key] for key in (*splits, "active_units", "seconds") if key in result})
+    bounds = [(split, int(k), bound) for split in splits for k, bound in result[split].get("bounds", {}).items()]
+    logger.table(step, "bounds", ["split", "k", "bound"], bounds)
+    for path in [] if "figures" in (result.get("reasons") or {}) else sorted(folder.figures.glob("*.png")):
+        logger.image(step, f"figures/{path.stem}", path)
 
 
 def _plan(experiment: Experiment) -> dict[str, Any]:
@@ -410,7 +430,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     """
     experiment.check()
     folder = experiment.folder()
-    since, sync = None, left_to_upload(folder.path)
+    since = None
     if folder.status() == "finished" and folder.checkpoint.exists():
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.checkpoint.stat().st_mtime))
     with as_user_error(folder.path, "mend that, or choose another folder with output_dir=..."):
@@ -418,19 +438,21 @@ def run(experiment: Experiment) -> dict[str, Any]:
         if result is not None:
             _compare(experiment, folder, result)
         lacking = _lacking(folder, result)
-        if result is None or lacking:
-            try:
-                result, sync = _work(experiment, folder, lacking)
-            except (UserError, OSError) as error:
-                if result is None:
-                    raise
-                progress.announce(f"not regenerated: {error}")
-    summary.result_table(result, folder=shown(folder.path), sync=sync, since=since)
+        try:
+            if result is None or lacking:
+                result = _work(experiment, folder, lacking)
+            else:
+                _record(experiment, folder, result)
+        except (UserError, OSError) as error:
+            if result is None:
+                raise
+            progress.announce(f"not {'regenerated' if lacking else 'recorded'}: {error}")
+    summary.result_table(result, folder=shown(folder.path), sync=left_to_upload(folder.path), since=since)
     return result
 
 
-def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tuple[dict[str, Any], str | None]:
-    """Return the result, and the command that uploads what a logger left on disk."""
+def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> dict[str, Any]:
+    """Return the result, after training what is left."""
     experiment.device.setup()
     data = experiment.load()
     if experiment.restart and folder.path.exists():
@@ -443,8 +465,21 @@ def _work(experiment: Experiment, folder: RunFolder, lacking: list[str]) -> tupl
             log.warning("regenerated, since it was gone or damaged: %s", ", ".join(lacking))
         if not experiment.restart:
             extend(experiment, data, folder)
-        result = Runner(experiment, data, folder, caught).run()
-    return result, FanOut(experiment.loggers).sync_command()
+        return Runner(experiment, data, folder, caught).run()
+
+
+def _record(experiment: Experiment, folder: RunFolder, result: dict[str, Any]) -> None:
+    """Give a finished run to the loggers that lack it."""
+    commit = (result.get("code") or result.get("git") or {}).get("commit")
+    info = _run_info(experiment, folder, result.get("parameters"), commit, result.get("versions", {}).get("iwae-cli"))
+    lacking = [logger for logger in experiment.loggers if not logger.recorded(info)]
+    if lacking:
+        progress.announce("this run is finished; it is now recorded as logger=... asks")
+        with RunLock(folder.path), logging_to(folder):
+            loggers = FanOut(lacking)
+            loggers.open(info, read_history(folder.path))
+            _log_result(loggers, folder, result)
+            loggers.close("finished")
 
 
 def _finished(experiment: Experiment, folder: RunFolder) -> dict[str, Any] | None:

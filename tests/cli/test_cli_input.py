@@ -93,6 +93,13 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypa
     assert "device=cuda" in refused(capsys, "device=cuda")
 
 
+def test_one_id_of_wandb_is_not_for_several_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "x")
+    assert "WANDB_RUN_ID" in refused(capsys, "-m", "seed=0,1")
+
+
 def test_wandb_mode_must_be_valid(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     assert "WANDB_MODE" in (err := refused(capsys)) and "offline?" in err

@@ -98,21 +98,30 @@ def test_the_config_is_plain_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "overrides", "mode"),
+    ("environment", "overrides", "expected"),
     [
-        (None, [], "offline"),
-        ("online", [], "online"),
-        ("disabled", [], "disabled"),
-        ("disabled", ["logger=online"], "online"),
-        ("disabled", ["logger.wandb.mode=online"], "online"),
-        ("disabled", ["logger.wandb.project=x"], "disabled"),
-        ("nonsense", ["logger=offline"], "offline"),
+        ("", [], {"mode": "offline", "project": "iwae-cli", "tags": [], "entity": None, "name": None, "group": None}),
+        ("MODE=online", [], {"mode": "online"}),
+        ("MODE=disabled", [], {"mode": "disabled"}),
+        ("MODE=disabled", ["logger=online"], {"mode": "online"}),
+        ("MODE=disabled", ["logger.wandb.mode=online"], {"mode": "online"}),
+        ("MODE=disabled", ["logger.wandb.project=x"], {"mode": "disabled", "project": "x"}),
+        ("MODE=nonsense", ["logger=offline"], {"mode": "offline"}),
+        ("SWEEP_ID=s", [], {"mode": "online"}),
+        ("SWEEP_ID=s MODE=offline", [], {"mode": "offline"}),
+        ("SWEEP_ID=s", ["logger=offline"], {"mode": "offline"}),
+        ("PROJECT=1 ENTITY=null NAME=c TAGS=d,e RUN_GROUP=f", ["logger=online"],
+         {"project": "1", "entity": "null", "name": "c", "tags": ["d", "e"], "group": "f"}),
+        ("PROJECT= ENTITY= TAGS= NAME=", [], {"project": "iwae-cli", "entity": None, "tags": [], "name": None}),
+        ("PROJECT=a TAGS=b NAME=c", ["logger.wandb.project=x", "logger.wandb.tags=[y]", "logger.wandb.name=null"],
+         {"project": "x", "tags": ["y"], "name": None}),
     ],
-)
-def test_the_command_line_beats_wandb_mode(monkeypatch, variable, overrides, mode) -> None:
-    if variable:
-        monkeypatch.setenv("WANDB_MODE", variable)
-    assert job(*overrides).config["logger"]["wandb"]["mode"] == mode
+)  # fmt: skip
+def test_variables_of_wandb_count_where_nothing_was_typed(monkeypatch, environment, overrides, expected) -> None:
+    for name, value in (item.split("=") for item in environment.split()):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    node = job(*overrides).config["logger"]["wandb"]
+    assert {key: node[key] for key in expected} == expected
 
 
 # One run.

@@ -61,7 +61,7 @@ def result(folder: Path) -> Any:
 def test_the_files_are_there(folder: Path) -> None:
     expected = {
         *("config.yaml", "overrides.yaml", "status.json", "metrics.jsonl", "metrics.csv", "checkpoint.pt", "best.pt"),
-        *("result.json", "log_likelihood.npz", "evaluations", "figures", "train.log", "wandb"),
+        *("result.json", "log_likelihood.npz", "evaluations", "figures", "train.log", "wandb", "wandb.json"),
     }
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == expected
     assert {path.name for path in (folder / "figures").iterdir()} == {
@@ -101,7 +101,7 @@ RESULT = {
     **dict.fromkeys(("seed", "epochs", "steps", "parameters"), int),
     **dict.fromkeys(("active_units", "active_units_authors_rule"), list),
     **dict.fromkeys(GROUPS, dict),
-    "git": dict | None,
+    **dict.fromkeys(("git", "code"), dict | None),
 }
 
 

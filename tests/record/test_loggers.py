@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import TINY, finished, read_json, run, run_folders
+from small_runs import TINY, finished, read_json, run, run_folders, snapshot
 
 from iwae_cli.core.errors import Interrupted, UserError
 from iwae_cli.record.jsonl import JsonlLogger, read_history
@@ -273,3 +273,39 @@ def test_a_run_that_ends_in_a_failure_is_finished_nowhere(tmp_path: Path) -> Non
 def test_a_signal_is_raised(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         use(FanOut([Essential("log", Interrupted(15))]), tmp_path)
+
+
+def test_tensorboard_beside_another_logger(tmp_path: Path) -> None:
+    """Read back by TensorBoard's own reader, after a finished run and after another evaluation of it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = finished(tmp_path, *TINY, "logger=[offline,tensorboard]")
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+    code, _, err = run(*TINY, "logger=tensorboard", "evaluation.k=60", f"output_dir={tmp_path}")
+    assert code == 0, err
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/bound")]
+    assert curve == [(row["step"], pytest.approx(row["train/bound"])) for row in rows(folder)], "each row once"
+    (nll,) = events.Scalars("test/nll")
+    assert nll.value == pytest.approx(read_json(folder / "result.json")["test"]["nll"]) and nll.step == 26
+    tags = events.Tags()
+    assert set(tags["images"]) == {f"figures/{path.stem}" for path in folder.glob("figures/*.png")}
+    assert tags["histograms"] == ["log_w minus its mean"] and {"step", "pass"}.isdisjoint(tags["scalars"])
+    assert set(tags["tensors"]) == {"config/text_summary", "bounds/text_summary"}
+
+    before = snapshot(folder)
+    assert run(*TINY, "logger=tensorboard", "evaluation.k=60", f"output_dir={tmp_path}")[0] == 0
+    assert snapshot(folder) == before, "recorded once"
+    for path in folder.glob("tensorboard/*"):
+        path.unlink()
+    assert run(*TINY, "logger=tensorboard", "evaluation.k=60", f"output_dir={tmp_path}")[0] == 0
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/bound")] == curve
+
+
+def test_a_missing_tensorboard_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iwae_cli.record.tensorboard.find_spec", lambda name: None)
+    code, _, err = run(*TINY, "logger=tensorboard", f"output_dir={tmp_path / 'out'}")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'iwae-cli[tensorboard]'" in err
+    assert not (tmp_path / "out").exists()

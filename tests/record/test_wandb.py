@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import wandb_records
+import small_runs
+import yaml
+from small_runs import TINY, finished, last_of_each, read_json, run_folders, snapshot, wandb_records
+from wandb_server import Server, wandb_server
 
 from iwae_cli.record.figures import plot_samples
 from iwae_cli.record.loggers import FanOut, RunInfo
-from iwae_cli.record.wandb import WandbLogger
+from iwae_cli.record.wandb import WandbLogger, left_to_upload
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,19 +67,20 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     picture = tmp_path / "samples.png"
     plot_samples(picture, np.eye(4)[None])
     run = wandb_logger(tags=["paper"], name="my run")
-    assert run.sync_command() is None
+    assert left_to_upload(tmp_path / "run") is None
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run", group="sweep", overrides=["data=digits", "objective.k=50"]), [])
         run.log(10, {"train/bound": -90.5, "validation/bound": None})
         run.log(20, {"train/bound": -80.25, "validation/bound": -82.0})
         run.image(20, "samples", picture)
         run.histogram(20, "log_w", [-2.0, -1.0, 0.0, float("-inf")])
+        run.table(20, "bounds", ["split", "k", "bound"], [("test", 1, -90.0), ("test", 50, -81.5)])
         run.summary({"test": {"nll": 81.5, "bounds": {"1": -90.0, "50": -81.5}, "khat": None}, "active_units": [20, 5]})
         run.close("finished")
     assert not ours(caplog)
 
     [folder] = offline_folders(tmp_path / "run")
-    command = run.sync_command()
+    command = left_to_upload(tmp_path / "run")
     assert command is not None and shlex.split(command) == ["wandb", "sync", f"run/wandb/{folder.name}"]
     [begun] = of_type(folder, "run")
     config = {name: value for name, value in begun["config"]["update"].items() if name != "_wandb"}
@@ -88,7 +94,9 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         {"step": 10, "train/bound": -90.5},
         {"step": 20, "train/bound": -80.25, "validation/bound": -82},
     ]
-    assert {metric.get("glob_name"): metric.get("step_metric") for metric in of_type(folder, "metric")}["*"] == "step"
+    metrics = {metric.get("name", metric.get("glob_name")): metric for metric in of_type(folder, "metric")}
+    assert metrics["*"]["step_metric"] == "step"
+    assert [name for name, metric in metrics.items() if metric["options"].get("hidden")] == ["step", "pass"]
 
     assert rows[2]["step"] == 20
     assert (folder / "files" / rows[2]["samples.path"]).read_bytes() == picture.read_bytes()
@@ -96,6 +104,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert sum(rows[3]["log_w.values"]) == 3, "the finite values, each once"
     assert rows[3]["log_w.bins"][0] == -2
     assert rows[3]["log_w.bins"][-1] == 0
+    table = json.loads((folder / "files" / rows[4]["bounds.path"]).read_text())
+    assert (table["columns"], table["data"]) == (["split", "k", "bound"], [["test", 1, -90], ["test", 50, -81.5]])
 
     final = {"test/nll": 81.5, "test/bounds/50": -81.5, "test/khat": None, "active_units": [20, 5]}
     assert summary(folder).items() >= final.items()
@@ -134,7 +144,7 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
     second.close("finished")
 
     old, new = sorted(offline_folders(tmp_path / "run"), key=lambda folder: folder.stat().st_ctime_ns)
-    assert new.name in (second.sync_command() or "")
+    assert new.name in (left_to_upload(tmp_path / "run") or "")
     assert history(new) == [{"step": step, "a": pytest.approx(step / 7, rel=1e-15)} for step in (1, 2, 3)]
     assert of_type(old, "run")[0]["run_id"] == of_type(new, "run")[0]["run_id"]
 
@@ -162,14 +172,15 @@ import logging, sys
 from pathlib import Path
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 from iwae_cli.record.loggers import RunInfo
-from iwae_cli.record.wandb import WandbLogger
+from iwae_cli.record.wandb import WandbLogger, left_to_upload
 folder = Path(sys.argv[1])
 folder.mkdir()
 run = WandbLogger(mode="online", project="iwae-test", entity=None, group=None, tags=[], name=None)
-run.open(RunInfo(folder=folder, identity="x", config={"k": 5}), [])
+info = RunInfo(folder=folder, identity="x", config={"k": 5})
+run.open(info, [])
 run.log(1, {"a": 1})
 run.close("finished")
-print(run.sync_command())
+print(left_to_upload(folder), run.recorded(info))
 """
 
 
@@ -196,7 +207,7 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
     assert "offline" in warning
     assert done.stderr == ""
     [offline] = offline_folders(folder)
-    assert command.endswith(offline.name)
+    assert command.endswith(f"{offline.name} True"), "and the same command would not wait again"
     assert history(offline) == [{"step": 1, "a": 1}]
     assert not list((folder / "wandb").glob("run-*")), "what the attempt left behind is gone"
 
@@ -212,3 +223,158 @@ def test_online_falls_back_to_offline_within_a_bounded_time(tmp_path: Path, envi
 def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         wandb_logger(**changed)
+
+
+def test_ids_follow_the_run_folder_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a restart, not a colleague: other ids. A record of an earlier version keeps the id in its folder's name."""
+    former = tmp_path / "former"
+    (former / "wandb" / "offline-run-20260101_000000-0a1b2c3d").mkdir(parents=True)
+    assert wandb_logger().recorded(info(former))
+    assert "offline-run-20260101_000000-0a1b2c3d" in (left_to_upload(former) or "")
+    monkeypatch.setenv("WANDB_DIR", "records")
+    ids = []
+    for folder in (former, tmp_path / "mine", tmp_path / "colleague"):
+        logger = wandb_logger()
+        logger.open(info(folder), [])
+        logger.close("finished")
+        known = read_json(folder / "wandb.json")
+        ids.append(known["id"])
+        (record,) = Path("records").glob(f"wandb/offline-run-*-{ids[-1]}")
+        assert Path(known["folder"]) == record.resolve() and [r["run_id"] for r in of_type(record, "run")] == ids[-1:]
+        assert left_to_upload(folder) == f"wandb sync {record}"
+        assert logger.recorded(info(folder)) and not wandb_logger(project="other").recorded(info(folder))
+        assert not logger.recorded(info(folder, evaluation="another")), "what W&B has is another result"
+        assert not wandb_logger("online").recorded(info(folder))
+        next(record.glob("*.wandb")).with_suffix(".wandb.synced").touch()
+        assert wandb_logger("online").recorded(info(folder)) and left_to_upload(folder) is None
+    assert ids[0] == "0a1b2c3d" and len(set(ids)) == 3
+    (former / "wandb.json").write_text("[]")
+    assert wandb_logger().recorded(info(former)), "damaged: as if it were not there"
+
+
+def git(*arguments: str) -> str:
+    environment = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return subprocess.run(
+        ["git", *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_a_finished_run_is_recorded_as_it_would_have_been(tmp_path: Path) -> None:
+    """Without training or evaluating; compared with a run that was recorded while it trained."""
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=x")
+    live = finished(tmp_path / "live", *TINY, "logger=offline")
+    later = finished(tmp_path / "later", *TINY)
+    before = snapshot(later)
+    git("commit", "--quiet", "--allow-empty", "--message=y")
+    code, out, err = small_runs.run(*TINY, "logger=offline", f"output_dir={later.parent}")
+    assert code == 0 and "wandb sync" in out and "recorded" in err and "training" not in err
+    after = snapshot(later)
+    assert {name for name in before if before[name] != after[name]} <= {"train.log"}
+
+    [expected], [found] = offline_folders(live), offline_folders(later)
+    rows = [
+        [{k: v for k, v in row.items() if not k.endswith(".path")} for row in history(f)] for f in (expected, found)
+    ]
+    [histogram] = [row for row in rows[0] if "log_w minus its mean._type" in row]
+    assert [row for row in rows[0] if row is not histogram] == rows[1]
+    assert {key for row in rows[1] for key in row if key.endswith("._type")} == {
+        *("bounds._type", "figures/training._type", "figures/bound_vs_k._type"),
+        *("figures/samples._type", "figures/reconstructions._type"),
+    }
+    finals = [{k: v for k, v in summary(f).items() if k.startswith(("test/", "active"))} for f in (expected, found)]
+    result = read_json(later / "result.json")
+    assert finals[0] == finals[1] and finals[1]["test/nll"] == result["test"]["nll"]
+    for folder in (expected, found):
+        [begun] = of_type(folder, "run")
+        config = begun["config"]["update"]
+        assert [config[key]["name"] for key in ("data", "model", "objective")] == ["digits", "one_layer", "iwae"]
+        assert begun["tags"] == ["digits", "one_layer", "iwae"]
+        # Of the training, not of the moment it is recorded.
+        assert (config["parameters"], config["commit"]) == (result["parameters"], git("rev-parse", "HEAD~"))
+        assert config["version"] == result["versions"]["iwae-cli"]
+
+    assert small_runs.run(*TINY, "logger=offline", f"output_dir={later.parent}")[2] == "", "once"
+    assert len(offline_folders(later)) == 1
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with wandb_server() as server:
+        yield server
+
+
+def command(server: Server, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments,
+        env={**os.environ, **server.environment(), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+
+
+def test_online_a_finished_run_is_uploaded_and_the_id_of_a_deleted_one_is_replaced(
+    tmp_path: Path, server: Server
+) -> None:
+    folder = finished(tmp_path / "out", *TINY)
+    online = [sys.executable, "-m", "iwae_cli", *last_of_each(*TINY, "logger=online", "output_dir=out")]
+    assert "wandb sync" not in command(server, *online).stdout
+    first = read_json(folder / "wandb.json")["id"]
+    assert server.runs[first]["exitcode"] == 0
+    assert server.summary(first)["test/nll"] == read_json(folder / "result.json")["test"]["nll"]
+    assert command(server, *online).stderr == "", "uploaded once"
+
+    server.deleted.add(first)
+    done = command(server, *online, "logger.wandb.project=other", WANDB_INIT_TIMEOUT="8")
+    [warning] = [line for line in done.stderr.splitlines() if "refuses" in line]
+    second = read_json(folder / "wandb.json")["id"]
+    assert first in warning and second in warning and "deleted" in warning and len(warning) <= 300
+    assert server.runs[second]["sent"]["project"] == "other" and len(server.runs) == 2
+
+
+def test_the_sweep_of_the_page_under_an_agent(tmp_path: Path, server: Server) -> None:
+    """By the functions with which ``wandb agent`` makes the command; the second time there is nothing to train."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+    from wandb.sdk.lib.config_util import save_config_file_from_dict
+
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    sweep = yaml.safe_load(page.partition("```yaml\n# sweep.yaml\n")[2].partition("```")[0])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "iwae-train").write_text(f'#!/bin/sh\nexec {sys.executable} -m iwae_cli "$@"\n')
+    (tmp_path / "bin" / "iwae-train").chmod(0o700)
+    chosen = {"objective": {"value": sweep["parameters"]["objective"]["values"][0]}, "optimizer.lr": {"value": 0.0025}}
+    parts = {**create_sweep_command_args({"args": chosen}), "env": ["/usr/bin/env"], "program": [sweep["program"]]}
+    line = [
+        word
+        for part in create_sweep_command(list(sweep["command"]))
+        for word in (parts[part[2:-1]] if part.startswith("${") else [part])
+    ]
+    save_config_file_from_dict("wandb/sweep-s1/config.yaml", chosen)
+    errors = []
+    for run_id in ("first", "second"):
+        of_agent = {
+            "WANDB_SWEEP_ID": "s1",
+            "WANDB_RUN_ID": run_id,
+            "WANDB_SWEEP_PARAM_PATH": "wandb/sweep-s1/config.yaml",
+        }
+        of_agent |= {
+            "WANDB_PROJECT": "sweeps",
+            "WANDB_ENTITY": "me",
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        }
+        errors.append(command(server, *line, **of_agent).stderr)
+        sent = server.runs[run_id]["sent"]
+        config = {key: node["value"] for key, node in json.loads(sent["config"]).items()}
+        assert (sent["sweep"], sent["project"], server.runs[run_id]["exitcode"]) == ("s1", "sweeps", 0)
+        # The key of the sweep holds what the agent chose, and what that choice consists of is beside it.
+        assert (config["objective"], config["objective.k"], config["optimizer"]["lr"]) == ("elbo", 1, 0.0025)
+    (folder,) = run_folders(tmp_path / "outputs")
+    result = read_json(folder / "result.json")
+    assert "training" in errors[0] and "training" not in errors[1] and "Ignoring" not in "".join(errors)
+    assert set(server.runs) == {"first", "second"}
+    for run_id in server.runs:
+        split, metric = sweep["metric"]["name"].split("/")
+        assert server.summary(run_id)[sweep["metric"]["name"]] == result[split][metric]

@@ -32,7 +32,7 @@ TINY = (
 """13 steps a pass on the digits."""
 TINY_TWO_LAYERS = ("model=two_layer", "model.latent_sizes=[4,3]", "model.hidden_sizes=[[12],[8]]", *TINY[2:])
 
-VARYING = ("seconds", "versions", "device", "git")
+VARYING = ("seconds", "versions", "device", "git", "code")
 """Fields of result.json that two equal runs need not share."""
 
 

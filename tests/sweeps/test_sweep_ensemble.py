@@ -76,7 +76,11 @@ def test_the_numbers_are_those_of_each_run_alone(tmp_path: Path) -> None:
         assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
         for row, expected_row in zip(rows, expected_rows, strict=True):
             assert row == pytest.approx(expected_row, rel=1e-5)
-        assert {path.name for path in folder.iterdir()} == {"wandb", *(path.name for path in other.iterdir())}
+        assert {path.name for path in folder.iterdir()} == {
+            "wandb",
+            "wandb.json",
+            *(path.name for path in other.iterdir()),
+        }
     history = [entry for entry in wandb_records(*folder.glob("wandb/offline-run-*")) if entry["type"] == "history"]
     assert len(history) >= len(rows), "the record of the training is in W&B too"
 
