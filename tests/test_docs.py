@@ -22,6 +22,7 @@ from small_runs import finished, read_json, run_folders
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.help import choices, conf_folder, summary
+from iwae_cli.config.build import trust
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
@@ -75,10 +76,10 @@ def call(program: str, arguments: list[str]) -> tuple[int, str]:
 
 @pytest.fixture
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let `mine` in the current folder be imported and named, as the commands of the pages do."""
-    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "mine")
+    """Let tests import `mine` in the current folder; the commands of the pages need no more than --config-dir."""
     monkeypatch.syspath_prepend(tmp_path)
     yield
+    trust(None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         del sys.modules[name]
 
@@ -147,12 +148,12 @@ def compare_bounds(ours: Any, known: Any) -> None:
 def extension_command(section: str) -> tuple[str, list[str]]:
     """Return program and arguments of the only command in a section of extending.md."""
     text = PAGES["docs/extending.md"].partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    (line,) = re.findall(r"^PYTHONPATH=\. IWAE_ALLOW_TARGETS=mine (.+)$", text, re.MULTILINE)
+    (line,) = re.findall(r"^(iwae-\w+ --config-dir my_conf .+)$", text, re.MULTILINE)
     program, *arguments = shlex.split(line)
     return program, arguments
 
 
-@pytest.mark.parametrize("section", ["Objective", "Data set", "Model", "Prior", "Logger"])
+@pytest.mark.parametrize("section", ["Objective", "Data set", "Model", "Flow", "Prior", "Logger"])
 def test_extensions_train(section: str, own_files: None, tmp_path: Path) -> None:
     write_files("docs/extending.md", tmp_path)
     program, arguments = extension_command(section)
@@ -165,7 +166,7 @@ def test_extensions_train(section: str, own_files: None, tmp_path: Path) -> None
         assert result["objective"] == {"name": "power", "k": 5, "c": 0.5, "gradient": "total"}
     if section == "Data set":
         assert result["dataset"]["sizes"] == {"train": 800, "validation": 100, "test": 100}
-        assert (result["dataset"]["name"], result["dataset"]["stripes"]) == ("stripes", 2)
+        assert result["dataset"]["name"] == "stripes"
     if section == "Logger":
         header, row = (folder / "bounds.csv").read_text().splitlines()
         assert header == "step,train/bound,validation/bound"
@@ -206,6 +207,24 @@ def test_the_objective_of_the_page_is_the_renyi_bound(own_files: None, tmp_path:
     from iwae_cli.objectives.vr import VR
 
     compare_bounds(Power(7, 0.25), VR(7, 0.75))
+
+
+def test_the_flow_is_a_density(own_files: None, tmp_path: Path) -> None:
+    write_files("docs/extending.md", tmp_path)
+    from mine.flow import Flow
+
+    flow, given = Flow(2, [4], 1).double(), torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    h = torch.sinh(torch.linspace(-9, 9, 4001, dtype=torch.float64))
+    density = flow.log_prob(h[:, None, None], given)[:, 0].exp()
+    torch.testing.assert_close(torch.trapezoid(density, h), torch.tensor(1.0, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.trapezoid(density * h, h), flow.mean(given)[0, 0], atol=1e-3, rtol=0)
+
+
+def test_every_example_is_short() -> None:
+    named = named_blocks("docs/extending.md")
+    assert len([name for name in named if name.endswith(".py")]) == 7
+    for name, text in named.items():
+        assert len([line for line in text.splitlines() if line.strip()]) <= 30, name
 
 
 def test_the_model_in_a_notebook(trained: Path) -> None:

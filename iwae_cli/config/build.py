@@ -65,6 +65,7 @@ _EXPECTED = {
 
 
 _trusted: list[Path] = []
+"""Folders of ``--config-dir`` and what they lie in, see ``trust``."""
 
 
 def trust(folders: Any) -> None:

@@ -138,16 +138,15 @@ def require_probabilities(
     """
     if x.is_floating_point():
         return
-    n, rounding = len(log_px), 0.0 if error is None else ROUNDING
-    slack = rounding + (0.0 if error is None else np.fmin(6 * error, SURE + math.log(n)))
-    above = np.isfinite(log_px) & (log_px > slack)
-    if not above.any() and not log_px.sum() > SURE + n * rounding:
+    n = len(log_px)
+    slack = ROUNDING + (0.0 if error is None else np.fmin(6 * error, SURE + math.log(n)))
+    known = np.where(np.isfinite(log_px), log_px, -math.inf)  # others are named where they are summarized
+    if not (known > slack).any() and not known.sum() > SURE + n * ROUNDING:
         return
-    worst = int(np.where(np.isfinite(log_px), log_px, -math.inf).argmax())
+    worst = int(known.argmax())
     raise RunFailed(
-        f"{name} is above 0 in {int((log_px > 0).sum())} of {n} images, {log_px[worst]:.4g} nats in image {worst}: no "
-        "probability of integers is above 1, so a density of the model is wrong; "
-        "iwae_cli.check(model) may find it"
+        f"{name} is above 0 in {int((known > 0).sum())} of {n} images, {log_px[worst]:.4g} nats in image {worst}: no "
+        "probability of integers is above 1, so a density of the model is wrong; iwae_cli.check(model) may find it"
     )
 
 

@@ -293,16 +293,31 @@ class Wide(StandardNormal):
         return h, self.log_prob(h, None)
 
 
-class WidePrior(Prior):
-    """Settings of it."""
+class Folded(StandardNormal):
+    """|e|: right, and no invertible function of e."""
+
+    def sample(self, given: None, k: int, batch: int, level: int, noise: Any) -> tuple[Tensor, Tensor]:
+        h = noise.normal(level, k, batch, self._size).abs()
+        return h, self.log_prob(h, None)
+
+    def log_prob(self, h: Tensor, given: None) -> Tensor:
+        return super().log_prob(h, given) + h.shape[-1] * math.log(2)
+
+
+class OwnPrior(Prior):
+    """Settings of either."""
+
+    def __init__(self, cls: type[StandardNormal]) -> None:
+        self.cls = cls
 
     def build(self, size: int) -> Conditional:
-        return Wide(size)
+        return self.cls(size)
 
 
 def test_a_prior_of_a_user_is_checked_alone() -> None:
     with pytest.raises(UserError, match=r"Wide.sample gives a log-density .* by the change of variables"):
-        iwae_cli.check(WidePrior())
+        iwae_cli.check(OwnPrior(Wide))
+    iwae_cli.check(OwnPrior(Folded))
     with pytest.raises(TypeError, match="part must be an objective, a model or a prior, got int"):
         iwae_cli.check(3)
 
