@@ -14,12 +14,13 @@ import yaml
 Command = Callable[..., tuple[int, str, str]]
 """iwae-report: from its arguments to exit code, standard output and standard error."""
 CONFIG: dict[str, Any] = yaml.safe_load("""
-data: {_target_: iwae_cli.data.mnist.MNIST, data_dir: data, binarization: dynamic}
+data: {_target_: iwae_cli.data.mnist.MNIST, data_dir: data, binarization: dynamic, limit: null}
 model:
   _target_: iwae_cli.models.mlp.GaussianMLP
   latent_sizes: [50]
   hidden_sizes: [[200, 200]]
   likelihood: bernoulli
+  noise_std: null
 objective: {_target_: iwae_cli.objectives.iwae.IWAE, k: 50, gradient: total}
 optimizer:
   {_target_: torch.optim.Adam, lr: 0.001, betas: [0.9, 0.999], eps: 0.0001, weight_decay: 0.0, fused: true}
