@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import UserError, clip
+from iwae_cli.core.files import absolute
 
 
 def conf_folder() -> Path:
@@ -24,9 +25,9 @@ def own_folder(folder: str, option: str) -> Path:
     Raises:
         UserError: it is not there, or a choice has the name of one of ours, which Hydra would take instead.
     """
-    path = Path(folder).absolute()
+    path = Path(absolute(folder, option))
     if not folder or not path.is_dir():
-        raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
+        raise UserError(f"{option} must be a folder that exists, got {clip(folder) or 'nothing'}")
     for file in config_files(path):
         ours = conf_folder() / file.relative_to(path)
         if ours.is_file() and ours.read_bytes() != file.read_bytes():

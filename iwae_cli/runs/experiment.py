@@ -14,6 +14,7 @@ import torch
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
+from iwae_cli.core.files import absolute
 from iwae_cli.data.base import Data, Dataset
 from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.likelihood import check_refine
@@ -105,7 +106,7 @@ class Experiment:
             raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
         if self.train == "inference" and self.init_from is None:
             raise ValueError("train=inference needs init_from=RUN_FOLDER: the run whose generative network is kept")
-        object.__setattr__(self, "output_dir", str(Path(self.output_dir).absolute()))
+        object.__setattr__(self, "output_dir", absolute(self.output_dir, "output_dir"))
         object.__setattr__(self, "config", _with_absolute_paths(self.config))
 
     def check(self) -> None:
@@ -255,5 +256,5 @@ def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Return a record that means the same from any folder."""
     config = {**config, "data": dict(config["data"])}
     for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], ("data_dir", "path"))):
-        node.update({key: str(Path(node[key]).absolute()) for key in keys if node.get(key) is not None})
+        node.update({key: absolute(node[key], key) for key in keys if node.get(key) is not None})
     return config

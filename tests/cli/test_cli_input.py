@@ -131,7 +131,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("override", "message"),
     [
         ("objective=trap", "objective._target_ must name a class of iwae_cli or torch.optim derived from Objective"),
-        ("objective=hidden", "got trap.Trap"),
+        ("objective=hidden", "got ${oc.env:TRAP}"),
         ("logger=trap", "logger.mine._target_ must name a class"),
         ("data=broken", "nowhere"),
         ("experiment=callback", "hydra.callbacks cannot be changed"),
