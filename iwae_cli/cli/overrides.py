@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from iwae_cli.core.errors import UserError, clip, hide
+from iwae_cli.core.errors import UserError, clip, hide, without_hidden
 
 MAX_JOBS = 10_000
 """Jobs of one sweep at most; each is checked before the first begins, which takes hundredths of a second."""
@@ -51,14 +51,14 @@ def parse(overrides: Sequence[str], parser: OverridesParser, groups: Mapping[str
 def values(override: Override, is_grid: bool) -> list[str]:
     """Return what the jobs of a sweep have in place of ``override``, as Hydra's basic sweeper writes it."""
     key, asked = override.get_key_element(), clip(str(override.input_line))
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
+    if override.is_sweep_override() and not override.is_discrete_sweep():
         if is_grid:
             raise UserError(f"{asked} is a range for a search: add hydra/sweeper=optuna")
         value: Any = override.value()
         return [f"{key}={value.start}"]
     try:
+        if not override.is_sweep_override():
+            return [f"{key}={override.get_value_element_as_str()}"]
         found = [f"{key}={text}" for text in islice(override.sweep_string_iterator(), MAX_JOBS + 1)]
     except (*_GRAMMAR_ERRORS, ArithmeticError) as error:
         raise UserError(f"{asked}: {first_line(error)}") from None
@@ -85,7 +85,7 @@ def quoted_override(key: str, value: str) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return (without_hidden(str(error)).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def hide_environment(written: Any, value: Any) -> None:
@@ -108,9 +108,8 @@ def _read(text: str, parser: OverridesParser) -> Override | None:
 def _at_home(text: str) -> str:
     """Return an override with ``~`` at the start of its values replaced: neither the shell nor Hydra reads it there."""
     key, equals, value = text.partition("=")
-    parts = [
-        quoted(os.path.expanduser(part)) if re.match(r"~[^'\"\[\]{}()]*$", part) else part for part in value.split(",")
-    ]
+    home = re.compile(r"~[^\0'\"\[\]{}()]*")
+    parts = [quoted(os.path.expanduser(part)) if home.fullmatch(part) else part for part in value.split(",")]
     return f"{key}{equals}{','.join(parts)}"
 
 

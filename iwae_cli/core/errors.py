@@ -50,28 +50,39 @@ class Interrupted(Exception):
 
 
 def clip(text: str, most: int = 80) -> str:
-    """Return ``text`` with at most ``most`` characters: beginning and end of a longer one."""
-    half = (most - 5) // 2
+    """Return ``text`` without hidden values, with at most ``most`` characters: beginning and end of a longer one."""
+    text, half = without_hidden(text), (most - 5) // 2
     return text if len(text) <= most else f"{text[: most - 5 - half]} ... {text[-half:]}"
 
 
 def one_line(error: BaseException | str) -> str:
     """Return the message of an error: one line of at most ``MAX_LINE`` printable characters, no hidden values."""
-    text = " ".join(str(error).split())
+    text = " ".join(without_hidden(str(error)).split())
+    return clip("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), MAX_LINE)
+
+
+def without_hidden(text: str) -> str:
+    """Return ``text`` with what ``hide`` was called for replaced."""
     for value in sorted(_hidden, key=len, reverse=True):
         text = text.replace(value, _hidden[value])
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return clip(text, MAX_LINE)
+    return text
 
 
 def hide(value: Any, reference: str) -> None:
-    """Have ``one_line`` print ``reference``, such as ``${oc.env:TOKEN}``, for ``value`` and for all that it holds."""
+    """Have messages name ``reference``, such as ``${oc.env:TOKEN}``, for ``value`` and for all that it holds."""
     for leaf in _scalars(value):
-        numbers = isinstance(leaf, int | float) and not isinstance(leaf, bool)
-        spellings = {str(leaf), repr(leaf), json.dumps(str(leaf))[1:-1], f"{leaf:,}" if numbers else ""}
-        for text in {" ".join(spelling.split()) for spelling in spellings}:
-            if len(text) > 3:  # shorter ones are no secrets, and parts of many words
-                _hidden.setdefault(text, reference)
+        is_number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
+        as_json = json.dumps(str(leaf))[1:-1]
+        for text in (
+            str(leaf),
+            repr(str(leaf))[1:-1],
+            as_json,
+            as_json.replace('"', ""),
+            f"{leaf:,}" if is_number else "",
+        ):
+            for spelling in (text, " ".join(text.split())):
+                if len(spelling) > 3:  # shorter ones are no secrets, and parts of many words
+                    _hidden.setdefault(spelling, reference)
 
 
 def hide_nothing() -> None:

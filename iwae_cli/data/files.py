@@ -154,8 +154,8 @@ def obtain(
         text = error.short if isinstance(error, Damaged) else str(getattr(error, "reason", None) or error)
         reason = clip(" ".join(text.split()).rstrip("."), 60)
         raise UserError(
-            f"data={data} needs {what} in {folder}, and the download failed ({reason}); put the files there, or write "
-            "data_dir=DIR for the folder that has them; data=digits needs none"
+            f"data={data} needs {what} in {folder}; the download failed ({reason}): put them there, or write "
+            "data_dir=DIR; data=digits needs none"
         ) from error
 
 

@@ -59,7 +59,8 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
         if is_wrong:
             raise UserError(f"evaluation.precision=bf16 is for {what}; write evaluation.precision=float32")
     if not has_bf16():
-        raise UserError("evaluation.precision=bf16 needs a processor with products of bfloat16; write float32")
+        lacks = "needs a processor with instructions for bfloat16, which this one lacks"
+        raise UserError(f"evaluation.precision=bf16 {lacks}; write evaluation.precision=float32")
 
 
 @final
