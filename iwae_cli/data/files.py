@@ -151,8 +151,8 @@ def obtain(
     except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException, Damaged) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
-        text = error.short if isinstance(error, Damaged) else str(getattr(error, "reason", None) or error)
-        reason = clip(" ".join(text.split()).rstrip("."), 60)
+        reason = " ".join((error.short if isinstance(error, Damaged) else str(error)).split())
+        reason = clip(reason.removeprefix("<urlopen error ").rstrip(".>"), 100)
         raise UserError(
             f"data={data} needs {what} in {folder}; the download failed ({reason}): put them there, or write "
             "data_dir=DIR; data=digits needs none"
