@@ -33,7 +33,7 @@ def trouble(error: OSError, folder: Path) -> str | None:
     place = Path(re.sub(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-(?=[^/]*$)", "", error.filename))
     if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
         return None
-    return f"{error.strerror}: {place}"
+    return f"{error.strerror}: {place.relative_to(folder) if place.is_relative_to(folder) else place}"
 
 
 @contextmanager
