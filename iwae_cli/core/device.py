@@ -68,7 +68,7 @@ class Device:
         Raises:
             UserError: the requested kind is not available.
         """
-        found, fault = available(), gpu_fault()
+        found, fault = available(), gpu_fault() if self.kind in ("auto", "cuda") else None
         kind = self.kind if self.kind != "auto" else "cuda" if "cuda" in found and fault is None else "cpu"
         if fault is not None and kind == "cuda":
             raise UserError(f"device=cuda: the GPU cannot run ({fault}): install the torch for it, or write device=cpu")
