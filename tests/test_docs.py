@@ -89,6 +89,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(tmp_path_factory.mktemp("outputs"), "experiment=smoke", "schedule.passes=1", *SMALL)
 
 
+def test_settings_in_pairs(tmp_path: Path) -> None:
+    write_files("docs/sweeps.md", tmp_path)
+    (arguments,) = [words for words in commands("docs/sweeps.md", "iwae-train") if "--config-dir" in words]
+    code, error = call("iwae-train", [*arguments, "schedule.passes=1", *SMALL])
+    assert code == 0, error
+    results = [read_json(folder / "result.json") for folder in run_folders(tmp_path / "outputs")]
+    found = [tuple(result["objective"].get(key) for key in ("name", "m", "k")) for result in results]
+    assert sorted(found, key=str) == [("iwae_10", None, 10)] * 2 + [("miwae_2x5", 2, 5)] * 2
+
+
 TRAIN = [(page, arguments) for page in PAGES for arguments in commands(page, "iwae-train")]
 
 

@@ -9,18 +9,19 @@ from typing import Any, NoReturn
 
 from iwae_cli import __version__
 from iwae_cli.cli.stdio import exit_code, forgiving
-from iwae_cli.config.build import nearest, one_line
-from iwae_cli.core.errors import Interrupted, UserError
+from iwae_cli.config.guesses import nearest, question
+from iwae_cli.core.errors import Interrupted, UserError, clip, hide_nothing, one_line
 from iwae_cli.sweeps.sweep import Stopped
 
 
 def answer(program: str, work: Callable[[], bool]) -> int:
     """Return the exit code of ``work``, which returns whether it wrote anything but standard output."""
+    hide_nothing()
     with forgiving() as out:
         try:
             wrote = work()
         except (UserError, Interrupted) as error:
-            print(f"{program}: {one_line(error)}", file=sys.stderr)
+            print(one_line(f"{program}: {error}"), file=sys.stderr)
             return error.exit_code
         except Stopped as stop:
             return stop.exit_code
@@ -37,15 +38,20 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"{program} {__version__}")
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of argparse; unknown options get the nearest one."""
+        """As of argparse; unknown options get the nearest one, or the override that they mean."""
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
-            options = [option for option in self._option_string_actions if option.startswith("--")]
-            hint = nearest(unknown[0], options)
-            if "=" in unknown[0] and not hint:
-                hint = f"; did you mean {unknown[0].lstrip('-')}?"
-            raise UserError(f"unknown option {unknown[0]}{hint}")
+            option, equals, value = unknown[0].partition("=")
+            after = [] if equals else args[args.index(unknown[0]) + 1 :][:1]
+            value = value or "".join(word for word in after if not word.startswith("-") and "=" not in word)
+            hint = nearest(option, [name for name in self._option_string_actions if name.startswith("--")])
+            hint = hint or (question(self.overrides_like(option.lstrip("-"), value)) if value else "")
+            raise UserError(f"unknown option {clip(unknown[0])}{hint or ' (an override is KEY=VALUE, without dashes)'}")
         return parsed
+
+    def overrides_like(self, key: str, value: str) -> list[str]:
+        """Return the overrides that the option ``--key=value`` may mean."""
+        return [f"{key}={clip(value)}"]
 
     def error(self, message: str) -> NoReturn:
         """Raise ``message`` as a UserError."""

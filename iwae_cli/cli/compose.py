@@ -1,4 +1,4 @@
-"""Compose a command line into plain values; the only file that imports hydra and omegaconf.
+"""Compose a command line into plain values by Hydra.
 
 Hydra composes the choices of the groups once. Values are then set one by one, because only a config without them shows
 which keys exist. Every fault is a ``UserError`` of one line, raised before anything happens.
@@ -7,12 +7,14 @@ which keys exist. Every fault is a ``UserError`` of one line, raised before anyt
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, product
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,24 +24,25 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
+from iwae_cli.cli.overrides import MAX_JOBS, first_line, hide_environment, parse, quoted, several, values
 from iwae_cli.cli.stdio import forgiving
-from iwae_cli.config.build import BASES, SEVERAL, convert, nearest, one_line, resolve, show, unknown_key
-from iwae_cli.core.errors import UserError
+from iwae_cli.config.build import BASES, SEVERAL, convert, resolve, show
+from iwae_cli.config.guesses import closest, keys_in, keys_like, nearest, unknown_key
+from iwae_cli.core.errors import UserError, clip, one_line
+from iwae_cli.core.files import expanded
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.sweeps.jobs import Job, Plan, run_job
 from iwae_cli.sweeps.launchers import adapter
 
 ESTIMATOR = "estimator"
 """Group of ``iwae-eval`` alone."""
-MAX_JOBS = 10_000
-"""Jobs of one sweep at most; each is checked before the first begins, which takes hundredths of a second."""
 _WANDB = "iwae_cli.record.wandb.WandbLogger"
 _ENGINES = ("hydra/launcher", "hydra/sweeper")
 _ENGINE_KEYS = ("hydra.launcher.", "hydra.sweeper.")
@@ -66,31 +69,40 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
     with _composer(config_dir) as composer:
         parsed = composer.parse(overrides)
         lines = [*composer.search_path, *(str(o.input_line) for o in parsed)]
-        base = composer.compose([o for o in parsed if not o.is_sweep_override()])
-        stop = convert(base["on_error"], Literal["continue", "stop"], "on_error") == "stop"
+        swept = [o for o in parsed if o.is_sweep_override()]
+        # Which other keys there are depends on the choices of each job.
+        common = [o for o in parsed if o.is_hydra_override() or o.key_or_group == "on_error" or composer.is_choice(o)]
+        base = composer.compose([o for o in common if o not in swept])
+        stop = convert(_resolved(base, ["on_error"])["on_error"], Literal["continue", "stop"], "on_error") == "stop"
         chosen = base.hydra.runtime.choices
         launcher, sweeper = (_resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
-        multirun = multirun or base.hydra.mode == RunMode.MULTIRUN
-        swept = [o for o in parsed if o.is_sweep_override()]
-        if not multirun:
+        if not multirun and base.hydra.mode != RunMode.MULTIRUN:
             if swept:
-                raise UserError(f"{swept[0].input_line} asks for several runs: add -m (a list is written [1,2])")
-            jobs = [_job(base, base.hydra, parsed)]
+                raise UserError(several(swept[0]))
+            cfg = composer.compose(parsed)
+            jobs = [_job(cfg, cfg.hydra, parsed)]
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
         if sweeper.get("custom_search_space"):
             raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")
-        values = [(o.key_or_group, _values(o, is_grid)) for o in parsed]
-        if is_grid and prod(len(found) for _, found in values) > MAX_JOBS:
+        axes = [(o.key_or_group, values(o, is_grid)) for o in parsed]
+        if is_grid and prod(len(found) for _, found in axes) > MAX_JOBS:
             raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
-        grid = product(*(found for _, found in values))
+        grid = product(*(found for _, found in axes))
         jobs = []
         # Of a search, which decides its jobs itself, one is checked.
-        for texts in grid if is_grid else [[found[0] for found in dict(values).values()]]:
+        for texts in grid if is_grid else [[found[0] for found in dict(axes).values()]]:
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
             jobs.append(_job(cfg, cfg.hydra, of_job))
+        if is_grid:
+            # Hydra also composes what all jobs share, where a key of some choice alone is unknown: ``choice`` hides it.
+            tree: Any = OmegaConf.to_container(base, resolve=False)
+            there = keys_in(tree)
+            hidden = [o for o in parsed if o not in common and o not in swept and o.key_or_group not in there]
+            choice = {o.input_line: f"{o.get_key_element()}=choice({o.get_value_element_as_str()})" for o in hidden}
+            lines = [choice.get(line, line) for line in lines]
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper)
 
@@ -99,7 +111,7 @@ def engine(plan: Plan) -> Callable[[Path, list[str]], None]:
     """Return a function that runs the jobs of a sweep by Hydra's sweeper and launcher, given a folder and overrides."""
 
     def run(path: Path, further: list[str]) -> None:
-        run_hydra(["--multirun", f"hydra.sweep.dir={_quoted(str(path))}", *plan.overrides, *further], _sweep_job)
+        run_hydra(["--multirun", f"hydra.sweep.dir={quoted(str(path))}", *plan.overrides, *further], _sweep_job)
 
     return run
 
@@ -118,6 +130,14 @@ def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
         parsed = [o for o in composer.parse(overrides) if not o.is_sweep_override()]
         composer.compose(parsed)
         return [*composer.search_path, *(str(o.input_line) for o in parsed)]
+
+
+def overrides_like(key: str, value: str) -> list[str]:
+    """Return the overrides of existing keys that someone may mean who writes ``--key=value``."""
+    with _composer(None) as composer:
+        tree: Any = OmegaConf.to_container(composer.choose([]), resolve=False)
+        like = keys_like(key, "", tree)
+        return [f"{name}={closest(value, composer.groups.get(name, [])) or clip(value)}" for name in like]
 
 
 def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
@@ -144,13 +164,16 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         for override in parsed:
             key, group = override.key_or_group, override.key_or_group.partition(".")[0]
             if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: iwae-eval does one evaluation (a list is written [1,2])")
+                asked = clip(str(override.input_line))
+                raise UserError(f"{asked}: iwae-eval does one evaluation (a list is written [1,2])")
             if not {key, group} & {*allowed}:
                 hint = nearest(group, allowed)
-                raise UserError(f"{key} cannot be changed after training{hint} (allowed are {', '.join(allowed)})")
+                raise UserError(
+                    f"{clip(key)} cannot be changed after training{hint} (allowed are {', '.join(allowed)})"
+                )
             if group == ESTIMATOR and ESTIMATOR not in fresh:
                 names = " or ".join(f"{ESTIMATOR}={name}" for name in composer.groups[ESTIMATOR])
-                raise UserError(f"{key} belongs to an estimator: write {names} before it")
+                raise UserError(f"{clip(key)} belongs to an estimator: write {names} before it")
         config = OmegaConf.create({key: saved[key] for key in ("data", *allowed) if key in saved})
         for group in ("evaluation", "device"):
             # A run of an earlier version lacks keys that are new.
@@ -180,6 +203,10 @@ def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any] | None = N
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if task is not None:
+            raise
+        raise UserError(f"{shlex.join(arguments)}: {first_line(error)}") from None
     except SystemExit as end:
         if end.code:
             raise SystemExit(UserError.exit_code) from None
@@ -203,7 +230,7 @@ class _Composer:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.search_path = [] if folder is None else [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]"]
+        self.search_path = [] if folder is None else [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
         loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=loader)
         self.groups = choices([conf_folder(), *([folder] if folder else [])])
@@ -212,31 +239,13 @@ class _Composer:
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Return the overrides, each key once."""
-        parsed: dict[str, Override] = {}
-        for text in overrides:
-            try:
-                (override,) = self._parser.parse_overrides([text])
-                if not override.key_or_group:
-                    raise ValueError("no key")
-            except (HydraException, ValueError):
-                # ValueError also for an integer of thousands of digits.
-                raise UserError(f"cannot read {text[:100]!r}: write key=value, quote special characters") from None
-            key = override.key_or_group
-            if override.package is not None:
-                raise UserError(f"{text}: packages cannot be changed, write {key}=...")
-            if override.is_delete():
-                raise UserError(f"~{key}: nothing can be taken away, choose another value with {key}=...")
-            before = parsed.setdefault(key, override)
-            # As text: in Python 1, 1.0 and true are equal.
-            if before.type != override.type or repr(before.value()) != repr(override.value()):
-                raise UserError(f"{before.input_line} and {text} contradict each other: write one of them")
-        return list(parsed.values())
+        return parse(overrides, self._parser, self.groups)
 
     def compose(self, overrides: Sequence[Override]) -> DictConfig:
         """Return the config of one run with Hydra's node; its values are not checked yet."""
         for override in overrides:
             if override.key_or_group.partition(".")[0] == ESTIMATOR:
-                asked = override.input_line
+                asked = clip(str(override.input_line), 60)
                 raise UserError(f"{asked} is for a finished run: write iwae-eval RUN_FOLDER {asked}")
         chosen = [o for o in overrides if self.is_choice(o)]
         cfg = self.choose([str(o.input_line) for o in chosen])
@@ -253,7 +262,7 @@ class _Composer:
             # Hydra looks into presets, and into its own node, without checking their types.
             except _COMPOSITION_ERRORS as error:
                 group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
-                why = f"{shlex.join(lines)} cannot be composed: {type(error).__name__}: {one_line(error)}"
+                why = f"{clip(shlex.join(lines))} cannot be composed: {type(error).__name__}: {one_line(error)}"
                 raise UserError(_not_installed(group, name) or why) from error
             OmegaConf.set_readonly(cfg.hydra, False)
             self._composed[key] = cfg
@@ -267,11 +276,11 @@ class _Composer:
             if not key.startswith("hydra"):
                 _check_key(key, known, added)
             elif not key.startswith(_ENGINE_KEYS):
-                raise UserError(f"{key} cannot be changed; runs go to output_dir=..., several runs are asked for by -m")
+                raise UserError(f"{clip(key)} cannot be changed; runs go to output_dir=..., several runs need -m")
             try:
                 OmegaConf.update(cfg, key, override.value(), force_add=added)
             except (OmegaConfBaseException, AssertionError) as error:
-                raise UserError(f"{override.input_line}: {_first_line(error)}") from None
+                raise UserError(f"{clip(str(override.input_line))}: {first_line(error)}") from None
 
     def is_choice(self, override: Override) -> bool:
         """Return whether ``override`` chooses from a group, after checking that the choice is there."""
@@ -285,27 +294,26 @@ class _Composer:
         names, value = self.groups[group], override.value()
         for name in value if isinstance(value, list) and group in (*SEVERAL, "experiment") else [value]:
             if not isinstance(name, str) or name not in names:
-                there = f"{group} must be one of {', '.join(summary(names))}, got {show(name)}{nearest(name, names)}"
-                raise UserError(_not_installed(group, name) or there)
+                raise UserError(_not_installed(group, name) or _no_choice(group, name, names))
         return True
 
 
-def _check_key(key: str, node: Any, added: bool) -> None:
-    path = ""
+def _check_key(key: str, tree: Any, added: bool) -> None:
+    path, node = "", tree
     for part in key.split("."):
         there = node if isinstance(node, dict) else {}
         if part not in there:
             if path and there and added:
                 return
             names = [str(name) for name in there if name not in ("_target_", "hydra")]
-            raise UserError(unknown_key(key, path, names if path else [*names, "experiment"]))
+            raise UserError(unknown_key(key, path, names if path else [*names, "experiment"], tree))
         node, path = node[part], f"{path}.{part}" if path else part
 
 
 def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     """Return the plain values of a run without Hydra's ``node``, with ``WANDB_MODE`` where no logger was typed."""
     # How a sweep treats errors is no part of a run.
-    config = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")]))
+    config = _resolved(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")])
     # As the processes of a sweep know it, too. Recorded, so that the run can be evaluated and loaded without it.
     config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
@@ -315,28 +323,12 @@ def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
         for logger in (config.get("logger") or {}).values():
             if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
                 logger["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
+    # A token in a logger's key belongs into no record; the other keys decide the numbers.
+    written: Any = OmegaConf.to_container(cfg.logger, resolve=False) if "logger" in cfg else {}
+    secret = any("oc.env" in text for _, text in _texts(written))
     names = {group: str(node.runtime.choices[group]) for group in BASES if group in node.runtime.choices}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]
-    return Job(config, names, lines)
-
-
-def _values(override: Override, is_grid: bool) -> list[str]:
-    """Return what the jobs of a sweep have in place of ``override``, as Hydra's basic sweeper writes it."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
-        if is_grid:
-            raise UserError(f"{override.input_line} is a range for a search: add hydra/sweeper=optuna")
-        value: Any = override.value()
-        return [f"{key}={value.start}"]
-    try:
-        found = [f"{key}={text}" for text in islice(override.sweep_string_iterator(), MAX_JOBS + 1)]
-    except (HydraException, ValueError, ArithmeticError) as error:
-        raise UserError(f"{override.input_line}: {_first_line(error)}") from None
-    if not found:
-        raise UserError(f"{override.input_line} gives no job")
-    return found
+    return Job(config, names, lines, written if secret else None)
 
 
 def _check_hydra(node: DictConfig) -> None:
@@ -354,15 +346,51 @@ def _check_hydra(node: DictConfig) -> None:
             resolve(value, object, path, _ENGINE_PACKAGES)
 
 
-def _resolved(cfg: Any) -> dict[str, Any]:
+def _resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the plain values of a config, or of some of its ``keys``, with ``~`` replaced."""
+    cfg = cfg if keys is None else OmegaConf.masked_copy(cfg, list(keys))
+    texts = list(_texts(OmegaConf.to_container(cfg, resolve=False)))
+    for path, text in texts:
+        hide_environment(text, None)
+        if found := re.search(r"\$\{\s*(hydra|now)\s*:", text):
+            raise UserError(
+                f"{'.'.join(map(str, path))}={clip(text)}: ${{{found[1]}:...}} cannot be used, since the same command "
+                'has to find its run again; write the value itself, or have the shell write it: "$(date +%F)"'
+            )
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         is_missing = isinstance(error, MissingMandatoryValue)
-        why = f" has no value: write {error.full_key}=..." if is_missing else f": {_first_line(error)}"
+        why = f" has no value: write {error.full_key}=..." if is_missing else f": {first_line(error)}"
         raise UserError(f"{error.full_key}{why}") from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    for path, text in texts:
+        hide_environment(text, functools.reduce(lambda node, part: node[part], path, plain))
+    values: dict[str, Any] = _at_home(plain)
+    return values
+
+
+def _texts(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield every text inside ``node`` that holds an interpolation, and where it is."""
+    if isinstance(node, str):
+        yield from [(path, node)] if "${" in node else []
+    elif isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(child, (*path, key))
+
+
+def _at_home(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _at_home(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_at_home(child) for child in node]
+    return expanded(node) if isinstance(node, str) else node
+
+
+def _no_choice(group: str, name: Any, names: Sequence[str]) -> str:
+    if group == "device" and (gpu := re.fullmatch(r"(?:cuda|gpu):?(\d{1,3})", str(name))):
+        return f"device={name}: name the GPU by a variable: CUDA_VISIBLE_DEVICES={gpu[1]} iwae-train device=cuda ..."
+    there = clip(", ".join(summary(list(names))), 120)
+    return f"{group} must be one of {there}, got {show(name)}{nearest(name, names)}"
 
 
 def _not_installed(group: str, name: Any) -> str | None:
@@ -382,12 +410,3 @@ def _variable(name: str, default: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("variable", _variable, replace=True)
-
-
-def _quoted(text: str) -> str:
-    """Return ``text`` as a quoted value of Hydra's grammar."""
-    return QuotedString(text, Quote.single).with_quotes()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

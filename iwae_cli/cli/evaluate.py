@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from iwae_cli.cli.command import Parser, answer
 from iwae_cli.cli.help import evaluate_help, own_folder
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import UserError, clip
+from iwae_cli.core.files import expanded
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -29,10 +31,10 @@ def _evaluate(argv: list[str]) -> bool:
     asked = parser.parse_intermixed_args(argv)
     if asked.folder is None:
         raise UserError("which run? Write iwae-eval RUN_FOLDER")
-    folder = Path(asked.folder)
-    if not (folder / "config.yaml").is_file():
-        problem = "is no run folder (it holds no config.yaml)" if folder.is_dir() else "is not there"
-        raise UserError(f"{asked.folder} {problem}; run folders are in output_dir (default: outputs)")
+    folder = Path(expanded(asked.folder))
+    if not os.path.isfile(folder / "config.yaml"):
+        problem = "is no run folder (it holds no config.yaml)" if os.path.isdir(folder) else "is not there"
+        raise UserError(f"{clip(asked.folder, 150)} {problem}; run folders are in output_dir (default: outputs)")
 
     from iwae_cli.cli.compose import evaluation_config
     from iwae_cli.config.build import convert

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import UserError, clip
+from iwae_cli.core.files import absolute
 
 
 def conf_folder() -> Path:
@@ -24,9 +25,9 @@ def own_folder(folder: str, option: str) -> Path:
     Raises:
         UserError: it is not there, or a choice has the name of one of ours, which Hydra would take instead.
     """
-    path = Path(folder).absolute()
+    path = Path(absolute(folder, option))
     if not folder or not path.is_dir():
-        raise UserError(f"{option} must be a folder that exists, got {folder or 'nothing'}")
+        raise UserError(f"{option} must be a folder that exists, got {clip(folder) or 'nothing'}")
     for file in config_files(path):
         ours = conf_folder() / file.relative_to(path)
         if ours.is_file() and ours.read_bytes() != file.read_bytes():
@@ -93,10 +94,11 @@ examples:
   iwae-train data=mnist objective=iwae objective.k=50 model=two_layer seed=3
   iwae-train experiment=burda data=mnist objective=elbo objective.k=5 schedule.stages=3
   iwae-train -m objective=elbo,iwae objective.k=5,50 seed=0,1,2
+  iwae-train model=two_layer 'model.latent_sizes=[100,20]' 'output_dir="runs/a=b"'
   iwae-train data=linear_gaussian model=linear_gaussian evaluation.k=500 logger=disabled
 
 options:
-  -m, --multirun         one run for every combination of comma-separated values, and of range(3), glob(*iwae);
+  -m, --multirun         one run for every combination of comma-separated values, and of 'seed=range(3)';
                          outputs/sweeps/NAME lists them; hydra/launcher=joblib, submitit_local or ray runs them in
                          parallel, batched trains them as one program; the same command continues a sweep
   -c, --cfg job          print the composed config and do nothing (also hydra, all; --resolve, --package KEY)
@@ -135,8 +137,8 @@ What is not overridden is as the run had it. Without an estimator it is L_k, the
 
 examples:
   iwae-eval outputs/RUN evaluation.k=500
-  iwae-eval outputs/RUN evaluation.splits=[train,test] evaluation.weights=best device=cpu
-  iwae-eval outputs/RUN estimator=ais evaluation.splits=[test] estimator.images=50
+  iwae-eval outputs/RUN 'evaluation.splits=[train,test]' evaluation.weights=best device=cpu
+  iwae-eval outputs/RUN estimator=ais 'evaluation.splits=[test]' estimator.images=50
   iwae-eval outputs/RUN estimator=grid
   iwae-eval outputs/RUN estimator=gradient_snr objective=iwae objective.gradient=dreg
 

@@ -90,9 +90,17 @@ def _run(plan: Plan, argv: list[str]) -> None:
     run(plan.jobs[0].experiment())
 
 
+class _TrainParser(Parser):
+    def overrides_like(self, key: str, value: str) -> list[str]:
+        """Return overrides of keys and choices that exist."""
+        from iwae_cli.cli.compose import overrides_like
+
+        return overrides_like(key, value)
+
+
 def _parser() -> Parser:
     # Hydra's options but those that run another config (--config-name, --config-path) or a pickle.
-    parser = Parser("iwae-train")
+    parser = _TrainParser("iwae-train")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])

@@ -7,7 +7,6 @@ A node is a dict with ``_target_`` (the dotted name of a class) and keyword argu
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -22,7 +21,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from iwae_cli.core.errors import UserError
+from iwae_cli.config.guesses import nearest, unknown_key
+from iwae_cli.core.errors import UserError, clip, one_line
 
 BASES = {
     "data": "iwae_cli.data.base.Dataset",
@@ -201,24 +201,6 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         raise UserError(_complaint(error.errors(), hint, path)) from None
 
 
-def unknown_key(key: str, path: str, known: Iterable[str]) -> str:
-    """Return the message for a key that is not one of ``known`` under ``path``."""
-    known = list(known)
-    close = nearest(key.rpartition(".")[2], known, f"{path}." if path else "")
-    return f"{key} is unknown{close} ({f'{path} has' if path else 'there are'} {', '.join(known) or 'no keys'})"
-
-
-def nearest(value: Any, known: Iterable[Any], prefix: str = "") -> str:
-    """Return ``; did you mean ...?`` or nothing."""
-    close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def one_line(error: BaseException | str) -> str:
-    """Return the message of an error without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def described(error: BaseException) -> str:
     """Return type, message and, if it is in code of a user, the place of an error, in one line."""
     return f"{type(error).__name__}: {one_line(error)[:150]}{place_outside(error)}"
@@ -283,8 +265,7 @@ def _complaint(errors: list[Any], hint: Any, path: str) -> str:
     place = deepest[0][0]
     wanted = dict.fromkeys(_wanted(error) for where, error in deepest if where == place)
     got = deepest[0][1]["input"]
-    shown = show(got) if len(show(got)) < 100 else f"a number of {len(str(got))} digits"
-    line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {shown}"
+    line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {show(got)}"
     return line + nearest(got, _literals(hint))
 
 
@@ -304,13 +285,13 @@ def _literals(hint: Any) -> list[str]:
 
 
 def show(value: Any) -> str:
-    """Return ``value`` as it would be typed."""
+    """Return ``value`` as it would be typed, its middle left out where it is long."""
     if isinstance(value, str):
-        return value if value and value == value.strip() else repr(value)
+        return clip(value) if value and value == value.strip() else clip(repr(value))
     try:
-        return json.dumps(value).replace('"', "")
-    except (TypeError, ValueError):
-        return repr(value)
+        return clip(json.dumps(value).replace('"', ""))
+    except (TypeError, ValueError, RecursionError):
+        return clip(repr(value))
 
 
 def _join(path: str, key: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from iwae_cli.config.build import one_line, show
-from iwae_cli.core.errors import UserError
+from iwae_cli.config.build import show
+from iwae_cli.core.errors import UserError, one_line
 
 
 def try_optimizer(cls: Callable[..., Any], arguments: Mapping[str, Any], path: str, on_cpu: bool) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Literal, final
 
 import torch
 
-from iwae_cli.core.errors import RunFailed, UserError, check_range
+from iwae_cli.core.errors import RunFailed, UserError, check_range, one_line, warn_once
 
 Kind = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["float32", "float64"]
@@ -67,8 +68,12 @@ class Device:
         Raises:
             UserError: the requested kind is not available.
         """
-        found = available()
-        kind = self.kind if self.kind != "auto" else "cuda" if "cuda" in found else "cpu"
+        found, fault = available(), gpu_fault() if self.kind in ("auto", "cuda") else None
+        kind = self.kind if self.kind != "auto" else "cuda" if "cuda" in found and fault is None else "cpu"
+        if fault is not None and kind == "cuda":
+            raise UserError(f"device=cuda: the GPU cannot run ({fault}): install the torch for it, or write device=cpu")
+        if fault is not None and self.kind == "auto":
+            warn_once(f"device=auto takes the processor, since the GPU cannot run: {fault}")
         if kind not in found:
             raise UserError(f"device={kind} is not there; this machine has {', '.join(found)}: write device=auto")
         return torch.device(kind, self._index) if kind == "cuda" and self._index is not None else torch.device(kind)
@@ -89,10 +94,16 @@ class Device:
 
 @contextmanager
 def oom_as_run_failed() -> Iterator[None]:
-    """Convert out-of-memory errors into RunFailed."""
+    """Convert out-of-memory errors, and those of a GPU that cannot run, into RunFailed."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if fault := re.search(
+            r"no kernel image|devices? (is|are|\(s\)).* busy|driver version is insufficient", str(error)
+        ):
+            raise RunFailed(
+                f"the GPU cannot run ({fault[0]}): write device=cpu, or install the torch for it"
+            ) from error
         # torch.OutOfMemoryError exists for GPUs only.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -116,5 +127,34 @@ def compiler() -> str | None:
 
 def available() -> list[str]:
     """Return the kinds of device of this machine, best first."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gpu_fault has them
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [kind for kind, found in kinds.items() if found]
+
+
+def gpu_fault() -> str | None:
+    """Return why an NVIDIA GPU that is there cannot run: a driver too old, a torch without code for it; None if it can.
+
+    No context is created on the GPU: the process that starts a sweep does not compute.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not torch.cuda.is_available():
+            drivers = [str(warning.message) for warning in caught if "driver" in str(warning.message)]
+            return one_line(drivers[0].partition(". ")[0]) if drivers else None
+    if torch.version.cuda is None:
+        return None  # ROCm
+    major, minor = torch.cuda.get_device_capability()
+    for name in torch.cuda.get_arch_list():
+        code = re.match(r"(sm|compute)_(\d+)(\d)", name)
+        version = (int(code[2]), int(code[3])) if code else (0, 0)
+        if code and version <= (major, minor) and (code[1] == "compute" or version[0] == major):
+            return None
+    return f"torch {torch.__version__} has no code for its architecture, sm_{major}{minor}"
+
+
+def has_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 numbers, rather than emulating that."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks it
+    return not capabilities or any(there for name, there in capabilities.items() if "bf16" in name)

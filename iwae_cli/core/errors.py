@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MAX_LINE = 300
+"""Characters of a message."""
+_hidden: dict[str, str] = {}
+"""Text of a value that comes from the environment -> what is printed for it."""
 
 
 class UserError(Exception):
@@ -37,3 +47,58 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+def clip(text: str, most: int = 80) -> str:
+    """Return ``text`` without hidden values, with at most ``most`` characters: beginning and end of a longer one."""
+    text, half = without_hidden(text), (most - 5) // 2
+    return text if len(text) <= most else f"{text[: most - 5 - half]} ... {text[-half:]}"
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return the message of an error: one line of at most ``MAX_LINE`` printable characters, no hidden values."""
+    text = " ".join(without_hidden(str(error)).split())
+    return clip("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), MAX_LINE)
+
+
+def without_hidden(text: str) -> str:
+    """Return ``text`` with what ``hide`` was called for replaced."""
+    for value in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(value, _hidden[value])
+    return text
+
+
+def hide(value: Any, reference: str) -> None:
+    """Have messages name ``reference``, such as ``${oc.env:TOKEN}``, for ``value`` and for all that it holds."""
+    for leaf in _scalars(value):
+        is_number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
+        as_json = json.dumps(str(leaf))[1:-1]
+        for text in (
+            str(leaf),
+            repr(str(leaf))[1:-1],
+            as_json,
+            as_json.replace('"', ""),
+            f"{leaf:,}" if is_number else "",
+        ):
+            for spelling in (text, " ".join(text.split())):
+                if len(spelling) > 3:  # shorter ones are no secrets, and parts of many words
+                    _hidden.setdefault(spelling, reference)
+
+
+def hide_nothing() -> None:
+    """Forget what ``hide`` was called for."""
+    _hidden.clear()
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning that this process has not logged yet."""
+    logging.getLogger("iwae_cli").warning(message)
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping | list | tuple):
+        for child in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _scalars(child)
+    else:
+        yield value

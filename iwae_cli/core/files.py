@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from iwae_cli.core.errors import RunLocked, UserError
+from iwae_cli.core.errors import RunLocked, UserError, clip, warn_once
 
 TEMPORARY = ".tmp-"
 """Prefix of unfinished files; the holder of a folder's lock may remove them."""
 
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What some network and user-space file systems answer to flock, and to fsync of a folder."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
@@ -31,7 +33,7 @@ def trouble(error: OSError, folder: Path) -> str | None:
     place = Path(re.sub(rf"{re.escape(TEMPORARY)}[0-9a-f]{{8}}-(?=[^/]*$)", "", error.filename))
     if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
         return None
-    return f"{error.strerror}: {place}"
+    return f"{error.strerror}: {place.relative_to(folder) if place.is_relative_to(folder) else place}"
 
 
 @contextmanager
@@ -105,7 +107,7 @@ class RunLock:
 
     Raises:
         RunLocked: on entering, another process (or another lock in this one) holds it; the message names the holder.
-        OSError: on entering, the folder does not exist or cannot be written to, or its file system has no locks.
+        OSError: on entering, the folder does not exist or cannot be written to, or no lock is left.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -132,7 +134,7 @@ class RunLock:
     def _locked(self, path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
@@ -154,6 +156,16 @@ class RunLock:
         self._descriptor = None
 
 
+def flock(descriptor: int, operation: int) -> None:
+    """Lock an open file as ``fcntl.flock`` does; on a file system without locks do without, with one warning."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        warn_once(f"this file system has no locks ({error.strerror}): do not start the same run twice at a time")
+
+
 _held: set[int] = set()
 
 
@@ -170,6 +182,10 @@ def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _UNSUPPORTED:
+            raise
+        warn_once(f"this file system cannot flush a folder ({error.strerror}): a power cut may undo the last writes")
     finally:
         os.close(descriptor)
 
@@ -181,6 +197,37 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         return
     for name, child in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from _leaves(child, f"{key}.{name}" if key else str(name))
+
+
+def expanded(path: str) -> str:
+    """Return ``path`` with a leading ``~`` or ``~user`` replaced by the home folder; another text as it is.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    if not re.match(r"~([\w.-]*/|$)", path):
+        return path
+    place = os.path.expanduser(path)
+    if place == path:
+        raise UserError(f"{path}: {path.partition('/')[0]} is no user's home folder")
+    return place
+
+
+def absolute(path: str, name: str) -> str:
+    """Return ``path``, which messages call ``name``, as an absolute path.
+
+    Raises:
+        UserError: no file in it can have a name: it is too long, or holds a null character.
+    """
+    place = str(Path(expanded(path)).absolute())
+    try:
+        os.stat(f"{place}/{'x' * 200}")  # about the longest name in a run folder
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name} cannot be used as a path: {why}: {clip(path)}") from None
+    return place
 
 
 def shown(path: Path) -> str:

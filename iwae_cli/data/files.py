@@ -21,8 +21,8 @@ from typing import IO, Any, Literal
 
 import torch
 
-from iwae_cli.core.errors import UserError
-from iwae_cli.core.files import atomic_path
+from iwae_cli.core.errors import UserError, clip
+from iwae_cli.core.files import atomic_path, flock
 
 TIMEOUT = 5.0
 """Seconds without an answer from one address after which a server is given up."""
@@ -175,10 +175,11 @@ def obtain(
     except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException, Damaged) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
-        reason = " ".join((error.short if isinstance(error, Damaged) else str(error)).split()).rstrip(".")
+        reason = " ".join((error.short if isinstance(error, Damaged) else str(error)).split())
+        reason = clip(reason.removeprefix("<urlopen error ").rstrip(".>"), 100)
         raise UserError(
-            f"data={data} needs {what} in {folder}, and the download failed ({reason}); put the files there, or "
-            "name the folder that has them with data_dir=DIR or IWAE_DATA_DIR; data=digits needs no files"
+            f"data={data} needs {what} in {folder}; the download failed ({reason}): put them there, or write "
+            "data_dir=DIR; data=digits needs none"
         ) from error
 
 
@@ -205,10 +206,10 @@ def _lock(path: Path) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):  # the holder of the lock has removed the folder that it made
             file = open(path, "w")  # noqa: SIM115  (closed by the holder of the lock)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that downloads into {path.parent}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                flock(file.fileno(), fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
             file.close()

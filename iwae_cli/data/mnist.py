@@ -62,7 +62,7 @@ class IdxImages(GreyDataset, ABC):
         files = [self._raw / f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
         # Packed files count as present: torchvision downloads only the others.
         missing = [path for path in files if not self._found(path).exists()]
-        what = " and ".join(f"{path.name} (or {path.name}.gz)" for path in files)
+        what = f"{' and '.join(path.name for path in files)} (or .gz)"
         obtain(type(self).name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
         splits = (*train.split([len(train) - self._validation, self._validation]), test)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iwae_cli.core.device import Device
+from iwae_cli.core.device import Device, has_bf16
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import BLOCK, Noise
 from iwae_cli.evaluation.proposals import Refined, from_q, mixture_log_prob
@@ -62,6 +62,9 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
     for what, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(f"evaluation.precision=bf16 is for {what}; write evaluation.precision=float32")
+    if not has_bf16():
+        lacks = "needs a processor with instructions for bfloat16, which this one lacks"
+        raise UserError(f"evaluation.precision=bf16 {lacks}; write evaluation.precision=float32")
 
 
 @final

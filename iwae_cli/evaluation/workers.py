@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,8 +27,10 @@ def processes() -> int:
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use: its affinity, and the quota of its container (cgroup)."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
 
 
 def threads(asked: int | None, device: torch.device) -> int:

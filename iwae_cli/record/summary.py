@@ -199,6 +199,7 @@ def result_table(
         "data": result.get("dataset", {}).get("protocol"),
         "active units": None if units is None else units_text(units, layer_sizes(result.get("model") or {})),
         "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None),
+        "device": _device_text(result.get("device") or {}),
         "folder": folder,
         "upload": sync,
     }
@@ -206,6 +207,13 @@ def result_table(
         if fact:
             # On one line even in a narrow terminal, so that a path or a command can be copied.
             out.print(f"{label:<14}{fact}", soft_wrap=True)
+
+
+def _device_text(device: Mapping[str, Any]) -> str:
+    """Return on what the evaluation ran, such as ``cpu, 1 thread``; runs of earlier versions lack some of it."""
+    threads = device.get("threads")
+    counted = threads and f"{threads} thread{'s' * (threads > 1)}"
+    return ", ".join(str(part) for part in (device.get("kind"), device.get("name"), counted) if part)
 
 
 def _print_sentence(out: Console, sentence: str, style: str = "") -> None:

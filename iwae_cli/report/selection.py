@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from iwae_cli.config.build import nearest
+from iwae_cli.config.guesses import nearest
 from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.reader import LeftOut, Run, Score

@@ -284,6 +284,7 @@ def _facts(
         | {name: version(name) for name in ("torch", "numpy", "hydra-core", "wandb")},
         "device": {
             "kind": device.resolve().type,
+            "name": torch.cuda.get_device_name(device.resolve()) if device.resolve().type == "cuda" else None,
             "machine": platform.machine(),
             "precision": device.precision,
             "threads": torch.get_num_threads(),

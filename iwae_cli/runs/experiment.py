@@ -17,6 +17,7 @@ from iwae_cli.config.build import build
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError
+from iwae_cli.core.files import absolute
 from iwae_cli.data.base import Data, Dataset
 from iwae_cli.data.files import DOWNLOADS
 from iwae_cli.evaluation.fused import check_bf16
@@ -113,7 +114,7 @@ class Experiment:
             raise ValueError("with_optimizer has a meaning with init_from=RUN_FOLDER and train=all only")
         if self.train == "inference" and self.init_from is None:
             raise ValueError("train=inference needs init_from=RUN_FOLDER: the run whose generative network is kept")
-        object.__setattr__(self, "output_dir", str(Path(self.output_dir).absolute()))
+        object.__setattr__(self, "output_dir", absolute(self.output_dir, "output_dir"))
         object.__setattr__(self, "config", _with_absolute_paths(self.config))
 
     def check(self) -> None:
@@ -324,12 +325,12 @@ def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Return a record that means the same from any folder."""
 
-    def absolute(value: Any) -> Any:
+    def placed(value: Any, key: str) -> Any:
         if isinstance(value, list):
-            return [absolute(inner) for inner in value]
-        return str(Path(value).absolute()) if isinstance(value, str) and value else value
+            return [placed(inner, key) for inner in value]
+        return absolute(value, key) if isinstance(value, str) and value else value
 
     config = {**config, "data": dict(config["data"])}
     for node, keys in ((config, ("data_dir", "output_dir", "init_from")), (config["data"], path_keys(config["data"]))):
-        node.update({key: absolute(node[key]) for key in keys if key in node})
+        node.update({key: placed(node[key], key) for key in keys if key in node})
     return config

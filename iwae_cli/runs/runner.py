@@ -18,10 +18,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import iwae_cli
-from iwae_cli.config.build import one_line
 from iwae_cli.core import progress, signals
 from iwae_cli.core.device import compiler, oom_as_run_failed
-from iwae_cli.core.errors import Interrupted, RunFailed, UserError
+from iwae_cli.core.errors import Interrupted, RunFailed, UserError, one_line
 from iwae_cli.core.files import RunLock, as_user_error, atomic_path, shown, trouble, write_json
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals

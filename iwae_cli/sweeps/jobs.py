@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iwae_cli.config.build import BASES, call, check_arguments, construct, one_line
-from iwae_cli.core.errors import Interrupted, RunLocked, UserError
+from iwae_cli.config.build import BASES, call, check_arguments, construct
+from iwae_cli.core.errors import Interrupted, RunLocked, UserError, one_line
 from iwae_cli.sweeps.launchers import BATCHED, adapter, request_requeue
 from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
 
@@ -33,11 +33,14 @@ class Job:
         config: plain values.
         names: chosen name of every group.
         overrides: the command line of this run.
+        logger: what is recorded as its loggers where that is not their ``config``, which holds values from the
+            environment.
     """
 
     config: dict[str, Any]
     names: dict[str, str]
     overrides: list[str]
+    logger: dict[str, Any] | None = None
 
     def experiment(self, group: str | None = None) -> Experiment:
         """Return the experiment, all its objects built and checked; ``group`` is the name of its sweep.
@@ -49,7 +52,8 @@ class Job:
 
         objects = construct(self.config)
         objects["loggers"] = objects.pop("logger")
-        record = {"config": self.config, "names": self.names, "overrides": self.overrides, "group": group}
+        config = self.config if self.logger is None else {**self.config, "logger": self.logger}
+        record = {"config": config, "names": self.names, "overrides": self.overrides, "group": group}
         values = {key: value for key, value in self.config.items() if key not in (*BASES, "config_dir")}
         scalars = check_arguments(Experiment, values, "", given={*objects, *record})
         experiment: Experiment = call(Experiment, {**objects, **scalars, **record}, "")
@@ -117,14 +121,20 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, list[str]], None
     launcher = adapter(name)
     if name == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
-    planned, together = [], []
+    planned, together, loaded = [], [], set()
     for job in plan.jobs:
         experiment = job.experiment(plan.name)
         experiment.check()
         # Only these are kept: a large sweep would hold every job's objects.
         together += [experiment] if name == BATCHED else []
-        folder = experiment.folder().path
-        planned.append(Planned(job.overrides, folder, evaluation_name(job.config), experiment.restart))
+        evaluation = evaluation_name(job.config)
+        data = json.dumps(job.config["data"], sort_keys=True)
+        kept = experiment.folder().evaluation(evaluation) / "result.json"
+        if data not in loaded and not launcher.elsewhere and (experiment.restart or not kept.is_file()):
+            # Missing files are named once, before job 0; a finished job needs none.
+            experiment.load()
+            loaded.add(data)
+        planned.append(Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart))
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = Path(experiment.output_dir) / "sweeps" / plan.name
@@ -213,7 +223,7 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
         except RunLocked as error:
             # Another sweep shares this run, or a job has survived the process that started it.
             if not waiting:
-                print(f"iwae-train: waiting: {one_line(error)}", file=sys.stderr, flush=True)
+                print(one_line(f"iwae-train: waiting: {error}"), file=sys.stderr, flush=True)
             waiting = True
             time.sleep(LOCKED_SECONDS)
 

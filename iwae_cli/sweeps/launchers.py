@@ -19,9 +19,11 @@ class Launcher:
 
     Attributes:
         extra: extra of this package that installs the engine; None where it needs none.
+        elsewhere: whether jobs run on other machines, which may hold data that this one lacks.
     """
 
     extra: str | None = None
+    elsewhere: bool = False
 
     def start(self, node: Mapping[str, Any]) -> None:
         """Prepare the engine; ``node`` is Hydra's node of the launcher, resolved."""
@@ -59,6 +61,7 @@ class Submitit(Launcher):
     """SLURM, which gives every job cores of its own."""
 
     extra = "slurm"
+    elsewhere = True
 
     def preemption(self) -> int | None:
         """See ``Launcher``."""
@@ -68,15 +71,18 @@ class Submitit(Launcher):
 class SubmititLocal(Submitit):
     """Submitit's processes of this machine, all jobs at once."""
 
+    elsewhere = False
+
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
         """See ``Launcher``."""
         return max(1, cores // (jobs or 1))
 
 
 class Ray(Launcher):
-    """Ray, which gives every job the cores it asks for."""
+    """Ray, which gives every job the cores it asks for, perhaps on other machines."""
 
     extra = "ray"
+    elsewhere = True
 
     def start(self, node: Mapping[str, Any]) -> None:
         """Start Ray before the sweep sets its signal handlers: Ray installs one for SIGTERM."""

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from iwae_cli.core.errors import RunFailed, UserError
+from iwae_cli.core.errors import RunFailed, UserError, clip, one_line
 from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
 from iwae_cli.core.signals import REPEATED_SECONDS
 from iwae_cli.report.reader import process_alive
@@ -123,7 +123,7 @@ class Attempt:
 
     def ends(self, status: Status, error: BaseException | None = None, *, with_trace: bool = False) -> None:
         """Record the final status; ``with_trace`` keeps the traceback of ``error``."""
-        self._values["error"] = None if error is None else " ".join(str(error).split()) or type(error).__name__
+        self._values["error"] = None if error is None else one_line(error) or type(error).__name__
         self._values["traceback"] = "".join(traceback.format_exception(error)) if error and with_trace else None
         self._write(status)
 
@@ -261,8 +261,9 @@ class Sweep:
     def _report(self, record: Mapping[str, Any]) -> None:
         trace = record.get("traceback")
         where = f" ({shown(self.folder.path / record['folder'])})" if "folder" in record else ""
-        line = f"job {record['number']} ({' '.join(record['overrides'])}) failed: {record['error']}{where}"
-        print(f"{trace or ''}iwae-train: {line}", file=sys.stderr, flush=True)
+        asked = clip(" ".join(record["overrides"]), 100)
+        line = one_line(f"iwae-train: job {record['number']} ({asked}) failed: {record['error']}{where}")
+        print(f"{trace or ''}{line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
             self._exit_code = SweepFailed.exit_code
             # To the main thread, which waits inside the engine.

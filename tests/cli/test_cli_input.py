@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from iwae_cli.cli.compose import plan
+from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
 
@@ -57,6 +60,10 @@ WRONG = {
     "hydra.launcher._target_=os.system": "hydra.launcher._target_",
     "hydra.run.dir=elsewhere": "hydra.run output_dir=",
     "hydra/launcher=nowhere": "hydra/launcher basic",
+    "'output_dir=out/${now:%Y}'": "output_dir ${now:...}",
+    "'seed=${hydra:job.num}'": "seed ${hydra:...}",
+    "output_dir=~nobody77/x": "~nobody77",
+    "'seed=1 batch_size=2'": "without quotes",
     # Sweeps.
     "objective.k=1,5": "objective.k -m",
     "-m objective.k=1,2,0": "objective.k 1",
@@ -77,15 +84,146 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     out, err = capsys.readouterr()
     assert (code, out) == (2, ""), err
     assert err.startswith("iwae-train: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert len(err) <= 301 and err[:-1].isprintable(), err
     assert sorted(os.listdir()) == before
     assert not GlobalHydra.instance().is_initialized()
     return err
+
+
+MEANT = {
+    "device=gpu": "cuda",
+    "device=cuda:1": "CUDA_VISIBLE_DEVICES=1 iwae-train device=cuda",
+    "logger=none": "disabled",
+    "logger=off": "disabled",
+    "objective=vae": "elbo",
+    "objective=IWAE": "iwae",
+    "objective=iwae_dreg": "dreg",
+    "data=MNIST": "mnist",
+    "data=binarized_mnist": "mnist_fixed",
+    "data=fashion-mnist": "fashion_mnist",
+    "model=two-layer": "two_layer",
+    "lr=0.1": "optimizer.lr",
+    "optimizer.learning_rate=0.1": "optimizer.lr",
+    "epochs=3": "schedule.passes",
+    "schedule=burda epochs=3": "schedule.stages",
+    "k=50": "objective.k or evaluation.k",
+    "threads=2": "device.threads",
+    "loss=iwae": "objective",
+    "random_seed=1": "seed",
+    "logger.project=x": "logger.wandb.project",
+    "--data mnist": "data=mnist",
+    "--data=MNIST": "data=mnist",
+    "--epochs 5": "schedule.passes=5",
+    "-k=3": "objective.k=3 or evaluation.k=3",
+    "data mnist": "data=mnist",
+    "mnist": "data=mnist",
+    "help": "--help",
+    "seed = 3": "seed=..., without blanks",
+}
+"""First guesses of people who know other programs -> what the line must suggest."""
+NOTHING_LIKE_IT = (
+    "data=cifar10",
+    "optimizer=sgd",
+    "resume=true",
+    "validation=none",
+    "steps=5",
+    "objective.m=4",
+    "--x 3",
+)
 
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_input_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     err = refused(capsys, *shlex.split(line))
     assert not [word for word in WRONG[line].split() if word not in err], err
+
+
+def test_first_guesses_are_answered_by_what_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, meant in MEANT.items():
+        err = refused(capsys, *shlex.split(line))
+        assert re.search(rf"(did you mean |write |variable: ){re.escape(meant)}[? \n,]", err), err
+    for line in NOTHING_LIKE_IT:
+        assert "did you mean" not in (err := refused(capsys, *shlex.split(line))), err
+
+
+@pytest.mark.parametrize("place", ["/a=b", "/a(1)", "/[x]", "/zwölf", "a{b}", "c,d", '/quote"s=', "/back\\sl=ash"])
+def test_the_form_that_is_suggested_works(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(capsys, f"logger.wandb.name={place}")
+    suggested = shlex.split(err.rpartition(" write " if " write " in err else " a text ")[2].rstrip(")\n"))
+    (job,) = plan(suggested, False, None).jobs
+    assert job.config["logger"]["wandb"]["name"] == place
+    tags = refused(capsys, "logger.wandb.tags=[a b,c=d]").rpartition(" write ")[2]
+    assert plan(shlex.split(tags), False, None).jobs[0].config["logger"]["wandb"]["tags"] == ["a b", "c=d"]
+
+
+def test_home_folders_are_read_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And recorded as they are read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IWAE_DATA_DIR", "~/data")
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\ninit_from: ~/run\n")
+    overrides = ["output_dir=~/out", "experiment=mine", "data=omniglot", 'data.path="~/x.mat"', "seed=0,1"]
+    for job in plan(overrides, True, "~/own").jobs:
+        config = job.config
+        found = [config["output_dir"], config["data_dir"], config["init_from"], config["data"]["path"]]
+        assert found == [str(tmp_path / name) for name in ("out", "data", "run", "x.mat")]
+        assert f"output_dir='{tmp_path}/out'" in job.overrides
+
+
+def test_values_of_the_environment_are_never_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logger's are not recorded either; those of other keys are, since they decide the numbers."""
+    monkeypatch.setenv("TOKEN", "hunter2")
+    monkeypatch.setenv("NUMBER", "-12345678")
+    monkeypatch.setenv("LISTED", "[hunter2, {hunter3: hunter4}]")
+    for text in (
+        *("seed=${oc.env:TOKEN}", "objective.gradient=x${oc.env:TOKEN}", "init_from=${oc.env:TOKEN}"),
+        *(
+            "optimizer._target_=torch.optim.${oc.env:TOKEN}",
+            "on_error=${oc.env:TOKEN}",
+            "seed=${oc.env:${oc.env:TOKEN}}",
+        ),
+        *("'seed=${oc.decode:${oc.env:NUMBER}}'", "seed='${oc.decode:${oc.env:NUMBER}}'"),
+        *("model.latent_sizes='${oc.decode:${oc.env:LISTED}}'", "seed='${oc.decode:${oc.env:LISTED}}'"),
+    ):
+        err = refused(capsys, text)
+        assert "hunter" not in err and "12345678" not in err.replace(",", "") and "oc.env" in err, err
+    monkeypatch.setenv("ODD", "é \"'\n hunter2 {")
+    monkeypatch.setenv("LONG", "hunter2" * 99)
+    for name in ("ODD", "LONG"):
+        for text in (
+            f"seed=${{oc.env:{name}}}",
+            f"seed=[1,${{oc.env:{name}}}]",
+            f"evaluation.splits=[${{oc.env:{name}}}]",
+        ):
+            assert "hunter" not in refused(capsys, text)
+    monkeypatch.setenv("SEED", "7")
+    overrides = ["logger.wandb.name=${oc.env:TOKEN}", "seed='${oc.decode:${oc.env:SEED}}'"]
+    experiment = plan(overrides, False, None).jobs[0].experiment()
+    assert experiment.loggers[0].name == "hunter2"  # type: ignore[attr-defined]
+    assert "hunter2" not in str((experiment.config, experiment.overrides)) and experiment.config["seed"] == 7
+
+
+def test_paths_that_no_file_can_have(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("x" * 5000, "/".join(["x" * 100] * 50)):
+        for option in ("output_dir=", "init_from=", "data_dir=", "--config-dir="):
+            assert "File name too long" in refused(capsys, f"{option}{path}")
+        assert command([path]) == 2 and len(capsys.readouterr().err) <= 301
+    assert "output_dir" in refused(capsys, "output_dir=a\0b")
+
+
+def test_hydras_own_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "output_dir" in refused(capsys, "--cfg", "hydra", "--resolve")
+    for arguments in (["--hydra-help"], ["--cfg", "job", "--resolve"], ["--cfg", "job", f"output_dir={'x' * 5000}"]):
+        assert train(arguments) == 0
+
+
+def test_windows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit, match="Linux and macOS") as end:
+        importlib.reload(importlib.import_module("iwae_cli.cli"))
+    assert "\n" not in str(end.value)
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +276,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("override", "message"),
     [
         ("objective=trap", "objective._target_ must name a class of iwae_cli or torch.optim derived from Objective"),
-        ("objective=hidden", "got trap.Trap"),
+        ("objective=hidden", "got ${oc.env:TRAP}"),
         ("logger=trap", "logger.mine._target_ must name a class"),
         ("data=broken", "nowhere"),
         ("experiment=callback", "hydra.callbacks cannot be changed"),

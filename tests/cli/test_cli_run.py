@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -220,7 +221,9 @@ def test_help_names_every_choice(tmp_path: Path, capsys) -> None:
 
 def test_the_examples_of_the_help_are_right(capsys) -> None:
     train(["--help"])
-    examples = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  iwae-train")]
+    examples = [
+        shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  iwae-train")
+    ]
     assert len(examples) >= 5
     for argv in examples:
         assert plan([word for word in argv if word != "-m"], "-m" in argv, None).jobs

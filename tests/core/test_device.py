@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from iwae_cli.core import device
 from iwae_cli.core.device import Device
-from iwae_cli.core.errors import RunFailed, UserError
+from iwae_cli.core.errors import RunFailed, UserError, warn_once
 
 
 @pytest.fixture
@@ -37,6 +38,68 @@ def test_a_missing_device_is_refused(machine, kind) -> None:
     machine()
     with pytest.raises(UserError, match=f"device={kind} .*device=auto"):
         Device(kind).resolve()
+
+
+@pytest.fixture
+def gpu(machine, monkeypatch: pytest.MonkeyPatch):
+    """Pretend that there is a GPU of an architecture, and a torch with code for others."""
+
+    def have(capability: tuple[int, int], *built: str) -> None:
+        machine("cuda")
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    warn_once.cache_clear()
+    return have
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ("sm_80", "sm_90"), True),
+        ((9, 0), ("sm_90a",), True),
+        ((8, 6), ("sm_80",), True),  # code of the same generation
+        ((12, 0), ("sm_90", "compute_90"), True),  # compiled by the driver
+        ((6, 1), ("sm_70", "sm_80", "compute_90"), False),
+        ((12, 0), ("sm_80", "sm_90"), False),
+    ],
+)
+def test_a_gpu_without_code_for_it_is_refused_or_left_alone(gpu, capability, built, runs, caplog) -> None:
+    gpu(capability, *built)
+    if runs:
+        assert Device("cuda").resolve() == Device("auto").resolve() == torch.device("cuda")
+        return
+    with pytest.raises(UserError, match=f"device=cuda: .* sm_{capability[0]}{capability[1]}.*device=cpu"):
+        Device("cuda").resolve()
+    assert [Device("auto").resolve() for _ in range(2)] == [torch.device("cpu")] * 2
+    assert len(caplog.records) == 1 and "sm_" in caplog.text
+
+
+def test_a_driver_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def unavailable() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please",
+            stacklevel=2,
+        )
+        return False
+
+    warn_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    with pytest.raises(UserError, match=r"device=cuda: .*driver on your system is too old \(found version 11040\)\):"):
+        Device("cuda").resolve()
+    assert Device("auto").resolve() == torch.device("cpu") and "too old" in caplog.text
+
+
+def test_an_error_of_a_gpu_that_cannot_run_is_one_line() -> None:
+    with pytest.raises(RunFailed, match=r"no kernel image.*device=cpu"), device.oom_as_run_failed():
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+
+def test_bf16_needs_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, there in (({"avx2": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True), ({}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert device.has_bf16() == there
 
 
 @pytest.mark.parametrize(

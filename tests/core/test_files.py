@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import multiprocessing
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iwae_cli.core.errors import RunLocked
+from iwae_cli.core.errors import RunLocked, warn_once
 from iwae_cli.core.files import RunLock, atomic_path, write_bytes, write_json, write_text
 
 
@@ -196,3 +198,42 @@ def test_a_forked_child_that_exits_keeps_its_parents_lock(tmp_path: Path) -> Non
         assert child.exitcode == 0
         with pytest.raises(RunLocked):
             RunLock(tmp_path).__enter__()
+
+
+@pytest.fixture
+def odd_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither locks nor a flush of folders, as some network and user-space file systems; files are flushed."""
+    fsync = os.fsync
+
+    def no_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("os.fsync", no_folders)
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    warn_once.cache_clear()
+
+
+def test_a_file_system_without_locks_and_flush_of_folders_works_with_one_warning_each(
+    odd_file_system: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for text in ("a", "b"):
+        with RunLock(tmp_path):
+            write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "b"
+    assert ["no locks" in record.getMessage() for record in caplog.records] == [True, False]
+    assert "cannot flush a folder (Invalid argument)" in caplog.records[1].getMessage()
+
+
+def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_text(tmp_path / "file", "text")
+    assert names(tmp_path) == []

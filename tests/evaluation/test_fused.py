@@ -173,7 +173,12 @@ def test_the_shift_of_bf16_is_measured_on_some_images() -> None:
         (LinearGaussianModel([2]), Device("cpu"), False),
     ],
 )
-def test_bf16_is_refused_before_any_work(model: Architecture, device: Device, fits: bool) -> None:
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bf16_is_refused_before_any_work(
+    model: Architecture, device: Device, fits: bool, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwae_cli.evaluation.fused.has_bf16", lambda: has_instructions)
     check_bf16(evaluation(), model, device)
-    with nullcontext() if fits else pytest.raises(UserError, match=r"evaluation\.precision=float32"):
+    possible = fits and has_instructions
+    with nullcontext() if possible else pytest.raises(UserError, match=r"evaluation\.precision=float32"):
         check_bf16(evaluation(precision="bf16"), model, device)

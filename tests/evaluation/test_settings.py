@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluations import evaluation
 from small_runs import TINY, arrays, finished, read_json, run
 
+from iwae_cli.evaluation import workers
 from iwae_cli.report.reader import read
 from iwae_cli.report.selection import comparable
 
@@ -56,3 +61,30 @@ def test_the_first_images_have_their_values_and_are_another_test_set(tmp_path: P
     }.items():
         code, _, err = run(*TINY, *asked.split(), "seed=2", f"output_dir={tmp_path}")
         assert code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
+        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, 64),
+        ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_the_quota_of_a_container_bounds_the_workers(
+    files: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both versions of cgroups, on a machine of 64 cores."""
+    exists, opened = os.path.exists, builtins.open
+
+    def there(path: Any) -> bool:
+        return path in files if str(path).startswith("/sys/fs/cgroup") else exists(path)
+
+    monkeypatch.setattr("os.path.exists", there)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *rest: io.StringIO(files[path]) if path in files else opened(path, *rest)
+    )
+    assert workers.threads(None, torch.device("cpu")) == cores

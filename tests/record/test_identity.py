@@ -316,7 +316,10 @@ def test_another_evaluation_skips_training_and_both_are_kept(
     assert read_json(folder / "status.json")["status"] == "finished"
 
 
-def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(outputs: Path, no_training: None) -> None:
+def test_bfloat16_is_another_evaluation_with_its_shift_beside_it(
+    outputs: Path, no_training: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwae_cli.evaluation.fused.has_bf16", lambda: True)  # elsewhere it is only slow
     folder = only(outputs)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     exact = read_json(folder / "result.json")

@@ -156,6 +156,32 @@ def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any) -> None:
     assert "objective.k must be >= 1, got 0" in capsys.readouterr().err
 
 
+def test_missing_data_end_a_sweep_once_before_its_first_job(
+    runs: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where jobs run elsewhere, these machines' files say nothing."""
+
+    def offline(*_: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr("iwae_cli.data.mnist.MNIST._fetch", offline)
+    assert train(["-m", "data=digits,mnist", "seed=0,1", "data_dir=nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert runs[0] == [] and os.listdir() == [] and err.count("t10k-images-idx3-ubyte") == 2, "asked for, and missing"
+    (line,) = [line for line in err.splitlines() if line.startswith("iwae-train: data=mnist needs")]
+    assert "/nowhere/MNIST/raw" in line and "(no network)" in line and "data_dir=DIR" in line and len(line) <= 300
+    monkeypatch.setattr("iwae_cli.sweeps.launchers.Launcher.elsewhere", True)
+    assert train(["-m", "data=mnist", "seed=0,1", "data_dir=nowhere"]) == 0 and runs[0] == [0, 1]
+
+
+def test_a_key_that_not_all_choices_have_is_checked_job_by_job(runs: Any, capsys: Any) -> None:
+    line = ["-m", "objective.m=4", "objective.k=5", "seed=0,1"]
+    assert train([*line, "objective=miwae,piwae"]) == 0 and runs[0] == [0, 0, 1, 1]
+    assert all("-k20-" in job["identity"] for job in sweep_of(Path("outputs"))["jobs"])
+    assert train([*line, "objective=iwae,miwae"]) == 2
+    assert "objective.m is unknown" in capsys.readouterr().err and len(runs[0]) == 4
+
+
 def test_two_sweeps_share_a_run_and_the_order_of_jobs_does_not_matter(tmp_path: Path) -> None:
     up, down = tmp_path / "up", tmp_path / "down"
     assert run("-m", "seed=0,1", *QUICK, f"output_dir={up}")[0] == 0
