@@ -404,8 +404,9 @@ def _not_installed(group: str, name: Any) -> str | None:
 def _variable(name: str, default: Any) -> Any:
     """Resolve ``${variable:NAME,default}``: an empty variable is none, and a list as default makes commas separate."""
     text = os.environ.get(name, "").strip()
-    if isinstance(default, list) and text:
-        return [part.strip() for part in text.split(",") if part.strip()]
+    if isinstance(default, list):
+        # A container of OmegaConf: it resolves no list in place.
+        return OmegaConf.create([part.strip() for part in text.split(",") if part.strip()] if text else default)
     return text or default
 
 
