@@ -11,6 +11,7 @@ from iwae_cli import __version__
 from iwae_cli.cli.stdio import exit_code, forgiving
 from iwae_cli.config.build import nearest, one_line
 from iwae_cli.core.errors import Interrupted, UserError
+from iwae_cli.core.files import here
 from iwae_cli.sweeps.sweep import Stopped
 
 
@@ -18,6 +19,7 @@ def answer(program: str, work: Callable[[], bool]) -> int:
     """Return the exit code of ``work``, which returns whether it wrote anything but standard output."""
     with forgiving() as out:
         try:
+            here()
             wrote = work()
         except (UserError, Interrupted) as error:
             print(f"{program}: {one_line(error)}", file=sys.stderr)

@@ -15,11 +15,12 @@ from rich.table import Table as Sheet
 from rich.text import Text
 
 from iwae_cli.core.files import dump_json
-from iwae_cli.record.summary import reliability_warning
-from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN, Cell, Table
+from iwae_cli.record.schema import GAP, NUMBERS
+from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
+from iwae_cli.report.cells import OTHERWISE, WITHIN, Cell, Table
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
-from iwae_cli.report.reader import GAP, NUMBERS, Estimate, Found, LeftOut, Run
+from iwae_cli.report.reader import Estimate, Found, LeftOut, Run
 from iwae_cli.report.selection import MISSING, Scored
 
 ERRORS = ("stderr_images", "stderr_seeds")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import subprocess
@@ -30,7 +29,7 @@ from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.likelihood import LogLikelihood, check_refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record import summary
+from iwae_cli.record import schema, summary
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import estimator_name, evaluation_name, evaluation_precision
 from iwae_cli.training import checkpoint
@@ -213,12 +212,12 @@ def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: d
 def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:
     """Return the result that exists already, if it is of the same weights and the same state of the run."""
     try:
-        kept: dict[str, Any] = json.loads(path.read_text())
-        # A run that was trained further may have the same best weights; other facts of it have changed.
-        same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        kept = schema.read_json(path, schema.Result)
+    except UserError as error:
+        log.warning("%s; it is evaluated again", error)
         return None
-    return kept if same else None
+    # A run that was trained further may have the same best weights; other facts of it have changed.
+    return kept if kept and kept["evaluation"]["step"] == step and kept["steps"] == state.step else None
 
 
 def _holds(path: Path, names: Iterable[str] | None) -> bool:
