@@ -147,7 +147,10 @@ def evaluate(
         OSError: the folder cannot be written to.
     """
     estimator = estimator or LogLikelihood()
-    place = run.evaluation(evaluation_name(config))
+    finished = state.step == state.total_steps
+    # What is evaluated before the end stays beside what is evaluated later.
+    name = evaluation_name(config) + ("" if finished else f"-step{state.step}")
+    place = run.evaluation(name)
     best = subject.evaluation.weights == "best"
     step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.model)
     kept = _kept(place / "result.json", step, state)
@@ -171,10 +174,17 @@ def evaluate(
             place.parent.rmdir()
         raise
     result = {
-        **_facts(subject, device, config, state, step),
+        **_facts(subject, device, config, state, step, name),
         **found.numbers,
         "rows": [list(row) for row in found.rows],
-        "notes": list(found.notes),
+        "notes": [
+            *(
+                []
+                if finished
+                else [f"after step {state.step:,} of {state.total_steps:,}: the training is not finished"]
+            ),
+            *found.notes,
+        ],
         "arrays": sorted(found.arrays),
         "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
@@ -234,9 +244,9 @@ def _holds(path: Path, names: Iterable[str] | None) -> bool:
 
 
 def _facts(
-    subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int
+    subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int, name: str
 ) -> dict[str, Any]:
-    """Return what was evaluated, how, and with what; ``step`` is that of the weights."""
+    """Return what was evaluated, how, and with what; ``step`` is that of the weights, ``name`` of the evaluation."""
     model, data, evaluation = subject.model, subject.data, subject.evaluation
     groups = {key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")}
     facts = {
@@ -259,7 +269,7 @@ def _facts(
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": evaluation.weights,
         "evaluation": {
-            "name": evaluation_name(config),
+            "name": name,
             "step": step,
             "k": evaluation.k,
             "seed": evaluation.seed,
