@@ -13,153 +13,72 @@ from typing_extensions import TypedDict
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import SPLITS, number_at, split_rows
 
-
-class Node(TypedDict):
-    """A class of a configuration."""
-
-    _target_: str
+typed: Any = TypedDict  # made from dicts, since kinds of numbers share keys, and some keys hold a dot
+Text = dict[str, str]
+Number = float | None
 
 
-class Named(TypedDict):
-    """What was chosen in a group."""
-
-    name: str
+def _keys(title: str, optional: Any = None, /, **required: Any) -> Any:
+    return typed(title, {**required, **{key: NotRequired[hint] for key, hint in (optional or {}).items()}})
 
 
-class Validation(TypedDict):
-    """``validation`` of a configuration."""
+Node, Named = _keys("Node", _target_=str), _keys("Named", name=str)
+EVALUATION = {"_target_": str, "k": int, "splits": list[str], "weights": str, "seed": int, "binarization_seed": int}
+Config = _keys(
+    "Config",
+    {"training": dict[str, Any]},
+    **dict.fromkeys(("data", "model", "optimizer", "schedule"), Node),
+    objective=_keys("Objective", {"k": int}, _target_=str),
+    validation=_keys("Validation", k=int, every=int),
+    evaluation=_keys("Evaluation", {"precision": str}, **EVALUATION, jackknife=bool),
+    device=_keys("Device", _target_=str, precision=str),
+    logger=dict[str, Any],
+    **dict.fromkeys(("seed", "batch_size"), int),
+    **dict.fromkeys(("data_dir", "train"), str),
+    init_from=str | None,
+    with_optimizer=bool,
+)
+"""``config.yaml``, with the keys of this version."""
 
-    k: int
-    every: int
-
-
-class Evaluation(TypedDict):
-    """``evaluation`` of a configuration, as far as it names an evaluation."""
-
-    _target_: str
-    k: int
-    splits: list[str]
-    weights: str
-    seed: int
-    binarization_seed: int
-    jackknife: bool
-    precision: NotRequired[str]
-
-
-class Config(TypedDict):
-    """``config.yaml``, with the keys of this version."""
-
-    data: Node
-    model: Node
-    objective: TypedDict("Objective", {"_target_": str, "k": NotRequired[int]})  # type: ignore[valid-type]
-    optimizer: Node
-    schedule: Node
-    validation: Validation
-    evaluation: Evaluation
-    device: TypedDict("Device", {"_target_": str, "precision": str})  # type: ignore[valid-type]
-    training: NotRequired[dict[str, Any]]
-    logger: dict[str, Any]
-    seed: int
-    batch_size: int
-    data_dir: str
-    init_from: str | None
-    with_optimizer: bool
-    train: str
-
-
-class Dataset(TypedDict):
-    """``dataset`` of a result."""
-
-    name: str
-    evaluation_sha256: dict[str, str]
-    protocol: NotRequired[str]
-    image_shape: NotRequired[list[int]]
-
-
-class Evaluated(TypedDict):
-    """``evaluation`` of a result; ``k`` is that of L_k."""
-
-    name: str
-    step: int
-    k: NotRequired[int]
-    precision: str
-
-
-class Result(TypedDict):
-    """``result.json`` of any estimator."""
-
-    identity: str
-    dataset: Dataset
-    model: Named
-    objective: Named
-    optimizer: NotRequired[Named]
-    schedule: NotRequired[Named]
-    epochs: int
-    steps: int
-    weights: str
-    evaluation: Evaluated
-    estimator: NotRequired[Named]
-    test: NotRequired[dict[str, Any] | None]
-    validation: NotRequired[dict[str, Any] | None]
-    train: NotRequired[dict[str, Any] | None]
-    active_units: NotRequired[list[int] | None]
-    rows: NotRequired[list[list[str]]]
-    notes: NotRequired[list[str]]
-    arrays: NotRequired[list[str]]
-    figures: NotRequired[list[str]]
-    reasons: NotRequired[dict[str, str] | None]
-    seconds: NotRequired[dict[str, float | None]]
-
+SPLIT = dict[str, Any] | None
+LISTS = {"active_units": list[int] | None, "rows": list[list[str]], **dict.fromkeys(("notes", "arrays"), list[str])}
+Result = _keys(
+    "Result",
+    {
+        **dict.fromkeys(("optimizer", "schedule", "estimator"), Named),
+        **dict.fromkeys(SPLITS, SPLIT),
+        **LISTS,
+        **{"figures": list[str], "reasons": Text | None, "seconds": dict[str, Number]},
+    },
+    **dict.fromkeys(("identity", "weights"), str),
+    **dict.fromkeys(("epochs", "steps"), int),
+    **dict.fromkeys(("model", "objective"), Named),
+    dataset=_keys("Dataset", {"protocol": str, "image_shape": list[int]}, name=str, evaluation_sha256=Text),
+    evaluation=_keys("Evaluated", {"k": int}, name=str, step=int, precision=str),
+)
+"""``result.json`` of any estimator; its numbers are those that its ``rows`` name."""
 
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
 GAP = ("gap_q", "gap_q_stderr")
 """How much too high NLL_k by the trained q is at least, nats; missing in evaluations without refined proposals."""
 _SHARES = ("ess_share_below_10", "khat_share_above_0.7", "top_weight_share_above_0.5")
-_typed: Any = TypedDict  # keys with a dot in their name, and keys that several kinds of numbers share
-_LIKELIHOOD: Any = {"k": int, "n": int, "bounds": dict[str, float | None]}
-_LIKELIHOOD |= dict.fromkeys(("nll", *NUMBERS, *_SHARES), float | None)
-_REFINED = _typed("_REFINED", _LIKELIHOOD)
-_OF_Q = {**dict.fromkeys((*GAP, "nll_refined"), NotRequired[float | None]), "refined": NotRequired[_REFINED]}
-Likelihood = _typed("Likelihood", {**_LIKELIHOOD, **_OF_Q})
+_LIKELIHOOD: Any = {"k": int, "n": int, "bounds": dict[str, Number]}
+_LIKELIHOOD |= dict.fromkeys(("nll", *NUMBERS, *_SHARES), Number)
+_REFINED = _keys("Refined", **_LIKELIHOOD)
+Likelihood = _keys("L", {**dict.fromkeys((*GAP, "nll_refined"), Number), "refined": _REFINED}, **_LIKELIHOOD)
 """L_k of one split; ``refined`` holds the same by refined proposals, of the first images or of all."""
-_REFINED_SPLIT = _typed("_REFINED_SPLIT", {**dict.fromkeys(GAP, float | None), "refined": _REFINED})
-_K = _typed("_K", {"k": int})
+_REFINED_SPLIT = _keys("RefinedSplit", **dict.fromkeys(GAP, Number), refined=_REFINED)
+_K = _keys("K", k=int)
 
-
-class Process(TypedDict):
-    """``status.json``."""
-
-    status: Literal["running", "interrupted", "failed", "finished"]
-    step: int
-    pid: int
-    host: str
-    error: str | None
-
-
-class Job(TypedDict):
-    """A job in ``sweep.json``."""
-
-    identity: NotRequired[str]
-    folder: NotRequired[str]
-    status: NotRequired[str]
-    error: NotRequired[str | None]
-    overrides: NotRequired[list[str]]
-
-
-class JobRecord(Job):
-    """A file in ``jobs/`` of a sweep."""
-
-    number: int
-    begun: float
-    pid: int
-    host: str
-
-
-class Sweep(TypedDict):
-    """``sweep.json``."""
-
-    jobs: list[Job]
-    workers: NotRequired[int | None]
+PROCESS = {"pid": int, "host": str}
+Status = Literal["running", "interrupted", "failed", "finished"]
+Process = _keys("Process", status=Status, step=int, error=str | None, **PROCESS)
+"""``status.json``."""
+JOB = {**dict.fromkeys(("identity", "folder", "status"), str), "error": str | None, "overrides": list[str]}
+Sweep = _keys("Sweep", {"workers": int | None}, jobs=list[_keys("Job", JOB)])  # type: ignore[misc]
+"""``sweep.json``."""
+JobRecord = _keys("JobRecord", JOB, number=int, begun=float, **PROCESS)
+"""A file in ``jobs/`` of a sweep."""
 
 
 class Damaged(UserError):

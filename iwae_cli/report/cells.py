@@ -96,17 +96,9 @@ class Cell:
         return tuple(map(statistics.fmean, zip(*known, strict=True)))
 
     @property
-    def units_text(self) -> str:
-        """``26+7``, with one decimal where seeds differ."""
-        if self.units is None:
-            return MISSING
-        return "+".join(f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in self.units)
-
-    @property
     def units_of_sizes(self) -> str:
-        """``26 of 100 + 7 of 50``; ``units_text`` where the sizes are unknown."""
-        sizes = layer_sizes(self.runs[0].run.config["model"])
-        return units_text(self.units, sizes) if self.units and sizes else self.units_text
+        """``26 of 100 + 7 of 50``; ``26 + 7`` where the sizes are unknown."""
+        return units_text(self.units, layer_sizes(self.runs[0].run.config["model"])) if self.units else MISSING
 
     @property
     def bounds(self) -> dict[int, float]:

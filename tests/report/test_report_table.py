@@ -48,7 +48,7 @@ def test_active_units_of_all_and_a_note_where_q_has_collapsed(tmp_path: Path) ->
     del own["model"]["latent_sizes"]
     write(tmp_path, own, values(87.0), names=("own", "iwae"), units=[6, 2])
     made = table(tmp_path, ["model"], [])
-    assert [cell.units_of_sizes for cell in made.cells] == ["12.5 of 50", "6+2", "26.5 of 100 + 0 of 50"]
+    assert [cell.units_of_sizes for cell in made.cells] == ["12.5 of 50", "6 + 2", "26.5 of 100 + 0 of 50"]
     (note,) = [note for note in made.notes_below if "collapsed" in note]
     assert "no active unit: two_layer in h_2; " in note
 
