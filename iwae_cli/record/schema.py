@@ -58,6 +58,9 @@ Result = _keys(
 )
 """``result.json`` of any estimator; its numbers are those that its ``rows`` name."""
 
+Scores = _keys("Scores", dict.fromkeys(SPLITS, _keys("Score", nll=Number, k=int) | None))
+"""What the table of a sweep shows of a result."""
+
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
 GAP = ("gap_q", "gap_q_stderr")
 """How much too high NLL_k by the trained q is at least, nats; missing in evaluations without refined proposals."""

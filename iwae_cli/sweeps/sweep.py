@@ -377,7 +377,7 @@ class Sweep:
         """Return (label, NLL in nats) of the test split, else of the first split that was evaluated."""
         if job["status"] != "finished":
             return "", ""
-        result = _read(self.folder.path / job["folder"] / job["result"], schema.Result) or {}
+        result = _read(self.folder.path / job["folder"] / job["result"], schema.Scores) or {}
         for split in ("test", "validation", "train"):
             if split in result and result[split]["nll"] is not None:
                 return f"NLL_{result[split]['k']} {split}", f"{result[split]['nll']:.2f}"
