@@ -14,7 +14,9 @@ import pytest
 from report_runs import Command, change, config, evaluate, values, write, write_estimate
 from small_runs import snapshot
 
+from iwae_cli.cli.evaluate import evaluate as evaluate_command
 from iwae_cli.cli.report import HELP
+from iwae_cli.cli.train import train
 from iwae_cli.report.cells import tables
 from iwae_cli.report.reader import read
 from iwae_cli.report.selection import MISSING, comparable
@@ -261,6 +263,17 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, mo
     assert command()[0] == 2
     monkeypatch.setenv("IWAE_OUTPUT_DIR", str(runs))
     assert command() == expected
+
+
+def test_a_current_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    codes = [command()[0], train(["objective=iwae"]), evaluate_command(["outputs/run"])]
+    assert codes == [2] * 3 and capsys.readouterr().err.count(": the current folder is gone: change to") == 2
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
