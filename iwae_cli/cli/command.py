@@ -11,6 +11,7 @@ from iwae_cli import __version__
 from iwae_cli.cli.stdio import exit_code, forgiving
 from iwae_cli.config.guesses import nearest, question
 from iwae_cli.core.errors import Interrupted, UserError, clip, hide_nothing, one_line
+from iwae_cli.core.files import here
 from iwae_cli.sweeps.sweep import Stopped
 
 
@@ -19,6 +20,7 @@ def answer(program: str, work: Callable[[], bool]) -> int:
     hide_nothing()
     with forgiving() as out:
         try:
+            here()
             wrote = work()
         except (UserError, Interrupted) as error:
             print(one_line(f"{program}: {error}"), file=sys.stderr)

@@ -107,11 +107,13 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper)
 
 
-def engine(plan: Plan) -> Callable[[Path, list[str]], None]:
-    """Return a function that runs the jobs of a sweep by Hydra's sweeper and launcher, given a folder and overrides."""
+def engine(plan: Plan) -> Callable[[Path, dict[str, str | int]], None]:
+    """Return a function that runs the jobs of a sweep by Hydra's sweeper and launcher, given a folder and values."""
 
-    def run(path: Path, further: list[str]) -> None:
-        run_hydra(["--multirun", f"hydra.sweep.dir={quoted(str(path))}", *plan.overrides, *further], _sweep_job)
+    def run(path: Path, further: dict[str, str | int]) -> None:
+        values = {"hydra.sweep.dir": str(path), **further}
+        fixed = [f"{key}={quoted(value) if isinstance(value, str) else value}" for key, value in values.items()]
+        run_hydra(["--multirun", *plan.overrides, *fixed], _sweep_job)
 
     return run
 

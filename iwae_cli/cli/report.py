@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 HELP = """\
 iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
 
-usage: iwae-report [PATH ...] [--rows KEYS] [--columns KEYS] [--against A] [--compare A B] [--format F] [--html FILE]
+usage: iwae-report [PATH ...] [KEY=VALUE ...] [--rows KEYS] [--columns KEYS] [--against A] [--compare A B] [--format F]
+                   [--html FILE]
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
-and never changed. A cell holds the runs that differ by their seed alone: NLL (mean and standard error over seeds),
-active units, and the paper's value where data, networks, objective, k and evaluation are the paper's. Where all runs of
-a table have refined values (evaluation.refine=all), differences are between those. Runs that are unfinished, failed,
-damaged, or evaluated otherwise than most are listed with the reason. Numbers of other estimators (iwae-eval RUN
-estimator=ais) follow below the table, run by run.
+and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key; evaluation.k,
+evaluation.weights and evaluation.precision choose among the evaluations of a run. There is one table for every data
+set and kind of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by their seed
+alone: NLL (mean and standard error over seeds), active units, and the paper's value where data, networks, objective, k
+and evaluation are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are
+between those. Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators
+(iwae-eval RUN estimator=ais) follow below the table, run by run. A difference is seen from two standard errors on,
+over images and seeds together. A number has as many digits as its error, which has two.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
                          table without columns has stderr_images, stderr_mc, bias_mc and gap_q beside every NLL
@@ -44,11 +48,12 @@ estimator=ais) follow below the table, run by run.
                          and over seeds; of several such cells, from the one in the same row or column
   --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or chosen among
                          the runs of PATH; may be given more than once
-  A and B are chosen as typed for iwae-train: "objective=iwae objective.k=50" (any key; quoted where there are several)
+  A, B and KEY=VALUE are as typed for iwae-train: "objective=iwae objective.k=50" (any key; A and B with several quoted)
   --version, --help, -h
 
 examples:
   iwae-report
+  iwae-report outputs schedule=burda evaluation.k=5000
   iwae-report outputs --rows objective.k --columns model
   iwae-report outputs --columns data,objective --format latex > table.tex
   iwae-report outputs --rows objective --against objective=elbo
@@ -80,7 +85,12 @@ def _report(argv: list[str]) -> bool:
     from iwae_cli.report.selection import comparable
     from iwae_cli.report.writers import Report
 
-    found = read(options.paths or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"])
+    filters = [text for text in options.paths if "=" in text and not Path(text).exists()]
+    found = read(
+        [text for text in options.paths if text not in filters] or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"]
+    )
+    if filters:
+        _narrow(found, " ".join(filters))
     scored, incomparable = comparable(found.runs, options.split)
     made = Report(
         found,
@@ -101,6 +111,19 @@ def _report(argv: list[str]) -> bool:
     if options.html is not None:
         print(f"iwae-report: wrote {options.html}", file=sys.stderr)
     return False
+
+
+def _narrow(found: Found, text: str) -> None:
+    """Keep the finished runs, and of these the evaluations, that have the values of ``text``."""
+    from iwae_cli.report.selection import narrowed
+
+    wanted = _wanted("filter", text, found)
+    kept = narrowed(found.runs, wanted)
+    if not kept:
+        raise UserError(f"{text}: no finished run is that{_values(wanted, found)}")
+    if others := len(found.runs) - len(kept):
+        found.notes.append(f"{others} finished run{'s' * (others > 1)} without {text}")
+    found.runs = kept
 
 
 def _print(made: Report, form: str) -> None:
@@ -144,7 +167,7 @@ def _chosen(text: str, found: Found) -> list[Run]:
             raise UserError(f"--compare {text}: no finished run; {there.left_out[0].state}, {there.left_out[0].why}")
         return there.runs
     wanted = _wanted("--compare", text, found)
-    runs = [run for run in found.runs if agrees(run, wanted)]
+    runs = [run for run in found.runs if agrees(run.keys, wanted)]
     if not runs:
         raise UserError(f"--compare {text}: no finished run is that{_values(wanted, found)}")
     return runs
@@ -162,11 +185,18 @@ def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
 
 
 def _values(keys: Mapping[str, str], found: Found) -> str:
-    """Return the values that the runs have of these keys, for a message."""
-    from iwae_cli.report.selection import shown
+    """Return the values that the runs have of these keys, for a message; of a value that none has the nearest."""
+    from iwae_cli.config.guesses import nearest
+    from iwae_cli.report.selection import NAMED, agrees, shown
 
-    values = {key: sorted({shown(run.keys.get(key)) for run in found.runs}) for key in keys}
-    return "".join(f"; {key} is {', '.join(there)}" for key, there in values.items())
+    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
+    words = ""
+    for key, value in keys.items():
+        there = sorted({shown(of.get(key)) for of in held})
+        more = f" and {len(there) - NAMED} more" * (len(there) > NAMED)
+        hint = "" if any(agrees(of, {key: value}) for of in held) else nearest(value, there, f"{key}=")
+        words += f"; {key} is {', '.join(there[:NAMED])}{more}{hint}"
+    return words
 
 
 def _parser() -> Parser:

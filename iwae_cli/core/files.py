@@ -230,7 +230,21 @@ def absolute(path: str, name: str) -> str:
     return place
 
 
+def here() -> Path:
+    """Return the current folder.
+
+    Raises:
+        UserError: it is gone.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder is gone: change to one that exists, such as with cd") from None
+
+
 def shown(path: Path) -> str:
     """Return ``path`` as a user would type it here: relative to the current folder where it lies inside."""
-    path, here = Path(os.path.normpath(path)), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    path = Path(os.path.normpath(path))
+    with suppress(UserError, ValueError):
+        return str(path.relative_to(here()))
+    return str(path)

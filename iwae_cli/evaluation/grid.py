@@ -60,9 +60,9 @@ DEPTH = (6.0, 3.5)
 
 ROWS = (
     ("NLL by the grid, nats", "nll_grid", "{:.4f}"),
-    ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
     ("  change with half the points, at most", "grid_error", "{:.1e}"),
     ("  mass near its border, at most", "grid_border", "{:.1e}"),
+    ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
     ("NLL_{k} by q, nats", "nll", "{:.4f}"),
     ("  above the grid", "above_grid", "{:+.4f}"),
     ("  paired: stderr", "above_grid_stderr", "± {:.4f}"),

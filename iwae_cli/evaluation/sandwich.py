@@ -203,12 +203,14 @@ class Sandwich(Estimator):
         levels = list(numbers["bounds"])
         rows = [(f"U_{self.k} - L_{self.k}, nats", "gap", "{:.4f}"), ("  paired: stderr_gap", "stderr_gap", "± {:.4f}")]
         rows += [(upper.get(m, f"U_{m}, nats"), f"upper_bounds.{m}", "{:.3f}") for m in levels]
+        rows += [(f"  U_{self.k}, other observations: stderr_upper", "stderr_upper", "± {:.2f}")]
         rows += [("exact log p(x), nats", "exact", "{:.3f}")] if "exact" in numbers else []
-        rows += [(lower.get(m, f"L_{m}, nats"), f"bounds.{m}", "{:.3f}") for m in reversed(levels)]
+        bounds = [(lower.get(m, f"L_{m}, nats"), f"bounds.{m}", "{:.3f}") for m in reversed(levels)]
         rows += [
+            bounds[0],
             (f"  L_{self.k}, other observations: stderr_images", "stderr_images", "± {:.2f}"),
             (f"  L_{self.k}, other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
-            (f"  U_{self.k}, other observations: stderr_upper", "stderr_upper", "± {:.2f}"),
+            *bounds[1:],
             ("simulated observations", "n", "{:,}"),
             ("effective sample size, median", "ess_median", "{:,.1f}"),
             ("effective sample size, least", "ess_min", "{:,.1f}"),

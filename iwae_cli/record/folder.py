@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -17,8 +16,8 @@ from typing import Any
 import yaml
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.files import write_json, write_text
-from iwae_cli.record import former
+from iwae_cli.core.files import here, write_json, write_text
+from iwae_cli.record import former, schema
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is installed: a report reads a thousand of these files."""
@@ -41,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        self.path = path if path.is_absolute() else here() / path
         self.identity = self.path.name
         self.checkpoint = self.path / "checkpoint.pt"
         self.best = self.path / "best.pt"
@@ -66,21 +65,13 @@ class RunFolder:
         """Return the content of ``status.json``; empty if there is none.
 
         Raises:
-            ValueError: it is damaged.
+            UserError: it is damaged.
         """
-        try:
-            record = json.loads((self.path / "status.json").read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError("status.json cannot be read")
-        return record
+        return schema.read_json(self.path / "status.json", schema.Process) or {}
 
     def status(self) -> str | None:
         """Return running, interrupted, failed or finished; None where it cannot be read."""
-        with suppress(OSError, ValueError):
+        with suppress(UserError):
             return self.status_record().get("status")
         return None
 
@@ -97,14 +88,9 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, no UTF-8
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{path} is damaged: it holds no configuration")
-        for group in ("data", "model", "objective", "optimizer"):
-            if not isinstance(config.get(group), dict):
-                raise UserError(f"{path} is damaged: it names no {group}")
-        return former.translated(config)
+        return schema.check(former.translated(config), schema.Config, path)
 
     def result(self) -> dict[str, Any] | None:
         """Return ``result.json`` of a finished run, or None.
@@ -112,17 +98,10 @@ class RunFolder:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path / "result.json"
         try:
-            result: dict[str, Any] = json.loads(path.read_text())
-            if not {"identity", "steps", "evaluation"} <= result.keys():
-                raise ValueError("it holds no result")
-            str(result["evaluation"]["name"])
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, the same command evaluates again") from None
-        return result
+            return schema.read_json(self.path / "result.json", schema.Result)
+        except schema.Damaged as error:
+            raise UserError(f"{error}; remove it, the same command evaluates again") from None
 
     def lacks(self) -> list[str]:
         """Return the derived files of a finished run that are missing or not whole; its checkpoint regenerates them."""

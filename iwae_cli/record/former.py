@@ -23,14 +23,14 @@ MODULES = {
 CLASSES = {"WandbSink": "WandbLogger"}
 
 
-def translated(config: dict[str, Any]) -> dict[str, Any]:
+def translated(config: Any) -> Any:
     """Return the configuration with the class paths and keys of this version; one of this version is unchanged."""
     config = _with_class_paths(config)
-    evaluation, logger = config.get("evaluation") or {}, config.get("logger") or {}
-    if "validation_k" in evaluation:
+    evaluation = config.get("evaluation") if isinstance(config, dict) else None
+    if isinstance(evaluation, dict) and "validation_k" in evaluation:
         validation = {"k": evaluation.pop("validation_k"), "every": evaluation.pop("validation_every", None)}
         config["validation"] = {"_target_": "iwae_cli.training.settings.Validation", **validation}
-        if "_target_" in logger:
+        if isinstance(logger := config.get("logger"), dict) and "_target_" in logger:
             config["logger"] = {} if logger.get("mode") == "disabled" else {"wandb": logger}
     return config
 

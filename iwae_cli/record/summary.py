@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ SPLITS = ("test", "validation", "train")
 COLUMNS = (*SPLITS, "inference", "generative")
 """Parts of a key that become a column: rows with one label and different columns are printed side by side."""
 
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 LIMIT = 0.05
 """Nats of bias that have a warning."""
 ENOUGH = 50
@@ -30,6 +33,9 @@ SPLIT_ROWS: Sequence[Row] = (
     ("  another test set: stderr_images", "stderr_images", "± {:.2f}"),
     ("  other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
     ("  Jensen's bias: bias_mc", "bias_mc", "{:+.4f}"),
+    ("NLL_{level} by q, same images, nats", "nll_q", "{:.2f}"),
+    ("  above NLL_AIS", "above_ais", "{:+.3f}"),
+    ("    paired: stderr", "above_ais_stderr", "± {:.3f}"),
     ("  too high by at least: gap_q", "gap_q", "{:.3f}"),
     ("    standard error, paired", "gap_q_stderr", "± {:.3f}"),
     ("    first images, refined", "refined.n", "{:,}"),
@@ -85,28 +91,50 @@ def split_rows(numbers: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def number_at(numbers: Mapping[str, Any], key: str) -> Any:
-    """Return the number at a dotted key, None if there is none; names may contain dots, as ``khat_share_above_0.7``."""
+def number_at(numbers: Mapping[str, Any], key: str, missing: Any = None) -> Any:
+    """Return the number at a dotted key, else ``missing``; names may contain dots, as ``khat_share_above_0.7``."""
     if key in numbers:
         return numbers[key]
     parts = key.split(".")
     for n in range(1, len(parts)):
         inner = numbers.get(".".join(parts[:n]))
         if isinstance(inner, Mapping):
-            return number_at(inner, ".".join(parts[n:]))
-    return None
+            return number_at(inner, ".".join(parts[n:]), missing)
+    return missing
+
+
+def decimals(error: float | None, otherwise: int = 2) -> int:
+    """Return how many decimals show two significant digits of an error; ``otherwise`` if it is unknown or rounding."""
+    return min(max(0, 1 - int(f"{error:.1e}".partition("e")[2])), 6) if error and error > 1e-9 else otherwise
+
+
+def measured(value: float, error: float | None, sign: str = "") -> str:
+    """Return ``84.851 ± 0.014``: two significant digits of the error decide both; the value alone without one."""
+    n = decimals(error)
+    return f"{value:{sign}.{n}f}" + ("" if error is None else f" {PLUS_MINUS} {error:.{n}f}")
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the headings of the columns of a ``result.json``, and for every label its formatted numbers."""
+    """Return the headings of the columns of a ``result.json``, and for every label its formatted numbers.
+
+    An error, whose format begins with ±, has two significant digits, and the number a line before as many decimals.
+    """
     rows = result.get("rows") or split_rows(result)  # before 0.3 there are no rows
     parts = [next((part for part in key.split(".") if part in COLUMNS), "") for _, key, _ in rows]
     columns = [name for name in COLUMNS if name in parts] or [""]
-    lines: dict[str, list[str]] = {}
+    labels = list(dict.fromkeys(label for label, _, _ in rows))
+    next_label = dict(pairwise(labels))
+    errors = {
+        (label, part): number_at(result, key)
+        for (label, key, form), part in zip(rows, parts, strict=True)
+        if form.startswith(PLUS_MINUS)
+    }
+    lines: dict[str, list[str]] = {label: [""] * len(columns) for label in labels}
     for (label, key, form), part in zip(rows, parts, strict=True):
-        value = number_at(result, key)
-        cells = lines.setdefault(label, [""] * len(columns))
-        cells[columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
+        value, error = number_at(result, key), errors.get((label, part), errors.get((next_label.get(label), part)))
+        if error and form.endswith("f}"):
+            form = re.sub(r"\.\d+f", f".{decimals(error)}f", form)
+        lines[label][columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
     return columns, lines
 
 
@@ -128,15 +156,15 @@ def reliability_warning(splits: Mapping[str, Mapping[str, Any]], by: str = "q") 
             advice = "evaluation.refine=200 measures by how much"
         if gap is not None and error is not None and gap > max(LIMIT, 2 * error):
             n = "all" if "nll_refined" in split else f"the first {split['refined']['n']:,}"
-            high.append(f"{gap:.2f} \N{PLUS-MINUS SIGN} {error:.2f} nats on {n} images of {name}")
+            high.append(f"{measured(gap, error)} nats on {n} images of {name}")
         elif gap is None or error is None or gap + 2 * error > LIMIT or _signs(split["refined"]):
             signs += [f"{sign} of {name}" for sign in _signs(split)]
     if not high:
         return f"NLL_{_k(splits)} by {by} may be too high, with {' and '.join(signs)}: {advice}" if signs else None
-    measured = [split for split in splits.values() if split.get("refined")]
-    if any(_signs(split["refined"]) for split in measured):
+    refined = [split for split in splits.values() if split.get("refined")]
+    if any(_signs(split["refined"]) for split in refined):
         advice = "so few draws do not show the whole gap, estimator=ais does"
-    elif all("nll_refined" in split for split in measured):
+    elif all("nll_refined" in split for split in refined):
         advice = "compare models by nll_refined, since smaller differences say nothing"
     else:
         advice = "evaluation.refine=all measures every image, since smaller differences between models say nothing"

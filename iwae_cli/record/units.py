@@ -14,7 +14,8 @@ def layer_sizes(model: Mapping[str, Any]) -> list[int]:
     Empty for a model whose keys are neither ``latent_sizes`` nor ``latent_size``.
     """
     sizes = model.get("latent_sizes", model.get("latent_size", []))
-    return sizes if isinstance(sizes, list) else [sizes]
+    sizes = sizes if isinstance(sizes, list) else [sizes]
+    return sizes if all(type(size) is int for size in sizes) else []
 
 
 def units_text(units: Sequence[float], sizes: Sequence[int]) -> str:

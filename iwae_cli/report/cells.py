@@ -7,15 +7,18 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.summary import PLUS_MINUS as PLUS_MINUS
+from iwae_cli.record.summary import decimals, measured
 from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
-from iwae_cli.report.paired import BY_Q, BY_REFINED, Paired, better_fit, difference
+from iwae_cli.report.paired import BY_Q, BY_REFINED, SEEN, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
 from iwae_cli.report.selection import (
     MISSING,
+    Kind,
     Label,
     Scored,
     agrees,
@@ -34,7 +37,6 @@ OTHERWISE = "\N{DAGGER}"
 """Behind a published value whose runs were trained otherwise."""
 WITHIN = "\N{DOUBLE DAGGER}"
 """Behind a difference that the error of the estimates may explain."""
-PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 WAYS = 4
 """Ways of training otherwise that a footnote lists."""
 
@@ -94,17 +96,9 @@ class Cell:
         return tuple(map(statistics.fmean, zip(*known, strict=True)))
 
     @property
-    def units_text(self) -> str:
-        """``26+7``, with one decimal where seeds differ."""
-        if self.units is None:
-            return MISSING
-        return "+".join(f"{n:.0f}" if n == int(n) else f"{n:.1f}" for n in self.units)
-
-    @property
     def units_of_sizes(self) -> str:
-        """``26 of 100 + 7 of 50``; ``units_text`` where the sizes are unknown."""
-        sizes = layer_sizes(self.runs[0].run.config["model"])
-        return units_text(self.units, sizes) if self.units and sizes else self.units_text
+        """``26 of 100 + 7 of 50``; ``26 + 7`` where the sizes are unknown."""
+        return units_text(self.units, layer_sizes(self.runs[0].run.config["model"])) if self.units else MISSING
 
     @property
     def bounds(self) -> dict[int, float]:
@@ -172,25 +166,32 @@ class Table:
         at = {(cell.row, cell.column): cell for cell in self.cells}
         return [(row, [at.get((row, column)) for column in self.column_labels]) for row in self.row_labels]
 
+    def _nll_text(self, cell: Cell) -> str:
+        if cell.stderr is None and not self.columns:  # the error over images stands beside it
+            return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
+        return measured(cell.nll, cell.stderr)
+
     @property
     def fields(self) -> list[Field]:
         """The numbers printed for every cell."""
-        found = [Field(f"NLL_{self.k}", _nll_text, lambda cell: cell.nll)]
+        found = [Field(f"NLL_{self.k}", self._nll_text, lambda cell: cell.nll)]
         if self._gaps and not self.columns:
             found.append(Field("gap_q", _gap_text, lambda cell: cell.mean("gap_q")))
         if self.refined:
             name = f"refined NLL_{self.k}"
-            found.append(Field(name, lambda cell: _nll_text(self.compared(cell)), lambda cell: self.compared(cell).nll))
+            found.append(
+                Field(name, lambda cell: self._nll_text(self.compared(cell)), lambda cell: self.compared(cell).nll)
+            )
         if self._seeds != {1}:
             found.append(_number_field("seeds", "{}", lambda cell: len(cell.runs)))
         if self.against is not None:
             found.append(Field(f"over {self.against}", _difference_text, _paired("difference")))
-            found.append(_number_field(f"{PLUS_MINUS} images", "{:.3f}", _paired("stderr_images")))
+            found.append(_error_field(f"{PLUS_MINUS} images", _paired("stderr_images")))
             if any(cell.against is not None and cell.against.stderr_seeds is not None for cell in self.cells):
-                found.append(_number_field(f"{PLUS_MINUS} seeds", "{:.3f}", _paired("stderr_seeds")))
+                found.append(_error_field(f"{PLUS_MINUS} seeds", _paired("stderr_seeds")))
         if not self.columns:  # otherwise a row has no room for the errors of all its cells
-            for key, form in (("stderr_images", "{:.2f}"), ("stderr_mc", "{:.4f}"), ("bias_mc", "{:+.4f}")):
-                found.append(_number_field(key, form, lambda cell, key=key: cell.mean(key)))  # type: ignore[misc]
+            found += [_error_field(key, partial(Cell.mean, key=key)) for key in ("stderr_images", "stderr_mc")]
+            found.append(_number_field("bias_mc", "{:+.4f}", partial(Cell.mean, key="bias_mc")))
         if any(cell.units is not None for cell in self.cells):
             found.append(
                 Field(
@@ -246,6 +247,8 @@ class Table:
         if not self.columns:
             of_seeds = "; their mean over seeds" * (seeds != {1})
             notes.append(f"stderr_images, stderr_mc, bias_mc: of NLL_{self.k}, nats, of one run{of_seeds}")
+        if unseen := [cell.name for cell in self.cells if cell.against is not None and not cell.against.seen]:
+            notes.append(f"no difference is seen (below {SEEN} standard errors): {', '.join(unseen)}")
         within = dict.fromkeys(p.within for p in paired if p.within)
         if within:
             notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")
@@ -272,7 +275,7 @@ class Table:
 def tables(
     scored: Sequence[Scored], rows: Sequence[str] | None = None, columns: Sequence[str] | None = None
 ) -> list[Table]:
-    """Return one table per data set, or one for all where a key names the data.
+    """Return one table per data set and kind of evaluation; one for all data sets where a key names the data.
 
     Where ``rows`` and ``columns`` leave runs in one cell that differ by more than their seed, the keys that tell
     them apart are added to the rows: nothing but seeds is averaged.
@@ -283,20 +286,31 @@ def tables(
     runs = [s.run for s in scored]
     if columns is None:
         columns = [key for key in COLUMNS if key not in (rows or ())]
-    if rows is None:
-        rows = [key for key in ROWS if key not in columns]
+    if rows is None:  # an objective from outside may have no k
+        rows = [key for key in ROWS if key not in columns and any(key in run.keys for run in runs)]
     for key in (*rows, *columns) if runs else ():
         known_key(key, runs)
     for key in rows:
         if key in columns:
             raise UserError(f"{key} is in --rows and in --columns; write it in one")
-    groups: dict[str, list[Scored]] = {}
+    groups: dict[str, dict[Kind, list[Scored]]] = {}
+    hashes: dict[str, list[str]] = {}
     for s in scored:
-        groups.setdefault("" if "data" in (*rows, *columns) else s.run.dataset, []).append(s)
-    return [_table(group, tuple(rows), tuple(columns)) for group in groups.values()]
+        known = hashes.setdefault(s.run.dataset, [])
+        known += [s.kind.images] * (s.kind.images not in known)
+        # By number, since every data set of a table has other images; two binarizations of one are never mixed.
+        kind = s.kind._replace(images=str(known.index(s.kind.images)))
+        name = "" if "data" in (*rows, *columns) else s.run.dataset
+        groups.setdefault(name, {}).setdefault(kind, []).append(s)
+    return [
+        _table(kinds[kind], tuple(rows), tuple(columns), [i for i in (1, 2, 3) if len({k[i] for k in kinds}) > 1])
+        for kinds in groups.values()
+        for kind in sorted(kinds, key=lambda kind: (-kind.k, kind))
+    ]
 
 
-def _table(scored: Sequence[Scored], rows: Label, columns: Label) -> Table:
+def _table(scored: Sequence[Scored], rows: Label, columns: Label, differ: Sequence[int]) -> Table:
+    """Return a table; ``differ`` are the fields of ``Kind`` in which another table of the same data differs."""
     added = telling_apart(scored, (*rows, *columns))
     rows += added
     members: dict[tuple[Label, Label], list[Scored]] = {}
@@ -312,11 +326,10 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label) -> Table:
         notes.append(f"compared by the trained q: {lacking}")
     first = scored[0]
     images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
-    for what, values in (("k", {s.score.k for s in scored}), ("weights", {s.score.weights for s in scored})):
-        if len(values) > 1:
-            notes.append(f"the data sets differ in {what}: {', '.join(map(str, sorted(values)))}")
+    title = [", ".join(images), first.split, f"k = {first.score.k}"]
+    title += [f"{Kind._fields[i]} {first.kind[i]:.8}" for i in differ]
     return Table(
-        ", ".join(images), first.split, first.score.k, first.score.weights, images, rows, columns, tuple(cells),
+        ", ".join(title), first.split, first.score.k, first.score.weights, images, rows, columns, tuple(cells),
         tuple(notes),
     )  # fmt: skip
 
@@ -330,7 +343,9 @@ def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
     Raises:
         UserError: as ``paired.difference``.
     """
-    references = [cell for cell in table.cells if all(agrees(s.run, wanted) for s in cell.runs)]
+    references = [
+        cell for cell in table.cells if all(agrees({**s.run.keys, **s.score.keys}, wanted) for s in cell.runs)
+    ]
     if not references:
         return None
 
@@ -355,19 +370,16 @@ def _order(values: Label) -> list[tuple[int, float, str]]:
     return [(1, 0.0, n) if isinstance(n := number(text), str) else (0, n, text) for text in values]
 
 
-def _nll_text(cell: Cell) -> str:
-    return f"{cell.nll:.2f}" + ("" if cell.stderr is None else f" {PLUS_MINUS} {cell.stderr:.2f}")
-
-
 def _difference_text(cell: Cell) -> str:
     if cell.against is None:
         return MISSING
-    return f"{cell.against.difference:+.3f}{WITHIN * bool(cell.against.within)}"
+    n = decimals(cell.against.stderr, 4)
+    return f"{cell.against.difference:+.{n}f}{WITHIN * bool(cell.against.within)}"
 
 
 def _gap_text(cell: Cell) -> str:
-    gap, error = cell.mean("gap_q"), cell.mean("gap_q_stderr")
-    return "" if gap is None else f"{gap:.2f}" + ("" if error is None else f" {PLUS_MINUS} {error:.2f}")
+    gap = cell.mean("gap_q")
+    return "" if gap is None else measured(gap, cell.mean("gap_q_stderr"))
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -395,6 +407,10 @@ def _published_notes(cells: Sequence[Cell]) -> list[str]:
 
 def _paired(key: str) -> Callable[[Cell], float | None]:
     return lambda cell: None if cell.against is None else getattr(cell.against, key)
+
+
+def _error_field(name: str, value: Callable[[Cell], float | None]) -> Field:
+    return Field(name, lambda cell: MISSING if (x := value(cell)) is None else f"{x:.{decimals(x)}f}", value)
 
 
 def _number_field(name: str, form: str, value: Callable[[Cell], float | None]) -> Field:

@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.summary import decimals, measured
 from iwae_cli.report.reader import Run, Score
 from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, label, mean, telling_apart, unrefined
 
 ENOUGH_SEEDS = 3
 """Fewer seeds on a side are too few for a standard error over seeds."""
+SEEN = 2
+"""Standard errors, over images and over seeds together, from which on a difference is seen."""
 BY_Q, BY_REFINED = "the trained q", "the refined proposals"
 INSIDE_GAP, WITHIN_BIAS = "inside gap_q", "below three times the bias of the estimate"
 
@@ -62,6 +65,16 @@ class Paired:
     unrefined: str
 
     @property
+    def stderr(self) -> float:
+        """For other images and other seeds: the root of the sum of both squared errors, as far as they are known."""
+        return math.hypot(self.stderr_images, self.stderr_seeds or 0.0)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the difference is at least ``SEEN`` standard errors."""
+        return self.difference != 0 and abs(self.difference) >= SEEN * self.stderr
+
+    @property
     def few_seeds(self) -> str | None:
         """A caution where there are few seeds."""
         if self.stderr_seeds is None:
@@ -89,24 +102,25 @@ class Paired:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all attributes and the cautions."""
-        return {**asdict(self), "cautions": self.cautions}
+        """Return all attributes, whether the difference is seen, and the cautions."""
+        return {**asdict(self), "stderr": self.stderr, "seen": self.seen, "cautions": self.cautions}
 
     @property
     def lines(self) -> list[str]:
         """The comparison in words."""
         sides = (("A", self.a, self.seeds_a), ("B", self.b, self.seeds_b))
         lines = [f"{x}: {name} (seed{'s' * (len(s) > 1)} {', '.join(map(str, s))})" for x, name, s in sides]
-        over_seeds = "" if self.stderr_seeds is None else f", {self.stderr_seeds:.4f} over seeds"
+        errors = {"images": self.stderr_images, "seeds": self.stderr_seeds}
+        known = [f"{error:.{decimals(error)}f} over {name}" for name, error in errors.items() if error is not None]
         lines.append(
-            f"A - B = {self.difference:+.4f} nats of log p(x) by {self.by}, paired on {self.images:,} {self.split} "
-            f"images, k = {self.k}; standard error {self.stderr_images:.4f} over images{over_seeds}"
+            f"A - B = {self.difference:+.{decimals(self.stderr, 4)}f} nats of log p(x) by {self.by}, paired on "
+            f"{self.images:,} {self.split} images, k = {self.k}; standard error {', '.join(known)}"
         )
-        nll = "refined " * (self.by == BY_REFINED) + "NLL"
-        lower = f"{'A' if self.difference > 0 else 'B'} has the lower {nll}"
+        lower = f"{'A' if self.difference > 0 else 'B'} has the lower {'refined ' * (self.by == BY_REFINED)}NLL"
+        sized = measured(self.difference, self.stderr, "+")
         ties = f", {self.ties:,} neither" if self.ties else ""
         lines.append(
-            f"{lower if self.difference else f'both have the same {nll}'}; "
+            f"{lower if self.seen else f'no difference is seen ({sized}, below {SEEN} standard errors)'}; "
             f"A wins {self.wins_a:,} images, B {self.wins_b:,}{ties}"
         )
         lines += [f"caution: {caution}" for caution in self.cautions]

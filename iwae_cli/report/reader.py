@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record import schema
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.identity import training_config
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
@@ -25,11 +25,8 @@ SWEEP = "sweep.json"
 """File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
 GROUPS = ("model", "objective", "optimizer", "schedule")
 """Groups whose chosen name is in ``result.json``."""
-NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
-GAP = ("gap_q", "gap_q_stderr")
-"""How much too high NLL_k by the trained q is at least, nats; missing in evaluations without refined proposals."""
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""Errors from reading a file that does not hold what it should."""
+"""Errors from reading arrays that do not hold what they should."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,12 @@ class Score:
     reasons: Mapping[str, str]
     active_units: tuple[int, ...] | None
     arrays: Path
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Keys of the configuration that this evaluation was made with; those of the run are of its own evaluation."""
+        values = {"k": self.k, "weights": self.weights, "precision": self.precision}
+        return {f"evaluation.{key}": value for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Run:
     @property
     def identity(self) -> str:
         """Name of the training."""
-        return str(self.result["identity"])
+        return self.result["identity"]
 
     @property
     def dataset(self) -> str:
@@ -221,21 +224,23 @@ def _jobs(sweep: Path, found: Found) -> Iterator[Path]:
     """Yield the run folders of a sweep's jobs; record jobs without a folder as left out."""
     outputs = sweep.parent.parent
     try:
-        for job in json.loads((sweep / SWEEP).read_text())["jobs"]:
-            names = [Path(str(job[key])) for key in ("folder", "identity") if job.get(key)]
-            places = [base / name for name in names for base in (Path(), sweep, outputs)]
-            place = next((p for p in places if p.is_dir() and any((p / mark).exists() for mark in MARKS)), None)
-            if place is not None:
-                yield place.resolve()
-                continue
-            state, why = str(job.get("status") or "not begun"), job.get("error")
-            if state == "finished":
-                state, why = "gone", "its run folder is not there"
-            which = f"job of sweep {sweep.name} ({' '.join(map(str, job.get('overrides') or ()))})"
-            why = why or "has no run folder; the command of the sweep starts it"
-            found.left_out.append(LeftOut(outputs / names[-1] if names else sweep, state, f"{which}: {why}"))
-    except MALFORMED as error:
-        found.left_out.append(LeftOut(sweep, "damaged", f"{SWEEP} cannot be read: {_reason(error)}"))
+        jobs = (schema.read_json(sweep / SWEEP, schema.Sweep) or {})["jobs"]
+    except UserError as error:
+        found.left_out.append(LeftOut(sweep, "damaged", _within(sweep, error)))
+        return
+    for job in jobs:
+        names = [Path(job[key]) for key in ("folder", "identity") if job.get(key)]
+        places = [base / name for name in names for base in (Path(), sweep, outputs)]
+        place = next((p for p in places if p.is_dir() and any((p / mark).exists() for mark in MARKS)), None)
+        if place is not None:
+            yield place.resolve()
+            continue
+        state, why = job.get("status") or "not begun", job.get("error")
+        if state == "finished":
+            state, why = "gone", "its run folder is not there"
+        which = f"job of sweep {sweep.name} ({' '.join(job.get('overrides') or ())})"
+        why = why or "has no run folder; the command of the sweep starts it"
+        found.left_out.append(LeftOut(outputs / names[-1] if names else sweep, state, f"{which}: {why}"))
 
 
 def _read_run(path: Path, found: Found) -> Run | None:
@@ -252,34 +257,31 @@ def _read_run(path: Path, found: Found) -> Run | None:
         others = list(_evaluations(folder, result, found))
         scores = (_score(result, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
         run = Run(path, folder.config(), result, scores, tuple(x for x in others if isinstance(x, Estimate)))
-        assert run.keys and run.training  # raises here if a key is missing
         status = folder.status_record().get("status")
         if status != "finished":
             what = {"running": "being evaluated again", None: "without status.json"}.get(status, f"{status} since")
             found.notes.append(f"{run.identity} is {what}; its last result counts")
         return run
     except UserError as error:
-        found.left_out.append(LeftOut(path, "damaged", str(error).replace(f"{path}{os.sep}", "")))
-    except MALFORMED as error:
-        found.left_out.append(LeftOut(path, "damaged", _reason(error)))
+        found.left_out.append(LeftOut(path, "damaged", _within(path, error)))
     return None
 
 
 def _unfinished(folder: RunFolder) -> LeftOut:
     status = folder.status_record()
-    state, step, error = status.get("status"), status.get("step"), status.get("error")
-    resume = "the same command resumes it"
-    where = f"process {status.get('pid')}"
+    if not status:
+        return LeftOut(folder.path, "not begun", "there is neither status.json nor result.json")
+    state, step, error = status["status"], status["step"], status["error"]
+    resume, where = "the same command resumes it", f"process {status['pid']}"
+    if state == "running" and not process_alive(status["host"], status["pid"]):
+        return LeftOut(folder.path, "killed", f"at step {step} or later, {where} is gone; {resume}")
     states = {
-        None: ("not begun", "there is neither status.json nor result.json"),
         "finished": ("damaged", "status.json says finished and there is no result.json"),
-        "running": ("running", f"step {step} or later, {where} on {status.get('host')}"),
+        "running": ("running", f"step {step} or later, {where} on {status['host']}"),
         "interrupted": ("interrupted", f"at step {step}: {error}; {resume}"),
         "failed": ("failed", f"at step {step}: {error}"),
     }
-    if state == "running" and not process_alive(status.get("host"), status.get("pid")):
-        return LeftOut(folder.path, "killed", f"at step {step} or later, {where} is gone; {resume}")
-    return LeftOut(folder.path, *states.get(state, ("damaged", f"status.json says {state!r}")))
+    return LeftOut(folder.path, *states[state])
 
 
 def process_alive(host: Any, pid: Any) -> bool:
@@ -298,56 +300,35 @@ def process_alive(host: Any, pid: Any) -> bool:
 
 def _evaluations(folder: RunFolder, top: Mapping[str, Any], found: Found) -> Iterator[Score | Estimate]:
     """Yield the evaluations of the same weights other than the one in ``result.json``."""
-    place = folder.path / "evaluations"
-    for path in sorted(place.iterdir()) if place.is_dir() else ():
-        if path.name == top["evaluation"]["name"] or not (path / "result.json").exists():
+    for path in sorted(folder.path.glob("evaluations/*/result.json")):
+        if path.parent.name == top["evaluation"]["name"]:
             continue
         try:
-            result = json.loads((path / "result.json").read_text())
-            if result["steps"] != top["steps"]:
-                continue
-            if result["evaluation"].get("k") is not None:
-                yield _score(result, path / "log_likelihood.npz")
-            elif "estimator" in result:
-                numbers = {key: number_at(result, key) for _, key, _ in result.get("rows") or split_rows(result)}
-                estimator, weights = str(result["estimator"]["name"]), str(result["weights"])
-                yield Estimate(path.name, estimator, weights, numbers, *table_of(result))
-        except MALFORMED as error:
-            why = f"evaluations/{path.name} is damaged ({_reason(error)}) and is left out"
-            found.notes.append(f"{folder.identity}: {why}")
+            result = schema.read_json(path, schema.Result)
+        except UserError as error:
+            found.notes.append(f"{folder.identity}: {_within(folder.path, error)}; this evaluation is left out")
+            continue
+        if result is None or result["steps"] != top["steps"]:
+            continue
+        if "estimator" in result:
+            numbers = {key: number_at(result, key) for _, key, _ in result.get("rows") or split_rows(result)}
+            name, estimator, weights = path.parent.name, result["estimator"]["name"], result["weights"]
+            yield Estimate(name, estimator, weights, numbers, *table_of(result))
+        else:
+            yield _score(result, path.with_name("log_likelihood.npz"))
 
 
 def _score(result: Mapping[str, Any], arrays: Path) -> Score:
-    """Raises an error of ``MALFORMED`` where ``result`` is not a result of L_k."""
-    evaluation = result["evaluation"]
-    splits = {name: result[name] for name in SPLITS if result.get(name)}
-    for name, split in splits.items():
-        numbers = {key: split[key] for key in ("nll", *NUMBERS)}
-        numbers |= {f"bounds.{level}": value for level, value in split["bounds"].items() if int(level)}
-        if "refined" in split or split.get("gap_q") is not None:
-            refined = split["refined"]
-            numbers |= {key: split[key] for key in GAP}
-            numbers |= {f"refined.{key}": refined[key] for key in ("nll", *NUMBERS)}
-            if refined["k"] != split["k"] or not 1 <= refined["n"] <= split["n"]:
-                raise ValueError(f"result.json: {name}.refined is of k = {refined['k']}, n = {refined['n']}")
-            whole = split.get("nll_refined")
-            if whole is not None and (whole != refined["nll"] or refined["n"] != split["n"]):
-                raise ValueError(f"result.json: {name}.nll_refined is {whole}, not {name}.refined.nll of all images")
-        for key, value in numbers.items():
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"result.json: {name}.{key} must be finite or null, got {value}")
-        if split["k"] != evaluation["k"] or split["n"] < 1:
-            raise ValueError(f"result.json: {name} is of k = {split['k']}, n = {split['n']}")
-    units = result.get("active_units")
+    evaluation, units = result["evaluation"], result.get("active_units")
     return Score(
-        name=str(evaluation["name"]),
-        k=int(evaluation["k"]),
-        weights=str(result["weights"]),
-        precision=str(evaluation["precision"]),
-        sha256={str(name): str(value) for name, value in result["dataset"]["evaluation_sha256"].items()},
-        splits=splits,
-        reasons={str(key): str(value) for key, value in (result.get("reasons") or {}).items()},
-        active_units=None if units is None else tuple(map(int, units)),
+        name=evaluation["name"],
+        k=evaluation["k"],
+        weights=result["weights"],
+        precision=evaluation["precision"],
+        sha256=result["dataset"]["evaluation_sha256"],
+        splits={name: result[name] for name in SPLITS if result.get(name)},
+        reasons=result.get("reasons") or {},
+        active_units=None if units is None else tuple(units),
         arrays=arrays,
     )
 
@@ -359,7 +340,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+            flat[f"{prefix}{key}"] = json.dumps(value, default=str) if isinstance(value, list) else value
     return flat
 
 
@@ -372,15 +353,12 @@ def _training_hash(path: str) -> str | None:
     """Return a hash of the settings of a run, without the seed, that decided its weights; None if unreadable."""
     try:
         decides = training_config(RunFolder(Path(path)).config(), {})
-    except (UserError, OSError, KeyError, TypeError):
+    except UserError:
         return None
-    settings = json.dumps({key: value for key, value in decides.items() if key != "seed"}, sort_keys=True)
+    settings = json.dumps({key: decides[key] for key in decides if key != "seed"}, sort_keys=True, default=str)
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"the key {error.args[0]!r} is missing"
-    if isinstance(error, OSError):
-        return f"{Path(error.filename or '').name} cannot be read: {error.strerror}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _within(folder: Path, error: UserError) -> str:
+    """Return an error with the names of files relative to their folder."""
+    return str(error).replace(f"{folder}{os.sep}", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -38,6 +37,11 @@ class Scored:
     refined: bool = False
 
     @property
+    def kind(self) -> Kind:
+        """What its table shares."""
+        return kind_of(self.score, self.split)
+
+    @property
     def by_q(self) -> Mapping[str, Any]:
         """Numbers of the split, as in ``result.json``."""
         return self.score.splits[self.split]
@@ -58,13 +62,17 @@ class Kind(NamedTuple):
     images: str
 
 
+def kind_of(score: Score, split: str) -> Kind:
+    """Return the kind of an evaluation of a split."""
+    return Kind(score.k, score.weights, score.precision, score.sha256[split])
+
+
 def by_kind(run: Run, split: str) -> dict[Kind, Score]:
     """Return the evaluations of a split by kind; of several of one kind, the one with the most refined images."""
     found: dict[Kind, list[Score]] = {}
     for score in run.scores:
         if split in score.splits and split in score.sha256:
-            kind = Kind(score.k, score.weights, score.precision, score.sha256[split])
-            found.setdefault(kind, []).append(score)
+            found.setdefault(kind_of(score, split), []).append(score)
 
     def worth(score: Score) -> tuple[bool, int]:
         numbers = score.splits[split]
@@ -103,50 +111,33 @@ def unrefined(scored: Iterable[Scored]) -> str:
 
 
 def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[LeftOut]]:
-    """Return, for each data set, the runs with the most common kind of evaluation; and the runs without it."""
-    kept, left_out = [], []
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        group = [run for run in runs if run.dataset == dataset]
-        counts = Counter(found for run in group for found in by_kind(run, split))
-        # A tie goes to more samples; the other fields make the choice deterministic.
-        wanted = max(counts, key=lambda found: (counts[found], found), default=None)
-        for run in group:
-            score = wanted and by_kind(run, split).get(wanted)
-            if wanted is None or score is None:
-                left_out.append(LeftOut(run.path, "not comparable", _why(run, split, wanted)))
-            elif score.splits[split]["nll"] is None:
+    """Return every run once for each kind of evaluation of the split that it has; and the runs that have none."""
+    kept: dict[str, Scored] = {}
+    reasons: dict[str, LeftOut] = {}
+    for run in runs:
+        there = ", ".join(run.scores[0].splits) or "none"
+        repair = f"iwae-eval {shlex.quote(files.shown(run.path))} evaluation.splits=[{split}]"
+        why = LeftOut(run.path, "not evaluated", f"its {split} split was not evaluated (but {there}); {repair}")
+        for kind, score in by_kind(run, split).items():
+            scored = Scored(run, score, split)
+            if score.splits[split]["nll"] is None:
                 reason = score.reasons.get(f"{split}.nll") or score.reasons.get("nll") or "result.json says null"
-                left_out.append(LeftOut(run.path, "no number", f"NLL_{score.k} of {split}: {reason}"))
-            else:
-                kept.append(Scored(run, score, split))
-    # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
-    once: dict[str, Scored] = {}
-    for scored in kept:
-        first = once.setdefault(json.dumps([scored.run.seed, _training(scored)], sort_keys=True, default=str), scored)
-        if first is not scored:
-            left_out.append(LeftOut(scored.run.path, "repeated", f"same training and seed as {first.run.path.name}"))
-    return list(once.values()), left_out
+                why = LeftOut(run.path, "no number", f"NLL_{score.k} of {split}: {reason}")
+                continue
+            # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
+            key = json.dumps([kind, run.seed, _training(scored)], sort_keys=True, default=str)
+            first = kept.setdefault(key, scored).run
+            why = LeftOut(run.path, "repeated", f"same training and seed as {first.path.name}")
+        reasons[run.identity] = why
+    for scored in kept.values():
+        reasons.pop(scored.run.identity, None)
+    return list(kept.values()), list(reasons.values())
 
 
-def _why(run: Run, split: str, wanted: Kind | None) -> str:
-    """Return why a run is not comparable, by its nearest evaluation, and the command that makes it so."""
-    path = shlex.quote(files.shown(run.path))
-    kinds = list(by_kind(run, split))
-    if wanted is None or not kinds:
-        has = ", ".join(run.scores[0].splits) or "none"
-        return f"its {split} split was not evaluated (but {has}); iwae-eval {path} evaluation.splits=[{split}]"
-    closest = max(kinds, key=lambda found: sum(a == b for a, b in zip(found, wanted, strict=True)))
-    differing = [
-        f"other {name} ({_short(mine)}, most have {_short(theirs)})"
-        for name, mine, theirs in zip(Kind._fields, closest, wanted, strict=True)
-        if mine != theirs
-    ]
-    repair = f"; iwae-eval {path} evaluation.k={wanted.k} evaluation.weights={wanted.weights}"
-    return ", ".join(differing) + (repair if closest[2:] == wanted[2:] else "")
-
-
-def _short(value: object) -> str:
-    return f"sha256 {value[:8]}" if isinstance(value, str) and len(value) == 64 else str(value)
+def narrowed(runs: Sequence[Run], wanted: Mapping[str, str]) -> list[Run]:
+    """Return the runs with these values, each with the evaluations that have them."""
+    found = [(run, tuple(s for s in run.scores if agrees({**run.keys, **s.keys}, wanted))) for run in runs]
+    return [replace(run, scores=scores) for run, scores in found if scores]
 
 
 def shown(value: Any) -> str:
@@ -164,13 +155,13 @@ def number(text: str) -> float | str:
         return text
 
 
-def agrees(run: Run, wanted: Mapping[str, str]) -> bool:
-    """Return whether a run has these values; numbers are compared as numbers, lists without spaces."""
+def agrees(keys: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    """Return whether the keys of a run have these values; numbers are compared as numbers, lists without spaces."""
 
     def same(value: str, given: str) -> bool:
         return value.replace(" ", "") == given.replace(" ", "") or number(value) == number(given)
 
-    return all(same(shown(run.keys.get(key)), value) for key, value in wanted.items())
+    return all(same(shown(keys.get(key)), value) for key, value in wanted.items())
 
 
 def known_key(key: str, runs: Iterable[Run]) -> str:

@@ -15,11 +15,13 @@ from rich.table import Table as Sheet
 from rich.text import Text
 
 from iwae_cli.core.files import dump_json
-from iwae_cli.record.summary import reliability_warning
-from iwae_cli.report.cells import OTHERWISE, PLUS_MINUS, WITHIN, Cell, Table
+from iwae_cli.record.schema import GAP, NUMBERS
+from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
+from iwae_cli.record.units import units_text
+from iwae_cli.report.cells import OTHERWISE, WITHIN, Cell, Table
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
-from iwae_cli.report.reader import GAP, NUMBERS, Estimate, Found, LeftOut, Run
+from iwae_cli.report.reader import Estimate, Found, LeftOut, Run
 from iwae_cli.report.selection import MISSING, Scored
 
 ERRORS = ("stderr_images", "stderr_seeds")
@@ -177,7 +179,7 @@ def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
         "seeds": len(cell.runs),
         **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS, *GAP)},
         **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in ("nll", "stderr_seeds", *NUMBERS)},
-        "active_units": None if cell.units is None else cell.units_text,
+        "active_units": cell.units and units_text(cell.units, ()).replace(" ", ""),
         **({"against": paired and paired.b, "difference": paired and paired.difference} if compared else {}),
         **{f"difference_{key}": paired and getattr(paired, key) for key in (*ERRORS, "by") if compared},
         "paper_nll": paper and paper.nll,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import subprocess
@@ -30,7 +29,7 @@ from iwae_cli.evaluation.fused import check_bf16
 from iwae_cli.evaluation.likelihood import LogLikelihood, check_refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record import summary
+from iwae_cli.record import schema, summary
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import changed, estimator_name, evaluation_name, evaluation_precision, sources
 from iwae_cli.training import checkpoint
@@ -158,7 +157,10 @@ def evaluate(
         OSError: the folder cannot be written to.
     """
     estimator = estimator or LogLikelihood()
-    place = run.evaluation(evaluation_name(config))
+    finished = state.step == state.total_steps
+    # What is evaluated before the end stays beside what is evaluated later.
+    name = evaluation_name(config) + ("" if finished else f"-step{state.step}")
+    place = run.evaluation(name)
     best = subject.evaluation.weights == "best"
     step, weights = checkpoint.load_best(run.best, state) if best else (state.step, state.weights)
     kept = _kept(place / "result.json", step, state)
@@ -184,10 +186,17 @@ def evaluate(
             place.parent.rmdir()
         raise
     result = {
-        **_facts(subject, device, config, state, step),
+        **_facts(subject, device, config, state, step, name),
         **found.numbers,
         "rows": [list(row) for row in found.rows],
-        "notes": list(found.notes),
+        "notes": [
+            *(
+                []
+                if finished
+                else [f"after step {state.step:,} of {state.total_steps:,}: the training is not finished"]
+            ),
+            *found.notes,
+        ],
         "arrays": sorted(found.arrays),
         "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
@@ -225,12 +234,12 @@ def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: d
 def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:
     """Return the result that exists already, if it is of the same weights and the same state of the run."""
     try:
-        kept: dict[str, Any] = json.loads(path.read_text())
-        # A run that was trained further may have the same best weights; other facts of it have changed.
-        same = kept["evaluation"]["step"] == step and kept["steps"] == state.step
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        kept = schema.read_json(path, schema.Result)
+    except UserError as error:
+        log.warning("%s; it is evaluated again", error)
         return None
-    return kept if same else None
+    # A run that was trained further may have the same best weights; other facts of it have changed.
+    return kept if kept and kept["evaluation"]["step"] == step and kept["steps"] == state.step else None
 
 
 def _holds(path: Path, names: Iterable[str] | None) -> bool:
@@ -247,9 +256,9 @@ def _holds(path: Path, names: Iterable[str] | None) -> bool:
 
 
 def _facts(
-    subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int
+    subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int, name: str
 ) -> dict[str, Any]:
-    """Return what was evaluated, how, and with what; ``step`` is that of the weights."""
+    """Return what was evaluated, how, and with what; ``step`` is that of the weights, ``name`` of the evaluation."""
     model, data, evaluation = subject.model, subject.data, subject.evaluation
     first = f"the first {evaluation.images:,}" if evaluation.images and "estimator" not in config else ""
     groups = {key: _described(config[key], state.names[key]) for key in ("model", "objective", "optimizer", "schedule")}
@@ -273,7 +282,7 @@ def _facts(
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": evaluation.weights,
         "evaluation": {
-            "name": evaluation_name(config),
+            "name": name,
             "step": step,
             "k": evaluation.k,
             "seed": evaluation.seed,

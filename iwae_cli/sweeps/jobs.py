@@ -101,13 +101,13 @@ _sweep: Sweep | None = None
 """The sweep that this process started; None in a process that runs one job of a sweep started elsewhere."""
 
 
-def run_sweep(plan: Plan, command: str, engine: Callable[[Path, list[str]], None]) -> None:
+def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | int]], None]) -> None:
     """Check every job, then have ``engine`` run them.
 
     Args:
         plan: with ``multirun``.
         command: the command line, for the record.
-        engine: Hydra's sweeper: called with the folder of the sweep and further overrides; calls ``run_job``.
+        engine: Hydra's sweeper: called with the folder of the sweep and further keys and values; calls ``run_job``.
 
     Raises:
         UserError: a job that cannot run; nothing has been written.
@@ -149,7 +149,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, list[str]], None
 
     def work() -> None:
         _train_together(together, SweepFolder(path), plan.stop_on_error)
-        left = []
+        left: dict[str, str | int] = {}
         if str(plan.sweeper["_target_"]).endswith(".OptunaSweeper"):
             from iwae_cli.sweeps.optuna import remaining
 

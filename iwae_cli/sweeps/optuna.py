@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from iwae_cli.core.errors import UserError
 
@@ -14,8 +15,8 @@ _LOST = "lost"
 """Mark of a trial whose process died; its parameters are tried again under another number."""
 
 
-def remaining(sweeper: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return overrides for what is left of ``n_trials``; trials that were cut short come first.
+def remaining(sweeper: Mapping[str, Any], folder: Path) -> dict[str, str | int]:
+    """Return keys and values for what is left of ``n_trials``; trials that were cut short come first.
 
     Args:
         sweeper: Hydra's node, resolved.
@@ -24,7 +25,10 @@ def remaining(sweeper: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the storage cannot be opened.
     """
-    storage = sweeper["storage"] or f"sqlite:///{folder / 'optuna.db'}"
+    file = folder / "optuna.db"
+    # In an address a question mark ends the path.
+    address = f"file:{quote(str(file))}?uri=true" if "?" in str(file) else file
+    storage = sweeper["storage"] or f"sqlite:///{address}"
     name = sweeper["study_name"] or folder.name
     # Optuna 2.10 is older than SQLAlchemy 2, and says so of itself.
     os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
@@ -52,10 +56,9 @@ def remaining(sweeper: Mapping[str, Any], folder: Path) -> list[str]:
     done = sum(
         trial.state.is_finished() and not trial.user_attrs.get(_LOST) for trial in study.get_trials(deepcopy=False)
     )
-    overrides = [f"hydra.sweeper.storage='{storage}'", f"hydra.sweeper.study_name='{name}'"]
-    overrides += [f"hydra.sweeper.n_trials={max(0, sweeper['n_trials'] - done)}"]
+    left = {"storage": storage, "study_name": name, "n_trials": max(0, sweeper["n_trials"] - done)}
     seed = sweeper["sampler"].get("seed")
     if seed is not None:
         # The same seed would suggest the same values as at the beginning.
-        overrides.append(f"hydra.sweeper.sampler.seed={seed + len(trials)}")
-    return overrides
+        left["sampler.seed"] = seed + len(trials)
+    return {f"hydra.sweeper.{key}": value for key, value in left.items()}

@@ -31,6 +31,7 @@ from rich.text import Text
 from iwae_cli.core.errors import RunFailed, UserError, clip, one_line
 from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
 from iwae_cli.core.signals import REPEATED_SECONDS
+from iwae_cli.record import schema
 from iwae_cli.report.reader import process_alive
 
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
@@ -89,7 +90,7 @@ class SweepFolder:
 
     def read(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``; empty where there is none."""
-        return _read(self.path / "sweep.json") or {}
+        return _read(self.path / "sweep.json", schema.Sweep) or {}
 
 
 class Attempt:
@@ -102,7 +103,7 @@ class Attempt:
     def __init__(self, folder: SweepFolder, number: int, overrides: Sequence[str]) -> None:
         self._path = folder.record(overrides)
         self._sweep = folder.path
-        old = _read(self._path) or {}
+        old = _read(self._path, schema.JobRecord) or {}
         self.before: Status | None = old.get("status")
         self._values: dict[str, Any] = {
             "number": number,
@@ -226,7 +227,7 @@ class Sweep:
             except FileNotFoundError:
                 continue
             if self._known.get(path.name, (None,))[0] != changed:
-                record = _read(path)
+                record = _read(path, schema.JobRecord)
                 if record is None:
                     continue
                 self._known[path.name] = (changed, record)
@@ -377,7 +378,7 @@ class Sweep:
         """Return (label, NLL in nats) of the test split, else of the first split that was evaluated."""
         if job["status"] != "finished":
             return "", ""
-        result = _read(self.folder.path / job["folder"] / job["result"]) or {}
+        result = _read(self.folder.path / job["folder"] / job["result"], schema.Scores) or {}
         for split in ("test", "validation", "train"):
             if split in result and result[split]["nll"] is not None:
                 return f"NLL_{result[split]['k']} {split}", f"{result[split]['nll']:.2f}"
@@ -406,9 +407,8 @@ def _place(sweep: Path, folder: Path, evaluation: str) -> dict[str, str]:
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value
+def _read(path: Path, kind: Any) -> dict[str, Any] | None:
+    """Return the content of a file; None where there is none or it is damaged, as if it had not been written."""
+    with suppress(schema.Damaged):
+        return schema.read_json(path, kind)
+    return None

@@ -280,7 +280,7 @@ def test_a_finished_run_is_recorded_as_it_would_have_been(tmp_path: Path) -> Non
     assert [row for row in rows[0] if row is not histogram] == rows[1]
     assert {key for row in rows[1] for key in row if key.endswith("._type")} == {
         *("bounds._type", "figures/training._type", "figures/bound_vs_k._type"),
-        *("figures/samples._type", "figures/reconstructions._type"),
+        *("figures/samples._type", "figures/reconstructions._type", "figures/ess._type", "figures/kl_per_unit._type"),
     }
     finals = [{k: v for k, v in summary(f).items() if k.startswith(("test/", "active"))} for f in (expected, found)]
     result = read_json(later / "result.json")

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import Command, change, config, values, write, write_estimate
+from report_runs import Command, change, config, evaluate, values, write, write_estimate
 from small_runs import snapshot
 
+from iwae_cli.cli.evaluate import evaluate as evaluate_command
 from iwae_cli.cli.report import HELP
+from iwae_cli.cli.train import train
 from iwae_cli.report.cells import tables
 from iwae_cli.report.reader import read
 from iwae_cli.report.selection import MISSING, comparable
@@ -138,7 +140,11 @@ def test_groups_are_chosen_by_keys(runs: Path, command: Command) -> None:
     ):
         code, out, err = command(runs, "--compare", *sides)
         assert (code, err) == (0, "")
-        assert "+2.0000 nats" in out and "A wins 40 images, B 0" in out and "0.2121 over seeds" in out
+        assert (
+            "A - B = +2.00 nats" in out
+            and "A has the lower NLL; A wins 40 images, B 0" in out
+            and "0.21 over seeds" in out
+        )
 
 
 def test_an_ambiguous_side_is_answered_with_overrides_that_work(tmp_path: Path, command: Command) -> None:
@@ -178,10 +184,11 @@ def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
     assert table == [
         f"elbo 5 90.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
         f"elbo 50 89.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
-        "iwae 5 89.45 ± 0.05 2 +0.550 0.408 0.050 0.41 0.0040 -0.0020 20 of 50",
-        "iwae 50 88.70 ± 0.05 2 +0.300 0.408 0.050 0.41 0.0040 -0.0020 20 of 50",
+        "iwae 5 89.450 ± 0.050 2 +0.55 0.41 0.050 0.41 0.0040 -0.0020 20 of 50",
+        "iwae 50 88.700 ± 0.050 2 +0.30 0.41 0.050 0.41 0.0040 -0.0020 20 of 50",
         f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
     ]
+    assert "no difference is seen (below 2 standard errors): iwae 5, iwae 50" in out, "a difference of 1.3 of them"
     value = json.loads(command(*asked, "--format", "json")[1])
     cells = {tuple(cell["keys"].values()): cell for cell in value["tables"][0]["cells"]}
     assert cells["iwae", "50"]["against"]["difference"] == pytest.approx(0.3)
@@ -192,7 +199,49 @@ def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
     assert float(read[2]["difference_stderr_seeds"]) == pytest.approx(0.05)
     assert [float(row["bias_mc"]) for row in read] == [-0.002] * 5
     one = command(place, "--rows", "objective,objective.k", "--against", "objective=elbo objective.k=5")[1]
-    assert "+1.000" in one and "+1.300" in one, "from one cell for every k"
+    assert "+1.0000" in one and "+1.30" in one, "from one cell for every k"
+
+
+def test_filters_choose_runs_and_their_evaluations(tmp_path: Path, command: Command) -> None:
+    """As eight smoke runs at k = 500 beside one that counts, which was evaluated at k = 500 too."""
+    place = tmp_path / "outputs"
+    for seed in range(8):
+        smoke = config(seed=seed, evaluation__k=500, schedule__stages=1)
+        write(place, smoke, values(90.0), choices=("adam", "smoke"))
+    good = write(place, config(), values(85.0), choices=("adam", "quick"))
+    evaluate(good, config(evaluation__k=500), values(86.0), "k500")
+    whole = json.loads(command(place, "--format", "json")[1])
+    assert [(made["k"], sum(cell["seeds"] != [] for cell in made["cells"])) for made in whole["tables"]] == [
+        (5000, 1), (500, 2),
+    ]  # fmt: skip
+    for filters, k, nlls in (
+        (["schedule=quick", "evaluation.k=5000"], [5000], [85.0]),
+        (["schedule=quick"], [5000, 500], [85.0, 86.0]),
+        (["evaluation.k=500", "optimizer=adam"], [500], [86.0, 90.0]),
+        (["model.latent_sizes=[50]", "evaluation.k=5e3"], [5000], [85.0]),
+    ):
+        made = json.loads(command(*filters, place, "--format", "json")[1])
+        assert [table["k"] for table in made["tables"]] == k
+        assert [cell["nll"] for table in made["tables"] for cell in table["cells"]] == pytest.approx(nlls)
+    assert "note: 8 finished runs without schedule=quick" in command(place, "schedule=quick")[1]
+    odd = place.rename(tmp_path / "a=b")
+    assert command(odd, "schedule=quick")[0] == 0, "a folder with such a name is a folder"
+
+
+def test_a_difference_below_two_standard_errors_is_not_seen(tmp_path: Path, command: Command) -> None:
+    """+0.018 with an error of 0.014, by hand: 40 differences 0.018 +- 0.014 sqrt(39)."""
+    spread = np.repeat([-1.0, 1.0], 20) * 39**0.5
+    for objective, gain in (("iwae", spread * 0.014 + 0.018), ("elbo", 0.0 * spread), ("vr", spread * 0.008 + 0.018)):
+        write(tmp_path, config(objective=objective), -85.0 + gain, names=("one_layer", objective))
+    for side, words in (
+        ("iwae", "no difference is seen (+0.018 ± 0.014, below 2 standard errors); A wins 20 images, B 20"),
+        ("vr", "A has the lower NLL; A wins 20 images, B 20"),
+    ):
+        out = command(tmp_path, "--compare", f"objective={side}", "objective=elbo")[1]
+        assert words in out and "A - B = +0.018" in out
+    shown = json.loads(command(tmp_path, "--compare", "objective=vr", "objective=elbo", "--format", "json")[1])
+    assert shown["comparisons"][0]["seen"] is True
+    assert shown["comparisons"][0]["stderr"] == pytest.approx(0.008)
 
 
 def test_a_difference_within_the_bias_is_marked(tmp_path: Path, command: Command) -> None:
@@ -200,9 +249,9 @@ def test_a_difference_within_the_bias_is_marked(tmp_path: Path, command: Command
         write(tmp_path, config(objective=objective), values(nll), names=("one_layer", objective))
     asked = (tmp_path, "--rows", "objective", "--against", "objective=elbo")
     code, out, _ = command(*asked)
-    assert code == 0 and "+0.005‡" in out and "‡ below three times the bias" in out
+    assert code == 0 and "+0.0050‡" in out and "‡ below three times the bias" in out
     assert "caution: one seed on a side" in out
-    assert r"+0.005$^\ddagger$" in command(*asked, "--format", "latex")[1]
+    assert r"+0.0050$^\ddagger$" in command(*asked, "--format", "latex")[1]
 
 
 def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +263,17 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, mo
     assert command()[0] == 2
     monkeypatch.setenv("IWAE_OUTPUT_DIR", str(runs))
     assert command() == expected
+
+
+def test_a_current_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    codes = [command()[0], train(["objective=iwae"]), evaluate_command(["outputs/run"])]
+    assert codes == [2] * 3 and capsys.readouterr().err.count(": the current folder is gone: change to") == 2
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +295,10 @@ def test_the_default_is_where_iwae_train_writes(runs: Path, command: Command, mo
         (". --html .", "folder"),
         (". --html /proc/nowhere/page.html", "/proc/nowhere"),
         (". --split tests", "tests"),
+        (". schedul=burda", "schedul schedule?"),
+        (". objective=iwea", "objective=iwea elbo, iwae objective=iwae?"),
+        (". evaluation.k=50 objective=elbo", "evaluation.k=50 5000"),
+        (". objective=elbo model=two_layer", "objective=elbo model=two_layer two_layer"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -58,7 +58,7 @@ def test_a_page_is_one_file_and_the_same_every_time(runs: Path, page: Path) -> N
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", text)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", text)
     assert text.count("<img ") == 6 and text.count("<svg ") == 4
-    assert "84.85 <" not in text and "84.85<span" in text, "the mean over two seeds"
+    assert "84.850 <" not in text and "84.850<span" in text, "the mean over two seeds"
     assert "Paired comparison" in text and "A wins 40 images" in text
     assert "not drawn:" in text, "a damaged record is named"
     ids = re.findall(r' id="([^"]*)"', text)

@@ -62,7 +62,7 @@ def test_the_gap_stands_beside_the_number_of_the_paper(tmp_path: Path, command: 
     (heads,) = (line.split() for line in lines if line.startswith("objective "))
     assert heads == ["objective", "NLL_5000", "gap_q", "seeds", "stderr_images", "stderr_mc", "bias_mc", "paper"]
     rows = {line.split()[0]: line for line in lines if line.startswith(("elbo ", "iwae ", "vr "))}
-    assert rows["iwae"].startswith(f"iwae 85.00 ± 0.20 {gap:.2f} ± {error:.2f} 2 ") and "±" not in rows["vr"]
+    assert rows["iwae"].startswith(f"iwae 85.00 ± 0.20 {gap:.3f} ± {error:.3f} 2 ") and "±" not in rows["vr"]
     least, most = sorted(part.mean() for part in (*parts, GAPS["elbo"][:10]))[::2]
     note = f"gap_q: NLL_5000, by the trained q, is too high by at least so much, {least:.2f} to {most:.2f} nats by run"
     assert any(line.startswith(note) and "10 to 20 images" in line for line in lines)
@@ -93,15 +93,16 @@ def test_differences_are_of_refined_values_where_all_runs_have_them(tmp_path: Pa
         assert cell["refined"]["nll"] == pytest.approx(-REFINED[name].mean() - 0.05)
         assert cell["refined"]["stderr_seeds"] == pytest.approx(0.05) and cell["refined"]["bias_mc"] == -0.0005
 
-    shown = f"{-REFINED['iwae'].mean() - 0.05:.2f}"
+    shown = f"{-REFINED['iwae'].mean() - 0.05:.3f} ± 0.050"
     page = tmp_path / "page.html"
     for form in ("terminal", "markdown", "latex"):
+        plus_minus = "$pm$" if form == "latex" else "±"
         out = command(tmp_path, *AGAINST, *COMPARE, "--format", form, "--html", page)[1].replace("\\", "")
-        assert "refined NLL_5000" in out and shown in out and "+0.300" in out and "‡" not in out
+        assert "refined NLL_5000" in out and shown.replace("±", plus_minus) in out and "+0.30" in out and "‡" not in out
         assert "than there by the refined proposals" in out and "log p(x) by the refined proposals, paired on" in out
         assert "the paper's values compare with NLL_5000, by the trained q" in out
     text = page.read_text()
-    assert "than there by the refined proposals" in text and f"{shown}<span" in text
+    assert "than there by the refined proposals" in text and shown.partition(" ")[0] in text
     rows = list(csv.DictReader(io.StringIO(command(tmp_path, *AGAINST, "--format", "csv")[1])))
     assert [row["difference_by"] for row in rows] == ["", "the refined proposals"]
     assert float(rows[1]["refined_nll"]) == found["iwae"]["refined"]["nll"]
@@ -189,7 +190,7 @@ def test_a_difference_inside_the_gap_has_a_caution(
     for paired in (cells(value)["iwae"]["against"], *value["comparisons"]):
         assert paired["cautions"][1:] == ["".join(expected + advice)] * len(expected)
     out = command(tmp_path, *AGAINST)[1]
-    assert ("-0.200‡" in out and "‡ inside gap_q: a better fit of the trained q" in out) is bool(mark)
+    assert ("-0.20‡" in out and "‡ inside gap_q: a better fit of the trained q" in out) is bool(mark)
 
 
 def test_an_older_difference_within_the_bias_says_what_to_type(tmp_path: Path, command: Command) -> None:
@@ -222,8 +223,11 @@ NUMBERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "none": (lambda test: test.pop("refined"), "refined"),
     "no gap": (lambda test: test.pop("gap_q"), "gap_q"),
     "no error": (lambda test: test["refined"].pop("stderr_images"), "stderr_images"),
-    "words": (lambda test: test["refined"].update(bias_mc="small"), "str"),
-    "NaN": (lambda test: test.update(gap_q=float("nan")), "test.gap_q must be finite"),
+    "words": (
+        lambda test: test["refined"].update(bias_mc="small"),
+        "test.refined.bias_mc must be a number",
+    ),
+    "NaN": (lambda test: test.update(gap_q=float("nan")), 'test.gap_q must be a number, got "NaN"'),
     "infinite": (lambda test: test["refined"].update(nll=float("inf")), "refined"),
     "another k": (lambda test: test["refined"].update(k=3), "test.refined is of k = 3"),
     "more images": (lambda test: test["refined"].update(n=N + 1), f"n = {N + 1}"),

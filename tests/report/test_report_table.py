@@ -48,7 +48,7 @@ def test_active_units_of_all_and_a_note_where_q_has_collapsed(tmp_path: Path) ->
     del own["model"]["latent_sizes"]
     write(tmp_path, own, values(87.0), names=("own", "iwae"), units=[6, 2])
     made = table(tmp_path, ["model"], [])
-    assert [cell.units_of_sizes for cell in made.cells] == ["12.5 of 50", "6+2", "26.5 of 100 + 0 of 50"]
+    assert [cell.units_of_sizes for cell in made.cells] == ["12.5 of 50", "6 + 2", "26.5 of 100 + 0 of 50"]
     (note,) = [note for note in made.notes_below if "collapsed" in note]
     assert "no active unit: two_layer in h_2; " in note
 
@@ -172,33 +172,41 @@ def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
     for data in ("mnist", "omniglot"):
         write(tmp_path, config(), values(85.0), data=data, images=data)
     scored, _ = comparable(read([tmp_path]).runs, "test")
-    assert [made.title for made in tables(scored)] == ["mnist", "omniglot"]
+    assert [made.title for made in tables(scored)] == ["mnist, test, k = 5000", "omniglot, test, k = 5000"]
     (made,) = tables(scored, None, ["data", "objective"])
     assert made.column_labels == [("mnist", "iwae"), ("omniglot", "iwae")]
 
 
 @pytest.mark.parametrize(
-    ("changed", "images", "why"),
+    ("changed", "images", "titles"),
     [
-        ({"evaluation__k": 500}, None, "other k (500, most have 5000)"),
-        ({"evaluation__weights": "best"}, None, "other weights (best, most have last)"),
-        ({"device__precision": "float64"}, None, "other precision (float64, most have float32)"),
-        ({}, "another binarization", "other images (sha256 "),
+        ({"evaluation__k": 500}, None, ["k = 5000", "k = 500"]),
+        ({"evaluation__k": 50000}, None, ["k = 50000", "k = 5000"]),
+        ({"evaluation__weights": "best"}, None, ["k = 5000, weights best", "k = 5000, weights last"]),
+        ({"device__precision": "float64"}, None, ["k = 5000, precision float32", "k = 5000, precision float64"]),
+        ({}, "another binarization", ["k = 5000, images 394d00aa", "k = 5000, images 8f16e351"]),
     ],
 )
-def test_another_kind_of_evaluation_is_left_out_with_a_reason(
-    tmp_path: Path, changed: dict[str, Any], images: str | None, why: str
+def test_every_kind_of_evaluation_has_a_table_of_its_own(
+    tmp_path: Path, changed: dict[str, Any], images: str | None, titles: list[str]
 ) -> None:
+    """However few runs have it; also where a key names the data, of which another set has other images anyway."""
     for seed in range(2):
         write(tmp_path, config(seed=seed), values(85.0))
-    odd = write(tmp_path, config(seed=2, **changed), values(84.0), images=images or "one binarization")
-    scored, (left,) = comparable(read([tmp_path]).runs, "test")
-    assert len(scored) == 2
-    assert (left.path, left.state) == (odd, "not comparable")
-    assert why in left.why
+    write(tmp_path, config(seed=2, **changed), values(84.0), images=images or "one binarization")
+    scored, left_out = comparable(read([tmp_path]).runs, "test")
+    made = tables(scored)
+    if images is not None:
+        made.sort(key=lambda one: one.title)
+    assert not left_out and [one.title for one in made] == [f"mnist, test, {title}" for title in titles]
+    assert sorted([round(cell.nll, 6) for one in made for cell in one.cells]) == [84.0, 85.0]
+    write(tmp_path, config(), values(100.0), data="omniglot", images="omniglot")
+    both = tables(comparable(read([tmp_path]).runs, "test")[0], ["data"], ["objective"])
+    assert sorted([round(cell.nll, 6) for one in both for cell in one.cells]) == [84.0, 85.0, 100.0]
+    assert len(both) == 2
 
 
-def test_an_older_evaluation_that_fits_counts(tmp_path: Path) -> None:
+def test_a_run_is_in_the_table_of_each_of_its_evaluations(tmp_path: Path) -> None:
     for seed in range(2):
         write(tmp_path, config(seed=seed), values(85.0))
     late = write(tmp_path, config(seed=2, evaluation__k=500), values(85.9))
@@ -206,8 +214,11 @@ def test_an_older_evaluation_that_fits_counts(tmp_path: Path) -> None:
     (late / "evaluations").mkdir()
     fits.rename(late / "evaluations" / "k5000")
     scored, left_out = comparable(read([tmp_path]).runs, "test")
-    assert not left_out
-    assert [round(s.numbers["nll"], 6) for s in scored if s.run.seed == 2] == [85.3]
+    large, small = tables(scored)
+    assert not left_out and [len(cell.runs) for cell in (*large.cells, *small.cells)] == [3, 1]
+    assert [(made.k, round(made.cells[0].runs[-1].numbers["nll"], 6)) for made in (large, small)] == [
+        (5000, 85.3), (500, 85.9),
+    ]  # fmt: skip
 
 
 def test_a_missing_number_is_left_out_with_its_reason(tmp_path: Path) -> None:

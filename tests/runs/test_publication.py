@@ -46,7 +46,9 @@ def test_a_finished_run_stays_finished_if_another_evaluation_fails(folder: Path,
     assert {name: (folder / name).read_bytes() for name in files} == before
 
 
-def test_an_evaluation_of_an_unfinished_run_is_not_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_of_an_unfinished_run_is_not_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The best weights may be the same later; step, passes and seconds are not."""
     output_dir = tmp_path / "outputs"
     overrides = (*TINY, "evaluation.weights=best", f"output_dir={output_dir}")
@@ -54,10 +56,15 @@ def test_an_evaluation_of_an_unfinished_run_is_not_its_result(tmp_path: Path, mo
         context.setattr(trainer, "SAVE_EVERY_SECONDS", -1.0)
         assert run(*overrides)[0] == 143
     (folder,) = run_folders(output_dir)
+    capsys.readouterr()
     assert evaluate([str(folder)]) == 0
     (kept,) = folder.glob("evaluations/*/result.json")
-    assert (read_json(kept)["status"], read_json(kept)["steps"]) == ("unfinished", 20)
+    early = read_json(kept)
+    assert (early["status"], early["steps"]) == ("unfinished", 20)
+    assert kept.parent.name == early["evaluation"]["name"] and kept.parent.name.endswith("-step20")
+    assert "after step 20 of 26: the training is not finished" in capsys.readouterr().out
     assert run(*overrides)[0] == 0
+    assert read_json(kept) == early and len(list(folder.glob("evaluations/*"))) == 2
     result = read_json(folder / "result.json")
     assert (result["status"], result["steps"], result["epochs"]) == ("finished", 26, 2)
 

@@ -168,7 +168,10 @@ def write_estimate(folder: Path, name: str, numbers: dict[str, Any], rows: list[
     """Write the evaluation of a run by another estimator than L_k."""
     place = folder / "evaluations" / f"{name}-last-01234567"
     place.mkdir(parents=True)
-    facts = {"steps": steps, "weights": "last", "evaluation": {"name": place.name}, "estimator": {"name": name}}
+    top = json.loads((folder / "result.json").read_text())
+    facts = {key: value for key, value in top.items() if key not in ("test", "active_units", "arrays")}
+    evaluation = {"name": place.name, "step": steps, "precision": "float32"}
+    facts |= {"steps": steps, "evaluation": evaluation, "estimator": {"name": name}}
     (place / "result.json").write_text(json.dumps({**facts, **numbers, "rows": rows}))
 
 

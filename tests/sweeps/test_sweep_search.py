@@ -26,7 +26,8 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs("hydra_optuna_sweeper")
 def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path: Path) -> None:
-    place, lr = f"output_dir={tmp_path}", "optimizer.lr=tag(log,interval(1e-4,1e-2))"
+    tmp_path /= "o'b, c=d"  # marks of Hydra's grammar
+    place, lr = f'output_dir="{tmp_path}"', "optimizer.lr=tag(log,interval(1e-4,1e-2))"
     done = start(*LINE, lr, "hydra.sweeper.n_trials=2", place)
     assert done.wait(300) == 0, done.communicate()
     assert statuses(tmp_path) == ["finished"] * 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -25,11 +25,14 @@ from iwae_cli.evaluation.estimator import (
     Estimator,
     EstimatorInput,
     array_name,
+    finite,
     require_probabilities,
     standard_error,
     with_cheaper,
     without_nan,
 )
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.priors import OneHotPrior
 from iwae_cli.record.summary import SPLITS, split_rows
@@ -101,6 +104,7 @@ class AIS(Estimator):
         leapfrog_steps: of every HMC transition.
         start: ``prior``, so that the estimate does not depend on q; or ``inference``, q, which is nearer.
         images: number of images of each split, the first ones; null: all.
+        k: samples of L_k of the same images, by the same noise as without ``estimator``.
         simulated: observations drawn from the model for bidirectional Monte Carlo; 0: none.
     """
 
@@ -111,6 +115,7 @@ class AIS(Estimator):
     leapfrog_steps: int = 10
     start: Start = "prior"
     images: int | None = 100
+    k: int = 5000
     simulated: int = 100
 
     def __post_init__(self) -> None:
@@ -122,6 +127,7 @@ class AIS(Estimator):
             )
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and > 0, got {self.tolerance}")
+        check_range("k", self.k, 1, MAX_K)
         check_range("images", 1 if self.images is None else self.images, 1)
 
     def anneal(
@@ -187,7 +193,7 @@ class AIS(Estimator):
         return Paths(model, self.chains, self.leapfrog_steps, self.start, (seed, "ais", stream), **how)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
-        """Return log p(x) for every split of the evaluation, and the sandwich for simulated observations."""
+        """Return log p(x) for every split of the evaluation beside L_k, and the sandwich for simulated observations."""
         evaluation, model = subject.evaluation, subject.model
         _require_movable(model)
         splits = {name: subject.split(name) for name in evaluation.splits}
@@ -197,17 +203,23 @@ class AIS(Estimator):
         numbers: dict[str, Any] = {}
         reasons: dict[str, str] = {}
         arrays: dict[str, np.ndarray] = {}
+        shared: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "seed": evaluation.seed}
+        shared |= {"check": check}
+        for name, split in splits.items():
+            first = replace(split, x=split.x[: self.images])
+            with Progress(f"evaluating {name}", total=len(first.x), unit="image") as progress:
+                by_q = log_likelihood(model, first, k=self.k, on_progress=progress.update, **shared)
+            arrays[array_name(name, "log_px_q")] = by_q.log_px
         bar = Progress("annealing", total=least, unit="transition", things="transitions", may_grow=most > least)
         with bar as progress:
             tally = Tally(progress, least)
-            how: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "seed": evaluation.seed}
-            how |= {"check": check, "tally": tally}
+            how = {**shared, "tally": tally}
             for name, split in splits.items():
                 x = split.x[: self.images]
                 levels = self.anneal(model, x, stream=name, **how)
                 unsure = np.full(len(x), math.nan)  # a handful of chains cannot tell their error
                 require_probabilities(f"log p(x) by AIS of {name}", x, levels[-1].log_px, unsure)
-                numbers[name] = self._summary(name, levels, model, x, reasons)
+                numbers[name] = self._summary(name, levels, arrays[array_name(name, "log_px_q")], model, x, reasons)
                 for key in ("log_px", "stderr", "ess", "acceptance"):
                     arrays[array_name(name, key)] = getattr(levels[-1], key)
             if self.simulated:
@@ -254,6 +266,7 @@ class AIS(Estimator):
         self,
         name: str,
         levels: Sequence[Annealed],
+        by_q: Float64[np.ndarray, " n"],
         model: LatentVariableModel,
         x: Shaped[Tensor, "n pixels"],
         reasons: dict[str, str],
@@ -269,6 +282,9 @@ class AIS(Estimator):
             "stderr_images": standard_error(last.log_px),
             "stderr_mc": math.sqrt(variance.sum()) / n,
             "bias_mc": -float(variance.mean()) / 2,
+            "nll_q": {str(self.k): finite(-by_q.mean(), f"{name}.nll_q.{self.k}", reasons, NOT_FINITE)},
+            "above_ais": float((last.log_px - by_q).mean()),
+            "above_ais_stderr": standard_error(last.log_px - by_q),
             "by_temperatures": {str(level.temperatures): float(level.log_px.mean()) for level in levels},
             "ess_median": float(np.median(last.ess)),
             "ess_min": float(last.ess.min()),
