@@ -286,6 +286,8 @@ def _literals(hint: Any) -> list[str]:
 
 def show(value: Any) -> str:
     """Return ``value`` as it would be typed, its middle left out where it is long."""
+    if isinstance(value, int) and len(digits := str(value)) > 100:
+        return f"a number of {len(digits)} digits"
     if isinstance(value, str):
         return clip(value) if value and value == value.strip() else clip(repr(value))
     try:

@@ -137,7 +137,7 @@ def test_stratified_draws_take_the_components_in_turn() -> None:
     assert (w @ weights).mean().item() == pytest.approx(1, abs=1e-4)
 
 
-def elbo(q: Conditional, target: Tensor, steps: int = 1500) -> float:
+def elbo(q: Conditional, target: Tensor, steps: int = 800) -> float:
     """The best E_q[log N(h; (1, -1), target) - log q(h)] that training finds: 0 is the most."""
     x, loc = torch.ones(1, INPUTS, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
     p = torch.distributions.MultivariateNormal(loc, target)
@@ -203,8 +203,8 @@ def built(**settings: Any) -> LatentVariableModel:
     random = torch.Generator().manual_seed(0)
     model = GaussianMLP([2], [[6]], **settings).build((4,), np.full(4, 0.4), random).double()
     with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=random, dtype=p.dtype)
+        for name, p in model.named_parameters():
+            p += (0.05 if "blocks" in name else 0.3) * torch.randn(p.shape, generator=random, dtype=p.dtype)
     return model.eval()
 
 
@@ -221,6 +221,10 @@ def test_the_estimate_agrees_with_quadrature_for_every_family(settings: dict[str
     model = built(**settings)
     h, log_cell = grid(201, 10.0)
     with torch.no_grad():
+        # A wide q, so that the weights have a finite variance.
+        for name, p in model.inference.named_parameters():
+            if "log_" in name:
+                p.fill_(0.8 if name.endswith("bias") else 0.0)
         x = model.generative.sample(8, noise(2))[1]
         exact = torch.logsumexp(model.generative(x, (h.expand(-1, 8, 2),)), 0) + log_cell
     for refined in (False, True):
@@ -285,20 +289,28 @@ def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], me
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    "choice", ["posterior=full", "posterior=coupling", "posterior=mixture", "prior=mixture", "prior=vamp"]
-)
+CHOICES = {
+    "posterior=full": ("gaps", "sandwich"),
+    "posterior=coupling": ("sandwich", "grid"),
+    "posterior=mixture": ("sandwich",),
+    "prior=mixture": ("ais", "grid"),
+    "prior=vamp": ("sandwich",),
+}
+SMALL = {
+    "ais": ("estimator.images=2", "estimator.temperatures=20", "estimator.chains=2", "estimator.simulated=0"),
+    "gaps": ("estimator.images=3",),
+    "sandwich": ("estimator.simulated=4",),
+    "grid": ("estimator.images=4", "estimator.points=101"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_runs_and_their_estimators(tmp_path: Path, choice: str) -> None:
-    folder = finished(
-        tmp_path, *TINY[1:], "model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4", "objective.k=4",
-        "evaluation.refine=20",
-    )  # fmt: skip
+    asked = ("model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4", "objective.k=4")
+    folder = finished(tmp_path, *TINY[1:], *asked, "evaluation.refine=20")
     result = read_json(folder / "result.json")
     assert result["test"]["nll"] > 0 and result["test"]["refined"]["n"] == 20 and len(result["active_units"]) == 1
-    for estimator in ("ais", "gaps", "sandwich", "grid"):
-        small = {"ais": ["estimator.images=2", "estimator.temperatures=20", "estimator.chains=2"],
-                 "gaps": ["estimator.images=3"], "sandwich": ["estimator.simulated=4"],
-                 "grid": ["estimator.images=4", "estimator.points=101"]}[estimator]  # fmt: skip
-        refused = estimator == "gaps" and choice in ("posterior=coupling", "posterior=mixture")
-        code = evaluate([str(folder), f"estimator={estimator}", "evaluation.splits=[test]", *small])
-        assert code == (2 if refused else 0), estimator
+    for estimator in CHOICES[choice]:
+        assert evaluate([str(folder), f"estimator={estimator}", *SMALL[estimator], "evaluation.splits=[test]"]) == 0
+    if choice in ("posterior=coupling", "posterior=mixture"):
+        assert evaluate([str(folder), "estimator=gaps"]) == 2

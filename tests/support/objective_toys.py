@@ -51,6 +51,9 @@ class ScalarChainP(GenerativeChain):
         nn.Module.__init__(self)
         self.slope, self.log_scale = rows(slope, n), rows(log_scale, n)
 
+    def require_observable(self, x):
+        """Every real number is."""
+
     def log_likelihood(self, x, latents):
         return normal(x[:, 0], self.slope[0] * latents[0][..., 0], self.log_scale[0])
 
@@ -114,6 +117,9 @@ class BitsP(GenerativeChain):
     def __init__(self, n: int) -> None:
         nn.Module.__init__(self)
         self.prior, self.slope = rows([0.3, -0.7], n), rows([-0.4, 1.5, -1.1], n)
+
+    def require_observable(self, x):
+        """All tests give 0 or 1."""
 
     def log_likelihood(self, x, latents):
         logit = self.slope[0] + (latents[0] * self.slope[1:].T).sum(-1)
