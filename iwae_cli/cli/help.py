@@ -86,6 +86,7 @@ keys:
   seed=0  batch_size=20  restart=false  data_dir=$IWAE_DATA_DIR or data  output_dir=$IWAE_OUTPUT_DIR or outputs
   init_from=RUN_FOLDER (begin from its weights)  with_optimizer=false  train=all or inference
   training.backward=all or roulette (backpropagate few of the draws that have little weight)  training.tau=0.01
+  training.kl_warmup=0 (passes)  training.clip=null (norm of the gradient)  training.ema=null (averaged weights)
   on_error=continue or stop (of a sweep)
   and those of every choice, such as objective.k=50: --cfg job prints them all
 
