@@ -261,9 +261,10 @@ class Sweep:
 
     def _report(self, record: Mapping[str, Any]) -> None:
         trace = record.get("traceback")
-        where = f" ({shown(self.folder.path / record['folder'])})" if "folder" in record else ""
-        asked = clip(" ".join(record["overrides"]), 100)
-        line = one_line(f"iwae-train: job {record['number']} ({asked}) failed: {record['error']}{where}")
+        folder, error = shown(self.folder.path / record.get("folder", "")), record["error"]
+        where = f" ({folder})" if "folder" in record and Path(folder).name not in error else ""
+        asked = clip(" ".join(record["overrides"]), 60)
+        line = one_line(f"iwae-train: job {record['number']} ({asked}) failed: {error}{where}")
         print(f"{trace or ''}{line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
             self._exit_code = SweepFailed.exit_code
