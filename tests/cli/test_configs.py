@@ -39,10 +39,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small files of every data set that needs some, where ``data_dir`` is ``files``."""
     root, random = tmp_path / "files", np.random.default_rng(0)
     for kind in (MNIST, FashionMNIST, KMNIST):
-        for attribute, value in (("sizes", (60, 20)), ("validation", 7), ("md5", {})):
+        for attribute, value in (("sizes", (460, 20)), ("md5", {})):
             monkeypatch.setattr(kind, attribute, value)
         (root / kind.folder / "raw").mkdir(parents=True)
-        for part, n in (("train", 60), ("t10k", 20)):
+        for part, n in (("train", 460), ("t10k", 20)):
             images = random.integers(0, 256, (n, 784), dtype=np.uint8).tobytes()
             path = root / kind.folder / "raw" / f"{part}-images-idx3-ubyte"
             path.write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + images)
