@@ -230,7 +230,9 @@ def test_a_locked_run_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     held.mkdir(parents=True)
     lock = RunLock(held)
     lock.__enter__()
-    monkeypatch.setattr("iwae_cli.sweeps.jobs.time.sleep", lambda seconds: lock.__exit__(None, None, None))
+    # Not time.sleep itself, which waiting for another program calls too.
+    waits = SimpleNamespace(sleep=lambda seconds: lock.__exit__(None, None, None))
+    monkeypatch.setattr("iwae_cli.sweeps.jobs.time", waits)
     code, _, err = sweep(tmp_path, "seed=0,1,2", "schedule.passes=1", BATCHED)
     assert code == 0 and "waiting:" in err and "training 2 runs" in err
     assert at_once(tmp_path) == [1, 2, 2]
