@@ -133,6 +133,7 @@ What is not overridden is as the run had it. Without an estimator it is L_k, the
     grid: log p(x) of models with one or two latents by quadrature, and a picture of their posteriors beside q
     gradient_snr: signal-to-noise ratio of the gradients over k, of the run's objective or of objective=CHOICE
     sandwich: bounds on log p(x) from both sides, on data that the model draws
+    thermodynamic: left and right sum of thermodynamic integration, with L_k of the same draws between them
   evaluation={" ".join(found["evaluation"])}
   device={" ".join(found["device"])}
 

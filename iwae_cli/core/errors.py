@@ -56,9 +56,15 @@ def clip(text: str, most: int = 80) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return the message of an error: one line of at most ``MAX_LINE`` printable characters, no hidden values."""
+    """Return the message of an error: one line of at most ``MAX_LINE`` printable characters, no hidden values.
+
+    What is too long loses the middle of its longest words, which are paths, before it loses a reason.
+    """
     text = " ".join(without_hidden(str(error)).split())
-    return clip("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), MAX_LINE)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    for word in sorted(text.split(), key=len, reverse=True):
+        text = text if len(text) <= MAX_LINE else text.replace(word, clip(word, 50))
+    return clip(text, MAX_LINE)
 
 
 def without_hidden(text: str) -> str:

@@ -71,7 +71,7 @@ def plot_run(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     results: Mapping[str, Mapping[str, Any]],
     ess: Mapping[str, Shaped[np.ndarray, " images"]],
-    units: Sequence[Shaped[np.ndarray, " units"]] = (),
+    units: Sequence[Shaped[np.ndarray, " _units"]] = (),
     samples: Shaped[np.ndarray, "samples *image"] | None = None,
     originals: Images | None = None,
     reconstructions: Images | None = None,

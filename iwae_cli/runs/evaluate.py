@@ -174,7 +174,8 @@ def evaluate(
         return kept
     _put(weights, subject.model, run)
     # Before the work, so that a disk that takes nothing is noticed now.
-    place.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError):  # a file in its place is no directory, which the next line says
+        place.parent.mkdir()
     place.mkdir(exist_ok=True)
     started = time.monotonic()
     try:

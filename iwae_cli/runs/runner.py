@@ -399,7 +399,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
 @torch.no_grad()
 def pictures(
     model: LatentVariableModel, data: Data, x: Float[Tensor, "batch pixels"]
-) -> tuple[dict[str, Shaped[np.ndarray, "n *image"]], list[Shaped[np.ndarray, " units"]], Float[Tensor, "k batch"]]:
+) -> tuple[dict[str, Shaped[np.ndarray, "n *image"]], list[Shaped[np.ndarray, " _units"]], Float[Tensor, "k batch"]]:
     """Return images (none unless ``drawable``) and units of ``plot_run``, and log w minus its mean, nats."""
     drawn = model.draw(x, 50, KeyedNoise(VALIDATION_SEED, "pictures", range(len(x)), 0, x.dtype, x.device))
     images = {}

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from iwae_cli.core.errors import RunFailed, UserError, clip, one_line
+from iwae_cli.core.errors import MAX_LINE, RunFailed, UserError, clip, one_line
 from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
 from iwae_cli.core.signals import REPEATED_SECONDS
 from iwae_cli.record import schema
@@ -261,9 +261,11 @@ class Sweep:
 
     def _report(self, record: Mapping[str, Any]) -> None:
         trace = record.get("traceback")
-        where = f" ({shown(self.folder.path / record['folder'])})" if "folder" in record else ""
-        asked = clip(" ".join(record["overrides"]), 100)
-        line = one_line(f"iwae-train: job {record['number']} ({asked}) failed: {record['error']}{where}")
+        folder, error = shown(self.folder.path / record.get("folder", "")), record["error"]
+        where = f" ({folder})" if "folder" in record and Path(folder).name not in error else ""
+        head, tail = f"iwae-train: job {record['number']} (", f") failed: {error}{where}"
+        asked = clip(" ".join(record["overrides"]), max(30, MAX_LINE - len(head + tail)))
+        line = one_line(f"{head}{asked}{tail}")
         print(f"{trace or ''}{line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
             self._exit_code = SweepFailed.exit_code

@@ -81,7 +81,7 @@ def kl_terms(
 @torch.no_grad()
 def kl_of_units(
     model: LatentVariableModel, x: Float[Tensor, "batch pixels"], latents: Latents
-) -> list[Float64[np.ndarray, " units"]]:
+) -> list[Float64[np.ndarray, " _units"]]:
     """Return ``kl_terms`` by unit, means over images and draws; empty unless all factors are diagonal Gaussians."""
     q, p = model.inference, model.generative
     if type(p) is not GenerativeChain or type(q) is not InferenceChain:

@@ -341,4 +341,4 @@ def test_an_estimator_from_outside_is_a_file_and_a_yaml(
     assert len(kept(run_folder, "brightness")) == 2
     assert evaluate([*line[:3], "estimator=without", "objective=elbo"]) == 2
     assert evaluate(["--help", *line[1:3]]) == 0
-    assert "mine sandwich without" in capsys.readouterr().out
+    assert "mine sandwich thermodynamic without" in capsys.readouterr().out

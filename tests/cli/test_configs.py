@@ -23,6 +23,7 @@ from iwae_cli.cli.compose import plan
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.config.build import construct
 from iwae_cli.core.device import available
+from iwae_cli.data import caltech101
 from iwae_cli.data.base import SPLITS
 from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST
 from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
@@ -39,10 +40,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small files of every data set that needs some, where ``data_dir`` is ``files``."""
     root, random = tmp_path / "files", np.random.default_rng(0)
     for kind in (MNIST, FashionMNIST, KMNIST):
-        for attribute, value in (("sizes", (60, 20)), ("validation", 7), ("md5", {})):
+        for attribute, value in (("sizes", (460, 20)), ("md5", {})):
             monkeypatch.setattr(kind, attribute, value)
         (root / kind.folder / "raw").mkdir(parents=True)
-        for part, n in (("train", 60), ("t10k", 20)):
+        for part, n in (("train", 460), ("t10k", 20)):
             images = random.integers(0, 256, (n, 784), dtype=np.uint8).tobytes()
             path = root / kind.folder / "raw" / f"{part}-images-idx3-ubyte"
             path.write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + images)
@@ -57,6 +58,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     savemat(root / "OMNIGLOT" / "chardata.mat", {"data": random.random((784, 40)), "testdata": random.random((784, 9))})
     content = (root / "OMNIGLOT" / "chardata.mat").read_bytes()
     monkeypatch.setattr(Omniglot, "md5", hashlib.md5(content).hexdigest())
+    silhouettes = {key: random.integers(0, 2, (30, 784), dtype=np.uint8) for key in caltech101.SPLITS}
+    (root / "Caltech101Silhouettes").mkdir()
+    savemat(root / "Caltech101Silhouettes" / "caltech101_silhouettes_28_split1.mat", silhouettes)
     np.savez(root / "own.npz", **{split: random.integers(0, 2, (30, 8, 8)) for split in SPLITS})
     for split in SPLITS:
         (root / "own" / split).mkdir(parents=True)
@@ -125,7 +129,9 @@ def test_a_preset_takes_a_step(name: str, files: Path) -> None:
         code, _, err = run(f"experiment={name}", "output_dir=out")
         assert code == 2 and "iwae-cli[optuna]" in err
         return
-    one_step(f"experiment={name}", "logger=disabled")
+    # The small files have 460 images for training and validation.
+    few = ["data.validation=60"] if name in ("sylvester", "vampprior") else []
+    one_step(f"experiment={name}", "logger=disabled", *few)
 
 
 def test_the_smoke_run_is_one_for_a_ci(tmp_path: Path) -> None:

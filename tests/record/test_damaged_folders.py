@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_runs import TINY, finished, last_of_each, run
+from small_runs import TINY, VARYING, finished, last_of_each, run
 
 import iwae_cli
 from iwae_cli.cli.evaluate import evaluate
@@ -137,7 +137,7 @@ def test_load_and_iwae_eval_name_the_key_of_a_configuration(folder: Path, capsys
 @pytest.mark.parametrize("key", ["evaluation.step", "test.nll_ais", "rows"])
 def test_a_damaged_evaluation_is_done_again(folder: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
     (path,) = folder.glob("evaluations/ais*/result.json")
-    good = {name: value for name, value in load(path).items() if name not in ("seconds", "versions", "device", "git")}
+    good = {name: value for name, value in load(path).items() if name not in VARYING}
     next(found for found, how in damages(path) if (found, how) == (key, "mistyped"))
     assert evaluate([str(folder), *AIS]) == 0
     assert f"is damaged: {key} must be " in caplog.text and "it is evaluated again" in caplog.text

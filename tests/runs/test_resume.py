@@ -303,7 +303,8 @@ def test_a_damaged_checkpoint_is_one_line_and_its_advice_works(
     code, _, err = command(output_dir)
     assert code == 2
     (line,) = err.splitlines()
-    assert str(path) in line and "restart=true" in line
+    # The middle of a path gives way where a line would have more than 300 characters.
+    assert str(path)[:20] in line and str(path)[-20:] in line and "it is damaged" in line and "restart=true" in line
     assert snapshot(interrupted) == before
 
     code, _, err = command(output_dir, "restart=true")

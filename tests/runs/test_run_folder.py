@@ -85,7 +85,10 @@ def test_an_output_dir_that_cannot_be_created(
     output_dir = make(tmp_path / "there")
     before = sorted(tmp_path.rglob("*"))
     line = refused(output_dir, *sweep)
-    assert str(output_dir) in line and line.endswith("choose another folder with output_dir=...")
+    # A name that is too long for a file is too long for a line; its reason is not.
+    named = "(File name too long" if make is too_long else str(output_dir)
+    assert named in line and str(output_dir)[:20] in line
+    assert line.endswith("choose another folder with output_dir=...") and len(line) <= 300
     assert sorted(tmp_path.rglob("*")) in (before, [*before, tmp_path / "there"])
 
 

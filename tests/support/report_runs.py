@@ -139,6 +139,8 @@ def write(
             "device": {"kind": "cpu"},
             "git": None,
             "code": None,
+            "sources": {},
+            "data_sha256": "0" * 64,
         },
         "evaluation": {"name": evaluation, "step": 100, **facts},
         **{"test": split, "active_units": units, "active_units_authors_rule": units},
