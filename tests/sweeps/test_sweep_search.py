@@ -49,7 +49,8 @@ def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path:
     assert f"least NLL_5 validation: {min(expected):.4f} nats" in winner
     run_folder = sweep_of(tmp_path)["jobs"][best.number]["path"]
     (following,) = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("next ")]
-    assert shlex.split(following) == ["iwae-eval", str(run_folder), "evaluation.splits=[test]"]
+    program, named, split = shlex.split(following)
+    assert (program, Path(named).resolve(), split) == ("iwae-eval", run_folder, "evaluation.splits=[test]")
     assert f"job 2 (optimizer.lr={trials[2].params['optimizer.lr']}) finished: NLL_5 validation" in err
 
 
