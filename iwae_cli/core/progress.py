@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from types import TracebackType
 
@@ -11,6 +13,8 @@ from rich.console import Console
 
 QUIET_SECONDS = 5.0
 """Minimum time between two plain lines."""
+_label = ""
+"""Begins every line of this process; see ``labelled``."""
 
 
 class Progress:
@@ -27,7 +31,12 @@ class Progress:
         unit: name of a unit, such as ``"pass"`` or ``"image"``.
         images_per_unit, things: for the speed in images (or other things) per second.
         may_grow: whether ``change`` may raise the total, so that the time left is a lower bound.
+
+    Attributes:
+        evaluation: measured forecast of the evaluation that follows, seconds; None: none is shown.
     """
+
+    evaluation: float | None = None
 
     def __init__(
         self,
@@ -64,7 +73,7 @@ class Progress:
         self._last_position: str | None = None
         if self._bar is not None:
             self._bar.start()
-            task = self._bar.add_task(self._title, total=self._total, state="")
+            task = self._bar.add_task(f"{_short()}{self._title}", total=self._total, state="")
             self._bar.update(task, completed=self._done)
         return self
 
@@ -81,7 +90,7 @@ class Progress:
         """Replace the title and the total."""
         self._title, self._total = title, total
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=title, total=total)
+            self._bar.update(self._bar.task_ids[0], description=f"{_short()}{title}", total=total)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,7 +103,7 @@ class Progress:
     def _print(self) -> None:
         self._printed = monotonic()
         self._last_position = self._position()
-        print(f"{self._title}  {self._line()}", file=sys.stderr, flush=True)
+        announce(f"{self._title}  {self._line()}")
 
     def _position(self) -> str:
         # A float counts fractions of a unit, to show movement within a pass.
@@ -112,12 +121,35 @@ class Progress:
             parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} {self._things}/s")
             if self._done < self._total:
                 parts.append(f"{self._prefix}{_clock((self._total - self._done) * elapsed / moved)} left")
+            if self.evaluation is not None:
+                parts.append(f"then about {_clock(self.evaluation)} of evaluation")
         return "  ".join(parts)
+
+
+@contextmanager
+def labelled(name: str) -> Iterator[None]:
+    """Begin every line inside with the name of a job, such as ``job 2 (seed=1)``."""
+    global _label
+    _label = f"{name}: "
+    try:
+        yield
+    finally:
+        _label = ""
+
+
+def label() -> str:
+    """Return what lines begin with."""
+    return _label
+
+
+def _short() -> str:
+    # A bar has room for the number alone; the line above it says what varies.
+    return f"{_label.partition(' (')[0]} " if _label else ""
 
 
 def announce(plan: str) -> None:
     """Print ``plan`` to standard error."""
-    print(plan, file=sys.stderr, flush=True)
+    print(f"{_label}{plan}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

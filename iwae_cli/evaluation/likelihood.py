@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -37,7 +38,7 @@ from iwae_cli.evaluation.estimator import (
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.proposals import DISCRETE, GROUP, refine, why_not
 from iwae_cli.evaluation.settings import Evaluation
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches, processes, threads
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
 from iwae_cli.record.summary import split_rows
@@ -58,6 +59,9 @@ LEAST_ESS = 30
 
 DEFAULT_REFINED = 200
 """``evaluation.refine`` of conf/evaluation/default.yaml."""
+
+ENOUGH_SECONDS = 0.2
+"""Measured for a forecast."""
 
 COMPARED = 200
 """Number of images (all, if there are fewer than twice as many) that are also computed without bfloat16."""
@@ -192,6 +196,47 @@ def _refined(model: LatentVariableModel, split: Split, **how: Any) -> Likelihood
     return (
         f"L_{found.k} by the refined proposal is not finite for {lost} of {len(found.log_px)} images" if lost else found
     )
+
+
+def work(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> tuple[int, int]:
+    """Return the numbers of images that are evaluated and refined, over all splits."""
+    sizes = [min(evaluation.images or math.inf, len(getattr(data, name))) for name in evaluation.splits]
+    most = math.inf if evaluation.refine == "all" else evaluation.refine
+    return int(sum(sizes)), int(sum(min(most, size) for size in sizes)) if why_not(model) is None else 0
+
+
+def forecast(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> float:
+    """Return how many seconds L_k of all splits will take, from a few images with few samples that are timed now.
+
+    Args:
+        model: in evaluation mode; only the time depends on its weights.
+    """
+    images, refined = work(model, data, evaluation)
+    device = next(model.parameters()).device
+    at_once = threads(evaluation.workers, device) * processes()
+    how = {"seed": 0, "stream": "forecast", "rows": evaluation.rows, "workers": evaluation.workers}
+
+    def timed(n: int, k: int, **more: bool) -> float:
+        # Seconds for one image.
+        first = data.evaluation_split(evaluation.splits[0], evaluation.binarization_seed, n * at_once)
+        started = time.monotonic()
+        log_likelihood(model, first, k=k, **how, **more)  # type: ignore[arg-type]
+        return (time.monotonic() - started) / len(first.x)
+
+    k = min(BLOCK, evaluation.k)
+    while True:
+        n = max(IMAGES, evaluation.rows // min(k, CHUNK))
+        per_image = timed(n, k, bf16=evaluation.precision == "bf16")
+        if per_image * n * at_once > ENOUGH_SECONDS or k == evaluation.k:
+            break
+        k = min(4 * k, evaluation.k)
+    per_sample = per_image / k
+    seconds = images * evaluation.k * per_sample
+    if refined:
+        # The fit takes as long for any k.
+        k = min(BLOCK, evaluation.k)
+        seconds += refined * (timed(GROUP, k, refined=True) + (evaluation.k - k) * per_sample)
+    return seconds
 
 
 def log_likelihood(

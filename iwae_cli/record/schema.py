@@ -61,7 +61,8 @@ Result = _keys(
 )
 """``result.json`` of any estimator; its numbers are those that its ``rows`` name."""
 
-Scores = _keys("Scores", dict.fromkeys(SPLITS, _keys("Score", nll=Number, k=int) | None))
+_SCORE = _keys("Score", nll=Number, k=int)
+Scores = _keys("Scores", {**dict.fromkeys(SPLITS, _SCORE | None), "seconds": dict[str, Number]})
 """What the table of a sweep shows of a result."""
 
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
@@ -81,7 +82,7 @@ Status = Literal["running", "interrupted", "failed", "finished"]
 Process = _keys("Process", status=Status, step=int, error=str | None, **PROCESS)
 """``status.json``."""
 JOB = {**dict.fromkeys(("identity", "folder", "status"), str), "error": str | None, "overrides": list[str]}
-Sweep = _keys("Sweep", {"workers": int | None}, jobs=list[_keys("Job", JOB)])  # type: ignore[misc]
+Sweep = _keys("Sweep", {"workers": int | None, "varied": list[str]}, jobs=list[_keys("Job", JOB)])  # type: ignore[misc]
 """``sweep.json``."""
 JobRecord = _keys("JobRecord", JOB, number=int, begun=float, **PROCESS)
 """A file in ``jobs/`` of a sweep."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 AXIS = "step"
 SWEEP = "WANDB_SWEEP_ID"
+SYNC = "wandb sync "
 MEMORY = "wandb.json"
 """File of a run folder: id, project and entity of its W&B run, mode asked for, place and content of the record."""
 UPLOAD_SECONDS = 60
@@ -238,7 +239,7 @@ def left_to_upload(run_folder: Path) -> str | None:
     if not known or known["uploaded"] or not known["folder"]:
         return None
     folder = (run_folder / known["folder"]).resolve()
-    return f"wandb sync {shlex.quote(shown(folder))}" if folder.is_dir() else None
+    return f"{SYNC}{shlex.quote(shown(folder))}" if folder.is_dir() else None
 
 
 def _memory(run_folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from iwae_cli.core.noise import GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.estimator import EstimatorInput, array_name
-from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.likelihood import forecast, log_likelihood, work
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record import summary
 from iwae_cli.record.folder import RunFolder, drawable
@@ -49,6 +49,9 @@ VALIDATION_SEED = 0
 VALIDATION_ROWS = 2000
 """Fixed too: the shape of a product may change its last bits, and so which weights are the best."""
 
+FORECAST_SECONDS = 10.0
+"""Training before the evaluation is forecast, which takes a second or two."""
+
 RETRAIN = "restart=true retrains, and keeps the old folder under another name"
 
 log = logging.getLogger("iwae_cli")
@@ -70,6 +73,7 @@ class Runner:
         self.device, dtype = experiment.device.resolve(), experiment.device.dtype
         self.logger: Logger = FanOut([])
         self.progress: progress.Progress | None = None
+        self._began: float | None = None
         self._validation: Split | None = None
         self.model = experiment.model.build(
             data.image_shape,
@@ -132,6 +136,9 @@ class Runner:
         log.info("begin at step %d of %d; asked for: %s", self.state.step, self.trainer.total_steps, asked)
         try:
             self.open()
+            kept = folder.evaluation(evaluation_name(experiment.config)) / "result.json"
+            if not (self.trainer.is_done and kept.is_file()):
+                progress.announce(f"{shown(folder.path)}: {self.plan()}")
             if not self.trainer.is_done:
                 self._train()
             self.signals.check()
@@ -152,6 +159,18 @@ class Runner:
             if failure is not error:
                 raise failure from error
             raise
+
+    def plan(self) -> str:
+        """Return in one line how much is left to do, and on what."""
+        data, evaluation, threads = self.data, self.experiment.evaluation, self.experiment.device.threads
+        images, refined = work(self.model, data, evaluation)
+        scored = f"{images:,} images x {evaluation.k:,} samples" + f", {refined:,} images refined" * bool(refined)
+        if not self.trainer.is_done:
+            parameters = sum(p.numel() for p in self.model.parameters())
+            size = f"{len(data.train):,} images, {parameters:,} parameters, {self.trainer.total_steps:,} steps"
+            scored = f"{size}, then {scored}"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{scored}; {name}, {threads} thread{'s' * (threads > 1)}"
 
     def begin(self) -> None:
         """Prepare for training alone, with the local record; the process that evaluates opens the other loggers."""
@@ -206,7 +225,7 @@ class Runner:
             images_per_unit=len(self.data.train),
             start=self.state.step / trainer.steps_per_pass,
         ) as self.progress:
-            started = time.monotonic()
+            started = self._began = time.monotonic()
             step = choose_step(
                 trainer.model,
                 experiment.objective,
@@ -266,6 +285,19 @@ class Runner:
         self.logger.log(step, metrics)
         if self.progress is not None:
             self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
+            self._forecast(self.progress)
+
+    def _forecast(self, shown: progress.Progress) -> None:
+        """Measure once how long the evaluation will take, in a training that is long enough for that."""
+        if self._began is None or time.monotonic() - self._began < FORECAST_SECONDS or self.trainer.is_done:
+            return
+        self._began, started = None, time.monotonic()
+        self.trainer.evaluated.eval()
+        # An error that stays will be that of the evaluation.
+        with suppress(Exception):
+            shown.evaluation = forecast(self.trainer.evaluated, self.data, self.experiment.evaluation)
+        self.trainer.model.train()
+        self.trainer.leave_out(time.monotonic() - started)
 
     def on_save(self, state: checkpoint.State) -> None:
         """Keep the state."""
@@ -446,7 +478,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
             if result is None:
                 raise
             progress.announce(f"not {'regenerated' if lacking else 'recorded'}: {error}")
-    summary.result_table(result, folder=shown(folder.path), sync=left_to_upload(folder.path), since=since)
+    if experiment.group is None:  # a sweep has a table of its own
+        summary.result_table(result, folder=shown(folder.path), sync=left_to_upload(folder.path), since=since)
     return result
 
 
@@ -537,6 +570,7 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(logging.Formatter(f"{progress.label().replace('%', '%%')}%(message)s"))
     level = log.level
     log.setLevel(logging.INFO)
     for handler in (file, terminal):

@@ -217,6 +217,7 @@ def _trained(
             report(runner.experiment, runner.ended(error))
 
     trainer, state = runners[0].trainer, runners[0].state
+    progress.announce(f"{len(runners)} runs at once, each {runners[0].plan()}")
     with progress.Progress(
         f"training {len(runners)} runs",
         total=trainer.schedule.passes,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from iwae_cli.config.build import BASES, call, check_arguments, construct
 from iwae_cli.core.errors import Interrupted, RunLocked, UserError, one_line
+from iwae_cli.core.progress import announce, labelled
 from iwae_cli.sweeps.launchers import BATCHED, adapter, request_requeue
-from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder
+from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder, job_name
 
 if TYPE_CHECKING:
     from iwae_cli.runs.experiment import Experiment
@@ -144,6 +144,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | 
         "group": plan.name,
         "launcher": name,
         "sweeper": plan.choices["hydra/sweeper"],
+        "varied": [*plan.varied, *(plan.sweeper.get("params") or ())],
         "workers": launcher.workers(plan.launcher, at_once, available_cores()),
     }
 
@@ -176,13 +177,18 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
     folder = SweepFolder(sweep_folder)
     if folder.stop.exists():
         return None
-    attempt = Attempt(folder, number, job.overrides)
+    sweep = folder.read()
+    known = [planned.get("overrides") for planned in sweep.get("jobs", ())]
+    # As in the table: a search that continues counts on.
+    shown = known.index(job.overrides) if job.overrides in known else len(known)
+    attempt = Attempt(folder, shown, job.overrides)
     if attempt.before == "failed" and launcher == BATCHED:
         # It failed, and was reported, while it trained with the others.
         return None
     attempt.begins()
     try:
-        result = _run(job, attempt, folder, number)
+        with labelled(job_name(shown, job.overrides, sweep.get("varied"))):
+            result = _run(job, attempt, folder, number)
     except (Interrupted, KeyboardInterrupt) as error:
         received = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
         attempt.ends("interrupted", error)
@@ -199,6 +205,8 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
         attempt.ends("interrupted", error)
         raise
     attempt.ends("finished")
+    if _sweep is not None:
+        _sweep.update()  # now, not among the lines of the next job
     nll: float | None = result.get("validation", {}).get("nll")
     return nll
 
@@ -223,7 +231,7 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
         except RunLocked as error:
             # Another sweep shares this run, or a job has survived the process that started it.
             if not waiting:
-                print(one_line(f"iwae-train: waiting: {error}"), file=sys.stderr, flush=True)
+                announce(one_line(f"waiting: {error}"))
             waiting = True
             time.sleep(LOCKED_SECONDS)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -22,23 +24,32 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from iwae_cli.core.errors import MAX_LINE, RunFailed, UserError, clip, one_line
+from iwae_cli.core.errors import RunFailed, UserError, clip, one_line
 from iwae_cli.core.files import RunLock, as_user_error, shown, write_json
+from iwae_cli.core.progress import announce
 from iwae_cli.core.signals import REPEATED_SECONDS
 from iwae_cli.record import schema
-from iwae_cli.report.reader import process_alive
+from iwae_cli.record.summary import SPLITS
+from iwae_cli.record.wandb import SYNC, left_to_upload
+from iwae_cli.report.reader import Found, process_alive, read
 
 Status = Literal["pending", "running", "finished", "failed", "interrupted", "killed"]
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0
 """Time that stopping jobs have to save their state."""
 _STYLES = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
+
+
+class _Score(NamedTuple):
+    name: str = ""
+    nll: float | None = None
+    seconds: float = 0.0
 
 
 class SweepFailed(RunFailed):
@@ -68,6 +79,12 @@ class Planned:
     folder: Path
     evaluation: str
     restart: bool = False
+
+
+def job_name(number: int, overrides: Sequence[str], varied: Sequence[str] | None) -> str:
+    """Return ``job 2 (seed=1)``: the number and what varies in the sweep; all overrides where that is not known."""
+    asked = [o for o in overrides if not varied or o.lstrip("+").partition("=")[0] in varied]
+    return f"job {number} ({clip(' '.join(asked), 100)})" if asked else f"job {number}"
 
 
 class SweepFolder:
@@ -155,6 +172,7 @@ class Sweep:
         self._exit_code: int | None = None
         self._stopping_since: float | None = None
         self._quit = threading.Event()
+        self._updating = threading.RLock()
 
     def run(self, work: Callable[[], None]) -> None:
         """Call ``work``, which has an engine run the jobs; meanwhile report failures, and stop all jobs on a signal.
@@ -170,10 +188,10 @@ class Sweep:
             self.folder.jobs.mkdir(parents=True, exist_ok=True)
             with RunLock(path):
                 self._forget()
-                self._update()
+                self.update()
                 with self._watched(), self._signals():
                     ended = self._worked(work)
-                jobs = self._update()
+                jobs = self.update()
                 self._show(jobs)
         if ended is not None:
             raise ended
@@ -203,6 +221,7 @@ class Sweep:
 
     def failed_here(self) -> None:
         """Stop the sweep if its jobs end at the first failure; called for a job that failed in this process."""
+        self.update()
         if self.stop_on_error:
             raise Stopped(SweepFailed.exit_code)
 
@@ -216,7 +235,7 @@ class Sweep:
                 path.unlink(missing_ok=True)
             elif record["status"] == "running" and not process_alive(record["host"], record["pid"]):
                 write_json(path, {**record, "status": "killed"})
-            elif record["status"] == "failed":
+            elif record["status"] in ("failed", "finished"):
                 self._reported.add(path.name)
         self._known.clear()
 
@@ -233,8 +252,12 @@ class Sweep:
                 self._known[path.name] = (changed, record)
             yield path, self._known[path.name][1]
 
+    def update(self) -> list[dict[str, Any]]:
+        """Read the records, write ``sweep.json`` if it changed, report jobs that have ended; return the jobs."""
+        with self._updating:  # by the thread that watches, and by a job of this process
+            return self._update()
+
     def _update(self) -> list[dict[str, Any]]:
-        """Read the records, write ``sweep.json`` if it changed, report failures; return the jobs."""
         records = {path.name: record for path, record in self._records()}
         if self._planned is None:
             jobs = [_job(record) for record in sorted(records.values(), key=lambda record: record["begun"])]
@@ -254,18 +277,24 @@ class Sweep:
             write_json(self.folder.path / "sweep.json", value)
             self._written = value
         for name, record in records.items():
-            if record["status"] == "failed" and name not in self._reported:
+            if record["status"] in ("failed", "finished") and name not in self._reported:
                 self._reported.add(name)
-                self._report(record)
+                self._report(record, jobs)
         return jobs
 
-    def _report(self, record: Mapping[str, Any]) -> None:
+    def _report(self, record: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> None:
+        named = job_name(record["number"], record["overrides"], self._varied)
+        if record["status"] == "finished":
+            name, nll, seconds = self._score(_job(record))
+            score = "" if nll is None else f": {name} {nll:.2f}, {seconds:.1f} s"
+            ended = sum(job["status"] not in ("pending", "running") for job in jobs)
+            of = f"; {ended} of {len(jobs)} jobs" if self._planned is not None else ""
+            announce(one_line(f"{named} finished{score}{of}"))
+            return
         trace = record.get("traceback")
         folder, error = shown(self.folder.path / record.get("folder", "")), record["error"]
         where = f" ({folder})" if "folder" in record and Path(folder).name not in error else ""
-        head, tail = f"iwae-train: job {record['number']} (", f") failed: {error}{where}"
-        asked = clip(" ".join(record["overrides"]), max(30, MAX_LINE - len(head + tail)))
-        line = one_line(f"{head}{asked}{tail}")
+        line = one_line(f"iwae-train: {named} failed: {error}{where}")
         print(f"{trace or ''}{line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
             self._exit_code = SweepFailed.exit_code
@@ -279,7 +308,7 @@ class Sweep:
         def watch() -> None:
             while not self._quit.wait(POLL_SECONDS):
                 with suppress(OSError):  # the disk is full now; the last update raises if it still is
-                    self._update()
+                    self.update()
 
         thread = threading.Thread(target=watch, name="sweep", daemon=True)
         thread.start()
@@ -347,19 +376,19 @@ class Sweep:
 
     def _show(self, jobs: Sequence[Mapping[str, Any]]) -> None:
         common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-        scores = [self._nll(job) for job in jobs]
-        names = {name for name, _ in scores if name}
+        scores = [self._score(job) for job in jobs]
+        names = {name for name, *_ in scores if name}
         sheet = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         headings = {"job": "right", "overrides": "left", "status": "left", "NLL": "right", "run": "left"}
         for heading, justify in headings.items():
             named = ", ".join(sorted(names)) if heading == "NLL" and names else heading
             sheet.add_column(named, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        for number, (job, (name, nll)) in enumerate(zip(jobs, scores, strict=True)):
+        for number, (job, (name, nll, _)) in enumerate(zip(jobs, scores, strict=True)):
             sheet.add_row(
                 str(number),
                 Text(" ".join(o for o in job["overrides"] if o not in common)),
                 Text(job["status"], style=_STYLES.get(job["status"], "")),
-                nll if len(names) < 2 or not name else f"{nll} ({name})",
+                "" if nll is None else f"{nll:.2f}" + f" ({name})" * (len(names) > 1),
                 Text(str(job.get("identity", ""))),
             )
         # As wide as needed: names are copied from here.
@@ -374,17 +403,71 @@ class Sweep:
         out.print(_counted(counts) or "no jobs")
         if counts.keys() - {"finished"}:
             out.print("the same command resumes here and repeats nothing that is finished")
-        out.print(f"{'folder':<14}{shown(self.folder.path)}", soft_wrap=True)
+        lines = {"folder": shown(self.folder.path)}
+        finished = [job for job in jobs if job["status"] == "finished"]
+        if self._planned is None:
+            lines |= self._winner(jobs, scores)
+        elif finished:
+            text, lines["next"] = self._means(finished)
+            out.print(f"\n{text}" if text else "", soft_wrap=True, end="\n" * bool(text))
+        found = [left_to_upload(self.folder.path / job["folder"]) for job in finished]
+        if records := [line.removeprefix(SYNC) for line in found if line]:
+            lines["upload"] = f"{SYNC}{' '.join(records)}"
+        for name, line in lines.items():
+            if line:
+                out.print(f"{name:<14}{line}", soft_wrap=True)
 
-    def _nll(self, job: Mapping[str, Any]) -> tuple[str, str]:
-        """Return (label, NLL in nats) of the test split, else of the first split that was evaluated."""
-        if job["status"] != "finished":
+    def _winner(self, jobs: Sequence[Mapping[str, Any]], scores: Sequence[_Score]) -> dict[str, str]:
+        """Return lines that name the trial with the least NLL, and what to type for its test split."""
+        tried = [(score.nll, number) for number, score in enumerate(scores) if score.nll is not None]
+        if not tried:
+            return {}
+        nll, number = min(tried)
+        job = jobs[number]
+        run, named = self.folder.path / job["folder"], job_name(number, job["overrides"], self._varied)
+        lines = {"winner": f"{named}, least {scores[number].name}: {nll:.4f} nats; {shown(run)}"}
+        if not (_read(run / job["result"], schema.Scores) or {}).get("test"):
+            lines["next"] = f"iwae-eval {shlex.quote(shown(run))} 'evaluation.splits=[test]'"
+        return lines
+
+    def _means(self, finished: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """Return the table of a report, with mean and standard error over seeds, and the command for more."""
+        from iwae_cli.report.cells import tables
+        from iwae_cli.report.selection import comparable
+        from iwae_cli.report.writers import Report, terminal
+
+        try:
+            runs = read([self.folder.path / job["folder"] for job in finished]).runs
+            there = {name for run in runs for score in run.scores for name in score.splits}
+            scored, _ = comparable(runs, next((name for name in SPLITS if name in there), SPLITS[0]))
+            rows = [key for key in self._varied if key != "seed" and any(key in s.run.keys for s in scored)]
+            made = tables(scored, rows or None, [] if rows else None)
+        except UserError:  # run folders that were removed or damaged meanwhile
             return "", ""
+        if not made:
+            return "", ""
+        command = ["iwae-report", shown(self.folder.path), *(["--rows", ",".join(rows)] if rows else [])]
+        first = finished[0]["identity"]
+        cell = next((c for c in made[0].cells if first in [s.run.identity for s in c.runs]), made[0].cells[0])
+        reference = " ".join(f"{key}={value}" for key, value in made[0].keyed(cell).items())
+        command += ["--against", reference] if len(made[0].cells) > 1 else ["--html", "report.html"]
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return terminal(Report(Found(), [], made, []), width), shlex.join(command)
+
+    @property
+    def _varied(self) -> Sequence[str]:
+        return self._facts.get("varied") or ()
+
+    def _score(self, job: Mapping[str, Any]) -> _Score:
+        """Return the NLL of a job: of the test split, else of another; of a search that which it minimizes."""
+        if job["status"] != "finished":
+            return _Score()
         result = _read(self.folder.path / job["folder"] / job["result"], schema.Scores) or {}
-        for split in ("test", "validation", "train"):
-            if split in result and result[split]["nll"] is not None:
-                return f"NLL_{result[split]['k']} {split}", f"{result[split]['nll']:.2f}"
-        return "", ""
+        took = [result["seconds"][part] or 0.0 for part in ("train", "evaluate") if part in result.get("seconds", {})]
+        for split in ("validation",) if self._planned is None else SPLITS:
+            if result.get(split) and result[split]["nll"] is not None:
+                return _Score(f"NLL_{result[split]['k']} {split}", result[split]["nll"], sum(took))
+        return _Score()
 
 
 def _counted(statuses: Mapping[str, int]) -> str:

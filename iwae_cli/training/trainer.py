@@ -293,6 +293,10 @@ class Trainer:
             self.save()
         return done or not interrupted
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds as training."""
+        self._started += seconds
+
     def save(self) -> None:
         """Bring ``state`` up to date and give it to ``Hooks.on_save``.
 

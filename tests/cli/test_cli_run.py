@@ -176,7 +176,11 @@ def test_a_sweep_runs_every_combination(runs, capsys) -> None:
     assert {p.parts[:3] for p in Path().rglob("*") if p.is_file()} == {("there", "sweeps", group)}
     assert {"multirun.yaml", "sweep.json"} <= {p.name for p in Path("there", "sweeps", group).iterdir()}
     out, err = capsys.readouterr()
-    assert "4 finished" in out and err == ""
+    assert "4 finished" in out
+    lines = [
+        f"job {n} (seed={n // 2} objective={('elbo', 'iwae')[n % 2]}) finished; {n + 1} of 4 jobs" for n in range(4)
+    ]
+    assert err.splitlines() == lines
 
 
 def test_the_same_sweep_has_the_same_name() -> None:

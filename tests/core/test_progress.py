@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from small_runs import TINY, bits, finished, read_json, run, run_folders
 
 from iwae_cli.core import progress
 
@@ -65,3 +68,34 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pass 4/4  -85.50 nats" in file.getvalue()
     assert "images/s" in file.getvalue()
     assert "\r" in file.getvalue()
+
+
+def test_a_training_that_lasts_says_how_long_its_evaluation_will_take_and_keeps_its_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [*TINY, "schedule.passes=6", "evaluation.k=500", "evaluation.refine=20", "evaluation.workers=2"]
+    plain = finished(tmp_path / "plain", *line)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("iwae_cli.runs.runner.FORECAST_SECONDS", 0.0)
+    code, _, err = run(*line, f"output_dir={tmp_path}")
+    assert code == 0
+    (folder,) = run_folders(tmp_path)
+    assert bits(folder) == bits(plain)
+    lines = [text for text in err.splitlines() if text.startswith("training ")]
+    found = [re.search(r"then about 0:(\d\d) of evaluation", text) for text in lines]
+    assert found[0] is None, "nothing was measured yet"
+    took = read_json(folder / "result.json")["seconds"]["evaluate"]
+    assert found[-1] and took / 8 - 1 < int(found[-1][1]) < took * 8 + 1, "not exact on a loaded machine"
+
+
+def test_a_bar_has_the_number_of_its_job_and_a_line_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for file in (io.StringIO(), Terminal()):
+        errors(monkeypatch, file)
+        with progress.labelled("job 2 (model.latent_sizes=[3])"), progress.Progress("training", total=4) as shown:
+            shown.update(4)
+        name = "job 2 training" if file.isatty() else "job 2 (model.latent_sizes=[3]): training  pass 4/4"
+        assert name in file.getvalue()
+    progress.announce("after the job")
+    assert file.getvalue().rpartition("\x1b[?25h")[2] == "after the job\n"

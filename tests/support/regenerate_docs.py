@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(<!-- Output of iwae-(train|eval)(.*?) -->\n```\n).*?^```$"
 
 
 def output(program: str, arguments: str) -> str:
-    """Return what `iwae-train` prints in an empty folder, or `iwae-eval` of a run; of a sweep only the last table."""
+    """Return what `iwae-train` prints in an empty folder, or `iwae-eval` of a run."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("IWAE_", "WANDB_"))}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory() as folder:
@@ -31,8 +31,7 @@ def output(program: str, arguments: str) -> str:
         text = run("-m", "iwae_cli", *(shlex.split(arguments) if program == "train" else ()))
         if program == "eval":
             text = run("-c", EVALUATE, *glob("outputs/*", root_dir=folder), *shlex.split(arguments))
-    text = "\n".join(line.rstrip() for line in text.strip().splitlines())
-    return text.rpartition("\n\n")[2] if " -m " in arguments else text
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 if __name__ == "__main__":

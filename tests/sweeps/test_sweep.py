@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pytest
 import torch
 from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, wandb_records
 
+from iwae_cli.cli.report import report
 from iwae_cli.cli.train import train
 from iwae_cli.core.device import Device
 from iwae_cli.core.errors import RunFailed, UserError
@@ -150,6 +153,42 @@ def test_the_table_shows_what_is_scored_and_breaks_no_name(
     assert "batch_size=20 finished 86.00" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_sweep_says_what_it_does_and_ends_with_means_over_seeds_and_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["-m", "objective=elbo,iwae", "seed=0,1,2", *QUICK]
+    code, out, err = run(*line)
+    assert code == 0
+    jobs = sweep_of(tmp_path / "outputs")["jobs"]
+    results = [read_json(job["path"] / "result.json") for job in jobs]
+    for number, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        name = f"job {number} ({' '.join(job['overrides'][:2])})"
+        size = (
+            f"1,297 images, {result['parameters']:,} parameters, 13 steps, then 250 images x 5 samples; cpu, 1 thread"
+        )
+        first, *between, last = [text for text in err.splitlines() if text.startswith(name)]
+        assert first == f"{name}: outputs/{job['identity']}: {size}"
+        assert any(": evaluating test  image 250/250" in text for text in between)
+        took = sum(result["seconds"].values())
+        assert last == f"{name} finished: NLL_5 test {result['test']['nll']:.2f}, {took:.1f} s; {number + 1} of 6 jobs"
+    assert all(text.startswith("job ") for text in err.splitlines())
+    assert "images/s" not in out and "bound L_5" not in out, "one table, and no lines of the jobs"
+    for objective, of in (("elbo", results[:3]), ("iwae", results[3:])):
+        values = [result["test"]["nll"] for result in of]
+        mean, error = f"{sum(values) / 3:.6f}", statistics.stdev(values) / 3**0.5
+        (row,) = [text.split() for text in out.splitlines() if text.startswith(f" {objective} ")]
+        assert row[2] == "±" and len(row[1].partition(".")[2]) == len(row[3].partition(".")[2])
+        assert float(row[1]) == pytest.approx(float(mean), abs=0.06 * error)
+        assert float(row[3]) == pytest.approx(error, rel=0.06), "two digits"
+    (following,) = [text.split(maxsplit=1)[1] for text in out.splitlines() if text.startswith("next ")]
+    program, *arguments = shlex.split(following)
+    assert program == "iwae-report" and report(arguments) == 0
+    assert "over objective=elbo" in capsys.readouterr().out
+    code, again, err = run(*line)
+    assert code == 0 and again == out and err.count("\n") == 6, "nothing is left to announce"
+
+
 def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any) -> None:
     assert train(["-m", "objective.k=5,0"]) == 2
     assert runs[0] == [] and os.listdir() == []
@@ -223,7 +262,8 @@ def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path
     sweep = sweep_of(place)
     assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed"], err
     assert "1 finished, 1 failed" in out and err.count("diverged in pass 1") == 1
-    assert "job 1 (seed=0 optimizer.lr=1e+30 " in err
+    assert "job 1 (optimizer.lr=1e+30) failed" in err and "job 0 (optimizer.lr=0.001) finished: NLL_5 test" in err
+    assert all(line.startswith(("job ", "iwae-train: ")) for line in err.splitlines()), err
     assert bits(sweep["jobs"][0]["path"]) == bits(reference)
     for job in sweep["jobs"]:
         records = wandb_records(*job["path"].glob("wandb/offline-run-*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path:
     assert done.wait(300) == 0, done.communicate()
     assert statuses(tmp_path) == ["finished"] * 2
     more = start(*LINE, lr, "hydra.sweeper.n_trials=3", place)
-    assert more.wait(300) == 0, more.communicate()
+    out, err = more.communicate(timeout=300)
+    assert more.returncode == 0, err
     assert statuses(tmp_path) == ["finished"] * 3 and len(run_folders(tmp_path)) == 3
     import optuna
 
@@ -41,6 +43,15 @@ def test_a_search_minimizes_the_validation_nll_and_counts_what_is_done(tmp_path:
     trials = optuna.load_study(study.study_name, f"sqlite:///{storage}").trials
     expected = [read_json(job["path"] / "result.json")["validation"]["nll"] for job in sweep_of(tmp_path)["jobs"]]
     assert [trial.value for trial in trials] == expected
+    best = trials[expected.index(min(expected))]
+    (winner,) = [line for line in out.splitlines() if line.startswith("winner ")]
+    assert f"job {best.number} (optimizer.lr={best.params['optimizer.lr']}), " in winner
+    assert f"least NLL_5 validation: {min(expected):.4f} nats" in winner
+    run_folder = sweep_of(tmp_path)["jobs"][best.number]["path"]
+    (following,) = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("next ")]
+    program, named, split = shlex.split(following)
+    assert (program, Path(named).resolve(), split) == ("iwae-eval", run_folder, "evaluation.splits=[test]")
+    assert f"job 2 (optimizer.lr={trials[2].params['optimizer.lr']}) finished: NLL_5 validation" in err
 
 
 @needs("hydra_optuna_sweeper")
