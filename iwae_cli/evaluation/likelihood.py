@@ -168,9 +168,8 @@ class LogLikelihood(Estimator):
                     arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
         for key, (of, first_images, draws) in RULES.items():
             x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
-            numbers[key] = active_units(
-                model, x, draws, evaluation.seed, key, evaluation.rows, evaluation.workers, lambda _: check()
-            )
+            keyed = {"seed": evaluation.seed, "stream": key, "on_progress": lambda _: check()}
+            numbers[key] = active_units(model, x, draws, rows=evaluation.rows, workers=evaluation.workers, **keyed)
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
         notes = [] if subject.data.levels else [OF_A_DENSITY]
