@@ -81,6 +81,8 @@ class Data:
             images = getattr(self, name)
             if images.shape[0] == 0 or images.shape[1] != pixels:
                 raise ValueError(f"{name} split of {self.name} must be (n >= 1, {pixels}), got {tuple(images.shape)}")
+            if len(self.labels.get(name, images)) != len(images):
+                raise ValueError(f"labels of {self.name} must be one for each of its {len(images)} {name} images")
             top = 1 if self.binarization == "fixed" else self.levels and self.levels - 1
             if top is not None and (images.dtype != torch.uint8 or int(images.max()) > top):
                 raise ValueError(f"{name} split of {self.name} must hold uint8 values 0 to {top}")

@@ -153,7 +153,7 @@ class LogLikelihood(Estimator):
             images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
             if images:
                 with Progress(f"refining {name}", total=images, unit="image") as progress:
-                    first = replace(split, x=split.x[:images])
+                    first = replace(split, x=split.x[:images], labels=None)
                     refined = _refined(model, first, on_progress=progress.update, **how)
                 if isinstance(refined, str):
                     numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {refined}"
