@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 import yaml
+from regenerate_docs import NOTEBOOK, executed
 from small_runs import finished, read_json, run_folders
 
 from iwae_cli.cli.compose import plan
@@ -237,18 +239,39 @@ def test_every_example_is_short() -> None:
         assert len([line for line in text.splitlines() if line.strip()]) <= 30, name
 
 
-def test_the_model_in_a_notebook(trained: Path) -> None:
-    (text,) = blocks("docs/runs.md", "python")
+def test_a_run_in_python(trained: Path) -> None:
+    (text,) = blocks("docs/usage.md", "python")
     names: dict[str, Any] = {}
     exec(text.replace("outputs/<run>", str(trained)), names)
+    n = len(names["test"].x)
     assert names["images"].shape == (16, 64) and set(names["images"].unique().tolist()) <= {0.0, 1.0}
-    assert names["bound"].shape == (1,) and -60 < float(names["bound"]) < 0
-    assert names["config"]["objective"]["k"] == 5
+    assert names["log_px"].shape == names["bound"].shape == names["test"].labels.shape == (n,)
+    assert names["log_w"].shape == (50, n) and [code.shape for code in names["codes"]] == [(n, 3)]
+
+
+def test_the_notebook_runs_and_its_output_is_real(tmp_path: Path) -> None:
+    def printed(notebook: Any) -> list[tuple[str, list[str]]]:
+        """The text, with # for every number, whose digits depend on the machine, and the kinds of all other output."""
+        cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+        text = ["".join(out.text for out in outputs if out.get("name") == "stdout") for outputs in cells]
+        kinds = [[kind for out in outputs for kind in sorted(out.get("data", ()))] for outputs in cells]
+        return [(re.sub(r"-?\d+(\.\d+)?", "#", text), kinds) for text, kinds in zip(text, kinds, strict=True)]
+
+    found, kept = executed(tmp_path), nbformat.read(NOTEBOOK, as_version=4)
+    assert printed(found)[1:] == printed(kept)[1:]
+    assert sum("image/png" in kinds for _, kinds in printed(kept)) == 3
+    # The same run, and its NLL within one standard error over images.
+    (run,) = (tmp_path / "outputs").iterdir()
+    texts = [out.get("text", "") for cell in kept.cells for out in cell.get("outputs", ())]
+    (nll,) = (float(text.split()[1]) for text in texts if text.startswith("NLL_500: "))
+    test = read_json(run / "result.json")["test"]
+    assert nll == pytest.approx(test["nll"], abs=test["stderr_images"])
+    assert any(run.name in text for text in texts) and not any("/tmp" in text for text in texts)
 
 
 def test_every_code_block_is_tested() -> None:
     python = sum(len(blocks(page, "python")) + len(blocks(page, "yaml")) for page in PAGES)
-    assert python == len(blocks("docs/runs.md", "python")) + sum(len(named_blocks(page)) for page in PAGES)
+    assert python == len(blocks("docs/usage.md", "python")) + sum(len(named_blocks(page)) for page in PAGES)
     assert not [
         page
         for page in PAGES

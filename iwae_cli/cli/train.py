@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from iwae_cli.cli.command import Parser, answer
 from iwae_cli.cli.help import own_folder, train_help
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import UserError, hide_nothing, one_line
+from iwae_cli.core.files import here
 
 if TYPE_CHECKING:
+    from iwae_cli.runs.opened import Run
     from iwae_cli.sweeps.jobs import Plan
 
 
@@ -26,6 +28,33 @@ def train(argv: Sequence[str] | None = None) -> int:
         if distributed.are_several():
             distributed.leave(answer("iwae-train", lambda: _train_with_others(arguments)))
     return answer("iwae-train", lambda: _train(arguments))
+
+
+def train_run(*overrides: str, config_dir: str | None = None) -> Run:
+    """Train, resume or find a run, and open it: ``iwae_cli.train("data=mnist", "objective=dreg")``.
+
+    Composes, checks and prints as ``iwae-train`` with these overrides and ``--config-dir`` does.
+
+    Raises:
+        UserError: where the command would end with an exit code: its message.
+        Interrupted: by a signal; the state is saved and the same call resumes.
+    """
+    from iwae_cli.cli.compose import plan
+    from iwae_cli.runs.opened import open_run
+    from iwae_cli.runs.runner import run
+
+    hide_nothing()
+    try:
+        here()
+        planned = plan(overrides, False, config_dir)
+        if planned.multirun:
+            raise UserError("this is a sweep of several runs: type iwae-train -m ..., or train one run at a time")
+        experiment = planned.jobs[0].experiment()
+        run(experiment)
+        return open_run(experiment.folder().path)
+    except UserError as error:
+        # As printed: one line, without values from the environment.
+        raise type(error)(one_line(error)) from None
 
 
 def _train_with_others(argv: list[str]) -> bool:

@@ -62,6 +62,14 @@ class GeneratorNoise:
         return torch.rand(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
 
 
+def default_noise(like: Tensor) -> GeneratorNoise:
+    """Return the noise of a model that is called without one, of the dtype and on the device of ``like``.
+
+    Its seed is 0, so that equal calls have equal draws.
+    """
+    return GeneratorNoise(generator(like.device, 0, "default"), like.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class KeyedNoise:
     """Noise for evaluation: a function of (seed, stream, layer, image, sample index) alone.

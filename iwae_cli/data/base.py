@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
@@ -34,12 +34,14 @@ class Split:
     Attributes:
         name: train, validation or test.
         x: (n, pixels); uint8 in {0, 1} for binary data, float32 for real-valued data.
-        sha256: hash of dtype, shape and values; two results are comparable if it is equal.
+        sha256: hash of dtype, shape and values of ``x``; two results are comparable if it is equal.
+        labels: class of every observation; None where the data set gives none.
     """
 
     name: str
     x: Shaped[Tensor, "n pixels"]
     sha256: str
+    labels: UInt8[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Data:
             ``fixed`` (already binary) or ``none`` (values are used unchanged).
         image_shape: (height, width), (channels, height, width), or (pixels,) of observations that are no images.
         facts: further facts for the record, plain JSON values.
+        labels: classes of each split, (n,), by its name; empty where there are none. No training uses them.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Data:
     binarization: Binarization
     image_shape: tuple[int, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, UInt8[Tensor, " _"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.binarization == "dynamic" and self.levels is None:
@@ -77,6 +81,8 @@ class Data:
             images = getattr(self, name)
             if images.shape[0] == 0 or images.shape[1] != pixels:
                 raise ValueError(f"{name} split of {self.name} must be (n >= 1, {pixels}), got {tuple(images.shape)}")
+            if len(self.labels.get(name, images)) != len(images):
+                raise ValueError(f"labels of {self.name} must be one for each of its {len(images)} {name} images")
             top = 1 if self.binarization == "fixed" else self.levels and self.levels - 1
             if top is not None and (images.dtype != torch.uint8 or int(images.max()) > top):
                 raise ValueError(f"{name} split of {self.name} must hold uint8 values 0 to {top}")
@@ -145,7 +151,7 @@ class Data:
             images = torch.from_numpy(x)
         digest = hashlib.sha256()
         _add(digest, images.numpy())
-        return Split(name, images, digest.hexdigest())
+        return Split(name, images, digest.hexdigest(), self.labels[name][:first] if name in self.labels else None)
 
 
 def _add(digest: hashlib._Hash, values: np.ndarray) -> None:
@@ -210,6 +216,7 @@ class GreyDataset(Dataset, ABC):
         *,
         which: str = "",
         how: str = "",
+        labels: Sequence[UInt8[Tensor, " _"]] = (),
         **facts: str,
     ) -> Data:
         """Return ``splits`` (train, validation, test) of images, with a protocol that says what they are.
@@ -248,4 +255,5 @@ class GreyDataset(Dataset, ABC):
             binarization=binarization,
             image_shape=image_shape,
             facts=facts,
+            labels={name: of[: len(x)] for name, of, x in zip(SPLITS, labels, (train, validation, test), strict=False)},
         )

@@ -42,18 +42,21 @@ class Digits(GreyDataset):
         path = _file()
         try:
             rows = gzip.decompress(read_bytes(path)).splitlines() or [b""]
-            values = np.asarray([row.split(b",")[: SIDE * SIDE] for row in rows]).astype(np.uint8)
+            # 64 pixels and the class.
+            table = np.asarray([row.split(b",")[: SIDE * SIDE + 1] for row in rows]).astype(np.uint8)
+            values = np.ascontiguousarray(table[:, : SIDE * SIDE])
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise Damaged(path, f"cannot be read as digits ({' '.join(str(error).split())})", _REINSTALL) from error
         if hashlib.sha256(values.tobytes()).hexdigest() != SHA256:
             raise Damaged(path, "is altered or damaged: its digits are not the published ones", _REINSTALL)
         order = numpy_generator("digits", "split").random(len(values)).argsort(kind="stable")
-        images = torch.from_numpy(values[order])
+        images, classes = torch.from_numpy(values[order]), torch.from_numpy(table[order, -1])
         return self.data(
             images.split(SIZES),
             (SIDE, SIDE),
             "Alpaydin and Kaynak 1998, the copy in scikit-learn",
             how=f" after one fixed permutation, {LEVELS} grey levels",
+            labels=classes.split(SIZES),
         )
 
 

@@ -6,6 +6,7 @@ import gzip
 import zlib
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -24,6 +25,8 @@ VALIDATION = 400
 
 HEADER = 16
 """Bytes before the pixels: the magic number and three sizes, each big-endian and four bytes long."""
+LABEL_HEADER = 8
+"""Bytes before the labels: the magic number and one size."""
 
 
 class IdxImages(GreyDataset, ABC):
@@ -65,8 +68,21 @@ class IdxImages(GreyDataset, ABC):
         what = f"{' and '.join(path.name for path in files)} (or .gz)"
         obtain(type(self).name, self._root, missing, what, self._fetch)
         train, test = (self._read(self._found(path), n) for path, n in zip(files, self.sizes, strict=True))
-        splits = (*train.split([len(train) - self._validation, self._validation]), test)
-        return self.data(splits, (SIDE, SIDE), self.source, which=" (the last of the training file)")
+        sizes = [len(train) - self._validation, self._validation]
+        splits = (*train.split(sizes), test)
+        of_train, of_test = self._labels("train", train), self._labels("t10k", test)
+        labels = () if of_train is None or of_test is None else (*of_train.split(sizes), of_test)
+        which = " (the last of the training file)"
+        return self.data(splits, (SIDE, SIDE), self.source, which=which, labels=labels)
+
+    def _labels(self, part: str, images: UInt8[Tensor, "n pixels"]) -> UInt8[Tensor, " n"] | None:
+        """Return the classes of one file; None where they are missing or damaged, since no training needs them."""
+        path = self._found(self._raw / f"{part}-labels-idx1-ubyte")
+        with suppress(OSError, EOFError, zlib.error):
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            if len(content) == LABEL_HEADER + len(images):
+                return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=LABEL_HEADER)
+        return None
 
     @staticmethod
     def _found(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Omniglot(GreyDataset):
 
     def load(self) -> Data:
         """Return the data, see the base class."""
-        facts = {}
+        facts: dict[str, Any] = {}
         if self._path is None:
             path = self._root / "OMNIGLOT" / "chardata.mat"
             obtain(self.name, self._root, [path], path.name, self._fetch)

@@ -6,9 +6,10 @@ A unit u is active if Var_x(E_q[u|x]) > 0.01 (Burda, Grosse, Salakhutdinov 2016,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from iwae_cli.core.noise import KeyedNoise
@@ -20,7 +21,19 @@ RULES = {"active_units": ("test", None, 500), "active_units_authors_rule": ("tra
 """For each number of ``result.json``: split, number of its first images (None: all), draws of the layer below."""
 
 
-def active_units(
+def active_units(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"], draws: int, **how: Any) -> list[int] | None:
+    """Return the number of active units of every stochastic layer, nearest to x first; None for discrete layers.
+
+    The variance is over the images, with n in the denominator. With one of the ``draws``, the authors' rule,
+    Var(mu_2|x) is added and more units look active than are. Arguments as in ``posterior_means``.
+    """
+    if not model.inference.reparameterized:
+        return None
+    means = posterior_means(model, x, draws, **how)
+    return [int((layer.var(axis=0) > THRESHOLD).sum()) for layer in means]
+
+
+def posterior_means(
     model: LatentVariableModel,
     x: Shaped[Tensor, "n pixels"],
     draws: int,
@@ -29,26 +42,20 @@ def active_units(
     rows: int,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> list[int] | None:
-    """Return the number of active units of every stochastic layer, nearest to x first; None for discrete layers.
+) -> list[Float64[np.ndarray, "n _"]]:
+    """Return E_q[h_l|x] of every stochastic layer, nearest to x first.
 
-    The variance is over the images, with n in the denominator. A layer above the first averages its mean over
-    ``draws`` samples of the layer below: with one draw, the authors' rule, Var(mu_2|x) is added and more units look
-    active than are. An image is computed with all its draws; other arguments as in ``log_likelihood``.
+    A layer above the first averages its mean over ``draws`` samples of the layer below. An image is computed with all
+    its draws; other arguments as in ``log_likelihood``.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
 
-    def means(images: Sequence[int]) -> list[np.ndarray] | None:
+    def means(images: Sequence[int]) -> list[np.ndarray]:
         batch = x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
         noise = KeyedNoise(seed, stream, images, 0, dtype, device)
-        found = model.inference.posterior_means(batch, draws, noise)
-        return None if found is None else [m.double().cpu().numpy() for m in found]
+        return [m.double().cpu().numpy() for m in model.inference.posterior_means(batch, draws, noise)]
 
     batch = max(1, rows // draws)
     parts = map_batches(means, len(x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
-    found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    layers = [np.concatenate(layer) for layer in zip(*found, strict=True)]
-    return [int((layer.var(axis=0) > THRESHOLD).sum()) for layer in layers]
+    return [np.concatenate(layer) for layer in zip(*parts, strict=True)]

@@ -157,7 +157,7 @@ class LogLikelihood(Estimator):
             images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
             if images:
                 with Progress(f"refining {name}", total=images, unit="image") as progress:
-                    first = replace(split, x=split.x[:images])
+                    first = replace(split, x=split.x[:images], labels=None)
                     refined = _refined(model, first, on_progress=progress.update, **how)
                 if isinstance(refined, str):
                     numbers[name]["gap_q"], missing["gap_q"] = None, f"evaluation.refine: {refined}"
@@ -172,9 +172,8 @@ class LogLikelihood(Estimator):
                     arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
         for key, (of, first_images, draws) in RULES.items():
             x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
-            numbers[key] = active_units(
-                model, x, draws, evaluation.seed, key, evaluation.rows, evaluation.workers, lambda _: check()
-            )
+            keyed = {"seed": evaluation.seed, "stream": key, "on_progress": lambda _: check()}
+            numbers[key] = active_units(model, x, draws, rows=evaluation.rows, workers=evaluation.workers, **keyed)
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
         notes = [] if subject.data.levels else [OF_A_DENSITY]

@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,8 +29,8 @@ class LatentVariableModel(nn.Module):
         self.generative = generative
         self.inference = inference
 
-    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles:
-        """Return ``k`` samples h ~ q(h|x) for every x, scored under both networks.
+    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise | None = None) -> Particles:
+        """Return ``k`` samples h ~ q(h|x) for every x, scored under both networks; ``noise`` as in ``sample`` of both.
 
         Raises:
             ValueError: see ``GenerativeChain.require_observable``; not in training mode, whose steps do not pay for it.
@@ -51,10 +51,21 @@ class LatentVariableModel(nn.Module):
             rescore=rescore,
         )
 
-    def forward(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Float[Tensor, "k batch"]:
-        """Return log w of ``k`` fresh draws, nats; ValueError as for ``draw``."""
+    def forward(
+        self, x: Shaped[Tensor, "batch pixels"], k: int, noise: Noise | None = None
+    ) -> Float[Tensor, "k batch"]:
+        """Return log w of ``k`` draws of h ~ q(h|x), nats.
+
+        Args:
+            x: observations, also integers such as those of ``Split.x``.
+            k: draws of each.
+            noise: of the draws; None is ``default_noise``, the same for equal calls.
+
+        Raises:
+            ValueError: see ``GenerativeChain.require_observable``.
+        """
         self.generative.require_observable(x)
-        return self.draw(x, k, noise).log_w
+        return self.draw(x.to(next(self.parameters()).dtype), k, noise).log_w
 
     @property
     def has_kl(self) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Latents
-from iwae_cli.core.noise import Noise
+from iwae_cli.core.noise import Noise, default_noise
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.exact import exact_log_px
 
@@ -52,8 +52,12 @@ class GenerativeChain(nn.Module):
         """Return log p(x, h), nats."""
         return self.log_likelihood(x, latents) + self.log_prior(latents)
 
-    def sample(self, n: int, noise: Noise) -> tuple[Latents, Float[Tensor, "n pixels"]]:
-        """Return ``n`` draws (h, x) ~ p(x, h) from the top layer down; the latents have shape (1, n, d_l)."""
+    def sample(self, n: int, noise: Noise | None = None) -> tuple[Latents, Float[Tensor, "n pixels"]]:
+        """Return ``n`` draws (h, x) ~ p(x, h) from the top layer down; the latents have shape (1, n, d_l).
+
+        ``noise`` is ``default_noise``, the same for equal calls, unless given.
+        """
+        noise = default_noise(next(self.parameters())) if noise is None else noise
         factors = [self.observation, *self.layers, self.prior]
         values: list[Tensor] = []
         for level in reversed(range(len(factors))):
@@ -118,8 +122,12 @@ class InferenceChain(nn.Module):
         self.reparameterized = all(layer.reparameterized for layer in layers)
         self.strata = math.prod(layer.strata for layer in layers)
 
-    def sample(self, x: Images, k: int, noise: Noise) -> tuple[Latents, Float[Tensor, "k batch"]]:
-        """Return ``k`` draws h ~ q(h|x) for every x from the bottom layer up, and log q(h|x) in nats."""
+    def sample(self, x: Images, k: int, noise: Noise | None = None) -> tuple[Latents, Float[Tensor, "k batch"]]:
+        """Return ``k`` draws h ~ q(h|x) for every x from the bottom layer up, and log q(h|x) in nats.
+
+        ``noise`` is ``default_noise``, the same for equal calls, unless given.
+        """
+        noise = default_noise(x) if noise is None else noise
         latents: list[Tensor] = []
         log_q, given = x.new_zeros(()), x / self.white
         for level, layer in enumerate(self.layers, start=1):
@@ -135,14 +143,12 @@ class InferenceChain(nn.Module):
             log_q = log_q + layer.log_prob(h, given)
         return log_q
 
-    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...] | None:
-        """Return E_q[h_l|x] of every layer; None for discrete layers, for which active units are not defined.
+    def posterior_means(self, x: Images, draws: int, noise: Noise) -> tuple[Float[Tensor, "batch _"], ...]:
+        """Return E_q[h_l|x] of every layer, of discrete ones probabilities.
 
         Exact for the first layer and where means are linear; else averaged over ``draws`` of the layer below. A mean
         that has no closed form is that of ``MEAN_DRAWS`` draws.
         """
-        if not self.reparameterized:
-            return None
         batch, given = x.shape[0], x / self.white
         means = [self._mean(1, given, batch, noise)]
         for level, (below, layer) in enumerate(pairwise(self.layers), start=1):

@@ -197,7 +197,7 @@ def result_table(
 
     ``sync`` is the command that uploads the run to W&B; ``since`` is given if the training ended before this command.
     """
-    out = Console(highlight=False, markup=False)
+    out = Console(highlight=False, markup=False, force_jupyter=False)  # plain text in a notebook too
     columns, lines = table_of(result)
     sheet = table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     sheet.add_column("", no_wrap=True)

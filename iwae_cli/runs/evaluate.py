@@ -100,10 +100,17 @@ def load(run_folder: str | Path) -> tuple[LatentVariableModel, dict[str, Any]]:
     run = RunFolder(Path(run_folder))
     config = run.config()
     state = checkpoint.load(run.checkpoint)
+    return trained(run, config, state, state.weights), config
+
+
+def trained(
+    run: RunFolder, config: Mapping[str, Any], state: State, weights: Mapping[str, torch.Tensor]
+) -> LatentVariableModel:
+    """Return the model of a run with these weights, see ``load``."""
     model = _build(construct(config, ("model",))["model"], state)
-    _put(state.weights, model, run)
+    _put(weights, model, run)
     _say_changes(state, config)
-    return model, config
+    return model
 
 
 def _say_changes(state: State, config: Mapping[str, Any]) -> None:

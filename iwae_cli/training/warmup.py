@@ -30,7 +30,7 @@ class WarmedUp(LatentVariableModel):
         """Set beta for the draws from here on."""
         self._kl_weight.fill_(beta)
 
-    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise) -> Particles:
+    def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise | None = None) -> Particles:
         """Return ``k`` samples h ~ q(h|x) for every x; log p(h) and log q(h|x) are multiplied by beta."""
         beta = self._kl_weight
         latents, log_q = self.inference.sample(x, k, noise)

@@ -69,6 +69,23 @@ def test_files_are_read_as_they_were_written(dataset: type[IdxImages], tmp_path:
         dataset(str(tmp_path), validation=460)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_are_read_where_they_are_whole(dataset: type[IdxImages], tmp_path: Path, packed: bool) -> None:
+    raw = written(dataset, tmp_path)
+    assert dataset(str(tmp_path)).load().evaluation_split("test", 0).labels is None
+    labels = [np.random.default_rng(n).integers(0, 10, n, dtype=np.uint8) for n in SIZES]
+    for name, values in zip(NAMES, labels, strict=True):
+        content = struct.pack(">BBBBI", 0, 0, 8, 1, len(values)) + values.tobytes()
+        path = raw / (name.replace("images-idx3", "labels-idx1") + ".gz" * packed)
+        path.write_bytes(gzip.compress(content) if packed else content)
+    data = dataset(str(tmp_path), limit=9).load()
+    for split, expected in (("train", labels[0][:9]), ("validation", labels[0][60:]), ("test", labels[1])):
+        found = data.evaluation_split(split, 0).labels
+        assert found is not None and np.array_equal(found, expected)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not dataset(str(tmp_path)).load().labels
+
+
 def test_a_relative_folder_is_that_of_the_moment_of_construction(
     dataset: type[IdxImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +148,8 @@ def test_real_mnist(data_dir: Path) -> None:
     assert len(data.test) == 10_000
     assert data.mean().mean() == pytest.approx(0.1307, abs=2e-4)
     split = data.evaluation_split("test", 0)
+    if split.labels is not None:
+        assert split.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     p = data.test.double() / 255
     sd = (p * (1 - p)).sum().sqrt().item()
     assert abs(split.x.sum().item() - p.sum().item()) < 5 * sd

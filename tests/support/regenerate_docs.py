@@ -1,4 +1,7 @@
-"""Run the commands that `<!-- Output of ... -->` names in README and docs, and replace the code block below."""
+"""Run the commands that `<!-- Output of ... -->` names in README and docs, and replace the code block below.
+
+Likewise run the cells of the notebook.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,40 @@ import sys
 import tempfile
 from glob import glob
 from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = "import sys; from iwae_cli.cli.evaluate import evaluate; sys.exit(evaluate())"
+NOTEBOOK = ROOT / "docs" / "python.ipynb"
 BLOCK = re.compile(r"(<!-- Output of iwae-(train|eval)(.*?) -->\n```\n).*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of this process without those that a run reads; figures are drawn where they are shown."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("IWAE_", "WANDB_", "MPLBACKEND"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+
+
+def executed(folder: str | Path) -> Any:
+    """Return the notebook with what its cells print and draw in a folder; a cell that raises is an error."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    settings = {"timeout": 300, "record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
+    client.execute(env=environment())
+    return notebook
 
 
 def output(program: str, arguments: str) -> str:
     """Return what `iwae-train` prints in an empty folder, or `iwae-eval` of a run."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("IWAE_", "WANDB_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*command: str) -> str:
             line = [sys.executable, *command]
             return subprocess.run(
-                line, cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True
+                line, cwd=folder, env=environment(), stdout=subprocess.PIPE, encoding="utf-8", check=True
             ).stdout
 
         text = run("-m", "iwae_cli", *(shlex.split(arguments) if program == "train" else ()))
@@ -38,3 +59,5 @@ if __name__ == "__main__":
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
         page.write_text(BLOCK.sub(lambda found: f"{found[1]}{output(found[2], found[3])}\n```", text), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(executed(folder), NOTEBOOK)

@@ -206,7 +206,7 @@ class AIS(Estimator):
         shared: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "seed": evaluation.seed}
         shared |= {"check": check}
         for name, split in splits.items():
-            first = replace(split, x=split.x[: self.images])
+            first = replace(split, x=split.x[: self.images], labels=None)
             with Progress(f"evaluating {name}", total=len(first.x), unit="image") as progress:
                 by_q = log_likelihood(model, first, k=self.k, on_progress=progress.update, **shared)
             arrays[array_name(name, "log_px_q")] = by_q.log_px
