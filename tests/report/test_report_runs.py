@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from report_runs import change, config, values, write
 
 from iwae_cli.core.errors import UserError
@@ -30,7 +31,8 @@ def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path
     real = real_runs[0]
     test = json.loads((real / "result.json").read_text())["test"]
     refined = values(84.0)[: 40 if "nll_refined" in test else 10] if "refined" in test else None
-    made = write(tmp_path / "made", config(), values(85.0), refined=refined)
+    training = yaml.safe_load((real / "config.yaml").read_text())["training"]
+    made = write(tmp_path / "made", config(training=training), values(85.0), refined=refined)
     for name, part in (
         ("result.json", ""),
         ("result.json", "test"),
@@ -42,7 +44,7 @@ def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path
         if "refined" in mine.get(part, ()):
             assert mine[part]["refined"].keys() == theirs[part]["refined"].keys()
     (run,), (other,) = read([real]).runs, read([made]).runs
-    assert run.training.keys() - other.training.keys() == {"schedule.passes"}
+    assert run.training.keys() - other.training.keys() == {"schedule.passes", "schedule.patience"}
     assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5
 
 

@@ -21,6 +21,11 @@ model:
   hidden_sizes: [[200, 200]]
   likelihood: bernoulli
   noise_std: null
+  activation: tanh
+  posterior: diagonal
+  posterior_size: 4
+  prior: standard
+  prior_components: 500
 objective: {_target_: iwae_cli.objectives.iwae.IWAE, k: 50, gradient: total}
 optimizer:
   {_target_: torch.optim.Adam, lr: 0.001, betas: [0.9, 0.999], eps: 0.0001, weight_decay: 0.0, fused: true}
