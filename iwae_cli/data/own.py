@@ -178,6 +178,8 @@ class ArrayFile(_Own):
         floating = all(array.dtype.kind == "f" for array in arrays.values())
         if self.levels is not None and (found := _integers(arrays, self.levels)) is not None:
             return found
+        if self.levels is None and least == most:
+            raise self._wrong(f"all values are {least:g}: there is nothing to learn")
         if self.levels is None and floating and max(-least, most) <= torch.finfo(torch.float32).max:
             return {name: array.astype(np.float32) for name, array in arrays.items()}
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)

@@ -131,6 +131,8 @@ def gradient_snr(
         on_draw: called with the number of finished draws.
     """
     moments = {name: _Moments(draws) for name in NETWORKS}
+    # As a training step draws: a mixture takes its components in turn.
+    model.train()
     for draw in range(draws):
         noise = GeneratorNoise(generator(x.device, seed, "gradient snr", draw), x.dtype)
         losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
@@ -141,6 +143,7 @@ def gradient_snr(
             found = torch.autograd.grad(getattr(losses, name), parameters, retain_graph=True, materialize_grads=True)
             moments[name].add(torch.cat([part.flatten() for part in found]).double())
         on_draw(draw + 1)
+    model.eval()
     return {name: moments[name].result() for name in NETWORKS}
 
 
@@ -173,6 +176,9 @@ class GradientSNR(Estimator):
         """Return the ratios for every k, and the slope of log ratio against log k."""
         model, seed = subject.model, subject.evaluation.seed
         objectives = {k: subject.objective(k) for k in self.ks}
+        for objective in objectives.values():
+            if (refusal := objective.check_networks(model)) is not None:
+                raise UserError(refusal)
         split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}

@@ -26,7 +26,15 @@ from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, standard_error, without_nan
+from iwae_cli.evaluation.estimator import (
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    array_name,
+    require_probabilities,
+    standard_error,
+    without_nan,
+)
 from iwae_cli.evaluation.likelihood import CHUNK
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches, threads
@@ -37,9 +45,12 @@ ROWS = (
     ("right sum, nats", "right", "{:.3f}"),
     ("  other images: stderr_images of right", "right_stderr_images", "± {:.2f}"),
     ("L_{k}, nats", "log_px", "{:.3f}"),
+    ("  other images: stderr_images of L_{k}", "log_px_stderr_images", "± {:.2f}"),
+    ("  other noise: stderr_mc of L_{k}", "stderr_mc", "± {:.4f}"),
     ("left sum, nats", "left", "{:.3f}"),
     ("  other images: stderr_images of left", "left_stderr_images", "± {:.2f}"),
     ("right - left, nats", "difference", "{:.3f}"),
+    ("  paired: stderr of right - left", "difference_stderr", "± {:.3f}"),
     ("exact log p(x), nats", "exact", "{:.3f}"),
     ("effective sample size at beta = 1, median", "ess_median", "{:,.1f}"),
     ("  images below 10", "ess_share_below_10", "{:.1%}"),
@@ -79,6 +90,8 @@ class Thermodynamic(Estimator):
             with Progress(f"thermodynamic sums of {name}", total=len(split.x), unit="image") as progress:
                 found = self._sums(subject, split, check, progress.update)
             with np.errstate(invalid="ignore"):
+                errors = np.sqrt(np.maximum(0, 1 / found["ess"] - 1 / self.k))
+                require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
                 numbers[name] = without_nan(self._summary(found), f"{name}.", reasons, "a log-weight is not finite")
             arrays |= {array_name(name, key): values for key, values in found.items()}
         rows = [
@@ -124,9 +137,11 @@ class Thermodynamic(Estimator):
     def _summary(self, found: dict[str, Float64[np.ndarray, " n"]]) -> dict[str, Any]:
         ess = found["ess"]
         numbers: dict[str, Any] = {key: float(values.mean()) for key, values in found.items() if key != "ess"}
-        numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right")}
+        numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right", "log_px")}
         return numbers | {
+            "stderr_mc": math.sqrt(np.maximum(0, 1 / ess - 1 / self.k).sum()) / len(ess),
             "difference": float((found["right"] - found["left"]).mean()),
+            "difference_stderr": standard_error(found["right"] - found["left"]),
             "ess_median": float(np.median(ess)),
             "ess_share_below_10": math.nan if np.isnan(ess).any() else float((ess < 10).mean()),
             "k": self.k,

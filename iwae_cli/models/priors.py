@@ -54,9 +54,13 @@ def make_prior(
     return StandardNormal(size)
 
 
-def check_prior(prior: PriorName | Prior, components: int, layers: int, posterior: str) -> None:
-    """Raise ValueError unless such a prior can be made for q of so many layers."""
+def check_prior(prior: PriorName | Prior, components: int, layers: int, posterior: str, likelihood: str) -> None:
+    """Raise ValueError unless such a prior can be made for q of so many layers, and for such pixels."""
     check_size("prior_components", components)
+    if prior == "vamp" and likelihood == "gaussian":
+        raise ValueError(
+            "prior=vamp is for pixels in [0, 1], as its images are, not for likelihood=gaussian: use mixture"
+        )
     if prior == "vamp" and (layers > 1 or posterior != "diagonal"):
         raise ValueError(
             "prior=vamp needs one stochastic layer and posterior=diagonal, "

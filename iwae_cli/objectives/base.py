@@ -112,9 +112,10 @@ class Objective(ABC):
                 "model.posterior"
             )
         if self.k % strata:
+            fewer = f", or model.posterior_size={self.k}" if self.k > 1 else ""
             return (
                 f"objective.k={self.k} is not a multiple of the {strata} components of q, from which draws are taken "
-                f"in turn: write objective.k={-(-self.k // strata) * strata} or model.posterior_size={self.k}"
+                f"in turn: write objective.k={-(-self.k // strata) * strata}{fewer}"
             )
         return None
 
@@ -142,8 +143,8 @@ class BoundObjective(Objective, ABC):
             raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
         self.gradient: str = gradient
         self.one_loss = gradient == "total"
-        # The coefficient b of ``dreg`` stands for a score term of weight one.
-        self.takes_kl_weight = gradient in ("total", "stl")
+        # The coefficient b of ``dreg``, and a score, stand for a log q of weight one.
+        self.takes_kl_weight = gradient in ("total", "stl") and type(self).losses is BoundObjective.losses
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """Return a = dB/dlog w; by autograd, unless the closed form is there."""

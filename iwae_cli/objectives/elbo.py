@@ -31,7 +31,7 @@ class ELBO(BoundObjective):
         if analytic_kl and gradient != "total":
             raise ValueError(f"analytic_kl has a meaning with gradient=total only, got gradient={gradient}")
         self.analytic_kl = analytic_kl
-        self.takes_kl_weight &= not analytic_kl
+        self.takes_kl_weight = gradient in ("total", "stl") and not analytic_kl
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         """Return the mean of the log-weights."""

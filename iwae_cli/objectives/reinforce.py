@@ -28,7 +28,6 @@ class REINFORCE(Objective):
     """
 
     least_k = 2
-    takes_kl_weight = True
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         """Return the mean of the log-weights."""

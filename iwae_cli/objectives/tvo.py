@@ -62,7 +62,7 @@ class TVO(BoundObjective):
         self.gradient = gradient
         self.one_loss = gradient == "total"
         self.through_latents = gradient != "covariance"
-        self.takes_kl_weight &= gradient != "covariance"
+        self.takes_kl_weight = gradient in ("total", "stl")
         if gradient == "covariance" and k < 2:
             raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
         check_range("partitions", partitions, 1)

@@ -45,7 +45,8 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     evaluation. Training precision and validation are part of it.
     """
     return {
-        **{key: config[key] for key in ("model", "objective", "optimizer", "schedule", "seed", "batch_size")},
+        **{key: config[key] for key in ("objective", "optimizer", "schedule", "seed", "batch_size")},
+        "model": {key: value for key, value in config["model"].items() if key not in unused(config["model"])},
         "data": {key: value for key, value in config["data"].items() if key not in path_keys(config["data"])},
         "precision": config["device"]["precision"],
         "validation": {key: config["validation"][key] for key in ("k", "every")},
@@ -53,6 +54,12 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
         **{key: config[key] for key in ("with_optimizer", "train")},
         **_training(config),
     }
+
+
+def unused(model: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a model that its choices leave without effect."""
+    unused = {"posterior_size"} if model.get("posterior") in ("diagonal", "full") else set()
+    return unused | ({"prior_components"} if model.get("prior") == "standard" else set())
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from iwae_cli.core.errors import UserError
 from iwae_cli.record import schema
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
-from iwae_cli.record.identity import training_config
+from iwae_cli.record.identity import path_keys, training_config, unused
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
 MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock"}
@@ -25,6 +25,20 @@ SWEEP = "sweep.json"
 """File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
 GROUPS = ("model", "objective", "optimizer", "schedule")
 """Groups whose chosen name is in ``result.json``."""
+FORMER = {
+    "training.backward": "all",
+    "training.kl_warmup": 0,
+    "training.clip": None,
+    "training.ema": None,
+    "schedule.patience": None,
+    "model.activation": "tanh",
+    "model.noise_std": None,
+    "model.posterior": "diagonal",
+    "model.posterior_size": 5,
+    "model.prior": "standard",
+    "model.prior_components": 500,
+}
+"""Keys that older versions did not have, with what they did."""
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 """Errors from reading arrays that do not hold what they should."""
 
@@ -140,12 +154,22 @@ class Run:
             # Results of older versions have no name for optimizer and schedule: use the class.
             named = group in self.result or group in ("model", "objective")
             keys[group] = str(self.result[group]["name"]) if named else class_name(keys[f"{group}._target_"])
-        keys.setdefault("training.backward", "all")  # the only choice of older versions
+        keys.update((key, value) for key, value in FORMER.items() if key not in keys and _applies(key, self.config))
+        # Two files of a user may have one name; the data sets of this package are known by theirs.
+        if any(self.config["data"].get(key) is not None for key in path_keys(self.config["data"]) if key != "data_dir"):
+            keys["data.sha256"] = str(self.result.get("data_sha256"))[:8]
         source = self.config.get("init_from")
         # Its name without seed and hash; alone it would mix second stages of different first trainings.
         keys["init_from"] = source and re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(source).name)
         keys["init_from.training"] = source and _training_hash(source)
         return keys
+
+    @property
+    def unused(self) -> set[str]:
+        """Keys that have no effect beside the others."""
+        return {
+            f"model.{key}" for key in unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
+        }
 
     @cached_property
     def training(self) -> dict[str, Any]:
@@ -153,7 +177,9 @@ class Run:
         decides = training_config(self.config, {})
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
-        names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision"}
+        names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision", "data.sha256"}
+        idle = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
+        names |= FORMER.keys() - {f"model.{key}" for key in idle}
         return {key: value for key, value in self.keys.items() if key in names}
 
 
@@ -170,6 +196,14 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def _applies(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a key of ``FORMER`` is one of the class that a configuration names."""
+    group, _, name = key.partition(".")
+    place, _, cls = str(config["model"]["_target_"]).rpartition(".")
+    having = ("GaussianMLP",) if name == "activation" else ("GaussianMLP", "GaussianConvolutional")
+    return group != "model" or (place.startswith("iwae_cli.") and cls in having)
 
 
 def read(paths: Sequence[str | Path]) -> Found:

@@ -111,6 +111,7 @@ def _built(architecture: Architecture, image_shape: tuple[int, ...], levels: int
     random = generator("cpu", 0, "check")
     mean = np.full(math.prod(image_shape), 0.5)
     model: LatentVariableModel = _called(architecture, "build", image_shape, mean, random, levels)
+    model.eval()  # in training a mixture takes its components in turn, which looks like a flow
     with torch.no_grad():
         for vector in (p for p in model.parameters() if p.ndim < 2):
             vector.add_(torch.where(vector == 0, 0.3, 0.1 * vector) * torch.randn(vector.shape, generator=random))

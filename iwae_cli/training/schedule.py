@@ -14,7 +14,8 @@ class Schedule(ABC):
 
     Args:
         passes: over the training split.
-        patience: passes without a better validation bound after which the training ends; None: never.
+        patience: passes without a better validation bound, those of a KL warm-up not counted, after which the training
+            ends; None: never.
 
     Raises:
         ValueError: passes or patience < 1.

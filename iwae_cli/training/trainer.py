@@ -356,7 +356,9 @@ class Trainer:
         """End the training where ``patience`` says so."""
         state, patience = self.state, self.schedule.patience
         best = state.best.get("step", 0) // self.steps_per_pass
-        if patience is not None and pass_number - best >= patience and state.step < self.total_steps:
+        # While the KL has a small weight the bound may fall: the passes of a warm-up do not count.
+        since = max(best, self.settings.kl_warmup)
+        if patience is not None and pass_number - since >= patience and state.step < self.total_steps:
             state.total_steps = state.step
             log.warning(
                 "the training ends after pass %d: no better validation bound since pass %d, schedule.patience=%d",

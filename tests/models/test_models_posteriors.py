@@ -281,6 +281,7 @@ def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_co
             "prior=vamp needs one stochastic layer",
         ),
         ({"prior": "mixture", "prior_components": 0}, "prior_components must be >= 1, got 0"),
+        ({"prior": "vamp", "likelihood": "gaussian"}, "prior=vamp is for pixels in [0, 1]"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], message: str) -> None:

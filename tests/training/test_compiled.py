@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Architecture, Objective]] = {
     "VIMCO, zero": (BITS, VIMCO(3, "zero")),
     "REINFORCE": (BITS, REINFORCE(3)),
     "RWS DReG": (ONE, RWS(3, gradient="dreg")),
+    "VampPrior": (GaussianMLP([3], [[5, 4]], prior="vamp", prior_components=3), IWAE(3)),
     "UMIWAE": (ONE, UMIWAE(2, 3, 2)),
     "TVO, moments": (ONE, TVO(3, 3, "moments")),
     "TVO, covariance": (BITS, TVO(3, gradient="covariance")),

@@ -134,7 +134,7 @@ class GaussianConvolutional(Architecture):
     likelihood: LikelihoodName = "bernoulli"
     prior: PriorName | Prior = "standard"
     posterior: PosteriorName = "diagonal"
-    posterior_size: int = 4
+    posterior_size: int = 5
     prior_components: int = 500
     noise_std: float | None = None
     layers = 1
@@ -148,7 +148,7 @@ class GaussianConvolutional(Architecture):
         check_noise_std(self.noise_std, self.likelihood)
         self.observation = OBSERVATIONS[self.likelihood]
         check_posterior(self.posterior, self.posterior_size, [self.latent_size])
-        check_prior(self.prior, self.prior_components, self.layers, self.posterior)
+        check_prior(self.prior, self.prior_components, self.layers, self.posterior, self.likelihood)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""

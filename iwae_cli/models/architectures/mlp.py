@@ -45,7 +45,7 @@ class GaussianMLP(Architecture):
     prior: PriorName | Prior = "standard"
     activation: Activation = "tanh"
     posterior: PosteriorName = "diagonal"
-    posterior_size: int = 4
+    posterior_size: int = 5
     prior_components: int = 500
     noise_std: float | None = None
 
@@ -62,7 +62,7 @@ class GaussianMLP(Architecture):
         check_noise_std(self.noise_std, self.likelihood)
         self.observation = OBSERVATIONS[self.likelihood]
         check_posterior(self.posterior, self.posterior_size, self.latent_sizes)
-        check_prior(self.prior, self.prior_components, self.layers, self.posterior)
+        check_prior(self.prior, self.prior_components, self.layers, self.posterior, self.likelihood)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
         """See the base class; the output bias starts where the likelihood says."""

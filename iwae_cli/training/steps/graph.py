@@ -114,9 +114,19 @@ def tensors_of(model: nn.Module) -> Tensors:
 
 def functional(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
     """Return ``function(model, *inputs)`` as a function of (tensors of such a model, *inputs)."""
+    # Every place of a tensor once: torch would swap that of a module with two names twice, and restore it wrongly.
+    places: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            for attribute, tensor in own.items():
+                if tensor is not None:
+                    name = f"{path}.{attribute}" if path else attribute
+                    places[name] = first.setdefault(id(tensor), name)
 
     def with_tensors(tensors: Tensors, *inputs: Tensor) -> T:
-        found: T = functional_call(_OfModel(model, function), {f"model.{n}": t for n, t in tensors.items()}, inputs)
+        given = {f"model.{name}": tensors[source] for name, source in places.items()}
+        found: T = functional_call(_OfModel(model, function), given, inputs, tie_weights=False)
         return found
 
     return with_tensors
