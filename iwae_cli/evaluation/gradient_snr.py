@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from iwae_cli.core.errors import check_range
+from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
 from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper, without_nan

@@ -111,7 +111,7 @@ class Objective(ABC):
                 "components in turn: use objective=iwae, elbo or miwae with objective.gradient=total, or another "
                 "model.posterior"
             )
-        if self.k % strata:
+        if strata > 1 and self.k % strata:
             fewer = f", or model.posterior_size={self.k}" if self.k > 1 else ""
             return (
                 f"objective.k={self.k} is not a multiple of the {strata} components of q, from which draws are taken "

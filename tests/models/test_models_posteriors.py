@@ -236,7 +236,7 @@ def test_the_estimate_agrees_with_quadrature_for_every_family(settings: dict[str
 
 
 def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
-    model = built(posterior="mixture")
+    model = built(posterior="mixture", posterior_size=4)
     for fine in (IWAE(8), IWAE(4, "stl"), ELBO(4), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4), RWS(4)):
         assert fine.check_networks(model) is None
     for wrong in (
@@ -250,7 +250,7 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
 
 
 def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_components() -> None:
-    model = built(posterior="mixture")
+    model = built(posterior="mixture", posterior_size=4)
     with torch.no_grad():
         # Components far from each other.
         model.inference.layers[0].loc.bias += torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0, 2.0, 0.0, -2.0])
@@ -307,7 +307,7 @@ SMALL = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_runs_and_their_estimators(tmp_path: Path, choice: str) -> None:
-    asked = ("model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4", "objective.k=4")
+    asked = ("model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4")
     folder = finished(tmp_path, *TINY[1:], *asked, "evaluation.refine=20")
     result = read_json(folder / "result.json")
     assert result["test"]["nll"] > 0 and result["test"]["refined"]["n"] == 20 and len(result["active_units"]) == 1

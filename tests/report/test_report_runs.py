@@ -44,7 +44,7 @@ def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path
         if "refined" in mine.get(part, ()):
             assert mine[part]["refined"].keys() == theirs[part]["refined"].keys()
     (run,), (other,) = read([real]).runs, read([made]).runs
-    assert run.training.keys() - other.training.keys() == {"schedule.passes", "schedule.patience"}
+    assert run.training.keys() - other.training.keys() == {"schedule.passes"}
     assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5
 
 
