@@ -139,7 +139,7 @@ def test_where_compiling_fails_auto_continues_and_on_does_not(
     assert "the step is not compiled" in read_log(folder) and "Python.h" in read_log(folder)
     code, _, err = run(*COMMAND, "device.compile=on", f"output_dir={tmp_path / 'on'}")
     assert code == 1
-    (line,) = err.strip().splitlines()
+    *_, line = err.strip().splitlines()
     assert "device.compile=on: CppCompileError" in line and "device.compile=auto" in line
 
 

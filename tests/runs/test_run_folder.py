@@ -223,7 +223,8 @@ def test_files_where_folders_belong(folder: Path) -> None:
 )
 def test_an_invalid_source(folder: Path, damage: Callable[[Path], Path], named: str) -> None:
     line = refused(folder.parent.parent / "new", f"init_from={damage(folder)}")
-    assert line.startswith(f"iwae-train: init_from: {folder.parent}") and named in line
+    # The middle of a long path is left out.
+    assert line.startswith(f"iwae-train: init_from: {str(folder.parent)[:20]}") and named in line
     assert not (folder.parent.parent / "new").exists()
 
 

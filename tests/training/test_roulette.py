@@ -215,4 +215,4 @@ def test_the_identity_ignores_the_group_without_roulette(tmp_path: Path) -> None
     other = config | {"training": config["training"] | {"tau": 0.5}}
     assert training_config(other, {}) == training_config(before, {})
     roulette = config | {"training": config["training"] | {"backward": "roulette"}}
-    assert training_config(roulette, {})["training"]["tau"] == 0.01
+    assert training_config(roulette, {})["training"] == {"_target_": "Training", "backward": "roulette"}
