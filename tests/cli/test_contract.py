@@ -261,6 +261,6 @@ def test_what_is_no_run_folder_is_named(copy: Path, fault: str) -> None:
             (copy / "checkpoint.pt").unlink()
     place = copy / "nowhere" if fault == "nothing" else copy
     code, _, err = evaluate(str(place), "evaluation.k=60")
-    assert code == 2 and err.count("\n") == 1 and place.name[-12:] in err
+    assert code == 2 and err.count("\n") == 1 and place.name[-8:] in err
     with pytest.raises(iwae_cli.core.errors.UserError, match=re.escape(str(place))):
         iwae_cli.load(place)
