@@ -402,7 +402,7 @@ class Lacking(InferenceChain):
 
 
 def certain(images: int, lacking: bool = False) -> tuple[LatentVariableModel, Split]:
-    """A model with p(x) = 1 for white images, whatever h is, under a q far from p(h): L_k is noise around 0."""
+    """A model with p(x) = 1 for white images and every h, under a q far from p(h): L_k is noise around 0."""
     model = built(GaussianMLP([3], [[5]]), PIXELS, torch.float32)
     with torch.no_grad():
         model.generative.observation.head.weight.zero_()

@@ -99,7 +99,7 @@ def test_a_report_names_the_key_or_shows_the_same_numbers(
 
 @pytest.mark.parametrize("file", ["result.json", "status.json"])
 def test_the_command_of_a_run_names_the_key_or_prints_the_same_numbers(folder: Path, file: str) -> None:
-    """A damaged status is written again; whatever else a result holds is not needed."""
+    """A damaged status is written again; nothing else of a result is needed."""
     command = (*OPTIONS, f"output_dir={folder.parent}")
     expected = numbers(run(*command)[1])
     codes = []

@@ -306,7 +306,7 @@ def test_it_loads_alone_reads_on_a_phone_sorts_and_highlights(page: Path, tmp_pa
     for width in ("1200", "390", "320"):
         layout = found[width]
         assert layout["requests"] == [] and not layout["hacked"] and EVIL in layout["left"]
-        assert all(hidden == told for hidden, told in layout["scrolled"]), "what a frame hides is said below it"
+        assert all(hidden == said for hidden, said in layout["scrolled"]), "what a frame hides is said below it"
         assert any(hidden for hidden, _ in layout["scrolled"]) == (width != "1200"), "all fits on a screen"
         assert layout["zeros"] == 1 and layout["clipped"]
         assert layout["sticks_out"] <= 0 and layout["row"] < 120 and layout["font"] >= 12, width
