@@ -77,9 +77,11 @@ class Estimator(ABC):
 
     Attributes:
         file: name of the file of ``Estimates.arrays``.
+        recipe: raised where the same settings report other numbers than before, so that no older result answers.
     """
 
     file: ClassVar[str] = "estimates.npz"
+    recipe: ClassVar[int] = 0
 
     @abstractmethod
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:

@@ -176,6 +176,8 @@ def evaluation_name(config: Mapping[str, Any]) -> str:
     if "estimator" in config:
         parts = {key: evaluation[key] for key in ("weights", "seed", "binarization_seed")}
         parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"], **first}
+        if recipe := getattr(_class(config["estimator"]), "recipe", 0):
+            parts |= {"recipe": recipe}
         return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config), **first}

@@ -19,6 +19,7 @@ from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.cli.help import conf_folder
 from iwae_cli.core.errors import UserError
 from iwae_cli.data.digits import Digits
+from iwae_cli.evaluation.ais.estimator import AIS
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.record.identity import evaluation_name, one_spelling
 from iwae_cli.training.trainer import Trainer
@@ -376,3 +377,13 @@ def test_results_do_not_depend_on_the_order_of_the_runs_in_one_process(tmp_path:
     there = {name: bits(finished(tmp_path / "there", *commands[name])) for name in ("a", "b")}
     back = {name: bits(finished(tmp_path / "back", *commands[name])) for name in ("b", "a")}
     assert there == back
+
+
+def test_no_older_result_of_an_estimator_answers_for_what_it_reports_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = plan([], False, None).jobs[0].config
+    asked = config | {"estimator": {"_target_": "iwae_cli.evaluation.ais.estimator.AIS"}}
+    before = evaluation_name(asked)
+    monkeypatch.setattr(AIS, "recipe", AIS.recipe + 1)
+    assert evaluation_name(asked) != before
+    monkeypatch.setattr(AIS, "recipe", AIS.recipe - 1)
+    assert evaluation_name(asked) == before

@@ -108,6 +108,8 @@ class AIS(Estimator):
         simulated: observations drawn from the model for bidirectional Monte Carlo; 0: none.
     """
 
+    recipe = 1  # L_k of the same images beside it
+
     chains: int = 16
     temperatures: int = 500
     max_temperatures: int = 4000
