@@ -114,6 +114,7 @@ class Trainer:
         settings: Training = PLAIN,
     ) -> None:
         self.model = WarmedUp(model) if settings.kl_warmup else model
+        self._without_weight = model
         self.evaluated = model
         self.settings = settings
         self._averaged: AveragedModel | None = None
@@ -202,7 +203,7 @@ class Trainer:
                 terms = {"log q(h|x)": drawn.log_q, "log p(h)": p.log_prior(drawn.latents)}
                 terms["log p(x|h)"] = p.log_likelihood(x, drawn.latents)
             found = [name for name, value in terms.items() if not value.isfinite().all()]
-            measured = {} if found else diagnostics(self._plain(), self.objective, *self.minibatches[step])
+            measured = {} if found else diagnostics(self._without_weight, self.objective, *self.minibatches[step])
         except Exception:  # a user's own class may raise anything where numbers are not finite
             return None
         for name in ("p", "q"):
@@ -249,7 +250,7 @@ class Trainer:
     def _measure(self, step: int) -> None:
         """Add the diagnostics of ``step`` to the sums of the pass; the step itself then draws the same numbers."""
         try:
-            found = diagnostics(self._plain(), self.objective, *self.minibatches[step])
+            found = diagnostics(self._without_weight, self.objective, *self.minibatches[step])
         except Exception as error:  # a user's own class may refuse to be copied; memory may suffice for the step alone
             self._measures = False
             why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -258,11 +259,6 @@ class Trainer:
         state = self.state
         state.measured += 1
         state.diagnostics = {name: state.diagnostics.get(name, 0.0) + value for name, value in found.items()}
-
-    def _plain(self) -> LatentVariableModel:
-        """Return the model without a weight on its KL."""
-        model = self.model
-        return LatentVariableModel(model.generative, model.inference) if isinstance(model, WarmedUp) else model
 
     def _kl_weight(self, pass_index: int) -> float:
         return min(1.0, (pass_index + 1) / max(1, self.settings.kl_warmup))
@@ -284,7 +280,7 @@ class Trainer:
         self._bound_sum += bounds.to(self._bound_sum).sum()
         state.step += 1
         if self._averaged is not None:
-            self._averaged.update_parameters(self._plain())
+            self._averaged.update_parameters(self._without_weight)
         self.hooks.on_step(state.step)
         if state.step % self.steps_per_pass == 0 and not self._end_pass():
             return False
