@@ -22,7 +22,7 @@ from iwae_cli.core.interfaces import Latents
 from iwae_cli.core.noise import GeneratorNoise, Noise, generator
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
-from iwae_cli.models.networks import standard_normal_log_prob
+from iwae_cli.models.networks import full_normal_log_prob
 
 GROUP = 20
 """Images fitted together, by their index: the shape of a product may change its last bits, which 200 steps amplify."""
@@ -80,7 +80,7 @@ class Fitted:
 
     def gaussian_log_prob(self, h: Float[Tensor, "k batch d"]) -> Float[Tensor, "k batch"]:
         """Return the log-density of the Gaussian alone, nats."""
-        return _gaussian(h, self.loc, self.cholesky)
+        return full_normal_log_prob(h, self.loc, self.cholesky)
 
 
 class Refined(Fitted):
@@ -160,15 +160,6 @@ def mixture_log_prob(fitted: Float[Tensor, "*n"], of_q: Float[Tensor, "*n"]) -> 
     return torch.logaddexp(math.log1p(-SHARE) + fitted, math.log(SHARE) + of_q)
 
 
-def _gaussian(
-    h: Float[Tensor, "k n d"], loc: Float[Tensor, "n d"], cholesky: Float[Tensor, "n d d"]
-) -> Float[Tensor, "k n"]:
-    """Return log N(h; loc, cholesky cholesky^T), nats."""
-    centred = (h - loc).permute(1, 2, 0)  # (n, d, k)
-    standardized = torch.linalg.solve_triangular(cholesky, centred, upper=False).permute(2, 0, 1)
-    return standard_normal_log_prob(standardized) - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
 def _above(
     inference: InferenceChain, h: Float[Tensor, "k batch d"], noise: Noise
 ) -> tuple[Latents, Float[Tensor, "k batch"]]:
@@ -210,7 +201,7 @@ def _maximize_elbo(
         whitened = shift + torch.einsum("bij,kbj->kbi", triangle, torch.cat([half, -half]))
         h = loc + scale * whitened
         above, log_q = _above(model.inference, h, noise)
-        log_r = _gaussian(whitened, shift.detach(), triangle.detach())
+        log_r = full_normal_log_prob(whitened, shift.detach(), triangle.detach())
         log_w = model.generative(x, (h, *above)) - log_q - log_r
         gradients = torch.autograd.grad(-log_w.mean(0).sum(), trained)
         for part, gradient in zip(trained, gradients, strict=True):

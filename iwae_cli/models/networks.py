@@ -33,7 +33,16 @@ def standard_normal_log_prob(h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
     return -0.5 * h.square().sum(-1) - h.shape[-1] * HALF_LOG_2PI
 
 
-def mixture_log_prob(
+def full_normal_log_prob(
+    h: Float[Tensor, "k n d"], loc: Float[Tensor, "n d"], cholesky: Float[Tensor, "n d d"]
+) -> Float[Tensor, "k n"]:
+    """Return log N(h; loc, cholesky cholesky^T), nats."""
+    centred = (h - loc).permute(1, 2, 0)  # (n, d, k)
+    standardized = torch.linalg.solve_triangular(cholesky, centred, upper=False).permute(2, 0, 1)
+    return standard_normal_log_prob(standardized) - cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def gaussian_mixture_log_prob(
     h: Float[Tensor, "*n d"],
     loc: Float[Tensor, "*#n s d"],
     log_scale: Float[Tensor, "*#n s d"],

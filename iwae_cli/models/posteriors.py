@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
-from iwae_cli.models.networks import check_size, mixture_log_prob, normal_log_prob, standard_normal_log_prob
+from iwae_cli.models.networks import (
+    check_size,
+    full_normal_log_prob,
+    gaussian_mixture_log_prob,
+    normal_log_prob,
+    standard_normal_log_prob,
+)
 
 PosteriorName = Literal["diagonal", "full", "coupling", "mixture"]
 
@@ -103,10 +109,8 @@ class FullGaussian(Conditional):
         """Return the log-density, nats."""
         loc, log_diagonal, cholesky = self(given)
         if cholesky.dim() == 3:  # one L for all draws of a row
-            centred = (h - loc).permute(1, 2, 0)  # (n, d, k)
-            standard = torch.linalg.solve_triangular(cholesky, centred, upper=False).permute(2, 0, 1)
-        else:
-            standard = torch.linalg.solve_triangular(cholesky, (h - loc)[..., None], upper=False)[..., 0]
+            return full_normal_log_prob(h, loc, cholesky)
+        standard = torch.linalg.solve_triangular(cholesky, (h - loc)[..., None], upper=False)[..., 0]
         return standard_normal_log_prob(standard) - log_diagonal.sum(-1)
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
@@ -238,11 +242,11 @@ class GaussianMixture(Conditional):
         of_chosen = (v.expand(k, batch, *v.shape[-2:]).gather(-2, index)[..., 0, :] for v in (loc, log_scale))
         chosen_loc, chosen_log_scale = of_chosen
         h = chosen_loc + chosen_log_scale.exp() * noise.normal(level, k, batch, loc.shape[-1])
-        return h, mixture_log_prob(h, loc, log_scale)
+        return h, gaussian_mixture_log_prob(h, loc, log_scale)
 
     def log_prob(self, h: Float[Tensor, "k n d"], given: Given) -> Float[Tensor, "k n"]:
         """Return the log-density, nats."""
-        return mixture_log_prob(h, *self(given))
+        return gaussian_mixture_log_prob(h, *self(given))
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
         """Return the mean of the locations."""

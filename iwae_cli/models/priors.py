@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Bits, Conditional, DiagonalGaussian, Draws, Given, OneHot
-from iwae_cli.models.networks import check_size, mixture_log_prob, standard_normal_log_prob
+from iwae_cli.models.networks import check_size, gaussian_mixture_log_prob, standard_normal_log_prob
 
 PriorName = Literal["standard", "mixture", "vamp"]
 
@@ -122,7 +122,7 @@ class MixturePrior(Conditional):
         components = self()
         rows = max(1, MOST_AT_ONCE // components[0].numel())
         parts = h.flatten(0, -2).split(rows)
-        return torch.cat([mixture_log_prob(part, *components) for part in parts]).view(h.shape[:-1])
+        return torch.cat([gaussian_mixture_log_prob(part, *components) for part in parts]).view(h.shape[:-1])
 
     def mean(self, given: Given) -> Float[Tensor, " d"]:
         """Return the weighted mean of the locations."""
@@ -134,7 +134,7 @@ class VampPrior(MixturePrior):
     """1/K sum_j q(h|u_j) with K learned images u_j (Tomczak and Welling 2018, arXiv 1705.07120).
 
     It shares the parameters of q, so that one loss must train both networks. The images are clamped to [0, 1], the
-    range that q is given, and begin at the mean image with a little noise.
+    range of pixels that q is given where they are integers, and begin at the mean image with a little noise.
 
     Args:
         q: q(h|x), a diagonal Gaussian.
