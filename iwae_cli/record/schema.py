@@ -49,7 +49,7 @@ Result = _keys(
         **dict.fromkeys(SPLITS, SPLIT),
         **LISTS,
         **{"figures": list[str], "reasons": Text | None, "seconds": dict[str, Number]},
-        **{"parameters": int, "data_sha256": str, "sources": Text, "versions": Text},
+        **{"draws": int | None, "parameters": int, "data_sha256": str, "sources": Text, "versions": Text},
         **dict.fromkeys(("git", "code"), _keys("Commit", commit=str, changed=bool) | None),
         "device": _keys("RanOn", {"kind": str, "name": str | None, "threads": int}),
     },

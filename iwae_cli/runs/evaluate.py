@@ -287,6 +287,7 @@ def _facts(
         "init_from": config["init_from"],
         "epochs": state.step // -(-len(data.train) // config["batch_size"]),
         "steps": state.step,
+        "draws": state.draws,
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": evaluation.weights,
         "evaluation": {

@@ -102,6 +102,7 @@ class Runner:
                 image_shape=data.image_shape,
                 levels=data.levels,
                 plan=_plan(experiment),
+                draws=0,
             ),
             hooks=self,
             settings=experiment.training,

@@ -49,6 +49,7 @@ class State:
         measured: number of these steps.
         best: step and validation bound of the best weights so far, if any.
         seconds: time spent training, over all sessions.
+        draws: draws of q that the steps have scored, over all images; None after versions before 0.6.
         before_extra: of a last pass that is validated only as such: ``best`` before it, and the ``row`` of its metrics
             in a longer training, which may start from this state.
     """
@@ -68,6 +69,7 @@ class State:
     measured: int = 0
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    draws: int | None = None
     average: dict[str, Tensor] = field(default_factory=dict)
     before_extra: dict[str, Any] = field(default_factory=dict)
 

@@ -279,6 +279,8 @@ class Trainer:
         state = self.state
         self._bound_sum += bounds.to(self._bound_sum).sum()
         state.step += 1
+        if state.draws is not None:
+            state.draws += len(bounds) * self.objective.num_samples
         if self._averaged is not None:
             self._averaged.update_parameters(self._without_weight)
         self.hooks.on_step(state.step)

@@ -98,7 +98,7 @@ GROUPS = (
 )
 RESULT = {
     **dict.fromkeys(("status", "identity", "weights"), str),
-    **dict.fromkeys(("seed", "epochs", "steps", "parameters"), int),
+    **dict.fromkeys(("seed", "epochs", "steps", "draws", "parameters"), int),
     **dict.fromkeys(("active_units", "active_units_authors_rule"), list),
     **dict.fromkeys(GROUPS, dict),
     **dict.fromkeys(("git", "code"), dict | None),
@@ -124,6 +124,7 @@ def test_every_field_is_there_with_its_type(result: Any, folder: Path) -> None:
         assert split["stderr_mc"] > 0 > split["bias_mc"]
     assert result["status"] == "finished" and result["identity"] == folder.name
     assert (result["seed"], result["epochs"], result["steps"], result["weights"]) == (4, 2, 26, "last")
+    assert result["draws"] == 2 * 1297 * 5  # the last minibatch of a pass is smaller
     dataset = result["dataset"]
     assert dataset["name"] == "digits" and "binarized dynamically" in dataset["protocol"]
     assert dataset["sizes"] == {"train": 1297, "validation": 250, "test": 250}

@@ -60,13 +60,14 @@ def test_an_evaluation_of_an_unfinished_run_is_not_its_result(
     assert evaluate([str(folder)]) == 0
     (kept,) = folder.glob("evaluations/*/result.json")
     early = read_json(kept)
-    assert (early["status"], early["steps"]) == ("unfinished", 20)
+    assert (early["status"], early["steps"], early["draws"]) == ("unfinished", 20, (1297 + 7 * 100) * 5)
     assert kept.parent.name == early["evaluation"]["name"] and kept.parent.name.endswith("-step20")
     assert "after step 20 of 26: the training is not finished" in capsys.readouterr().out
     assert run(*overrides)[0] == 0
     assert read_json(kept) == early and len(list(folder.glob("evaluations/*"))) == 2
     result = read_json(folder / "result.json")
-    assert (result["status"], result["steps"], result["epochs"]) == ("finished", 26, 2)
+    assert (result["status"], result["steps"], result["draws"]) == ("finished", 26, 2 * 1297 * 5)
+    assert result["epochs"] == 2
 
 
 def test_the_source_of_a_run_must_be_the_same_model_and_finished(folder: Path) -> None:
