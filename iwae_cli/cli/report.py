@@ -27,7 +27,7 @@ HELP = """\
 iwae-report: finished runs in a table beside the paper's values, as a page, and compared image by image.
 
 usage: iwae-report [PATH ...] [KEY=VALUE ...] [--rows KEYS] [--columns KEYS] [--against A] [--compare A B] [--format F]
-                   [--html FILE]
+                   [--html FILE] [--budget B]
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key; evaluation.k,
@@ -46,6 +46,8 @@ over images and seeds together. A number has as many digits as its error, which 
   --html FILE            write one page that needs no network: tables, curves, active units, pictures
   --against A            paired difference of every cell from the cell A, in nats, with its standard error over images
                          and over seeds; of several such cells, from the one in the same row or column
+  --budget evaluations | seconds   bounds on the validation split at equal training budgets, read from the curves: draws
+                         of q scored, or seconds
   --compare A B          paired difference on the same images; each is a run folder, a folder of seeds, or chosen among
                          the runs of PATH; may be given more than once
   A, B and KEY=VALUE are as typed for iwae-train: "objective=iwae objective.k=50" (any key; A and B with several quoted)
@@ -57,6 +59,7 @@ examples:
   iwae-report outputs --rows objective.k --columns model
   iwae-report outputs --columns data,objective --format latex > table.tex
   iwae-report outputs --rows objective --against objective=elbo
+  iwae-report outputs --rows objective,objective.k --columns= --budget evaluations
   iwae-report outputs --compare "objective=iwae schedule=burda" "objective=elbo schedule=burda"
   iwae-report outputs/RUN_A outputs/RUN_B --compare outputs/RUN_A outputs/RUN_B
   iwae-report outputs/sweeps/SWEEP --html report.html
@@ -92,10 +95,15 @@ def _report(argv: list[str]) -> bool:
     if filters:
         _narrow(found, " ".join(filters))
     scored, incomparable = comparable(found.runs, options.split)
+    made_tables = _against(options.against, tables(scored, options.rows, options.columns), found)
+    if options.budget:
+        from iwae_cli.report.budget import at_equal
+
+        made_tables = [at_equal(table, options.budget) for table in made_tables]
     made = Report(
         found,
         [*found.left_out, *incomparable],
-        _against(options.against, tables(scored, options.rows, options.columns), found),
+        made_tables,
         [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare],
     )
     if options.html is not None:
@@ -208,6 +216,7 @@ def _parser() -> Parser:
     parser.add_argument("--format", choices=["terminal", "markdown", "csv", "latex", "json"], default="terminal")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--against")
+    parser.add_argument("--budget", choices=["evaluations", "seconds"])
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
     return parser
 

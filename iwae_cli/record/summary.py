@@ -225,6 +225,7 @@ def result_table(
     out.print()
     facts = {
         "data": result.get("dataset", {}).get("protocol"),
+        "training": _training_text(result),
         "active units": None if units is None else units_text(units, layer_sizes(result.get("model") or {})),
         "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None),
         "device": _device_text(result.get("device") or {}),
@@ -235,6 +236,12 @@ def result_table(
         if fact:
             # On one line even in a narrow terminal, so that a path or a command can be copied.
             out.print(f"{label:<14}{fact}", soft_wrap=True)
+
+
+def _training_text(result: Mapping[str, Any]) -> str | None:
+    """Return how much was trained; None in results of versions before 0.6."""
+    passes, steps, draws = (result.get(key) for key in ("epochs", "steps", "draws"))
+    return draws and f"{passes:,} passes, {steps:,} steps, {draws:,} draws of q"
 
 
 def _device_text(device: Mapping[str, Any]) -> str:

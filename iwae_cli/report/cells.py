@@ -39,6 +39,25 @@ WITHIN = "\N{DOUBLE DAGGER}"
 """Behind a difference that the error of the estimates may explain."""
 WAYS = 4
 """Ways of training otherwise that a footnote lists."""
+UNITS = {"evaluations": "draws", "seconds": "seconds"}
+"""Of training budgets: an evaluation is that of p and q at one draw, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the columns of validation bounds at equal training budgets share.
+
+    Attributes:
+        unit: one of ``UNITS``.
+        k: samples per image of the validation bound.
+        levels: budgets, the last of which is the whole training of the run with the smallest.
+        cautions: what is not equal.
+    """
+
+    unit: str
+    k: int
+    levels: tuple[float, ...]
+    cautions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,8 @@ class Cell:
         published: value of a paper for exactly this setting, if any.
         deviations: how the training differs from the paper's.
         against: paired difference from the table's reference cell, if any.
+        at_budgets: for every level of the table's budget the validation bound of each seed, nats; None at a budget
+            that ends before the first validation.
     """
 
     row: Label
@@ -59,6 +80,7 @@ class Cell:
     published: Published | None
     deviations: tuple[str, ...]
     against: Paired | None = None
+    at_budgets: tuple[tuple[float, ...] | None, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,9 +94,18 @@ class Cell:
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of the mean over seeds, nats: sd / sqrt(n), n - 1 in the variance; None for one seed."""
-        values = [scored.numbers["nll"] for scored in self.runs]
-        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        """Standard error of the mean over seeds, nats."""
+        return stderr([scored.numbers["nll"] for scored in self.runs])
+
+    @property
+    def draws(self) -> float | None:
+        """Draws of q that the training has scored, mean over seeds; None if a run lacks it."""
+        return mean(scored.run.draws for scored in self.runs)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training, mean over seeds; None if a run lacks it."""
+        return mean(scored.run.seconds for scored in self.runs)
 
     def mean(self, key: str) -> float | None:
         """Return the mean over seeds of a number in ``result.json``, such as ``bias_mc``; None if a run lacks it."""
@@ -128,6 +159,7 @@ class Table:
         cells: sorted by row, then column.
         notes: remarks, one line each.
         against: name of the reference of the paired differences; None if there is none.
+        budget: of validation bounds at equal training budgets; None if there are none.
     """
 
     title: str
@@ -140,6 +172,7 @@ class Table:
     cells: tuple[Cell, ...]
     notes: tuple[str, ...]
     against: str | None = None
+    budget: Budget | None = None
 
     @cached_property
     def refined(self) -> bool:
@@ -200,9 +233,24 @@ class Table:
                     lambda cell: None if cell.units is None else sum(cell.units),
                 )
             )
+        if not self.columns:
+            found.append(_number_field("million draws", "{:,.4g}", lambda cell: cell.draws and cell.draws / 1e6))
+            found.append(_number_field("training, s", "{:,.0f}", lambda cell: cell.seconds))
+        for index, level in enumerate(self.budget.levels if self.budget else ()):
+            found.append(self._budget_field(index, level))
         if any(cell.published for cell in self.cells):
             found.append(Field("paper", _published_text, lambda cell: cell.published.nll if cell.published else None))
         return found
+
+    def _budget_field(self, index: int, level: float) -> Field:
+        assert self.budget is not None
+
+        def text(cell: Cell) -> str:
+            held = cell.at_budgets[index]
+            return MISSING if held is None else measured(statistics.fmean(held), stderr(held))
+
+        amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
+        return Field(f"L_{self.budget.k} at {amount}", text, lambda cell: mean(cell.at_budgets[index] or (None,)))
 
     @property
     def body(self) -> list[list[str]]:
@@ -249,6 +297,15 @@ class Table:
             notes.append(f"stderr_images, stderr_mc, bias_mc: of NLL_{self.k}, nats, of one run{of_seeds}")
         if unseen := [cell.name for cell in self.cells if cell.against is not None and not cell.against.seen]:
             notes.append(f"no difference is seen (below {SEEN} standard errors): {', '.join(unseen)}")
+        if self.budget is not None:
+            of_all = "draws of q scored in training, each an evaluation of p and q forward and backward"
+            notes.append(
+                f"L_{self.budget.k} at equal {self.budget.unit}: the bound on the validation split, nats, higher is "
+                "better, at an eighth, a quarter, half and all of the training of the run with the fewest "
+                f"{of_all if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
+                "interpolation"
+            )
+            notes += [f"caution: {caution}" for caution in self.budget.cautions]
         within = dict.fromkeys(p.within for p in paired if p.within)
         if within:
             notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")
@@ -363,6 +420,11 @@ def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
         return difference(cell.name, table.compared(cell).runs, name, table.compared(same[0]).runs)
 
     return replace(table, against=name, cells=tuple(replace(cell, against=paired(cell)) for cell in table.cells))
+
+
+def stderr(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean: sd / sqrt(n), n - 1 in the variance; None for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _order(values: Label) -> list[tuple[int, float, str]]:

@@ -289,7 +289,6 @@ def _run(scored: Scored, name: str, k: int) -> dict[str, Any]:
     numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
     weak = reliability_warning({scored.split: numbers})
     refined = by_refined([scored])
-    seconds = result.get("seconds") or {}
     values: dict[str, tuple[float | int | None, str]] = {
         "seed": (scored.run.seed, "{}"),
         f"NLL_{k}": (numbers["nll"], "{:.3f}"),
@@ -302,7 +301,8 @@ def _run(scored: Scored, name: str, k: int) -> dict[str, Any]:
         "ESS, median": (numbers.get("ess_median"), "{:,.1f}"),
         "active units": (None if units is None else sum(units), "+".join(map(str, units or ()))),
         "passes": (result.get("epochs"), "{:,}"),
-        "training, s": (seconds.get("train"), "{:,.0f}"),
+        "draws": (scored.run.draws, "{:,}"),
+        "training, s": (scored.run.seconds, "{:,.0f}"),
         "weak": (None if weak is None else 1, "yes"),
     }
     return {

@@ -145,6 +145,16 @@ class Run:
         """Training seed."""
         return int(self.config["seed"])
 
+    @property
+    def draws(self) -> int | None:
+        """Draws of q that the training has scored; None in results of versions before 0.6."""
+        return self.result.get("draws")
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training; None where they are unknown."""
+        return (self.result.get("seconds") or {}).get("train")
+
     @cached_property
     def keys(self) -> dict[str, Any]:
         """Every dotted key of the configuration, and the chosen name of each group (``schedule`` is ``burda``)."""

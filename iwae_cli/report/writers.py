@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from iwae_cli.core.files import dump_json
 from iwae_cli.record.schema import GAP, NUMBERS
 from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
 from iwae_cli.record.units import units_text
-from iwae_cli.report.cells import OTHERWISE, WITHIN, Cell, Table
+from iwae_cli.report.cells import OTHERWISE, UNITS, WITHIN, Cell, Table, stderr
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
 from iwae_cli.report.reader import Estimate, Found, LeftOut, Run
@@ -180,6 +181,9 @@ def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
         **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS, *GAP)},
         **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in ("nll", "stderr_seeds", *NUMBERS)},
         "active_units": cell.units and units_text(cell.units, ()).replace(" ", ""),
+        "draws": cell.draws,
+        "seconds": cell.seconds,
+        **{f"L_{level['k']}_at_{level[unit]:.6g}_{unit}": level["bound"] for unit, level in _levels(table, cell)},
         **({"against": paired and paired.b, "difference": paired and paired.difference} if compared else {}),
         **{f"difference_{key}": paired and getattr(paired, key) for key in (*ERRORS, "by") if compared},
         "paper_nll": paper and paper.nll,
@@ -275,6 +279,9 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
         "refined": cell.refined and _means(cell.refined),
         "against": cell.against and cell.against.as_dict(),
         "active_units": cell.units,
+        "draws": cell.draws,
+        "seconds": cell.seconds,
+        "at_budgets": [level for _, level in _levels(table, cell)],
         "bounds": {str(m): value for m, value in cell.bounds.items()},
         "paper": paper,
         "runs": [
@@ -291,6 +298,15 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
             for s in cell.runs
         ],
     }
+
+
+def _levels(table: Table, cell: Cell) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the unit and the validation bound of a cell at each budget, mean and standard error over seeds, nats."""
+    for level, held in zip(table.budget.levels if table.budget else (), cell.at_budgets, strict=True):
+        assert table.budget is not None
+        bound = {"bound": held and statistics.fmean(held), "stderr_seeds": held and stderr(held)}
+        unit = UNITS[table.budget.unit]
+        yield unit, {"k": table.budget.k, unit: level, **bound}
 
 
 def _means(cell: Cell) -> dict[str, float | None]:

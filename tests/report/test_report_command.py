@@ -182,11 +182,11 @@ def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
     table = [re.sub(r"  +", " ", line.strip()) for line in rows]
     # Mean over seeds of the gains .5 and .6 (and .25, .35); over images sd sqrt(2/3) of 4; over seeds var .005 of 2.
     assert table == [
-        f"elbo 5 90.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
-        f"elbo 50 89.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
-        "iwae 5 89.450 ± 0.050 2 +0.55 0.41 0.050 0.41 0.0040 -0.0020 20 of 50",
-        "iwae 50 88.700 ± 0.050 2 +0.30 0.41 0.050 0.41 0.0040 -0.0020 20 of 50",
-        f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50",
+        f"elbo 5 90.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50 1 1",
+        f"elbo 50 89.00 ± 0.00 2 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50 1 1",
+        "iwae 5 89.450 ± 0.050 2 +0.55 0.41 0.050 0.41 0.0040 -0.0020 20 of 50 1 1",
+        "iwae 50 88.700 ± 0.050 2 +0.30 0.41 0.050 0.41 0.0040 -0.0020 20 of 50 1 1",
+        f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50 1 1",
     ]
     assert "no difference is seen (below 2 standard errors): iwae 5, iwae 50" in out, "a difference of 1.3 of them"
     value = json.loads(command(*asked, "--format", "json")[1])

@@ -139,6 +139,7 @@ def write(
         **{
             "epochs": 3280,
             "steps": 100,
+            "draws": 1_000_000,
             "parameters": 1,
             "versions": {},
             "device": {"kind": "cpu"},
