@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -57,6 +58,33 @@ def summary(names: list[str]) -> list[str]:
     return [name for name in names if "/" not in name] + [f"{folder}/... ({n})" for folder, n in inside.items()]
 
 
+def group_help(group: str, own: list[Path]) -> str:
+    """Return the text of ``iwae-train --help GROUP``: a line for each choice, from the first comment of its yaml.
+
+    Raises:
+        UserError: there is no such group.
+    """
+    folders = [*reversed(own), conf_folder()]
+    found = choices(folders)
+    if group not in found:
+        raise UserError(f"--help {clip(group)}: there is no such group, they are {', '.join(found)}")
+    width = max(map(len, found[group])) + 2
+    lines = []
+    for name in found[group]:
+        path = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
+        lines.append(f"{name:{width}}{textwrap.shorten(_words(path), 118 - width, placeholder=' ...')}")
+    if group != "estimator":
+        lines += ["", f"keys of a choice: iwae-train {group}=CHOICE --cfg job --package {group}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _words(path: Path) -> str:
+    """Return the comment at the top of a yaml, without the line that is for Hydra."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    top = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+    return " ".join(line for line in top if not line.startswith("@package"))
+
+
 def train_help(own: list[Path]) -> str:
     """Return the text of ``iwae-train --help``, with the choices in the folders ``own``."""
     conf = conf_folder()
@@ -107,6 +135,7 @@ options:
   --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
   --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
   --hydra-help           Hydra's own options
+  --help GROUP           what the choices of a group are
   --version, --help, -h
 
 torchrun --nproc-per-node=2 -m iwae_cli ...   shares one run over processes

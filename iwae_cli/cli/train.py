@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from iwae_cli.cli.command import Parser, answer
-from iwae_cli.cli.help import own_folder, train_help
+from iwae_cli.cli.help import group_help, own_folder, train_help
 from iwae_cli.core.errors import UserError, hide_nothing, one_line
 from iwae_cli.core.files import here
 
@@ -79,7 +79,9 @@ def _train(argv: list[str]) -> bool:
     """Return whether anything but standard output was written."""
     if {"-h", "--help"} & set(argv):
         asked, _ = _parser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
-        print(train_help([own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []), end="")
+        own = [own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []
+        groups = [text for text in asked.overrides if "=" not in text]
+        print("\n".join(group_help(group, own) for group in groups) or train_help(own), end="")
         return False
     asked = _parser().parse_intermixed_args(argv)
     if asked.shell_completion and not re.fullmatch(r"(un)?install=\w+|query=\w+", " ".join(asked.overrides)):

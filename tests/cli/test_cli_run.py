@@ -226,6 +226,21 @@ def test_help_names_every_choice(tmp_path: Path, capsys) -> None:
     assert "[digits]" in shown["data="] and "[iwae]" in shown["objective="]
 
 
+def test_help_says_what_the_choices_of_a_group_are(tmp_path: Path, capsys) -> None:
+    (tmp_path / "own" / "objective").mkdir(parents=True)
+    (tmp_path / "own" / "objective" / "mine.yaml").write_text(
+        "# @package _global_\n# Half of\n# the ELBO.\n_target_: a.B\n"
+    )
+    for group, names in choices([conf_folder(), Path("own")]).items():
+        assert train(["--help", group, "--config-dir", "own"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[: len(names)]] == names
+        assert len(lines) <= 24 and not [line for line in lines if len(line) > 120]
+        assert all(len(line.split()) > 2 for line in lines[: len(names)])
+        assert group != "objective" or "mine       Half of the ELBO." in lines
+    assert train(["--help", "objectives"]) == 2 and "they are data, device" in capsys.readouterr().err
+
+
 def test_the_examples_of_the_help_are_right(capsys) -> None:
     train(["--help"])
     examples = [

@@ -18,9 +18,12 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
+from iwae_cli.cli.help import choices, conf_folder, summary
+
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = "import sys; from iwae_cli.cli.evaluate import evaluate; sys.exit(evaluate())"
 NOTEBOOK = ROOT / "docs" / "python.ipynb"
+GROUPS = re.compile(r"(?<=<!-- The groups of conf -->\n).*?\n(?=\n)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- Output of iwae-(train|eval)(.*?) -->\n```\n).*?^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -55,7 +58,21 @@ def output(program: str, arguments: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
+def groups() -> str:
+    """Return the table of the groups in conf/, in the order of config.yaml and with its comments."""
+    found = choices([conf_folder()])
+    lines = ["| group | choices (default in bold) | |", "|---|---|---|"]
+    text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
+    for group, chosen, words in re.findall(r"^  - (\w+): (\w+) # (.*)$", text, re.MULTILINE):
+        names = [f"**{name}**" if name == chosen else name for name in summary(found[group])]
+        linked = re.sub(r"docs/\S+", lambda page: f"[{page[0].partition('#')[0]}]({page[0]})", words)
+        lines.append(f"| `{group}=` | {', '.join(names)} | {linked} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
 if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(GROUPS.sub(lambda _: groups(), readme.read_text(encoding="utf-8")), encoding="utf-8")
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
         page.write_text(BLOCK.sub(lambda found: f"{found[1]}{output(found[2], found[3])}\n```", text), encoding="utf-8")
