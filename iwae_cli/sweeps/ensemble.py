@@ -19,6 +19,7 @@ from iwae_cli.core.files import RunLock
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data
 from iwae_cli.objectives.base import Objective
+from iwae_cli.record.identity import is_ours
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.extend import extend
 from iwae_cli.runs.runner import Runner, logging_to
@@ -42,9 +43,9 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     """Return groups that may train at once: equal k, and equal in all but seed, objective and optimizer settings."""
     alike: dict[str, list[Experiment]] = defaultdict(list)
     for experiment in experiments:
-        ours = all(type(part).__module__.startswith("iwae_cli.") for part in (experiment.model, experiment.objective))
         # A user's own optimizer may couple the parameters that it is given.
-        ours &= experiment.optimizer.func.__module__.startswith("torch.")
+        classes = type(experiment.model), type(experiment.objective), experiment.optimizer.func
+        ours = all(is_ours(cls.__module__) for cls in classes)
         # Other settings than these belong to one training: the draws that survive a roulette, the length of a clipped
         # gradient, where patience ends.
         if ours and experiment.training == PLAIN and experiment.schedule.patience is None:

@@ -4,6 +4,7 @@ A wrong density or derivative trains without a word, and its numbers look like a
 
 - the log-density that a conditional gives with its draws is compared with ``log_prob`` of them and, where a draw is a
   function of one normal vector e, with the change of variables log N(e; 0, I) - log |det dh/de|;
+- where it is not, the integral of a density is compared with 1 by a test that a right one fails once in 10^9 times;
 - a bound of equal log-weights must not exceed them, and ``weights`` and ``doubly_weights`` are compared with autograd;
 - shapes are compared, every number must be finite, and no row may depend on the other rows of its batch.
 """
@@ -11,6 +12,7 @@ A wrong density or derivative trains without a word, and its numbers look like a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,15 @@ from torch import Tensor
 from iwae_cli.config.build import described, place_outside
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import SPLITS, Data
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.conditionals import Conditional, Given
-from iwae_cli.models.networks import standard_normal_log_prob
+from iwae_cli.models.networks import gaussian_mixture_log_prob, standard_normal_log_prob
 from iwae_cli.models.priors import Prior
 from iwae_cli.objectives.base import BoundObjective, Losses, Objective
+from iwae_cli.record.identity import is_ours
 from iwae_cli.training.steps.compiled import Recorder, Replay
 
 K, BATCH = 3, 2
@@ -36,6 +40,10 @@ MOST = 256
 """Units of a layer, or log-weights, that are differentiated one by one."""
 TOLERANCE = 0.01
 """And a hundredth of it for every nat: float32 rounds to less, and a forgotten term is more."""
+DRAWS, PARTS = 512, 16
+"""Draws to which a density is fitted, as many to test it, and components of the fit."""
+BETS, CERTAIN = (0.02, 0.2, 0.9), math.log(1e9)
+"""Values of a, see ``_check_integral``, and the least logarithm of the mean of their products that refuses."""
 
 
 def check(part: object) -> None:
@@ -52,7 +60,8 @@ def check(part: object) -> None:
     elif isinstance(part, LatentVariableModel):
         _check_model(part)
     elif isinstance(part, Prior):
-        _check_conditional(_called(part, "build", 8), None, 1, torch.zeros(1, 1))
+        _check_prior(part, 8)
+        _check_prior(part, 1)
     else:
         raise TypeError(f"part must be an objective, a model or a prior, got {type(part).__name__}")
 
@@ -68,13 +77,15 @@ def check_outside(objective: Objective, architecture: Architecture, data: Data) 
     if any(map(_is_outside, (objective, architecture, likelihood, *model.modules()))):
         built = _built(architecture, data.image_shape, data.levels)
         _check_model(built, data)
+        if isinstance(prior := getattr(architecture, "prior", None), Prior) and _is_outside(prior):
+            _check_prior(prior, 1)
         if _is_outside(objective):
             _check_objective(objective, built)
     return model
 
 
 def _is_outside(part: object) -> bool:
-    return not type(part).__module__.startswith(("iwae_cli.", "torch.", "builtins"))
+    return part is not None and not is_ours(type(part).__module__)
 
 
 def _called(part: object, method: str, *arguments: Any) -> Any:
@@ -145,7 +156,83 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
         mirrored = _called(part, "sample", given, K, BATCH, level, Replay([-e.detach()]))[0]
         if not (mirrored == live).any():  # as |e| is, which has no inverse
             _compare(part, "sample", of, log_p, exact, "by the change of variables")
+            return h
+    if any(map(_is_outside, (getattr(part, "likelihood", None), *part.modules()))):
+        _check_integral(part, given, level, like)
     return h
+
+
+def _check_prior(prior: Prior, size: int) -> None:
+    """Check a prior of ``size`` units; the fewer, the closer is the density that is fitted to its draws."""
+    try:
+        _check_conditional(_called(prior, "build", size), None, 1, torch.zeros(1, 1))
+    except UserError as error:
+        if size > 1 or error.__cause__ is None:
+            raise  # else code that needs more units
+
+
+def _check_integral(part: Conditional, given: Given, level: int, like: Tensor) -> None:
+    """Compare the integral of a density p with 1, by a density g that is fitted to half of its draws.
+
+    If p is right, w = g(h)/p(h) of draws from p and w = p(h)/g(h) of draws from g have means of at most 1, so that
+    prod (1 - a + a w) exceeds 10^9 with a probability of at most 10^-9, for all p and g (Ville's inequality; Shafer
+    2021, Testing by betting, arXiv 1903.06991). A normalizer is missed where it is less than g differs from p.
+    """
+    noise = GeneratorNoise(generator(like.device, 0, "check", "integral"), like.dtype)
+    if given is not None:
+        given = given[:1] if given.dim() == 2 else given[:1, :1].expand(2 * DRAWS, -1, -1)
+    with torch.no_grad():
+        h = _called(part, "sample", given, 2 * DRAWS, 1, level, noise)[0]
+        seen, h = h.double().cpu().view(2, DRAWS, -1)
+        for drawn, log_g, log_g_of_h in _fits(seen, h, part.largest):
+            points = torch.cat([h, drawn])[:, None].to(like)
+            log_p = _called(part, "log_prob", points, given).double().cpu().view(-1)
+            # Outside the box of the draws a density need not be right.
+            inside = ((drawn >= seen.amin(0)) & (drawn <= seen.amax(0))).all(-1)
+            high = (log_p[DRAWS:] - log_g).masked_fill(~inside, -math.inf)
+            rounding = TOLERANCE * (1 + log_p.abs() / 100)
+            for word, log_w in (("high", high - rounding[DRAWS:]), ("low", log_g_of_h - (log_p + rounding)[:DRAWS])):
+                log_w = log_w.nan_to_num(-math.inf, math.inf, -math.inf)
+                bets = [torch.logaddexp(log_w + math.log(a), log_w.new_tensor(1 - a).log()).sum() for a in BETS]
+                if torch.stack(bets).logsumexp(0) > CERTAIN + math.log(len(bets)):
+                    seen_as = f"that is too {word} by about {float(log_mean_exp(log_w)):.4g} nats"
+                    raise _gives(part, "log_prob", "a log-density", seen_as, "one whose integral is 1")
+
+
+def _fits(seen: Tensor, h: Tensor, largest: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield draws of densities that are fitted to ``seen``, their log-densities, and those of ``h``."""
+    random = generator("cpu", 0, "check", "fit")
+    rows, of_row, count = seen.unique(dim=0, return_inverse=True, return_counts=True)
+    if len(rows) <= DRAWS // 4:  # few states: as often as they were seen
+        log_g = (count / DRAWS).log()
+        distance, nearest = torch.cdist(h, rows, p=1).min(1)
+        yield seen, log_g[of_row], log_g[nearest].masked_fill(distance > 0, -math.inf)
+    elif largest is not None:  # independent units, one of the draws in DRAWS + 1 being uniform
+        uniform = torch.randint(0, largest + 1, seen.shape, generator=random).double()
+        other = torch.rand(seen.shape, generator=random) * (DRAWS + 1) < 1
+        drawn = torch.where(other, uniform, seen.gather(0, torch.randint(0, DRAWS, seen.shape, generator=random)))
+        cells = torch.zeros(largest + 1, seen.shape[1], dtype=seen.dtype)
+        cells.scatter_add_(0, seen.long(), torch.ones_like(seen))
+        log_g = ((cells + 1 / (largest + 1)) / (DRAWS + 1)).log()
+        yield drawn, log_g.gather(0, drawn.long()).sum(-1), log_g.gather(0, h.long()).sum(-1)
+    elif not (seen % 1 == 0).all():
+        for parts in (1, PARTS) if seen.shape[1] <= MOST else (1,):  # Gaussians, by k-means
+            centres = seen[:1]
+            while len(centres) < parts:  # the farthest draws
+                centres = torch.cat([centres, seen[torch.cdist(seen, centres).amin(1).argmax()][None]])
+            for _ in range(5):
+                of = torch.nn.functional.one_hot(torch.cdist(seen, centres).argmin(1), parts).double()
+                size = of.sum(0)[:, None].clamp_min(1)
+                centres = of.T @ seen / size
+            spread = seen.var(0)
+            # A prior belief of a few draws: a part of one draw has no variance of its own.
+            variance = (of.T @ (seen - of @ centres).square() + 2 * spread) / (size + 2)
+            weights = of.sum(0) / DRAWS
+            chosen = torch.multinomial(weights, DRAWS, replacement=True, generator=random)
+            e = torch.randn(seen.shape, dtype=seen.dtype, generator=random)
+            mixture = centres, variance.sqrt().log(), weights.log()
+            drawn = centres[chosen] + variance[chosen].sqrt() * e
+            yield drawn, gaussian_mixture_log_prob(drawn, *mixture), gaussian_mixture_log_prob(h, *mixture)
 
 
 def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from own_models import Colours, MixturePrior, VampMLP
+from own_models import Colours, Mixture, MixturePrior, VampMLP
 from torch import Tensor, nn
+from torch import distributions as D
 
 import iwae_cli
 from iwae_cli.core.errors import UserError
@@ -320,6 +323,124 @@ def test_a_prior_of_a_user_is_checked_alone() -> None:
     iwae_cli.check(OwnPrior(Folded))
     with pytest.raises(TypeError, match="part must be an objective, a model or a prior, got int"):
         iwae_cli.check(3)
+
+
+class Drawn(Conditional):
+    """Independent units of a distribution of torch, whose log-density is moved by a constant."""
+
+    def __init__(self, units: torch.distributions.Distribution, off: float) -> None:
+        super().__init__()
+        self.units, self.off = units, off
+
+    def sample(self, given: Tensor | None, k: int, batch: int, level: int, noise: Any) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(noise.uniform(level, k, batch, 1).sum() * 1e6))
+            h = self.units.sample((k, batch))
+        return h, self.log_prob(h, given)
+
+    def log_prob(self, h: Tensor, given: Tensor | None) -> Tensor:
+        return self.units.log_prob(h).sum(-1) + self.off
+
+    def mean(self, given: Tensor | None) -> None:
+        return None
+
+
+@dataclass(eq=False)
+class DrawnPrior(Prior):
+    """Settings of ``Drawn``."""
+
+    of: Callable[[Tensor], torch.distributions.Distribution]
+    off: float
+
+    def build(self, size: int) -> Conditional:
+        return Drawn(self.of(torch.ones(size)), self.off)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.7, -0.7], ids=["right", "high", "low"])
+@pytest.mark.parametrize(
+    "of",
+    [
+        *(lambda o: D.Laplace(o, o), lambda o: D.Cauchy(o, o), lambda o: D.Uniform(-o, o), lambda o: D.Exponential(o)),
+        *(lambda o: D.Gumbel(o, o), lambda o: D.StudentT(3 * o), lambda o: D.Beta(0.5 * o, 0.5 * o)),
+        *(lambda o: D.Bernoulli(0.3 * o), lambda o: D.Poisson(3 * o), lambda o: D.Normal(o, 1e-3 * o)),
+    ],
+)
+def test_a_prior_without_its_normalizer_is_refused_whatever_it_is(
+    of: Any, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = DrawnPrior(lambda ones: of(ones), off)
+    monkeypatch.setattr(D.Distribution, "_validate_args", False)
+    if not off:
+        return iwae_cli.check(prior)
+    with pytest.raises(UserError, match=r"Drawn\.log_prob gives a log-density that is too") as e:
+        iwae_cli.check(prior)
+    assert abs(abs(float(re.findall("about (.*) nats", str(e.value))[0])) - abs(off)) < 0.3
+    assert ("high" in str(e.value)) == (off > 0)
+
+
+def foreign(cls: type, **methods: Any) -> type:
+    return type(f"Own{cls.__name__}", (cls,), {"__module__": "mine", **methods})
+
+
+def moved(cls: Any, nats: float) -> type:
+    """A class of a user whose log-density, also that of its draws, is ``nats`` too high."""
+
+    def log_prob(self: Any, h: Tensor, given: Any) -> Tensor:
+        return cls.log_prob(self, h, given) + nats
+
+    def sample(self: Any, given: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        h = cls.sample(self, given, *rest)[0]
+        return h, self.log_prob(h, given)
+
+    return foreign(cls, log_prob=log_prob, sample=sample)
+
+
+def with_class(model: Any, find: Callable[[Any], nn.Module], nats: float) -> Any:
+    """The model with one conditional of a user."""
+    part = find(model)
+    part.__class__ = moved(type(part), nats)
+    return model
+
+
+MODELS: list[tuple[Any, Callable[[Any], nn.Module], float]] = [
+    (lambda: built(GaussianMLP([50], [[8]], prior="mixture", prior_components=10)), lambda m: m.generative.prior, 2.3),
+    (lambda: built(SigmoidBeliefNetwork([6, 4])), lambda m: m.generative.prior, 0.7),
+    (lambda: built(SigmoidBeliefNetwork([40, 4])), lambda m: m.inference.layers[0], 3),
+    (lambda: built(SigmoidBeliefNetwork([40, 4])), lambda m: m.generative.layers[0], -3),
+    (lambda: built(Categorical(5)), lambda m: m.inference.layers[0], 0.7),
+    (lambda: built(GaussianMLP([3], [[8]], posterior="mixture")), lambda m: m.inference.layers[0], 1.0),
+    (lambda: built(GaussianMLP([3], [[8]])), lambda m: m.generative.observation, -4.0),
+    (lambda: built(GaussianMLP([3], [[8]], "discretized_logistic"), 17), lambda m: m.generative.observation, 20.0),
+    (lambda: built(GaussianMLP([3], [[8]], "gaussian"), None, 28), lambda m: m.generative.observation, -30.0),
+]
+
+
+def built(architecture: Any, levels: int | None = 2, side: int = 8) -> Any:
+    model = architecture.build((side, side), np.full(side * side, 0.5), torch.Generator().manual_seed(0), levels)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("make", "find", "nats"), MODELS)
+def test_a_density_without_its_normalizer_is_refused_at_every_seam(make: Any, find: Any, nats: float) -> None:
+    iwae_cli.check(with_class(make(), find, 0.0))
+    with pytest.raises(UserError) as caught:
+        iwae_cli.check(with_class(make(), find, nats))
+    direction = "high" if nats > 0 else "low"
+    found = str(caught.value)
+    assert f".log_prob gives a log-density that is too {direction} by about" in found or "change of variables" in found
+
+
+def test_a_mixture_of_many_components_is_checked_as_a_prior_of_one_unit() -> None:
+    class Unweighted(Mixture):
+        def log_prob(self, h: Tensor, given: None) -> Tensor:
+            return super().log_prob(h, given) + math.log(len(self.loc))
+
+    class Settings(MixturePrior):
+        def build(self, size: int) -> Conditional:
+            return Unweighted(self.components, size)
+
+    with pytest.raises(UserError, match=r"Unweighted.log_prob .* too high by about 4\.\d+ nats"):
+        check_outside(IWAE(5), GaussianMLP([50], [[8]], prior=Settings(100)), drawn())
 
 
 def test_our_own_classes_are_not_checked_before_every_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from iwae_cli.core.errors import RunFailed
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import BoundObjective, Objective
+from iwae_cli.record.identity import is_ours
 from iwae_cli.training.settings import Training
 from iwae_cli.training.steps.compiled import CompiledRouletteStep, CompiledStep
 from iwae_cli.training.steps.graph import CannotCompileError
@@ -118,7 +119,7 @@ def all_ours(model: LatentVariableModel, objective: Objective) -> bool:
 
     A graph would freeze the counters of a user's own class.
     """
-    return all(type(part).__module__.startswith(("iwae_cli.", "torch.")) for part in (*model.modules(), objective))
+    return all(is_ours(type(part).__module__) for part in (*model.modules(), objective))
 
 
 def compiling_pays(steps: int, draws: int, parameters: int) -> bool:
