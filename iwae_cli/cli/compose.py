@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -60,8 +60,8 @@ _FIXED = {
 _ENGINE_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samplers")
 
 
-def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Plan:
-    """Return what a command line asks for.
+def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_python: bool = False) -> Plan:
+    """Return what a command line asks for, or a call ``in_python``.
 
     Raises:
         UserError: anything wrong with it but the values of the keys.
@@ -78,7 +78,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None) -> Pl
         launcher, sweeper = (_resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
         if not multirun and base.hydra.mode != RunMode.MULTIRUN:
             if swept:
-                raise UserError(several(swept[0]))
+                raise UserError(several(swept[0], in_python))
             cfg = composer.compose(parsed)
             jobs = [_job(cfg, cfg.hydra, parsed)]
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
@@ -127,10 +127,17 @@ def _sweep_job(cfg: DictConfig) -> float | None:
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
-    """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked as ``plan`` does."""
+    """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked as ``plan`` does.
+
+    What the composed values take from the environment is hidden, see ``without_hidden``.
+    """
     with _composer(config_dir) as composer:
         parsed = [o for o in composer.parse(overrides) if not o.is_sweep_override()]
-        composer.compose(parsed)
+        cfg = composer.compose(parsed)
+        for key in cfg:
+            # Each alone: one that has no value may be printed without.
+            with suppress(UserError):
+                _resolved(cfg, [str(key)])
         return [*composer.search_path, *(str(o.input_line) for o in parsed)]
 
 

@@ -64,13 +64,14 @@ def values(override: Override, is_grid: bool) -> list[str]:
         raise UserError(f"{asked}: {first_line(error)}") from None
     if not found:
         raise UserError(f"{asked} gives no job")
-    return found
+    return list(dict.fromkeys(found))
 
 
-def several(override: Override) -> str:
+def several(override: Override, in_python: bool) -> str:
     """Return the message for an override that asks for several runs where one is possible."""
     as_text = quoted_override(override.get_key_element(), str(override.input_line).partition("=")[2])
-    return f"{clip(str(override.input_line))} asks for several runs: add -m (a list is written [1,2], a text {as_text})"
+    way = "call iwae_cli.train once for each" if in_python else "add -m"
+    return f"{clip(str(override.input_line))} asks for several runs: {way} (a list is written [1,2], a text {as_text})"
 
 
 def quoted(text: str, by: Quote = Quote.single) -> str:
@@ -117,6 +118,8 @@ def _unreadable(text: str, following: str, parser: OverridesParser, groups: Mapp
     """Return the message for an argument that is no override, with the form that works where there is one."""
     key, equals, value = (part.strip() for part in text.partition("="))
     homes = [group for group, names in groups.items() if key in names]
+    if text.startswith("-"):
+        return f"cannot read {clip(text, 100)!r}: options are for the command line, here write key=value"
     if key in ("help", "version"):
         better = f"--{key}"
     elif not equals and following.startswith("="):

@@ -7,11 +7,13 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING
 
 from iwae_cli.cli.command import Parser, answer
 from iwae_cli.cli.help import group_help, own_folder, train_help
-from iwae_cli.core.errors import UserError, hide_nothing, one_line
+from iwae_cli.core.errors import UserError, hide_nothing, one_line, without_hidden
 from iwae_cli.core.files import here
 
 if TYPE_CHECKING:
@@ -46,9 +48,9 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
     hide_nothing()
     try:
         here()
-        planned = plan(overrides, False, config_dir)
+        planned = plan(overrides, False, config_dir, in_python=True)
         if planned.multirun:
-            raise UserError("this is a sweep of several runs: type iwae-train -m ..., or train one run at a time")
+            raise UserError("hydra.mode asks for a sweep: type iwae-train -m ..., or train one run at a time")
         experiment = planned.jobs[0].experiment()
         run(experiment)
         return open_run(experiment.folder().path)
@@ -96,7 +98,9 @@ def _train(argv: list[str]) -> bool:
         options = {"--cfg": asked.cfg, "--package": asked.package, "--info": asked.info}
         flags = [part for option, value in options.items() if value for part in (option, value)]
         flags += ["--resolve"] * asked.resolve
-        compose.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
+        with redirect_stdout(StringIO()) as printed:
+            compose.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
+        print(without_hidden(printed.getvalue()), end="")
     else:
         _run(compose.plan(asked.overrides, asked.multirun, asked.config_dir), argv)
         return True

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from iwae_cli.config.guesses import nearest, unknown_key
+from iwae_cli.config.guesses import closest, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
 
 BASES = {
@@ -94,6 +95,8 @@ def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -
         module, _, name = BASES[group].rpartition(".")
         base = getattr(importlib.import_module(module), name)
         if group in SEVERAL:
+            if "_target_" in config.get(group, {}):
+                raise UserError(f"{group}: a yaml of this group holds a name, and below it _target_ and its keys")
             objects[group] = tuple(build(node, base, f"{group}.{key}") for key, node in config.get(group, {}).items())
         else:
             objects[group] = build(config[group], base, group)
@@ -266,6 +269,8 @@ def _complaint(errors: list[Any], hint: Any, path: str) -> str:
     wanted = dict.fromkeys(_wanted(error) for where, error in deepest if where == place)
     got = deepest[0][1]["input"]
     line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {show(got)}"
+    if "a list" in wanted and not place and isinstance(got, str | int | float):
+        return f"{line}: write {shlex.quote(f'{path}=[{closest(got, _literals(hint)) or show(got)}]')}"
     return line + nearest(got, _literals(hint))
 
 

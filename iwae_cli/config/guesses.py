@@ -26,7 +26,10 @@ _OTHERS = {
     **{"hidden_sizes": "hidden hiddendim hiddendims hiddensize hiddenunits nhidden hdim"},
     **{"seed": "randomseed rngseed manualseed", "restart": "overwrite force", "output_dir": "out outdir output logdir"},
     **{"data_dir": "root dataroot datapath datafolder", "workers": "numworkers nworkers", "threads": "numthreads"},
-    **{"init_from": "pretrained checkpoint ckpt restore"},
+    **{"init_from": "pretrained checkpoint ckpt restore", "patience": "earlystopping earlystop"},
+    **{"kl_warmup": "warmup annealing anneal klanneal klannealing", "ema": "emadecay averaging"},
+    **{"clip": "gradclip gradientclip clipgrad clipnorm maxnorm clipgradnorm gradclipnorm"},
+    **{"train": "training trn", "validation": "val valid dev", "test": "testing"},
 }
 """Our name -> what people write elsewhere, in small letters without ``_`` and ``-``."""
 
@@ -57,8 +60,9 @@ def unknown_key(key: str, path: str, known: Iterable[str], tree: Mapping[str, An
 
 def keys_like(name: str, path: str, tree: Mapping[str, Any]) -> list[str]:
     """Return the keys of ``tree`` that end in what ``name`` probably means, those below ``path`` or the shortest."""
-    wanted = {_plain(name), *map(_plain, _meant(name))}
-    found = [key for key in keys_in(tree) if _plain(key.rpartition(".")[2]) in wanted]
+    wanted = {_plain(name), *map(_plain, _meant(_plain(name)))}
+    # Who writes a key of one group does not mean another group.
+    found = [key for key in keys_in(tree, leaves=bool(path)) if _plain(key.rpartition(".")[2]) in wanted]
     found = [key for key in found if key.startswith(f"{path}.")] or found
     found = [key for key in found if "." not in key] or found
     # Few want another k for the bound during training.
@@ -66,13 +70,13 @@ def keys_like(name: str, path: str, tree: Mapping[str, Any]) -> list[str]:
     return found if len(found) <= 2 else []
 
 
-def keys_in(node: Mapping[str, Any], path: str = "") -> list[str]:
-    """Return the dotted keys of a config, those of nodes too."""
+def keys_in(node: Mapping[str, Any], path: str = "", leaves: bool = False) -> list[str]:
+    """Return the dotted keys of a config, those of nodes too unless only its ``leaves`` are asked for."""
     found = []
     for name, value in node.items():
         if name not in ("_target_", "hydra"):
-            inner = keys_in(value, f"{path}{name}.") if isinstance(value, Mapping) else []
-            found += [f"{path}{name}", *inner]
+            inner = keys_in(value, f"{path}{name}.", leaves) if isinstance(value, Mapping) else []
+            found += [*([] if leaves and inner else [f"{path}{name}"]), *inner]
     return found
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from iwae_cli.core.errors import UserError, check_range
+from iwae_cli.core.errors import UserError, check_range, clip
 from iwae_cli.core.files import shown
 from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import SPLITS, Data, GreyBinarization, GreyDataset
@@ -24,6 +24,7 @@ from iwae_cli.data.files import import_torchvision, read_bytes
 
 ENDINGS = (".npz", ".npy", ".pt", ".mat")
 SAVE = "write one with np.savez('x.npz', train=..., validation=..., test=...)"
+SAVE_PT = "write one with torch.save({'train': ..., 'validation': ..., 'test': ...}, 'x.pt')"
 SHARES = "data.splits=[0.8,0.1,0.1]"
 EXACT = 1e-3
 """How far a grey value in [0, 1] may be from a level, in levels."""
@@ -135,11 +136,14 @@ class ArrayFile(_Own):
         if arrays.keys() >= set(SPLITS):
             arrays = {name: arrays[name] for name in SPLITS}
         elif len(arrays) != 1:
-            held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())[:100] or "none"
-            raise self._wrong(f"must hold train, validation and test, or one array for {SHARES}, got {held}")
+            held = clip(", ".join(f"{name} {array.shape}" for name, array in arrays.items()), 100) or "none"
+            wanted = f"must hold train, validation and test, or one array for {SHARES}"
+            raise self._wrong(f"{wanted}, got {held}{_remedy(arrays)}")
         (first, *_), (image_shape, *_) = arrays, [array.shape[1:] for array in arrays.values()]
         for name, array in arrays.items():
             shape, has = array.shape, f"{name} has shape {array.shape}"
+            if not len(array):
+                raise self._wrong(f"{name} is empty (shape {shape}): every split needs an image")
             if array.dtype.kind not in "biuf":
                 raise self._wrong(f"{name} holds {array.dtype}, not numbers: {SAVE}")
             if not 2 <= len(shape) <= 4 or 0 in shape:
@@ -166,8 +170,12 @@ class ArrayFile(_Own):
                 found = {name: array for name, array in loadmat(content).items() if not name.startswith("__")}
             else:
                 found = np.load(content, allow_pickle=False)
+            if isinstance(found, list | tuple):
+                raise self._wrong(f"holds a {type(found).__name__}, not a tensor or a dict of tensors: {SAVE_PT}")
             named = {"the array": found} if isinstance(found, np.ndarray | Tensor) else dict(found.items())
-            return {name: x.detach().numpy() if isinstance(x, Tensor) else np.asarray(x) for name, x in named.items()}
+            return {name: _dense(x) for name, x in named.items()}
+        except UserError:
+            raise
         except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
             why = (str(error).splitlines() or [""])[0][:80] or type(error).__name__
             raise self._wrong(f"holds no arrays that can be read without pickle ({why}); {SAVE}") from error
@@ -176,10 +184,10 @@ class ArrayFile(_Own):
         """Return arrays of uint8, or of float32 if the values are real."""
         least, most = (float(f([f(array) for array in arrays.values()])) for f in (np.min, np.max))
         floating = all(array.dtype.kind == "f" for array in arrays.values())
+        if least == most:
+            raise self._wrong(f"all values are {least:g}: there is nothing to learn")
         if self.levels is not None and (found := _integers(arrays, self.levels)) is not None:
             return found
-        if self.levels is None and least == most:
-            raise self._wrong(f"all values are {least:g}: there is nothing to learn")
         if self.levels is None and floating and max(-least, most) <= torch.finfo(torch.float32).max:
             return {name: array.astype(np.float32) for name, array in arrays.items()}
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)
@@ -193,6 +201,27 @@ class ArrayFile(_Own):
         wanted = "float32 numbers" if self.levels is None else f"{self.levels} levels"
         kinds = " and ".join(sorted({str(array.dtype) for array in arrays.values()}))
         raise self._wrong(f"holds {kinds} values from {least:g} to {most:g}, not {wanted}: {way}")
+
+
+def _dense(array: Any) -> np.ndarray:
+    if isinstance(array, Tensor):
+        return array.detach().to_dense().numpy()
+    return np.asarray(array.toarray() if hasattr(array, "toarray") else array)  # MATLAB's sparse matrices
+
+
+def _remedy(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return what is to be done about the names of arrays; empty where that cannot be known."""
+    if any(re.search(r"(^|[._])(weight|bias|state_dict)$", name) for name in arrays):
+        return ": these are the weights of a network, not its data"
+    images = {name: array for name, array in arrays.items() if array.ndim > 1}
+    if len(images) == 1 and all(array.ndim != 0 for array in arrays.values()):
+        return f": labels are not read, so save {next(iter(images))} alone"
+    plain = {name: re.sub(r"^x_?|_?(x|images|data)$", "", name.lower()) for name in images}
+    beginnings = {"tr": "train", "va": "validation", "de": "validation", "te": "test"}
+    meant = {name: beginnings[text[:2]] for name, text in plain.items() if text[:2] in beginnings}
+    missing = [split for split in SPLITS if split not in arrays and split not in meant.values()]
+    what = [f"rename {name} to {split}" for name, split in meant.items() if split not in arrays]
+    return f": {', '.join(what + [f'add {split}' for split in missing])}" if len(missing) < 3 else ""
 
 
 def _integers(arrays: Mapping[str, np.ndarray], levels: int) -> dict[str, np.ndarray] | None:
@@ -270,6 +299,8 @@ class ImageFolder(_Own):
                 if image.shape != first.shape:
                     sizes = f"is {_size(image.shape)} and the first image {_size(first.shape)}"
                     raise self._wrong(f"{path.name} {sizes}: write data.size=[HEIGHT,WIDTH]")
+        if all((image == first.flat[0]).all() for images in found.values() for image in images):
+            raise self._wrong(f"all values are {first.flat[0]}: there is nothing to learn")
         return self._made({name: torch.from_numpy(np.stack(images)) for name, images in found.items()}, first.shape)
 
     def _image(self, path: Path) -> UInt8[np.ndarray, "*image"]:

@@ -290,7 +290,13 @@ class Experiment:
                 model, the objective cannot train these networks, a class from outside fails its check, or fewer images
                 than ``evaluation`` asks for.
         """
-        data, initial = self.data.load(), self.initial
+        data = self.data.load()
+        self.check_with(data)
+        return data
+
+    def check_with(self, data: Data) -> None:
+        """Refuse data that model, objective or evaluation do not go with; see ``load``."""
+        initial = self.initial
         if initial is not None and initial.image_shape != data.image_shape:
             raise UserError(
                 f"init_from={initial.identity} was trained on {initial.image_shape}, data={self.names['data']} has "
@@ -303,7 +309,6 @@ class Experiment:
             refusal = f"train=inference keeps p, but p and q of this model share parameters ({model.shared[0]})"
         if refusal is not None:
             raise UserError(refusal)
-        return data
 
 
 @lru_cache(maxsize=10_000)

@@ -19,6 +19,7 @@ from iwae_cli.sweeps.launchers import BATCHED, adapter, request_requeue
 from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder, job_name
 
 if TYPE_CHECKING:
+    from iwae_cli.data.base import Data
     from iwae_cli.runs.experiment import Experiment
 
 LOCKED_SECONDS = 2.0
@@ -121,20 +122,31 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | 
     launcher = adapter(name)
     if name == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
-    planned, together, loaded = [], [], set()
+    planned, together = [], []
+    loaded: dict[str, Data] = {}
+    checked: set[str] = set()
     for job in plan.jobs:
         experiment = job.experiment(plan.name)
         experiment.check()
         # Only these are kept: a large sweep would hold every job's objects.
         together += [experiment] if name == BATCHED else []
         evaluation = evaluation_name(job.config)
-        data = json.dumps(job.config["data"], sort_keys=True)
         kept = experiment.folder().evaluation(evaluation) / "result.json"
-        if data not in loaded and not launcher.elsewhere and (experiment.restart or not kept.is_file()):
-            # Missing files are named once, before job 0; a finished job needs none.
-            experiment.load()
-            loaded.add(data)
-        planned.append(Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart))
+        if not launcher.elsewhere and (experiment.restart or not kept.is_file()):
+            # What load refuses is said once, before job 0; a finished job needs no data.
+            nodes = [job.config[key] for key in ("data", "model", "objective", "evaluation", "train", "init_from")]
+            data, parts = (json.dumps(value, sort_keys=True) for value in (nodes[0], nodes))
+            if data not in loaded:
+                loaded[data] = experiment.load()
+            elif parts not in checked:
+                experiment.check_with(loaded[data])
+            checked.add(parts)
+        one = Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart)
+        for number, other in enumerate(planned):
+            if (other.folder, other.evaluation) == (one.folder, evaluation):
+                announce(f"jobs {number} and {len(planned)} are one training in other words, which runs once")
+                break
+        planned.append(one)
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = Path(experiment.output_dir) / "sweeps" / plan.name

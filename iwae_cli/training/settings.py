@@ -12,6 +12,11 @@ from iwae_cli.objectives.base import BoundObjective, Objective
 
 Backward = Literal["all", "roulette"]
 
+LEAST_CLIP = 1e-6
+"""A shorter gradient is lost beside the eps of Adam, or in the rounding of the weights."""
+EMA = 0.01, 0.999999
+"""Decays from that of no average to that of a million steps."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -62,10 +67,10 @@ class Training:
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         check_range("kl_warmup", self.kl_warmup, 0, sys.maxsize)
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be finite and > 0, or null, got {self.clip}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must be between 0 and 1, both excluded, or null, got {self.ema}")
+        if self.clip is not None and not LEAST_CLIP <= self.clip < math.inf:
+            raise ValueError(f"clip must be null or finite and at least {LEAST_CLIP:g}, got {self.clip}")
+        if self.ema is not None and not EMA[0] <= self.ema <= EMA[1]:
+            raise ValueError(f"ema must be null or from {EMA[0]} to {EMA[1]} (such as 0.999), got {self.ema}")
 
     def check(self, objective: Objective) -> str | None:
         """Return why these settings cannot be used with this objective, naming what can; None if they can."""

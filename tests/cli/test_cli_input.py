@@ -12,10 +12,12 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import iwae_cli
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
+from iwae_cli.core.errors import UserError
 
 WRONG = {
     # Groups and choices.
@@ -47,6 +49,12 @@ WRONG = {
     "optimizer.lr=-1": "optimizer.lr Adam",
     "model=linear_gaussian": "model=one_layer",
     "on_error=stopp": "on_error stop?",
+    "evaluation.splits=test": "'evaluation.splits=[test]'",
+    "model.latent_sizes=50": "'model.latent_sizes=[50]'",
+    "evaluation.splits=[val]": "evaluation.splits[0] validation?",
+    "training.clip=1e-300": "training.clip null 1e-06",
+    "training.ema=0.9999999999999999": "training.ema null 0.999",
+    "training.ema=1e-300": "training.ema null 0.999",
     # Grammar, interpolations, missing values.
     "objective.k=[": "objective.k=[",
     "output_dir=zwölf": "output_dir=",
@@ -108,6 +116,10 @@ MEANT = {
     "schedule=burda epochs=3": "schedule.stages",
     "k=50": "objective.k or evaluation.k",
     "threads=2": "device.threads",
+    "warmup=3": "training.kl_warmup",
+    "kl_annealing=3": "training.kl_warmup",
+    "grad_clip=3": "training.clip",
+    "early_stopping=3": "schedule.patience",
     "loss=iwae": "objective",
     "random_seed=1": "seed",
     "logger.project=x": "logger.wandb.project",
@@ -128,6 +140,8 @@ NOTHING_LIKE_IT = (
     "validation=none",
     "steps=5",
     "objective.m=4",
+    "data.validation=100",
+    "data.val=100",
     "--x 3",
 )
 
@@ -198,6 +212,13 @@ def test_values_of_the_environment_are_never_printed(
             f"evaluation.splits=[${{oc.env:{name}}}]",
         ):
             assert "hunter" not in refused(capsys, text)
+    for text, value in (
+        ("logger.wandb.name='x${oc.env:TOKEN}'", "TOKEN"),
+        ("seed='${oc.decode:${oc.env:NUMBER}}'", "NUMBER"),
+    ):
+        assert train(["--cfg", "all", "--resolve", text]) == 0
+        out, _ = capsys.readouterr()
+        assert "hunter" not in out and "12345678" not in out and f"${{oc.env:{value}}}" in out
     monkeypatch.setenv("SEED", "7")
     overrides = ["logger.wandb.name=${oc.env:TOKEN}", "seed='${oc.decode:${oc.env:SEED}}'"]
     experiment = plan(overrides, False, None).jobs[0].experiment()
@@ -256,6 +277,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "objective/trap.yaml": "_target_: trap.Trap\n",
         "objective/hidden.yaml": "_target_: ${oc.env:TRAP}\n",
         "logger/trap.yaml": "mine: {_target_: trap.Trap}\n",
+        "logger/nameless.yaml": "_target_: trap.Trap\n",
         "experiment/callback.yaml": "# @package _global_\nhydra: {callbacks: {x: {_target_: trap.Trap}}}\n",
         "experiment/logging.yaml": "# @package _global_\nhydra: {job_logging: {root: {}, x: {(): trap.Trap}}}\n",
         "experiment/launcher.yaml": "# @package _global_\nhydra: {launcher: {_target_: trap.Trap}}\n",
@@ -278,6 +300,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("objective=trap", "objective._target_ must name a class of iwae_cli or torch.optim derived from Objective"),
         ("objective=hidden", "got ${oc.env:TRAP}"),
         ("logger=trap", "logger.mine._target_ must name a class"),
+        ("logger=nameless", "logger: a yaml of this group holds a name, and below it _target_ and its keys"),
         ("data=broken", "nowhere"),
         ("experiment=callback", "hydra.callbacks cannot be changed"),
         ("experiment=logging", "hydra.job_logging cannot be changed"),
@@ -342,3 +365,10 @@ def test_what_only_cuda_can_do_is_refused_elsewhere(
     assert "optimizer.capturable=true is refused by Adam" in refused(capsys, *asked, "device=cpu")
     monkeypatch.setattr("iwae_cli.core.device.Device.resolve", lambda self: torch.device(self.kind))
     assert "nowhere is not a run folder" in refused(capsys, *asked, "device=cuda"), "checked after the optimizer"
+
+
+def test_python_is_not_answered_by_options_of_the_command_line() -> None:
+    for override, way in {"seed=1,2": "call iwae_cli.train once for each", "-m": "options are for the command"}.items():
+        with pytest.raises(UserError, match=way) as refusal:
+            iwae_cli.train(override)
+        assert "add -m" not in str(refusal.value)

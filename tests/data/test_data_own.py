@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from scipy.sparse import csc_matrix
 from small_runs import TINY, finished, read_json, run
 
 from iwae_cli.core.errors import UserError
@@ -182,11 +183,16 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
     "complex": (lambda: splits(lambda *s: bits(*s) * 1j, 4), {}, "complex128 np.savez"),
     "NaN": (with_nan, {"levels": "real"}, "validation[3] NaN"),
     "one dimension": (lambda: splits(bits), {}, "train has shape (20,) (n, pixels)"),
-    "no image": (lambda: {**splits(bits, 4), "test": bits(0, 4)}, {}, "test has shape (0, 4)"),
+    "no image": (lambda: {**splits(bits, 4), "test": bits(0, 4)}, {}, "test is empty (shape (0, 4))"),
+    "black": (lambda: splits(lambda *s: 0 * bits(*s), 4), {}, "all values are 0: there is nothing to learn"),
+    "black grey": (lambda: splits(lambda *s: 0 * bits(*s), 4), {"levels": 256}, "all values are 0: nothing to learn"),
     "unequal sizes": (lambda: {**splits(bits, 4), "test": bits(3, 5)}, {}, "test (3, 5) train (20, 4)"),
     "channels last": (lambda: splits(bits, 8, 8, 3), {}, "(20, 8, 8, 3) transpose(0, 3, 1, 2)"),
     "unknown name": (lambda: {**splits(bits, 4), "val": bits(3, 4), "validation": bits(3, 4)}, {}, ""),
-    "a split is missing": (lambda: {"train": bits(3, 4), "val": bits(3, 4)}, {}, "validation val (3, 4)"),
+    "a split is missing": (lambda: {"train": bits(3, 4), "val": bits(3, 4)}, {}, "rename val to validation, add test"),
+    "other names": (lambda: {f"x_{n[:5]}": x for n, x in splits(bits, 4).items()}, {}, "rename x_valid to validation"),
+    "labels": (lambda: {"x": bits(9, 4), "y": bits(9)}, {}, "labels are not read, so save x alone"),
+    "weights": (lambda: {"net.weight": reals(9, 4), "net.bias": reals(9)}, {}, "weights of a network"),
     "no splits": (lambda: {"x": bits(9, 4)}, {}, "9 images data.splits=[0.8,0.1,0.1]"),
     "splits twice": (lambda: splits(bits, 4), {"splits": [0.8, 0.1, 0.1]}, "leave data.splits out"),
     "an empty split": (lambda: {"x": bits(5, 4)}, {"splits": [0.98, 0.01, 0.01]}, "none for validation"),
@@ -206,6 +212,17 @@ def test_wrong_arrays_are_one_line_that_says_what_to_write(case: str) -> None:
     message = str(refusal.value)
     assert message.startswith("data.path=x.npz: ") and "\n" not in message and len(message) <= 300, message
     assert not [word for word in words.split() if word not in message], message
+
+
+def test_sparse_matrices_are_read_and_what_is_no_dict_is_named() -> None:
+    arrays = splits(bits, 6)
+    savemat("x.mat", {name: csc_matrix(array.astype(float)) for name, array in arrays.items()})
+    assert torch.equal(ArrayFile("x.mat").load().test, torch.from_numpy(arrays["test"]))
+    torch.save(tuple(map(torch.from_numpy, arrays.values())), "x.pt")
+    with pytest.raises(
+        UserError, match=r"^data.path=x.pt: holds a tuple, not a tensor or a dict .* torch.save\(\{'train'"
+    ):
+        ArrayFile("x.pt").load()
 
 
 class Trap:
@@ -245,6 +262,10 @@ def test_wrong_images_are_one_line() -> None:
     for i in range(10):
         picture(Path("own", f"{i}.png"), greys(4, 4))
     refused("10 images data.splits=[0.8,0.1,0.1]")
+    for i in range(3):
+        picture(Path("black", f"{i}.png"), np.zeros((4, 4), np.uint8))
+    with pytest.raises(UserError, match="all values are 0: there is nothing to learn"):
+        ImageFolder("black", **shares).load()
     picture(Path("own", "9.png"), greys(4, 5))
     refused("9.png 4x5 4x4 data.size=", **shares)
     assert ImageFolder("own", size=[4, 4], **shares).load().image_shape == (4, 4)
