@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -25,16 +27,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
 from iwae_cli.cli.overrides import MAX_JOBS, first_line, hide_environment, parse, quoted, several, values
 from iwae_cli.cli.stdio import forgiving
 from iwae_cli.config.build import BASES, SEVERAL, convert, resolve, show
-from iwae_cli.config.guesses import closest, keys_in, keys_like, nearest, unknown_key
+from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
 from iwae_cli.core.files import expanded
 from iwae_cli.record.folder import RunFolder
@@ -81,7 +84,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
                 raise UserError(several(swept[0], in_python))
             cfg = composer.compose(parsed)
             jobs = [_job(cfg, cfg.hydra, parsed)]
-            return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper)
+            return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper, base)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
         if sweeper.get("custom_search_space"):
@@ -96,32 +99,57 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
             jobs.append(_job(cfg, cfg.hydra, of_job))
-        if is_grid:
-            # Hydra also composes what all jobs share, where a key of some choice alone is unknown: ``choice`` hides it.
-            tree: Any = OmegaConf.to_container(base, resolve=False)
-            there = keys_in(tree)
-            hidden = [o for o in parsed if o not in common and o not in swept and o.key_or_group not in there]
-            choice = {o.input_line: f"{o.get_key_element()}=choice({o.get_value_element_as_str()})" for o in hidden}
-            lines = [choice.get(line, line) for line in lines]
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
-        return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper)
+        return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper, base)
 
 
-def engine(plan: Plan) -> Callable[[Path, dict[str, str | int]], None]:
-    """Return a function that runs the jobs of a sweep by Hydra's sweeper and launcher, given a folder and values."""
-
-    def run(path: Path, further: dict[str, str | int]) -> None:
+def engine(plan: Plan, path: Path, jobs: Sequence[Job], further: Mapping[str, str | int]) -> None:
+    """Run a sweep in a folder: the ``jobs`` of a grid by Hydra's launcher, a search by its sweeper with values."""
+    if not plan.is_grid:
         values = {"hydra.sweep.dir": str(path), **further}
         fixed = [f"{key}={quoted(value) if isinstance(value, str) else value}" for key, value in values.items()]
         run_hydra(["--multirun", *plan.overrides, *fixed], _sweep_job)
+        return
+    plan.base.hydra.sweep.dir = str(path)
+    composed: Any = _Composed()
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=HydraContext(config_loader=composed, callbacks=composed),
+        task_function=_sweep_job,
+        config=plan.base,
+    )
+    size = plan.sweeper.get("max_batch_size") or len(jobs)
+    for first in range(0, len(jobs), size):
+        texts = [[json.dumps(job.sent())] for job in jobs[first : first + size]]
+        for result in launcher.launch(texts, initial_job_idx=first):
+            _ = result.return_value  # raises what the task raised
 
-    return run
+
+class _Composed:
+    """Hydra's config loader and callbacks for launchers: jobs are composed already, and come as their only override."""
+
+    def load_sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
+        cfg = copy.deepcopy(master)
+        with open_dict(cfg):
+            cfg.job = overrides[0].encode()  # in a text, OmegaConf would see interpolations
+        return cfg
+
+    def on_job_start(self, **_: Any) -> None:
+        pass
+
+    def on_job_end(self, **_: Any) -> None:
+        pass
 
 
 def _sweep_job(cfg: DictConfig) -> float | None:
     """Task function of Hydra's launchers: one job of a sweep, perhaps in another process."""
     node = HydraConfig.get()
-    job = _job(cfg, node, OverridesParser.create().parse_overrides(list(node.overrides.task)))
+    if "job" in cfg:
+        job = Job(**json.loads(cfg.job))
+        if job.logger is not None:
+            whole = OmegaConf.create({**job.config, "logger": job.logger})
+            job = replace(job, config=_resolved(whole))
+    else:  # of a search
+        job = _job(cfg, node, OverridesParser.create().parse_overrides(list(node.overrides.task)))
     with forgiving():
         return run_job(job, Path(node.sweep.dir), node.job.num, node.runtime.choices["hydra/launcher"])
 
@@ -326,14 +354,14 @@ def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     # As the processes of a sweep know it, too. Recorded, so that the run can be evaluated and loaded without it.
     config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
+    # A token in a logger's key belongs into no record; the other keys decide the numbers.
+    written: Any = OmegaConf.to_container(cfg.logger, resolve=False) if "logger" in cfg else {}
     # What an agent of W&B starts is a run of its server already.
     mode = os.environ.get("WANDB_MODE") or ("online" if "WANDB_SWEEP_ID" in os.environ else None)
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
-        for logger in (config.get("logger") or {}).values():
+        for logger in [*(config.get("logger") or {}).values(), *written.values()]:
             if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
                 logger["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
-    # A token in a logger's key belongs into no record; the other keys decide the numbers.
-    written: Any = OmegaConf.to_container(cfg.logger, resolve=False) if "logger" in cfg else {}
     secret = any("oc.env" in text for _, text in _texts(written))
     names = {group: str(node.runtime.choices[group]) for group in BASES if group in node.runtime.choices}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]

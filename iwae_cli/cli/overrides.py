@@ -64,7 +64,7 @@ def values(override: Override, is_grid: bool) -> list[str]:
         raise UserError(f"{asked}: {first_line(error)}") from None
     if not found:
         raise UserError(f"{asked} gives no job")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def several(override: Override, in_python: bool) -> str:

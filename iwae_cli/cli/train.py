@@ -118,7 +118,7 @@ def _run(plan: Plan, argv: list[str]) -> None:
         from iwae_cli.cli.compose import engine
         from iwae_cli.sweeps.jobs import run_sweep
 
-        run_sweep(plan, shlex.join(["iwae-train", *argv]), engine(plan))
+        run_sweep(plan, shlex.join(["iwae-train", *argv]), engine)
         return
     from iwae_cli.runs.runner import run
 

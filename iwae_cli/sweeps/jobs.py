@@ -43,6 +43,11 @@ class Job:
     overrides: list[str]
     logger: dict[str, Any] | None = None
 
+    def sent(self) -> dict[str, Any]:
+        """Return what is sent to the process that runs the job, without values of loggers from the environment."""
+        config = self.config if self.logger is None else {k: v for k, v in self.config.items() if k != "logger"}
+        return {"config": config, "names": self.names, "overrides": self.overrides, "logger": self.logger}
+
     def experiment(self, group: str | None = None) -> Experiment:
         """Return the experiment, all its objects built and checked; ``group`` is the name of its sweep.
 
@@ -74,6 +79,7 @@ class Plan:
         stop_on_error: whether the first failure ends the sweep.
         choices: Hydra's choices: ``hydra/launcher``, ``hydra/sweeper`` and the groups.
         launcher, sweeper: Hydra's nodes, resolved.
+        base: what Hydra composed for all jobs.
     """
 
     jobs: list[Job]
@@ -85,11 +91,12 @@ class Plan:
     choices: Mapping[str, Any]
     launcher: Mapping[str, Any]
     sweeper: Mapping[str, Any]
+    base: Any
 
     @property
     def name(self) -> str:
         """Name of the sweep, the same for the same command: the varied keys, and a hash of all its runs."""
-        runs = [[o for o in job.overrides if not o.startswith("restart=")] for job in self.jobs]
+        runs = list(dict.fromkeys(tuple(o for o in job.overrides if not o.startswith("restart=")) for job in self.jobs))
         # More trials, other workers or another way to treat errors continue the same search.
         settings = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.n_jobs=")
         outside = (*settings, "on_error=", "restart=")
@@ -102,13 +109,14 @@ _sweep: Sweep | None = None
 """The sweep that this process started; None in a process that runs one job of a sweep started elsewhere."""
 
 
-def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | int]], None]) -> None:
+def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job], dict[str, str | int]], None]) -> None:
     """Check every job, then have ``engine`` run them.
 
     Args:
         plan: with ``multirun``.
         command: the command line, for the record.
-        engine: Hydra's sweeper: called with the folder of the sweep and further keys and values; calls ``run_job``.
+        engine: called with the plan, the folder of the sweep, its jobs, and keys and values for a search; calls
+            ``run_job``.
 
     Raises:
         UserError: a job that cannot run; nothing has been written.
@@ -122,31 +130,36 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | 
     launcher = adapter(name)
     if name == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
-    planned, together = [], []
+    planned: list[Planned] = []
+    jobs: list[Job] = []
+    together = []
     loaded: dict[str, Data] = {}
     checked: set[str] = set()
+    places: set[tuple[Path, str]] = set()
     for job in plan.jobs:
         experiment = job.experiment(plan.name)
         experiment.check()
+        evaluation = evaluation_name(job.config)
+        one = Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart)
+        if (one.folder, evaluation) in places:
+            continue  # the same in other words
+        places.add((one.folder, evaluation))
+        planned.append(one)
+        jobs.append(job)
         # Only these are kept: a large sweep would hold every job's objects.
         together += [experiment] if name == BATCHED else []
-        evaluation = evaluation_name(job.config)
-        kept = experiment.folder().evaluation(evaluation) / "result.json"
+        kept = one.folder / "evaluations" / evaluation / "result.json"
         if not launcher.elsewhere and (experiment.restart or not kept.is_file()):
             # What load refuses is said once, before job 0; a finished job needs no data.
             nodes = [job.config[key] for key in ("data", "model", "objective", "evaluation", "train", "init_from")]
             data, parts = (json.dumps(value, sort_keys=True) for value in (nodes[0], nodes))
             if data not in loaded:
-                loaded[data] = experiment.load()
-            elif parts not in checked:
+                loaded[data] = experiment.data.load()
+            if parts not in checked:
                 experiment.check_with(loaded[data])
-            checked.add(parts)
-        one = Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart)
-        for number, other in enumerate(planned):
-            if (other.folder, other.evaluation) == (one.folder, evaluation):
-                announce(f"jobs {number} and {len(planned)} are one training in other words, which runs once")
-                break
-        planned.append(one)
+                checked.add(parts)
+    if twins := len(plan.jobs) - len(jobs):
+        announce(f"{twins} of {len(plan.jobs)} jobs ask{'s' * (twins == 1)} for the training of another: it runs once")
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:
         raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
     path = Path(experiment.output_dir) / "sweeps" / plan.name
@@ -167,7 +180,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Path, dict[str, str | 
             from iwae_cli.sweeps.optuna import remaining
 
             left = remaining(plan.sweeper, path)
-        engine(path, left)
+        engine(plan, path, jobs, left)
 
     launcher.start(plan.launcher)
     _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)

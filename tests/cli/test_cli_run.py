@@ -177,7 +177,7 @@ def test_a_sweep_runs_every_combination(runs, capsys, monkeypatch) -> None:
     (group,) = {e.group for e in runs[0]}
     assert group.startswith("seed+objective-")
     assert {p.parts[:3] for p in Path().rglob("*") if p.is_file()} == {("there", "sweeps", group)}
-    assert {"multirun.yaml", "sweep.json"} <= {p.name for p in Path("there", "sweeps", group).iterdir()}
+    assert "sweep.json" in {p.name for p in Path("there", "sweeps", group).iterdir()}
     out, err = capsys.readouterr()
     assert "4 finished" in out
     lines = [

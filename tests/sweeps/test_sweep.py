@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, wandb_records
 
 from iwae_cli.cli.report import report
@@ -211,6 +212,35 @@ def test_missing_data_end_a_sweep_once_before_its_first_job(
     assert "/nowhere/MNIST/raw" in line and "(no network)" in line and "data_dir=DIR" in line and len(line) <= 300
     monkeypatch.setattr("iwae_cli.sweeps.launchers.Launcher.elsewhere", True)
     assert train(["-m", "data=mnist", "seed=0,1", "data_dir=nowhere"]) == 0 and runs[0] == [0, 1]
+
+
+def test_networks_that_no_job_may_have_end_a_sweep_before_its_first_job(runs: Any, capsys: Any) -> None:
+    assert train(["-m", "objective=dreg", "model.posterior=diagonal,mixture"]) == 2
+    err = capsys.readouterr().err
+    assert runs[0] == [] and os.listdir() == [] and "needs independent draws" in err and err.count("\n") == 1
+
+
+def test_one_training_in_two_words_is_one_job(runs: Any, capsys: Any) -> None:
+    for swept in ("seed=3,3", "seed=3 optimizer.lr=0.002,2e-3"):
+        runs[0].clear()
+        assert train(["-m", *swept.split(), "output_dir=there"]) == 0 and runs[0] == [3]
+        out, err = capsys.readouterr()
+        assert err.splitlines()[0] == "1 of 2 jobs asks for the training of another: it runs once"
+        assert out.count("digits-gaussian_mlp_50-iwae-k5-seed3-") == 1
+
+
+def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[str] = []
+    load = ConfigLoaderImpl.load_configuration
+
+    def counted(self: Any, *arguments: Any, **how: Any) -> Any:
+        composed.append(" ".join(how["overrides"]))
+        return load(self, *arguments, **how)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    assert train(["-m", "objective=elbo,iwae", "seed=0,1,2"]) == 0 and len(runs[0]) == 6
+    # What all share, and each choice; values are set without Hydra.
+    assert len(composed) == 3
 
 
 def test_a_key_that_not_all_choices_have_is_checked_job_by_job(runs: Any, capsys: Any) -> None:
