@@ -7,15 +7,11 @@ which keys exist. Every fault is a ``UserError`` of one line, raised before anyt
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -24,24 +20,21 @@ from typing import Any, Literal
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
-from iwae_cli.cli.overrides import MAX_JOBS, first_line, hide_environment, parse, quoted, several, values
-from iwae_cli.cli.stdio import forgiving
+from iwae_cli.cli.overrides import MAX_JOBS, parse, quoted, several, values
+from iwae_cli.cli.resolve import first_line, resolved, texts_in
 from iwae_cli.config.build import BASES, SEVERAL, convert, resolve, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
-from iwae_cli.core.files import expanded
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.sweeps.jobs import Job, Plan, run_job
+from iwae_cli.sweeps.jobs import Job, Plan
 from iwae_cli.sweeps.launchers import adapter
 
 ESTIMATOR = "estimator"
@@ -76,14 +69,14 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         # Which other keys there are depends on the choices of each job.
         common = [o for o in parsed if o.is_hydra_override() or o.key_or_group == "on_error" or composer.is_choice(o)]
         base = composer.compose([o for o in common if o not in swept])
-        stop = convert(_resolved(base, ["on_error"])["on_error"], Literal["continue", "stop"], "on_error") == "stop"
+        stop = convert(resolved(base, ["on_error"])["on_error"], Literal["continue", "stop"], "on_error") == "stop"
         chosen = base.hydra.runtime.choices
-        launcher, sweeper = (_resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
+        launcher, sweeper = (resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
         if not multirun and base.hydra.mode != RunMode.MULTIRUN:
             if swept:
                 raise UserError(several(swept[0], in_python))
             cfg = composer.compose(parsed)
-            jobs = [_job(cfg, cfg.hydra, parsed)]
+            jobs = [job_of(cfg, cfg.hydra, parsed)]
             return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper, base)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
@@ -98,60 +91,9 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         for texts in grid if is_grid else [[found[0] for found in dict(axes).values()]]:
             of_job = composer.parse(texts)
             cfg = composer.compose(of_job)
-            jobs.append(_job(cfg, cfg.hydra, of_job))
+            jobs.append(job_of(cfg, cfg.hydra, of_job))
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper, base)
-
-
-def engine(plan: Plan, path: Path, jobs: Sequence[Job], further: Mapping[str, str | int]) -> None:
-    """Run a sweep in a folder: the ``jobs`` of a grid by Hydra's launcher, a search by its sweeper with values."""
-    if not plan.is_grid:
-        values = {"hydra.sweep.dir": str(path), **further}
-        fixed = [f"{key}={quoted(value) if isinstance(value, str) else value}" for key, value in values.items()]
-        run_hydra(["--multirun", *plan.overrides, *fixed], _sweep_job)
-        return
-    plan.base.hydra.sweep.dir = str(path)
-    composed: Any = _Composed()
-    launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(config_loader=composed, callbacks=composed),
-        task_function=_sweep_job,
-        config=plan.base,
-    )
-    size = plan.sweeper.get("max_batch_size") or len(jobs)
-    for first in range(0, len(jobs), size):
-        texts = [[json.dumps(job.sent())] for job in jobs[first : first + size]]
-        for result in launcher.launch(texts, initial_job_idx=first):
-            _ = result.return_value  # raises what the task raised
-
-
-class _Composed:
-    """Hydra's config loader and callbacks for launchers: jobs are composed already, and come as their only override."""
-
-    def load_sweep_config(self, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
-        cfg = copy.deepcopy(master)
-        with open_dict(cfg):
-            cfg.job = overrides[0].encode()  # in a text, OmegaConf would see interpolations
-        return cfg
-
-    def on_job_start(self, **_: Any) -> None:
-        pass
-
-    def on_job_end(self, **_: Any) -> None:
-        pass
-
-
-def _sweep_job(cfg: DictConfig) -> float | None:
-    """Task function of Hydra's launchers: one job of a sweep, perhaps in another process."""
-    node = HydraConfig.get()
-    if "job" in cfg:
-        job = Job(**json.loads(cfg.job))
-        if job.logger is not None:
-            whole = OmegaConf.create({**job.config, "logger": job.logger})
-            job = replace(job, config=_resolved(whole))
-    else:  # of a search
-        job = _job(cfg, node, OverridesParser.create().parse_overrides(list(node.overrides.task)))
-    with forgiving():
-        return run_job(job, Path(node.sweep.dir), node.job.num, node.runtime.choices["hydra/launcher"])
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
@@ -165,7 +107,7 @@ def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
         for key in cfg:
             # Each alone: one that has no value may be printed without.
             with suppress(UserError):
-                _resolved(cfg, [str(key)])
+                resolved(cfg, [str(key)])
         return [*composer.search_path, *(str(o.input_line) for o in parsed)]
 
 
@@ -219,7 +161,7 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         for override in chosen:
             config[override.key_or_group] = fresh[override.key_or_group]
         composer.set_values(config, [o for o in parsed if o not in chosen])
-    changed = _resolved(config)
+    changed = resolved(config)
     if about_objective:
         changed[ESTIMATOR]["objective"] = changed.pop("objective")
     if "data_dir" in saved["data"]:
@@ -228,27 +170,6 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         # An estimator may come from another folder than the model.
         changed["config_dir"] = [str(Path(config_dir).absolute()), *([recorded] if recorded else [])]
     return {**saved, **changed}
-
-
-def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any] | None = None) -> None:
-    """Run Hydra's own main with ``arguments``; exceptions of ``task`` are raised as they are."""
-
-    main = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(
-        task or (lambda cfg: None)
-    )
-    before, sys.argv = sys.argv, ["iwae-train", *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        if task is not None:
-            raise
-        raise UserError(f"{shlex.join(arguments)}: {first_line(error)}") from None
-    except SystemExit as end:
-        if end.code:
-            raise SystemExit(UserError.exit_code) from None
-    finally:
-        sys.argv = before
 
 
 @contextmanager
@@ -347,10 +268,10 @@ def _check_key(key: str, tree: Any, added: bool) -> None:
         node, path = node[part], f"{path}.{part}" if path else part
 
 
-def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
+def job_of(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     """Return the plain values of a run without Hydra's ``node``, with ``WANDB_MODE`` where no logger was typed."""
     # How a sweep treats errors is no part of a run.
-    config = _resolved(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")])
+    config = resolved(cfg, [str(key) for key in cfg if key not in ("hydra", "on_error")])
     # As the processes of a sweep know it, too. Recorded, so that the run can be evaluated and loaded without it.
     config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
@@ -362,7 +283,7 @@ def _job(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
         for logger in [*(config.get("logger") or {}).values(), *written.values()]:
             if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
                 logger["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
-    secret = any("oc.env" in text for _, text in _texts(written))
+    secret = any("oc.env" in text for _, text in texts_in(written))
     names = {group: str(node.runtime.choices[group]) for group in BASES if group in node.runtime.choices}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]
     return Job(config, names, lines, written if secret else None)
@@ -375,52 +296,12 @@ def _check_hydra(node: DictConfig) -> None:
         first, _, rest = key.partition(".")
         if (plain[first][rest] if rest else plain[first]) != value:
             raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
-    nodes: list[tuple[str, Any]] = [(f"hydra.{key}", _resolved(node[key])) for key in ("launcher", "sweeper")]
+    nodes: list[tuple[str, Any]] = [(f"hydra.{key}", resolved(node[key])) for key in ("launcher", "sweeper")]
     for path, value in nodes:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         nodes += [(f"{path}.{key}", inner) for key, inner in items]  # extends the list that is walked
         if path.endswith("._target_"):
             resolve(value, object, path, _ENGINE_PACKAGES)
-
-
-def _resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the plain values of a config, or of some of its ``keys``, with ``~`` replaced."""
-    cfg = cfg if keys is None else OmegaConf.masked_copy(cfg, list(keys))
-    texts = list(_texts(OmegaConf.to_container(cfg, resolve=False)))
-    for path, text in texts:
-        hide_environment(text, None)
-        if found := re.search(r"\$\{\s*(hydra|now)\s*:", text):
-            raise UserError(
-                f"{'.'.join(map(str, path))}={clip(text)}: ${{{found[1]}:...}} cannot be used, since the same command "
-                'has to find its run again; write the value itself, or have the shell write it: "$(date +%F)"'
-            )
-    try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        is_missing = isinstance(error, MissingMandatoryValue)
-        why = f" has no value: write {error.full_key}=..." if is_missing else f": {first_line(error)}"
-        raise UserError(f"{error.full_key}{why}") from None
-    for path, text in texts:
-        hide_environment(text, functools.reduce(lambda node, part: node[part], path, plain))
-    values: dict[str, Any] = _at_home(plain)
-    return values
-
-
-def _texts(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield every text inside ``node`` that holds an interpolation, and where it is."""
-    if isinstance(node, str):
-        yield from [(path, node)] if "${" in node else []
-    elif isinstance(node, dict | list):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _texts(child, (*path, key))
-
-
-def _at_home(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {str(key): _at_home(child) for key, child in node.items()}
-    if isinstance(node, list):
-        return [_at_home(child) for child in node]
-    return expanded(node) if isinstance(node, str) else node
 
 
 def _no_choice(group: str, name: Any, names: Sequence[str]) -> str:
@@ -436,15 +317,3 @@ def _not_installed(group: str, name: Any) -> str | None:
         return None
     extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"
-
-
-def _variable(name: str, default: Any) -> Any:
-    """Resolve ``${variable:NAME,default}``: an empty variable is none, and a list as default makes commas separate."""
-    text = os.environ.get(name, "").strip()
-    if isinstance(default, list):
-        # A container of OmegaConf: it resolves no list in place.
-        return OmegaConf.create([part.strip() for part in text.split(",") if part.strip()] if text else default)
-    return text or default
-
-
-OmegaConf.register_new_resolver("variable", _variable, replace=True)

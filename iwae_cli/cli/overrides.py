@@ -13,14 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from iwae_cli.core.errors import UserError, clip, hide, without_hidden
+from iwae_cli.cli.resolve import first_line, hide_environment
+from iwae_cli.core.errors import UserError, clip
 
 MAX_JOBS = 10_000
 """Jobs of one sweep at most; each is checked before the first begins, which takes hundredths of a second."""
 _GRAMMAR_ERRORS = (HydraException, ValueError, RecursionError)
 """ValueError also for an integer of thousands of digits."""
-_ENVIRONMENT = re.compile(r"oc\.env:\s*(\w+)")
-_OUR_VARIABLES = ("IWAE_DATA_DIR", "IWAE_OUTPUT_DIR")
 
 
 def parse(overrides: Sequence[str], parser: OverridesParser, groups: Mapping[str, Sequence[str]]) -> list[Override]:
@@ -82,20 +81,6 @@ def quoted(text: str, by: Quote = Quote.single) -> str:
 def quoted_override(key: str, value: str) -> str:
     """Return the override that gives ``key`` the text ``value``, as it is typed in a shell."""
     return shlex.quote(f"{key}={quoted(value, Quote.double)}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (without_hidden(str(error)).strip().splitlines() or [type(error).__name__])[0].strip()
-
-
-def hide_environment(written: Any, value: Any) -> None:
-    """Hide from messages what ``written``, a text of a config, takes from the environment, and its ``value``."""
-    names = [name for name in _ENVIRONMENT.findall(written) if name not in _OUR_VARIABLES]
-    for name in names:
-        hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
-    if names:
-        hide(value, written)
 
 
 def _read(text: str, parser: OverridesParser) -> Override | None:

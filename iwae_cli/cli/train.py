@@ -88,18 +88,18 @@ def _train(argv: list[str]) -> bool:
     asked = _parser().parse_intermixed_args(argv)
     if asked.shell_completion and not re.fullmatch(r"(un)?install=\w+|query=\w+", " ".join(asked.overrides)):
         raise UserError("-sc wants install=SHELL or uninstall=SHELL, SHELL one of bash, zsh, fish")
-    from iwae_cli.cli import compose
+    from iwae_cli.cli import compose, launch
 
     if asked.shell_completion:
-        compose.run_hydra(["--shell-completion", *asked.overrides])
+        launch.run_hydra(["--shell-completion", *asked.overrides])
     elif asked.hydra_help:
-        compose.run_hydra(["--hydra-help"])
+        launch.run_hydra(["--hydra-help"])
     elif asked.cfg or asked.info:
         options = {"--cfg": asked.cfg, "--package": asked.package, "--info": asked.info}
         flags = [part for option, value in options.items() if value for part in (option, value)]
         flags += ["--resolve"] * asked.resolve
         with redirect_stdout(StringIO()) as printed:
-            compose.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
+            launch.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
         print(without_hidden(printed.getvalue()), end="")
     else:
         _run(compose.plan(asked.overrides, asked.multirun, asked.config_dir), argv)
@@ -115,7 +115,7 @@ def _run(plan: Plan, argv: list[str]) -> None:
         modes = {str(node.get("mode")) for node in nodes if isinstance(node, dict)}
         if os.environ.get("WANDB_RUN_ID") and modes & {"online", "offline"}:
             raise UserError("WANDB_RUN_ID names one W&B run, -m asks for several: leave out -m, or unset WANDB_RUN_ID")
-        from iwae_cli.cli.compose import engine
+        from iwae_cli.cli.launch import engine
         from iwae_cli.sweeps.jobs import run_sweep
 
         run_sweep(plan, shlex.join(["iwae-train", *argv]), engine)

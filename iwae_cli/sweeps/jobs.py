@@ -158,6 +158,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
             if parts not in checked:
                 experiment.check_with(loaded[data])
                 checked.add(parts)
+    loaded.clear()
     if twins := len(plan.jobs) - len(jobs):
         announce(f"{twins} of {len(plan.jobs)} jobs ask{'s' * (twins == 1)} for the training of another: it runs once")
     if not plan.is_grid and "validation" not in experiment.evaluation.splits:

@@ -183,12 +183,16 @@ def _check_integral(part: Conditional, given: Given, level: int, like: Tensor) -
         given = given[:1] if given.dim() == 2 else given[:1, :1].expand(2 * DRAWS, -1, -1)
     with torch.no_grad():
         h = _called(part, "sample", given, 2 * DRAWS, 1, level, noise)[0]
+        h = _require(part, "sample", "draws", h, (2 * DRAWS, 1, *getattr(h, "shape", (0,))[-1:]))
         seen, h = h.double().cpu().view(2, DRAWS, -1)
         for drawn, log_g, log_g_of_h in _fits(seen, h, part.largest):
-            points = torch.cat([h, drawn])[:, None].to(like)
-            log_p = _called(part, "log_prob", points, given).double().cpu().view(-1)
             # Outside the box of the draws a density need not be right.
             inside = ((drawn >= seen.amin(0)) & (drawn <= seen.amax(0))).all(-1)
+            points = torch.cat([h, torch.where(inside[:, None], drawn, seen)])[:, None].to(like)
+            try:
+                log_p = part.log_prob(points, given).double().cpu().view(2 * DRAWS)
+            except Exception:
+                return  # the range of h is no box, and log_prob says so
             high = (log_p[DRAWS:] - log_g).masked_fill(~inside, -math.inf)
             rounding = TOLERANCE * (1 + log_p.abs() / 100)
             for word, log_w in (("high", high - rounding[DRAWS:]), ("low", log_g_of_h - (log_p + rounding)[:DRAWS])):
@@ -200,14 +204,21 @@ def _check_integral(part: Conditional, given: Given, level: int, like: Tensor) -
 
 
 def _fits(seen: Tensor, h: Tensor, largest: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield draws of densities that are fitted to ``seen``, their log-densities, and those of ``h``."""
+    """Yield draws of densities that are fitted to ``seen``, their log-densities, and those of ``h``.
+
+    None where h lies on a sphere, a simplex or another surface, or where its states are too many to be known.
+    """
     random = generator("cpu", 0, "check", "fit")
+    both = torch.cat([seen, h])
+    is_whole = (both % 1 == 0).all()
     rows, of_row, count = seen.unique(dim=0, return_inverse=True, return_counts=True)
     if len(rows) <= DRAWS // 4:  # few states: as often as they were seen
         log_g = (count / DRAWS).log()
         distance, nearest = torch.cdist(h, rows, p=1).min(1)
         yield seen, log_g[of_row], log_g[nearest].masked_fill(distance > 0, -math.inf)
     elif largest is not None:  # independent units, one of the draws in DRAWS + 1 being uniform
+        if not is_whole or both.min() < 0 or both.max() > largest:
+            return
         uniform = torch.randint(0, largest + 1, seen.shape, generator=random).double()
         other = torch.rand(seen.shape, generator=random) * (DRAWS + 1) < 1
         drawn = torch.where(other, uniform, seen.gather(0, torch.randint(0, DRAWS, seen.shape, generator=random)))
@@ -215,7 +226,7 @@ def _fits(seen: Tensor, h: Tensor, largest: int | None) -> Iterator[tuple[Tensor
         cells.scatter_add_(0, seen.long(), torch.ones_like(seen))
         log_g = ((cells + 1 / (largest + 1)) / (DRAWS + 1)).log()
         yield drawn, log_g.gather(0, drawn.long()).sum(-1), log_g.gather(0, h.long()).sum(-1)
-    elif not (seen % 1 == 0).all():
+    elif not is_whole and not _is_surface(both):
         for parts in (1, PARTS) if seen.shape[1] <= MOST else (1,):  # Gaussians, by k-means
             centres = seen[:1]
             while len(centres) < parts:  # the farthest draws
@@ -233,6 +244,15 @@ def _fits(seen: Tensor, h: Tensor, largest: int | None) -> Iterator[tuple[Tensor
             mixture = centres, variance.sqrt().log(), weights.log()
             drawn = centres[chosen] + variance[chosen].sqrt() * e
             yield drawn, gaussian_mixture_log_prob(drawn, *mixture), gaussian_mixture_log_prob(h, *mixture)
+
+
+def _is_surface(h: Tensor) -> bool:
+    """Return whether the units of h, or their squares, obey a linear equation."""
+    terms = torch.cat([h, h.square()], -1) if 4 * h.shape[1] < len(h) else h
+    if 2 * terms.shape[1] > len(h):
+        return False  # too few draws to see it
+    values = torch.linalg.svdvals((terms - terms.mean(0)) / terms.std(0).clamp_min(1e-30))
+    return bool(values[-1] < 1e-5 * values[0])
 
 
 def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
