@@ -243,6 +243,20 @@ def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(composed) == 3
 
 
+def test_a_token_of_a_logger_reaches_the_job_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2")
+    seen: list[tuple[int, str]] = []
+
+    def pretend(experiment: Any) -> dict[str, Any]:
+        seen.append((experiment.seed, experiment.loggers[0].name))
+        return {"validation": {"nll": 0.0}}
+
+    monkeypatch.setattr("iwae_cli.runs.runner.run", pretend)
+    assert train(["-m", "seed=0,1", "logger=offline", "logger.wandb.name=x${oc.env:TOKEN}"]) == 0
+    assert seen == [(0, "xhunter2"), (1, "xhunter2")]
+    assert not [path for path in Path().rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+
+
 def test_a_key_that_not_all_choices_have_is_checked_job_by_job(runs: Any, capsys: Any) -> None:
     line = ["-m", "objective.m=4", "objective.k=5", "seed=0,1"]
     assert train([*line, "objective=miwae,piwae"]) == 0 and runs[0] == [0, 0, 1, 1]
