@@ -123,6 +123,7 @@ def _report(argv: list[str]) -> bool:
 
 def _narrow(found: Found, text: str) -> None:
     """Keep the finished runs, and of these the evaluations, that have the values of ``text``."""
+    from iwae_cli.report.reader import NOT_RECORDED
     from iwae_cli.report.selection import narrowed
 
     wanted = _wanted("filter", text, found)
@@ -131,6 +132,9 @@ def _narrow(found: Found, text: str) -> None:
         raise UserError(f"{text}: no finished run is that{_values(wanted, found)}")
     if others := len(found.runs) - len(kept):
         found.notes.append(f"{others} finished run{'s' * (others > 1)} without {text}")
+    for key in wanted:
+        if unknown := sum(score.keys.get(key) == NOT_RECORDED for run in found.runs for score in run.scores):
+            found.notes.append(f"{unknown} evaluation{'s' * (unknown > 1)} left out, of which {key} is {NOT_RECORDED}")
     found.runs = kept
 
 
@@ -167,7 +171,7 @@ def _against(text: str | None, made: list[Table], found: Found) -> list[Table]:
 def _chosen(text: str, found: Found) -> list[Run]:
     """Return the finished runs that one side of ``--compare`` names."""
     from iwae_cli.report.reader import read
-    from iwae_cli.report.selection import agrees
+    from iwae_cli.report.selection import narrowed
 
     if Path(text).exists():
         there = read([text])
@@ -175,7 +179,7 @@ def _chosen(text: str, found: Found) -> list[Run]:
             raise UserError(f"--compare {text}: no finished run; {there.left_out[0].state}, {there.left_out[0].why}")
         return there.runs
     wanted = _wanted("--compare", text, found)
-    runs = [run for run in found.runs if agrees(run.keys, wanted)]
+    runs = narrowed(found.runs, wanted)
     if not runs:
         raise UserError(f"--compare {text}: no finished run is that{_values(wanted, found)}")
     return runs
@@ -183,24 +187,52 @@ def _chosen(text: str, found: Found) -> list[Run]:
 
 def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
     """Return keys and values of ``"KEY=VALUE KEY=VALUE"``; a comma separates them too."""
-    from iwae_cli.report.selection import known_key
+    from iwae_cli.report.selection import agrees, choices, known_key, typed
 
     # Not inside a value: model.latent_sizes=[100, 50].
-    wanted = [part.partition("=") for part in re.split(r"[,\s]+(?=[^\s,=\[\]]+=)", text.strip())]
-    if not all(sign for _, sign, _ in wanted):
+    parts = [part.partition("=") for part in re.split(r"[,\s]+(?=[^\s,=\[\]]+=)", text.strip())]
+    if not all(key and sign for key, sign, _ in parts):
         raise UserError(f"{option} {text} is neither a folder nor KEY=VALUE, such as objective=elbo")
-    return {known_key(key, found.runs): value for key, _, value in wanted}
+    wanted = {known_key(key, found.runs): value for key, _, value in parts}
+    if len(wanted) < len(parts):
+        raise UserError(f"{option} {text}: a key is there twice; write several choices as seed=0,1")
+    wanted = {key: _named_data(value, found) if key == "data" else value for key, value in wanted.items()}
+    held = [run.keys | score.keys for run in found.runs for score in run.scores]
+    for key, value in wanted.items():
+        whole = any(typed(of.get(key)) == value for of in held)  # a name may hold a comma
+        for choice in () if whole else choices(value):
+            if not any(agrees(of, {key: choice}) for of in held):
+                raise UserError(f"{option} {text}: no finished run is that{_values({key: choice}, found)}")
+    return wanted
+
+
+def _named_data(value: str, found: Found) -> str:
+    """Return the names of data sets, also for a choice of the group ``data``, whose name no result holds."""
+    from iwae_cli.cli.help import conf_folder
+    from iwae_cli.report.selection import choices
+
+    own = {str(run.config.get("config_dir") or "") for run in found.runs} - {""}
+    names: dict[str, None] = {}
+    for choice in choices(value):
+        if any(run.dataset == choice for run in found.runs) or not re.fullmatch(r"\w{1,100}", choice):
+            names[choice] = None
+            continue
+        files = [Path(folder, "data", f"{choice}.yaml") for folder in (conf_folder(), *sorted(own))]
+        texts = [file.read_text() for file in files if file.is_file()]
+        of_group = [r.dataset for r in found.runs if any(f"_target_: {r.keys['data._target_']}\n" in t for t in texts)]
+        names |= dict.fromkeys(of_group or [choice])
+    return ",".join(names)
 
 
 def _values(keys: Mapping[str, str], found: Found) -> str:
     """Return the values that the runs have of these keys, for a message; of a value that none has the nearest."""
     from iwae_cli.config.guesses import nearest
-    from iwae_cli.report.selection import NAMED, agrees, shown
+    from iwae_cli.report.selection import NAMED, agrees, typed
 
-    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
+    held = [run.keys | score.keys for run in found.runs for score in run.scores]
     words = ""
     for key, value in keys.items():
-        there = sorted({shown(of.get(key)) for of in held})
+        there = sorted({typed(of.get(key)) for of in held})
         more = f" and {len(there) - NAMED} more" * (len(there) > NAMED)
         hint = "" if any(agrees(of, {key: value}) for of in held) else nearest(value, there, f"{key}=")
         words += f"; {key} is {', '.join(there[:NAMED])}{more}{hint}"

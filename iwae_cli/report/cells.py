@@ -372,7 +372,7 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label, differ: Sequen
     rows += added
     members: dict[tuple[Label, Label], list[Scored]] = {}
     for s in scored:
-        members.setdefault((label(s.run, rows), label(s.run, columns)), []).append(s)
+        members.setdefault((label(s, rows), label(s, columns)), []).append(s)
     cells = []
     for row, column in sorted(members, key=lambda place: (_order(place[0]), _order(place[1]))):
         group = tuple(sorted(members[row, column], key=lambda s: s.run.seed))
@@ -400,14 +400,12 @@ def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:
     Raises:
         UserError: as ``paired.difference``.
     """
-    references = [
-        cell for cell in table.cells if all(agrees({**s.run.keys, **s.score.keys}, wanted) for s in cell.runs)
-    ]
+    references = [cell for cell in table.cells if all(agrees(s.keys, wanted) for s in cell.runs)]
     if not references:
         return None
 
     def values(cell: Cell, keys: Sequence[str]) -> Label:
-        return label(cell.runs[0].run, keys)
+        return label(cell.runs[0], keys)
 
     # Always by data: other data are other images.
     apart = ["data"]

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import decimals, measured
 from iwae_cli.report.reader import Run, Score
-from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, label, mean, telling_apart, unrefined
+from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, mean, telling_apart, typed, unrefined
 
 ENOUGH_SEEDS = 3
 """Fewer seeds on a side are too few for a standard error over seeds."""
@@ -160,8 +160,7 @@ def _one_training(name: str, scored: Sequence[Scored]) -> None:
     keys = telling_apart(scored)
     if not keys:
         return
-    found = sorted({label(s.run, keys) for s in scored})
-    options = [" ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)) for values in found]
+    options = sorted({" ".join(f"{key}={typed(s.keys.get(key))}" for key in keys) for s in scored})
     if "=" in name:
         options = [f'"{name} {option}"' for option in options]
     more = f" or one of {len(options) - NAMED} more" if len(options) > NAMED else ""

@@ -98,7 +98,7 @@ SWAP = {"optimizer.lr": 1e-4, "schedule": "Constant", "schedule.passes": 2187, "
 
 def published(run: Run, score: Score, split: str) -> Published | None:
     """Return the published value for this data, binarization, networks, objective, k, and L_5000 on the test split."""
-    if split != "test" or score.k != K or score.weights != "last":
+    if split != "test" or score.k != K or score.weights != "last" or score.keys["evaluation.images"] is not None:
         return None
     keys = run.keys
     layers = NETWORKS.get((keys.get("model.latent_sizes", ""), keys.get("model.hidden_sizes", "")))

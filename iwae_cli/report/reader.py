@@ -16,13 +16,15 @@ from typing import Any
 from iwae_cli.core.errors import UserError
 from iwae_cli.record import schema
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
-from iwae_cli.record.identity import path_keys, training_config, unused
+from iwae_cli.record.identity import evaluation_name, path_keys, training_config, unused
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
 MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock"}
 """A folder with one of these files is a run folder, complete or not."""
 SWEEP = "sweep.json"
 """File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
+NOT_RECORDED = "not recorded"
+"""Value of a key that nothing shows an evaluation was made with."""
 GROUPS = ("model", "objective", "optimizer", "schedule")
 """Groups whose chosen name is in ``result.json``."""
 FORMER = {
@@ -57,6 +59,7 @@ class Score:
         reasons: reason for each missing number, by ``"<split>.<name>"``.
         active_units: one number per layer, nearest to x first; None where they are not defined.
         arrays: path of the per-image values.
+        keys: keys ``evaluation.*`` of the configuration that it was made with.
     """
 
     name: str
@@ -68,12 +71,7 @@ class Score:
     reasons: Mapping[str, str]
     active_units: tuple[int, ...] | None
     arrays: Path
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """Keys of the configuration that this evaluation was made with; those of the run are of its own evaluation."""
-        values = {"k": self.k, "weights": self.weights, "precision": self.precision}
-        return {f"evaluation.{key}": value for key, value in values.items()}
+    keys: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,8 @@ class Run:
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
         names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision", "data.sha256"}
-        idle = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
-        names |= FORMER.keys() - {f"model.{key}" for key in idle}
+        # Older runs have no node ``training``, and there is one class of it.
+        names = (names | FORMER.keys() - self.unused) - {"training._target_"}
         return {key: value for key, value in self.keys.items() if key in names}
 
 
@@ -298,9 +296,10 @@ def _read_run(path: Path, found: Found) -> Run | None:
         if result is None:
             found.left_out.append(_unfinished(folder))
             return None
-        others = list(_evaluations(folder, result, found))
-        scores = (_score(result, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
-        run = Run(path, folder.config(), result, scores, tuple(x for x in others if isinstance(x, Estimate)))
+        config = folder.config()
+        others = list(_evaluations(folder, config, result, found))
+        scores = (_score(result, config, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
+        run = Run(path, config, result, scores, tuple(x for x in others if isinstance(x, Estimate)))
         status = folder.status_record().get("status")
         if status != "finished":
             what = {"running": "being evaluated again", None: "without status.json"}.get(status, f"{status} since")
@@ -342,7 +341,9 @@ def process_alive(host: Any, pid: Any) -> bool:
         return True  # the process of another user, or no /proc
 
 
-def _evaluations(folder: RunFolder, top: Mapping[str, Any], found: Found) -> Iterator[Score | Estimate]:
+def _evaluations(
+    folder: RunFolder, config: Mapping[str, Any], top: Mapping[str, Any], found: Found
+) -> Iterator[Score | Estimate]:
     """Yield the evaluations of the same weights other than the one in ``result.json``."""
     for path in sorted(folder.path.glob("evaluations/*/result.json")):
         if path.parent.name == top["evaluation"]["name"]:
@@ -359,10 +360,10 @@ def _evaluations(folder: RunFolder, top: Mapping[str, Any], found: Found) -> Ite
             name, estimator, weights = path.parent.name, result["estimator"]["name"], result["weights"]
             yield Estimate(name, estimator, weights, numbers, *table_of(result))
         else:
-            yield _score(result, path.with_name("log_likelihood.npz"))
+            yield _score(result, config, path.with_name("log_likelihood.npz"))
 
 
-def _score(result: Mapping[str, Any], arrays: Path) -> Score:
+def _score(result: Mapping[str, Any], config: Mapping[str, Any], arrays: Path) -> Score:
     evaluation, units = result["evaluation"], result.get("active_units")
     return Score(
         name=evaluation["name"],
@@ -374,7 +375,36 @@ def _score(result: Mapping[str, Any], arrays: Path) -> Score:
         reasons=result.get("reasons") or {},
         active_units=None if units is None else tuple(units),
         arrays=arrays,
+        keys=flatten({"evaluation": _made_with(result, config)}),
     )
+
+
+def _made_with(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an evaluation by L_k; ``NOT_RECORDED`` for those that nothing shows.
+
+    ``config`` is that of the run, whose own evaluation has all of its settings. The name of an evaluation ends with a
+    hash of what decides its numbers, which tells ``refine=all`` from a number that takes every image.
+    """
+    held, splits = result["evaluation"], [name for name in result if name in SPLITS and result[name]]
+    first, precision = re.search(r"-first(\d+)\+", held["name"]), held["precision"]
+    made = {
+        **{key: held.get(key, NOT_RECORDED) for key in ("k", "seed", "binarization_seed")},
+        **{"weights": result["weights"], "splits": splits, "images": int(first[1]) if first else None},
+        "jackknife": any("nll_jackknife" in result[name] for name in splits),
+    }
+    own = evaluation_name(config) == held["name"]
+    most = max(((result[name].get("refined") or {"n": 0})["n"] for name in splits), default=0)
+    made["refine"] = next(
+        (
+            refine
+            for refine in (config["evaluation"].get("refine", 0), 0, "all", most, 200)
+            if evaluation_name({"evaluation": made | {"refine": refine}, "device": {"precision": precision}})
+            == held["name"]
+        ),
+        NOT_RECORDED,
+    )
+    others = {key: value if own else NOT_RECORDED for key, value in config["evaluation"].items() if key != "_target_"}
+    return others | made | {"precision": precision}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

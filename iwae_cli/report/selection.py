@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from iwae_cli.config.guesses import nearest
 from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
-from iwae_cli.report.reader import LeftOut, Run, Score
+from iwae_cli.record.identity import evaluation_precision
+from iwae_cli.report.reader import NOT_RECORDED, LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
 NAMED = 4
@@ -35,6 +38,11 @@ class Scored:
     score: Score
     split: str
     refined: bool = False
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        """Keys of the run, with those that the evaluation was made with."""
+        return {**self.run.keys, **self.score.keys}
 
     @property
     def kind(self) -> Kind:
@@ -98,16 +106,27 @@ def unrefined(scored: Iterable[Scored]) -> str:
     lacking: dict[str, list[str]] = {}
     for s in scored:
         if by_refined([s]) is None:
-            way = s.score.reasons.get(f"{s.split}.gap_q") or "iwae-eval RUN evaluation.refine=all" + "".join(
-                f" evaluation.{key}={value}"
-                for key, value in (("k", s.score.k), ("weights", s.score.weights))
-                if s.run.keys[f"evaluation.{key}"] != value
-            )
+            discrete = "refined proposals are for real latents" * ("active_units" in s.score.reasons)
+            way = s.score.reasons.get(f"{s.split}.gap_q") or discrete or _refining(s)
             lacking.setdefault(way, []).append(shlex.quote(files.shown(s.run.path)))
     more = {way: f" and {len(names) - NAMED} more" * (len(names) > NAMED) for way, names in lacking.items()}
     return "; ".join(
         f"no refined values of {', '.join(names[:NAMED])}{more[way]}: {way}" for way, names in lacking.items()
     )
+
+
+def _refining(s: Scored) -> str:
+    """Return the command that makes the same evaluation with refined values; RUN stands for the folder."""
+    asked, config, precision = dict(s.score.keys), s.run.config, s.score.precision
+    if precision == evaluation_precision(config):
+        del asked["evaluation.precision"]
+    elif precision != "bf16":
+        asked |= {"evaluation.precision": "float32", "device.precision": precision}
+    # What an older configuration lacks has the default, which changes nothing.
+    default = {key: s.run.keys.get(key, None if value else value) for key, value in asked.items()}
+    changed = {key: value for key, value in asked.items() if value not in (NOT_RECORDED, default[key])}
+    words = [f"{key}={typed(value)}" for key, value in changed.items() if key != "evaluation.refine"]
+    return " ".join(["iwae-eval RUN evaluation.refine=all", *words])
 
 
 def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[LeftOut]]:
@@ -136,15 +155,33 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
 
 def narrowed(runs: Sequence[Run], wanted: Mapping[str, str]) -> list[Run]:
     """Return the runs with these values, each with the evaluations that have them."""
-    found = [(run, tuple(s for s in run.scores if agrees({**run.keys, **s.keys}, wanted))) for run in runs]
+    found = [(run, tuple(s for s in run.scores if agrees(run.keys | s.keys, wanted))) for run in runs]
     return [replace(run, scores=scores) for run, scores in found if scores]
 
 
 def shown(value: Any) -> str:
-    """Return the value of a key as it is printed and as ``--compare`` accepts it."""
+    """Return the value of a key as it is printed."""
     if value is None:
         return MISSING
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def typed(value: Any) -> str:
+    """Return the value of a key as it is typed: null, true, [100,50], [test]."""
+    text = "null" if value is None else shown(value)
+    return re.sub(r'[\s"]', "", text) if text.startswith("[") else text
+
+
+def choices(text: str) -> list[str]:
+    """Return the parts between commas that are in no brackets: ``[50],[100,50]`` are two."""
+    found, depth = [""], 0
+    for mark in text:
+        depth += (mark == "[") - (mark == "]")
+        if mark == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += mark
+    return found
 
 
 def number(text: str) -> float | str:
@@ -156,30 +193,40 @@ def number(text: str) -> float | str:
 
 
 def agrees(keys: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
-    """Return whether the keys of a run have these values; numbers are compared as numbers, lists without spaces."""
+    """Return whether the keys of a run have these values; several choices of one are separated by commas.
+
+    Numbers are compared as numbers, lists without spaces and quotes.
+    """
 
     def same(value: str, given: str) -> bool:
-        return value.replace(" ", "") == given.replace(" ", "") or number(value) == number(given)
+        plain = re.sub(r"[\s'\"]", "", given)
+        return plain in (value, re.sub(r"\s", "", value)) or number(value) == number(plain)
 
-    return all(same(shown(keys.get(key)), value) for key, value in wanted.items())
+    def words(text: str) -> str:
+        return text.lower() if text.lower() in ("null", "true", "false") else text
+
+    return all(
+        any(same(typed(keys.get(key)), words(choice)) for choice in (value, *choices(value)))
+        for key, value in wanted.items()
+    )
 
 
 def known_key(key: str, runs: Iterable[Run]) -> str:
-    """Return ``key`` if any run has it.
+    """Return ``key`` if any run or evaluation has it.
 
     Raises:
-        UserError: no run has it.
+        UserError: none has it.
     """
-    keys = dict.fromkeys(name for run in runs for name in run.keys)
+    keys = dict.fromkeys(name for run in runs for of in (run, *run.scores) for name in of.keys)
     if key not in keys:
         hint = nearest(key, keys) or "; such as model, objective.k, optimizer.lr"
         raise UserError(f"no run has the key {key}{hint}")
     return key
 
 
-def label(run: Run, keys: Sequence[str]) -> Label:
-    """Return the run's values of ``keys`` as printed."""
-    return tuple(shown(run.keys.get(key)) for key in keys)
+def label(scored: Scored, keys: Sequence[str]) -> Label:
+    """Return the values of ``keys`` as printed."""
+    return tuple(shown(scored.keys.get(key)) for key in keys)
 
 
 def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
@@ -188,7 +235,7 @@ def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
     while True:
         cells: dict[Label, list[Scored]] = {}
         for s in scored:
-            cells.setdefault(label(s.run, (*keys, *added)), []).append(s)
+            cells.setdefault(label(s, (*keys, *added)), []).append(s)
         differing = next((found for group in cells.values() if (found := _varying(group))), None)
         if differing is None:
             return added
