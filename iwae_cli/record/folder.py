@@ -79,7 +79,7 @@ class RunFolder:
         """Return the resolved configuration, that of a run of 0.2.0 with the class paths and keys of this version.
 
         Raises:
-            UserError: this is not a run folder.
+            UserError: this is not a run folder, or its ``result.json`` is of another configuration.
         """
         path = self.path / "config.yaml"
         try:
@@ -90,7 +90,14 @@ class RunFolder:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, no UTF-8
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-        return schema.check(former.translated(config), schema.Config, path)
+        config = schema.check(former.translated(config), schema.Config, path)
+        try:
+            result = self.result()
+        except UserError:
+            return config
+        if result is not None:
+            schema.check_same(config, result, path)
+        return config
 
     def result(self) -> dict[str, Any] | None:
         """Return ``result.json`` of a finished run, or None.

@@ -82,8 +82,8 @@ def read_history(folder: str | Path, up_to_step: int | None = None) -> list[tupl
         try:
             row = json.loads(line)
             step = row.pop("step")
-            values = [step, *(value for value in row.values() if value is not None)]
-            if type(step) is not int or not all(math.isfinite(value) for value in values):
+            values = [value for value in row.values() if value is not None]
+            if type(step) is not int or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
                 raise ValueError
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
             raise UserError(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
+from annotated_types import Ge, Gt, Lt
 from typing_extensions import TypedDict
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.identity import unused
 from iwae_cli.record.summary import SPLITS, number_at, split_rows
 
 typed: Any = TypedDict  # made from dicts, since kinds of numbers share keys, and some keys hold a dot
 Text = dict[str, str]
 Number = float | None
+Count, Whole = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
+Seconds = dict[str, Annotated[float, Ge(0)] | None]
 
 
 def _keys(title: str, optional: Any = None, /, **required: Any) -> Any:
@@ -23,17 +30,27 @@ def _keys(title: str, optional: Any = None, /, **required: Any) -> Any:
 
 
 Node, Named = _keys("Node", _target_=str), _keys("Named", name=str)
-EVALUATION = {"_target_": str, "k": int, "splits": list[str], "weights": str, "seed": int, "binarization_seed": int}
+EVALUATION = {"_target_": str, "k": Count, "splits": list[str], "weights": str}
+TRAINING = {"backward": str, "tau": float, "kl_warmup": Whole, "clip": Annotated[float, Gt(0)] | None}
 Config = _keys(
     "Config",
-    {"training": dict[str, Any]},
-    **dict.fromkeys(("data", "model", "optimizer", "schedule"), Node),
-    objective=_keys("Objective", {"k": int}, _target_=str),
-    validation=_keys("Validation", k=int, every=int),
-    evaluation=_keys("Evaluation", {"precision": str}, **EVALUATION, jackknife=bool),
+    {"training": _keys("Training", TRAINING | {"ema": Annotated[float, Gt(0), Lt(1)] | None})},
+    **dict.fromkeys(("data", "model"), Node),
+    objective=_keys("Objective", {"k": Count}, _target_=str),
+    optimizer=_keys("Optimizer", {"lr": Annotated[float, Ge(0)]}, _target_=str),
+    schedule=_keys("Schedule", {"passes": Count, "patience": Count | None}, _target_=str),
+    validation=_keys("Validation", k=Count, every=Count),
+    evaluation=_keys(
+        "Evaluation",
+        {"precision": str, "images": Count | None},
+        **EVALUATION,
+        **dict.fromkeys(("seed", "binarization_seed"), Whole),
+        jackknife=bool,
+    ),
     device=_keys("Device", _target_=str, precision=str),
     logger=dict[str, Any],
-    **dict.fromkeys(("seed", "batch_size"), int),
+    seed=int,
+    batch_size=Count,
     **dict.fromkeys(("data_dir", "train"), str),
     init_from=str | None,
     with_optimizer=bool,
@@ -41,45 +58,55 @@ Config = _keys(
 """``config.yaml``, with the keys of this version."""
 
 SPLIT = dict[str, Any] | None
-LISTS = {"active_units": list[int] | None, "rows": list[list[str]], **dict.fromkeys(("notes", "arrays"), list[str])}
+LISTS = {"active_units": list[Whole] | None, "rows": list[list[str]], **dict.fromkeys(("notes", "arrays"), list[str])}
 Result = _keys(
     "Result",
     {
         **dict.fromkeys(("optimizer", "schedule", "estimator"), Named),
         **dict.fromkeys(SPLITS, SPLIT),
         **LISTS,
-        **{"figures": list[str], "reasons": Text | None, "seconds": dict[str, Number]},
-        **{"draws": int | None, "parameters": int, "data_sha256": str, "sources": Text, "versions": Text},
+        **{"figures": list[str], "reasons": Text | None, "seconds": Seconds},
+        **{"draws": Whole | None, "parameters": Whole, "data_sha256": str, "sources": Text, "versions": Text},
         **dict.fromkeys(("git", "code"), _keys("Commit", commit=str, changed=bool) | None),
-        "device": _keys("RanOn", {"kind": str, "name": str | None, "threads": int}),
+        "device": _keys("RanOn", {"kind": str, "name": str | None, "threads": Count}),
     },
     **dict.fromkeys(("identity", "weights"), str),
-    **dict.fromkeys(("epochs", "steps"), int),
+    **dict.fromkeys(("epochs", "steps"), Whole),
     **dict.fromkeys(("model", "objective"), Named),
-    dataset=_keys("Dataset", {"protocol": str, "image_shape": list[int]}, name=str, evaluation_sha256=Text),
-    evaluation=_keys("Evaluated", {"k": int}, name=str, step=int, precision=str),
+    dataset=_keys("Dataset", {"protocol": str, "image_shape": list[Count]}, name=str, evaluation_sha256=Text),
+    evaluation=_keys("Evaluated", {"k": Count}, name=str, step=Whole, precision=str),
 )
 """``result.json`` of any estimator; its numbers are those that its ``rows`` name."""
 
-_SCORE = _keys("Score", nll=Number, k=int)
-Scores = _keys("Scores", {**dict.fromkeys(SPLITS, _SCORE | None), "seconds": dict[str, Number]})
+_SCORE = _keys("Score", nll=Number, k=Count)
+Scores = _keys("Scores", {**dict.fromkeys(SPLITS, _SCORE | None), "seconds": Seconds})
 """What the table of a sweep shows of a result."""
 
 NUMBERS = ("stderr_images", "stderr_mc", "bias_mc")
 GAP = ("gap_q", "gap_q_stderr")
 """How much too high NLL_k by the trained q is at least, nats; missing in evaluations without refined proposals."""
 _SHARES = ("ess_share_below_10", "khat_share_above_0.7", "top_weight_share_above_0.5")
-_LIKELIHOOD: Any = {"k": int, "n": int, "bounds": dict[str, Number]}
+_LIKELIHOOD: Any = {"k": Count, "n": Count, "bounds": dict[str, Number]}
 _LIKELIHOOD |= dict.fromkeys(("nll", *NUMBERS, *_SHARES), Number)
 _REFINED = _keys("Refined", **_LIKELIHOOD)
 Likelihood = _keys("L", {**dict.fromkeys((*GAP, "nll_refined"), Number), "refined": _REFINED}, **_LIKELIHOOD)
 """L_k of one split; ``refined`` holds the same by refined proposals, of the first images or of all."""
 _REFINED_SPLIT = _keys("RefinedSplit", **dict.fromkeys(GAP, Number), refined=_REFINED)
-_K = _keys("K", k=int)
+_K = _keys("K", k=Count)
+LIMITS = {
+    r"(.+_)?stderr(_.+)?": (0, math.inf),
+    r".*_share_.*|acceptance": (0, 1),
+    r"(.+_)?ess_(median|min)": (1 - 1e-6, math.inf),
+    "bias_mc": (-math.inf, 0),
+    "n": (1, math.inf),
+}
+"""Least and largest value of numbers of any estimator, by the last part of their key."""
+ROUNDING = 1e-6
+"""Relative error of numbers that are equal in exact arithmetic."""
 
 PROCESS = {"pid": int, "host": str}
 Status = Literal["running", "interrupted", "failed", "finished"]
-Process = _keys("Process", status=Status, step=int, error=str | None, **PROCESS)
+Process = _keys("Process", status=Status, step=Whole, error=str | None, **PROCESS)
 """``status.json``."""
 JOB = {**dict.fromkeys(("identity", "folder", "status"), str), "error": str | None, "overrides": list[str]}
 Sweep = _keys("Sweep", {"workers": int | None, "varied": list[str]}, jobs=list[_keys("Job", JOB)])  # type: ignore[misc]
@@ -105,8 +132,9 @@ def read_json(path: Path, schema: Any) -> dict[str, Any] | None:
         Damaged: a key that ``schema`` names is missing or of another type; in one line with the key.
     """
     try:
-        # NaN and infinity, which JSON does not have, fail as texts where a number belongs.
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+        # NaN and infinity, which JSON does not have, fail as texts where a number belongs; so does 1e999.
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=str, parse_float=lambda x: y if math.isfinite(y := float(x)) else x)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -131,7 +159,43 @@ def check(value: Any, schema: Any, path: Path, within: str = "") -> dict[str, An
         raise Damaged(f"{path} is damaged: {key} {fault}must be {wanted}{given}")
     if schema is Result:
         _check_numbers(value, path)
+    if schema is Config:
+        for group in ("data", "model", "objective", "optimizer", "schedule", "validation", "evaluation", "training"):
+            target = value.get(group, {}).get("_target_")
+            known = target is None or (isinstance(target, str) and _is_class(target))
+            _require(known, path, f"{group}._target_ must name a class that exists, got {json.dumps(target):.60}")
     return value
+
+
+@cache
+def _is_class(target: str) -> bool:
+    """Return whether a module of this package or of torch holds this name; of other packages, whether it is a name."""
+    module, _, name = target.rpartition(".")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target) or not module.startswith(("iwae_cli", "torch")):
+        return bool(module)
+    top, *parts = module.split(".")
+    spec = find_spec(top)  # does not import it
+    if spec is None or not spec.submodule_search_locations:
+        return top != "iwae_cli"
+    place = Path(spec.submodule_search_locations[0], *parts)
+    file = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+    return file is not None and re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) is not None
+
+
+def check_same(config: Mapping[str, Any], result: Mapping[str, Any], path: Path) -> None:
+    """Raise ``Damaged`` if ``config``, the content of ``path``, is not the configuration of the result beside it."""
+    for group in ("data", "model", "objective", "optimizer", "schedule"):
+        node, target = config[group], config[group]["_target_"]
+        module = target.rpartition(".")[0].replace(".", "/")
+        # Results before 0.5 hold no sources.
+        known = {f"{module}.py", f"{module}/__init__.py"} & {*result.get("sources", [f"{module}.py"])}
+        ours = module.partition("/")[0] in ("iwae_cli", "torch")
+        _require(ours or bool(known), path, f"{group}._target_ must be as result.json was made with, got {target:.60}")
+        made = {} if group == "data" else {key: value for key, value in result.get(group, {}).items() if key in node}
+        for key in made.keys() - unused(node):
+            right, wrong = (json.dumps(value, default=str) for value in (made[key], node[key]))
+            same = key == "name" or node[key] == made[key]
+            _require(same, path, f"{group}.{key} must be {right:.60}, as in result.json, got {wrong:.60}")
 
 
 def _fault(value: Any, schema: Any) -> tuple[tuple[Any, ...], Any, str] | None:
@@ -178,22 +242,46 @@ def _check_numbers(result: Mapping[str, Any], path: Path) -> None:
                 parts[f"{name}.refined"] = check(split, _REFINED_SPLIT, path, name)["refined"]
             for part, held in parts.items():
                 of = f"{part} is of k = {held['k']}, n = {held['n']}"
-                _require(held["k"] == k and 1 <= held["n"] <= split["n"], path, of)
+                _require(held["k"] == k and held["n"] <= split["n"], path, of)
                 _require(all(map(str.isdecimal, held["bounds"])), path, f"{part}.bounds must have numbers as keys")
+                bound = held["bounds"].get(str(k), "missing")
+                same = held["nll"] is None or (bound not in (None, "missing") and _close(held["nll"], -bound))
+                _require(same, path, f"{part}.nll is {held['nll']}, and {part}.bounds.{k} is {bound}")
+                for key, value in held.items():
+                    _check_limits(f"{part}.{key}", value, path, k)
             if "refined" in split:
                 whole, refined = split.get("nll_refined", "missing"), split["refined"]
                 same = whole == (refined["nll"] if refined["n"] == split["n"] else "missing")
                 _require(same, path, f"{name}.nll_refined is {whole}, not {name}.refined.nll of all images")
+                gap, numbers = split.get("gap_q"), (split["nll"], refined["nll"])
+                if gap is not None and None not in numbers and refined["n"] == split["n"]:
+                    right = _close(split["nll"] - gap, refined["nll"])
+                    _require(right, path, f"{name}.gap_q is {gap}, not {name}.nll - {name}.refined.nll")
     for row in result.get("rows") or split_rows(result):
         _require(len(row) == 3, path, f"rows must hold label, key and format, got {row}")
         _, key, form = row
         value = number_at(result, key, _ABSENT)
         _require(value is not _ABSENT, path, f"{key} is missing, must be a number")
         _require(value is None or type(value) in (int, float), path, f"{key} must be a number, got {value!r:.60}")
+        _check_limits(key, value, path)
         try:
             form.format(0 if value is None else value)
         except (ValueError, KeyError, IndexError, AttributeError):
             raise Damaged(f"{path} is damaged: rows: {form!r:.60} is no format of {key} = {value}") from None
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+
+
+def _check_limits(key: str, value: Any, path: Path, k: float = math.inf) -> None:
+    """Raise ``Damaged`` if a number is outside of what its name allows; an effective sample size is at most ``k``."""
+    name = key.rpartition(".")[2]
+    for pattern, (low, high) in LIMITS.items():
+        if value is not None and re.fullmatch(pattern, name):
+            high = k * (1 + ROUNDING) if "ess_m" in name else high
+            ends = [f"at least {low:.10g}"] * (low > -math.inf) + [f"at most {high:.10g}"] * (high < math.inf)
+            _require(low <= value <= high, path, f"{key} must be {' and '.join(ends)}, got {value}")
 
 
 def _require(right: bool, path: Path, fault: str) -> None:

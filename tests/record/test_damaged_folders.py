@@ -88,7 +88,9 @@ def test_a_report_names_the_key_or_shows_the_same_numbers(
         if lines:
             # Without its estimator a result is read as one of L_k, which has a k.
             named = "evaluation.k" if key == "estimator" and how == "removed" else key.partition(".")[0]
-            assert f"{name} is damaged: {named}" in lines[0] and len(lines) == 1, (key, how, lines)
+            two_files = f"config.yaml is damaged: {key} must be " in lines[0] and "as in result.json" in lines[0]
+            assert f"{name} is damaged: {named}" in lines[0] or two_files, (key, how, lines)
+            assert len(lines) == 1
             assert " must be " in lines[0] and "\n" not in lines[0]
             refused.add((key, how))
         else:
@@ -142,6 +144,143 @@ def test_a_damaged_evaluation_is_done_again(folder: Path, key: str, caplog: pyte
     assert evaluate([str(folder), *AIS]) == 0
     assert f"is damaged: {key} must be " in caplog.text and "it is evaluated again" in caplog.text
     assert {name: load(path)[name] for name in good} == good
+
+
+IMPOSSIBLE: dict[str, Any] = {
+    "test.stderr_images must be at least 0": {"test.stderr_images": -0.1},
+    "test.stderr_mc must be at least 0": {"test.stderr_mc": -0.1},
+    "test.gap_q_stderr must be at least 0": {"test.gap_q_stderr": -1e-3},
+    "test.refined.stderr_mc must be at least 0": {"test.refined.stderr_mc": -1},
+    "test.bias_mc must be at most 0": {"test.bias_mc": 0.5},
+    "test.ess_share_below_10 must be at least 0 and at most 1": {"test.ess_share_below_10": 1.5},
+    "test.refined.ess_share_below_10 must be at least 0 and at most 1": {"test.refined.ess_share_below_10": -0.1},
+    "test.nll is -5, and test.bounds.50 is": {"test.nll": -5},
+    "and test.bounds.50 is None": {"test.bounds.50": None},
+    "test.refined.nll is 3, and test.refined.bounds.50 is": {"test.refined.nll": 3},
+    "test.n must be greater than or equal to 1": {"test.n": 0},
+    "test.refined is of k = 50, n = 300": {"test.refined.n": 300},
+    "test.refined.n must be greater than or equal to 1": {"test.refined.n": 0},
+    "test.ess_min must be at least 0.999999": {"test.ess_min": 0.5},
+    "test.ess_median must be at least 0.999999 and at most 50.00005, got 51": {"test.ess_median": 51},
+    "test.nll must be a number": {"test.nll": "1e999"},
+    "seconds.train must be greater than or equal to 0": {"seconds.train": -1.0},
+    "steps must be greater than or equal to 0": {"steps": -5},
+    "active_units.0 must be greater than or equal to 0": {"active_units": [-1]},
+    "evaluation.k must be greater than or equal to 1": {"evaluation.k": 0},
+}
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_impossible_numbers_are_one_line(folder: Path, words: str) -> None:
+    ((key, wrong),) = IMPOSSIBLE[words].items()
+    set_key(folder / "result.json", key, wrong)
+    (left,) = read([folder]).left_out
+    assert words in left.why and "\n" not in left.why and left.state == "damaged", left.why
+    with pytest.raises(UserError, match=re.escape(words)):
+        iwae_cli.open(folder).result  # noqa: B018
+    if key == "test.stderr_images":
+        code, out, err = run(*OPTIONS, f"output_dir={folder.parent}")
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+def test_the_gap_is_the_difference_on_the_same_images(folder: Path) -> None:
+    """Of ten of 250 images nothing can be checked; of all of them it can."""
+    path = folder / "result.json"
+    set_key(path, "test.gap_q", 0.7)
+    assert not read([folder]).left_out
+    test = load(path)["test"]
+    set_key(path, "test.refined.n", test["n"])
+    set_key(path, "test.nll_refined", test["refined"]["nll"])
+    set_key(path, "test.gap_q", test["nll"] - test["refined"]["nll"])
+    assert not read([folder]).left_out
+    set_key(path, "test.gap_q", 0.7)
+    assert "test.gap_q is 0.7, not test.nll - test.refined.nll" in read([folder]).left_out[0].why
+
+
+def test_impossible_numbers_of_an_estimator_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = folder.glob("evaluations/ais*/result.json")
+    set_key(path, "test.acceptance", 1.5)
+    found = read([folder])
+    assert not found.runs[0].estimates
+    assert "test.acceptance must be at least 0 and at most 1, got 1.5; this evaluation is left out" in found.notes[0]
+    assert evaluate([str(folder), *AIS]) == 0
+    assert "it is evaluated again" in caplog.text and load(path)["test"]["acceptance"] <= 1
+
+
+def set_key(path: Path, key: str, wrong: Any) -> None:
+    value = load(path)
+    node, (*groups, last) = value, key.split(".")
+    for group in groups:
+        node = node[group]
+    node[last] = wrong
+    # 1e999 is JSON, and infinite in Python.
+    text = yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value).replace('"1e999"', "1e999")
+    path.write_text(text)
+
+
+CONFIGURED = {
+    "training.ema": ["x", 1.0, -0.1],
+    "training.clip": ["x", 0],
+    "training.kl_warmup": [-1, 1.5],
+    "training._target_": ["iwae_cli.training.settings.Nosuch"],
+    "schedule.patience": ["x", 0],
+    "schedule.passes": [0, "2"],
+    "schedule._target_": ["iwae_cli.training.schedule.Nosuch", "nosuch.Class", "Constant"],
+    "optimizer._target_": ["torch.optim.Nosuch", "torch.nosuch.Adam", "nosuch.Class"],
+    "optimizer.lr": ["x", -1e-3],
+    "objective._target_": ["iwae_cli.objectives.nosuch.IWAE", "nosuch.Class"],
+    "objective.k": [0],
+    "model._target_": ["os.system"],
+    "model.posterior": ["full"],
+    "model.latent_sizes": [[50], "x"],
+    "validation.every": [0],
+    "evaluation.images": ["x", 0],
+    "batch_size": [0],
+}
+
+
+@pytest.mark.parametrize("key", CONFIGURED)
+def test_a_configuration_that_no_run_has_is_one_line(
+    folder: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "config.yaml"
+    good = path.read_text()
+    for wrong in CONFIGURED[key]:
+        path.write_text(good)
+        set_key(path, key, wrong)
+        (left,) = read([folder]).left_out
+        assert left.state == "damaged" and "\n" not in left.why and f"config.yaml is damaged: {key} " in left.why
+        with pytest.raises(UserError) as load_error:
+            iwae_cli.load(folder)
+        assert evaluate([str(folder), "evaluation.k=7"]) == 2
+        assert capsys.readouterr().err == f"iwae-eval: {load_error.value}\n"
+        assert left.why in str(load_error.value).replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": "x"}', '{"step": 9, "train/bound": "x"}', '{"step": 9, "pass": true}', '{"step": 9, "pass"'),
+        *('{"step": 9, "train/bound": NaN}', '{"step": 9, "pass": [1]}', "\udcff", "{}"),
+    ],
+)
+def test_a_broken_line_of_metrics_is_said_on_the_page(
+    folder: Path, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert report([str(folder), "--html", str(page)]) == 0
+    whole = page.read_text()
+    curve, number = 'aria-label="Training, table 1"', len((folder / "metrics.jsonl").read_text().splitlines()) + 1
+    assert curve in whole
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode(errors="surrogateescape"))
+    assert report([str(folder), "--html", str(page)]) == 0, "a last line that was cut is none"
+    assert curve in page.read_text() and "not a row of metrics" not in page.read_text()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    capsys.readouterr()
+    assert report([str(folder), "--html", str(page)]) == 0
+    assert f"line {number}: not a row of metrics" in page.read_text() and curve not in page.read_text()
 
 
 SWEEPS = {

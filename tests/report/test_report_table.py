@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from report_runs import change, config, values, write
 
+import iwae_cli.cli.compose  # noqa: F401  it registers what the yaml files refer to
 from iwae_cli.core.errors import UserError
 from iwae_cli.report.cells import Table, tables
 from iwae_cli.report.published import TABLE

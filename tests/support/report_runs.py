@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from iwae_cli.record.identity import evaluation_name
+
 Command = Callable[..., tuple[int, str, str]]
 """iwae-report: from its arguments to exit code, standard output and standard error."""
 CONFIG: dict[str, Any] = yaml.safe_load("""
@@ -33,7 +35,7 @@ schedule: {_target_: iwae_cli.training.schedule.Burda, stages: 8}
 validation: {_target_: iwae_cli.training.settings.Validation, k: 50, every: 5}
 evaluation:
   _target_: iwae_cli.evaluation.protocol.Evaluation
-  splits: [validation, test]
+  splits: [test]
   weights: last
   k: 5000
   seed: 0
@@ -97,14 +99,21 @@ def write(
     folder = output_dir / identity
     folder.mkdir(parents=True)
     asked = settings["evaluation"]
-    evaluation = f"k{asked['k']}-test-{asked['weights']}-{hashlib.sha256(images.encode()).hexdigest()[:8]}"
+    refine = 0 if refined is None else "all" if len(refined) == len(log_px) else len(refined)
+    made = {**asked, "splits": ["test"], "refine": refine}
+    evaluation = evaluation_name({"evaluation": made, "device": settings["device"]})
+    targets = [settings[group]["_target_"] for group in ("data", "model", "objective", "optimizer", "schedule")]
+    outside = [t.rpartition(".")[0].replace(".", "/") for t in targets if not t.startswith(("iwae_cli.", "torch."))]
     n, nll = len(log_px), -float(np.mean(log_px))
-    facts = {"seed": 0, "binarization_seed": 0, "precision": settings["device"]["precision"], "k": asked["k"]}
+    facts = {key: asked[key] for key in ("seed", "binarization_seed", "k")} | {
+        "precision": settings["device"]["precision"]
+    }
     split = {
         **{"nll": nll, "k": asked["k"], "n": n, "stderr_mc": 0.004, "bias_mc": -0.002},
         "stderr_images": float(np.std(log_px, ddof=1) / np.sqrt(n)),
         "bounds": {"1": -nll - 3.0, "50": -nll - 0.5, str(asked["k"]): -nll},
-        **{"ess_median": 800.0, "ess_min": 40.0, "ess_share_below_10": 0.0, "khat_share_above_0.7": 0.0},
+        **{"ess_median": min(800.0, asked["k"]), "ess_min": min(40.0, asked["k"])},
+        **{"ess_share_below_10": 0.0, "khat_share_above_0.7": 0.0},
         **{"top_weight_share_above_0.5": 0.0, "bits_per_dim": nll / 784 / float(np.log(2))},
     }
     held, reasons = {"log_px": np.asarray(log_px, dtype=np.float64), "ess": np.full(n, 800.0)}, {}
@@ -145,7 +154,7 @@ def write(
             "device": {"kind": "cpu"},
             "git": None,
             "code": None,
-            "sources": {},
+            "sources": {f"{module}.py": "0" * 16 for module in outside},
             "data_sha256": "0" * 64,
         },
         "evaluation": {"name": evaluation, "step": 100, **facts},
