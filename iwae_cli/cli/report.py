@@ -30,9 +30,9 @@ usage: iwae-report [PATH ...] [KEY=VALUE ...] [--rows KEYS] [--columns KEYS] [--
                    [--html FILE] [--budget B]
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
-and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key; evaluation.k,
-evaluation.weights and evaluation.precision choose among the evaluations of a run. There is one table for every data
-set and kind of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by their seed
+and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key, several choices as seed=0,1,
+none as null; keys of evaluation choose among the evaluations of a run by what each was made with. There is one table
+for every data set and kind of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by their seed
 alone: NLL (mean and standard error over seeds), active units, and the paper's value where data, networks, objective, k
 and evaluation are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are
 between those. Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators
@@ -197,7 +197,7 @@ def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
     if len(wanted) < len(parts):
         raise UserError(f"{option} {text}: a key is there twice; write several choices as seed=0,1")
     wanted = {key: _named_data(value, found) if key == "data" else value for key, value in wanted.items()}
-    held = [run.keys | score.keys for run in found.runs for score in run.scores]
+    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
     for key, value in wanted.items():
         whole = any(typed(of.get(key)) == value for of in held)  # a name may hold a comma
         for choice in () if whole else choices(value):
@@ -229,7 +229,7 @@ def _values(keys: Mapping[str, str], found: Found) -> str:
     from iwae_cli.config.guesses import nearest
     from iwae_cli.report.selection import NAMED, agrees, typed
 
-    held = [run.keys | score.keys for run in found.runs for score in run.scores]
+    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
     words = ""
     for key, value in keys.items():
         there = sorted({typed(of.get(key)) for of in held})

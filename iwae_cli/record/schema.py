@@ -21,7 +21,8 @@ from iwae_cli.record.summary import SPLITS, number_at, split_rows
 typed: Any = TypedDict  # made from dicts, since kinds of numbers share keys, and some keys hold a dot
 Text = dict[str, str]
 Number = float | None
-Count, Whole = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
 Seconds = dict[str, Annotated[float, Ge(0)] | None]
 
 
@@ -163,7 +164,9 @@ def check(value: Any, schema: Any, path: Path, within: str = "") -> dict[str, An
         for group in ("data", "model", "objective", "optimizer", "schedule", "validation", "evaluation", "training"):
             target = value.get(group, {}).get("_target_")
             known = target is None or (isinstance(target, str) and _is_class(target))
-            _require(known, path, f"{group}._target_ must name a class that exists, got {json.dumps(target):.60}")
+            _require(
+                known, path, f"{group}._target_ must be the name of a class that exists, got {json.dumps(target):.60}"
+            )
     return value
 
 
@@ -246,7 +249,8 @@ def _check_numbers(result: Mapping[str, Any], path: Path) -> None:
                 _require(all(map(str.isdecimal, held["bounds"])), path, f"{part}.bounds must have numbers as keys")
                 bound = held["bounds"].get(str(k), "missing")
                 same = held["nll"] is None or (bound not in (None, "missing") and _close(held["nll"], -bound))
-                _require(same, path, f"{part}.nll is {held['nll']}, and {part}.bounds.{k} is {bound}")
+                wanted = f"-{part}.bounds.{k}, which is {bound}"
+                _require(same, path, f"{part}.nll must be {wanted}, got {held['nll']}")
                 for key, value in held.items():
                     _check_limits(f"{part}.{key}", value, path, k)
             if "refined" in split:
@@ -279,6 +283,7 @@ def _check_limits(key: str, value: Any, path: Path, k: float = math.inf) -> None
     name = key.rpartition(".")[2]
     for pattern, (low, high) in LIMITS.items():
         if value is not None and re.fullmatch(pattern, name):
+            _require(type(value) in (int, float), path, f"{key} must be a number, got {value!r:.60}")
             high = k * (1 + ROUNDING) if "ess_m" in name else high
             ends = [f"at least {low:.10g}"] * (low > -math.inf) + [f"at most {high:.10g}"] * (high < math.inf)
             _require(low <= value <= high, path, f"{key} must be {' and '.join(ends)}, got {value}")

@@ -155,7 +155,7 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
 
 def narrowed(runs: Sequence[Run], wanted: Mapping[str, str]) -> list[Run]:
     """Return the runs with these values, each with the evaluations that have them."""
-    found = [(run, tuple(s for s in run.scores if agrees(run.keys | s.keys, wanted))) for run in runs]
+    found = [(run, tuple(s for s in run.scores if agrees({**run.keys, **s.keys}, wanted))) for run in runs]
     return [replace(run, scores=scores) for run, scores in found if scores]
 
 
@@ -217,7 +217,7 @@ def known_key(key: str, runs: Iterable[Run]) -> str:
     Raises:
         UserError: none has it.
     """
-    keys = dict.fromkeys(name for run in runs for of in (run, *run.scores) for name in of.keys)
+    keys = dict.fromkeys(name for run in runs for keys in (run.keys, *(s.keys for s in run.scores)) for name in keys)
     if key not in keys:
         hint = nearest(key, keys) or "; such as model, objective.k, optimizer.lr"
         raise UserError(f"no run has the key {key}{hint}")
