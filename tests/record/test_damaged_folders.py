@@ -218,7 +218,7 @@ def set_key(path: Path, key: str, wrong: Any) -> None:
     path.write_text(text)
 
 
-CONFIGURED = {
+CONFIGURED: dict[str, list[Any]] = {
     "training.ema": ["x", 1.0, -0.1],
     "training.clip": ["x", 0],
     "training.kl_warmup": [-1, 1.5],
