@@ -21,8 +21,10 @@ class UserError(Exception):
     exit_code = 2
 
 
-def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raise ValueError unless ``value`` is from ``least`` to ``most``; the message begins with ``name``."""
+def check_range(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raise ValueError unless ``value`` is None or from ``least`` to ``most``; the message begins with ``name``."""
+    if value is None:
+        return
     if value < least:
         raise ValueError(f"{name} must be >= {least:,}, got {value:,}")
     if value > most:

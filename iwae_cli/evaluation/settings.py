@@ -58,8 +58,7 @@ class Evaluation:
             ("seed", 0, math.inf),
             ("binarization_seed", 0, math.inf),
         ):
-            if (value := getattr(self, name)) is not None:
-                check_range(name, value, least, most)
+            check_range(name, getattr(self, name), least, most)
         if self.refine != "all":
             check_range("refine", self.refine, 0)
         if not self.splits:

@@ -23,7 +23,7 @@ class Schedule(ABC):
 
     def __init__(self, passes: int, patience: int | None = None) -> None:
         check_range("passes", passes, 1)
-        check_range("patience", 1 if patience is None else patience, 1)
+        check_range("patience", patience, 1)
         self.passes = passes
         self.patience = patience
 
