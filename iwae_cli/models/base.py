@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from iwae_cli.core.interfaces import Model, Observation, Particles
+from iwae_cli.core.interfaces import Latents, Model, Observation, Particles
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional
@@ -43,13 +43,10 @@ class LatentVariableModel(nn.Module):
             frozen = {name: p.detach() for name, p in self.inference.named_parameters()}
             return functional_call(self.inference, frozen, (x, latents))
 
-        return Particles(
-            latents=latents,
-            log_p=self.generative(x, latents),
-            log_q=log_q,
-            reparameterized=self.inference.reparameterized,
-            rescore=rescore,
-        )
+        return Particles(latents, self._log_p(x, latents), log_q, self.inference.reparameterized, rescore)
+
+    def _log_p(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+        return self.generative(x, latents)
 
     def forward(
         self, x: Shaped[Tensor, "batch pixels"], k: int, noise: Noise | None = None

@@ -68,28 +68,32 @@ class DiagonalGaussian(Conditional):
         return h, normal_log_prob(h, loc, log_scale)
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
-        """Return the log-density, nats."""
         return normal_log_prob(h, *self(given))
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return loc."""
         loc: Tensor = self(given)[0]
         return loc
 
 
-class GaussianConditional(DiagonalGaussian):
-    """A diagonal Gaussian of ``outputs`` units; location and log-scale are heads on layers of ``hidden`` sizes."""
+class GaussianHeads(DiagonalGaussian):
+    """A diagonal Gaussian of ``outputs`` units; location and log-scale are linear in the ``features`` of ``body``."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: Activation = "tanh") -> None:
+    def __init__(self, body: nn.Module, features: int, outputs: int) -> None:
         super().__init__()
-        self.body = hidden_layers([inputs, *hidden], activation)
-        self.loc = nn.Linear(hidden[-1], outputs)
-        self.log_scale = nn.Linear(hidden[-1], outputs)
+        self.body = body
+        self.loc = nn.Linear(features, outputs)
+        self.log_scale = nn.Linear(features, outputs)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], Float[Tensor, "*n o"]]:
-        """Return location and log-scale."""
         features = self.body(given)
         return self.loc(features), self.log_scale(features)
+
+
+class GaussianConditional(GaussianHeads):
+    """A diagonal Gaussian of ``outputs`` units on layers of ``hidden`` sizes."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: Activation = "tanh") -> None:
+        super().__init__(hidden_layers([inputs, *hidden], activation), hidden[-1], outputs)
 
 
 class LinearConditional(DiagonalGaussian):
@@ -103,7 +107,6 @@ class LinearConditional(DiagonalGaussian):
         self.log_scale = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, given: Float[Tensor, "*n i"]) -> tuple[Float[Tensor, "*n o"], Float[Tensor, " o"]]:
-        """Return location and log-scale."""
         return self.linear(given), self.log_scale
 
 
@@ -123,23 +126,19 @@ class CholeskyConditional(Conditional):
         self.below_diagonal = nn.Parameter(torch.zeros(outputs, outputs))
 
     def cholesky(self) -> Float[Tensor, "o o"]:
-        """Return L."""
         return torch.tril(self.below_diagonal, -1) + torch.diag(self.log_diagonal.exp())
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
-        """Return reparameterized draws and their log-densities."""
         standard = noise.normal(level, k, batch, self.linear.out_features)
         h = self.linear(given) + standard @ self.cholesky().T
         return h, standard_normal_log_prob(standard) - self.log_diagonal.sum()
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
-        """Return the log-density, nats."""
         centred = (h - self.linear(given)).flatten(0, 1).T
         standardized = torch.linalg.solve_triangular(self.cholesky(), centred, upper=False).T.view(h.shape)
         return standard_normal_log_prob(standardized) - self.log_diagonal.sum()
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return A given + c."""
         return self.linear(given)
 
 
@@ -156,11 +155,9 @@ class Bits(Conditional):
         return h, bernoulli_log_prob(h, logits)
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
-        """Return the log-probability, nats."""
         return bernoulli_log_prob(h, self(given).to(h.dtype))
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return the probability of each bit to be 1."""
         return torch.sigmoid(self(given))
 
 
@@ -179,11 +176,9 @@ class OneHot(Conditional):
         return h, (h * log_probability).sum(-1)
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
-        """Return the log-probability, nats."""
         return (h * torch.log_softmax(self(given).to(h.dtype), -1)).sum(-1)
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return the probability of each category."""
         return torch.softmax(self(given), -1)
 
 

@@ -77,15 +77,12 @@ class Bernoulli(PixelLikelihood):
         return np.log(clipped / (1 - clipped))
 
     def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
-        """See the base class."""
         return bernoulli_log_prob(x, values)
 
     def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
-        """Return the probability of each pixel to be 1."""
         return torch.sigmoid(values)
 
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
-        """See the base class."""
         return bernoulli_draw(values, 0, noise)
 
 
@@ -179,7 +176,6 @@ class Gaussian(nn.Module, PixelLikelihood):
             nn.init.constant_(self.log_std, math.log(max(std, LEAST_STD)))
 
     def initial_bias(self) -> Float64[np.ndarray, " values"]:
-        """Return the training mean."""
         return self._mean
 
     def log_prob(self, x: Float[Tensor, "*#n pixels"], values: Float[Tensor, "*#n values"]) -> Float[Tensor, "*_"]:
@@ -188,11 +184,9 @@ class Gaussian(nn.Module, PixelLikelihood):
         return _long_sum(-0.5 * standardized.square() - self.log_std - HALF_LOG_2PI)
 
     def mean(self, values: Float[Tensor, "*n values"]) -> Float[Tensor, "*n pixels"]:
-        """Return the values themselves."""
         return values
 
     def sample(self, values: Float[Tensor, "k batch values"], noise: Noise) -> Float[Tensor, "k batch pixels"]:
-        """See the base class."""
         return values + self.log_std.exp() * noise.normal(0, *values.shape)
 
 
@@ -218,11 +212,9 @@ class Pixels(Conditional):
         return x, self.likelihood.log_prob(x, values)
 
     def log_prob(self, h: Float[Tensor, "*#n d"], given: Given) -> Float[Tensor, "*_"]:
-        """Return log p(x|h_1), nats."""
         return self.likelihood.log_prob(h, self(given))
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return E[x|h_1], in the units of x."""
         return self.likelihood.mean(self(given))
 
 
@@ -242,19 +234,11 @@ class MLPPixels(Pixels):
         self.head = nn.Linear([inputs, *hidden][-1], likelihood.per_pixel * pixels)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n values"]:
-        """Return the values."""
         return self.head(self.body(given))
 
 
 TanhPixels = MLPPixels
 """Its name up to version 0.4.0, which classes of users import."""
-
-
-def check_noise_std(noise_std: float | None, name: LikelihoodName) -> None:
-    """Raise ValueError unless ``noise_std`` is None, or a number for ``likelihood=gaussian`` and in range."""
-    if noise_std is not None and (name != "gaussian" or not LEAST_STD <= noise_std <= 1 / LEAST_STD):
-        wanted = f"null, or with likelihood=gaussian from {LEAST_STD:g} to {1 / LEAST_STD:g}"
-        raise ValueError(f"noise_std must be {wanted}, got {noise_std:g} with likelihood={name}")
 
 
 def make_likelihood(

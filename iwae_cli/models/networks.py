@@ -78,7 +78,6 @@ class Gated(nn.Module):
         self.gate = nn.Linear(inputs, outputs)
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """Return value * sigmoid(gate)."""
         return self.value(given) * torch.sigmoid(self.gate(given))
 
 

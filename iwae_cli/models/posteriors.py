@@ -7,7 +7,7 @@ begin as a diagonal Gaussian.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -17,44 +17,14 @@ from torch.nn import functional as F
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import (
-    check_size,
     full_normal_log_prob,
     gaussian_mixture_log_prob,
     normal_log_prob,
     standard_normal_log_prob,
 )
 
-PosteriorName = Literal["diagonal", "full", "coupling", "mixture"]
-
 COUPLING_UNITS = 100
 """Hidden units of a coupling block."""
-
-
-def make_posterior(
-    name: PosteriorName, body: nn.Module, features: int, outputs: int, size: int, first: bool
-) -> Conditional:
-    """Return q(h|given) of a family other than ``diagonal``.
-
-    Args:
-        name: of the family.
-        body: makes features of ``given``.
-        features: their number.
-        outputs: size of h.
-        size: number of components of ``mixture``, of blocks of ``coupling``.
-        first: whether ``given`` is x.
-    """
-    if name == "full":
-        return FullGaussian(body, features, outputs)
-    if name == "coupling":
-        return Coupling(body, features, outputs, size)
-    return GaussianMixture(body, features, outputs, size, stratified=first)
-
-
-def check_posterior(name: PosteriorName, size: int, latent_sizes: Sequence[int]) -> None:
-    """Raise ValueError unless layers of these sizes can have such a q."""
-    check_size("posterior_size", size, 2 if name == "mixture" else 1)
-    if name == "coupling" and min(latent_sizes) < 2:
-        raise ValueError("posterior=coupling needs at least two latents in every layer, got 1; use posterior=full")
 
 
 class ZeroLinear(nn.Module):
@@ -66,18 +36,11 @@ class ZeroLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, given: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """Return the linear function of ``given``."""
         return F.linear(given, self.weight, self.bias)
 
 
 class FullGaussian(Conditional):
-    """N(loc, L L^T) with L lower triangular; both depend on ``given``.
-
-    Args:
-        body: makes features of ``given``.
-        features: their number.
-        outputs: size d of h.
-    """
+    """N(loc, L L^T) of ``outputs`` units with L lower triangular; both depend on the ``features`` of ``body``."""
 
     def __init__(self, body: nn.Module, features: int, outputs: int) -> None:
         super().__init__()
@@ -98,7 +61,6 @@ class FullGaussian(Conditional):
         return loc, log_diagonal, cholesky
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
-        """Return reparameterized draws and their log-densities."""
         loc, log_diagonal, cholesky = self(given)
         standard = noise.normal(level, k, batch, loc.shape[-1])
         product = "bij,kbj->kbi" if cholesky.dim() == 3 else "kbij,kbj->kbi"
@@ -106,7 +68,6 @@ class FullGaussian(Conditional):
         return h, standard_normal_log_prob(standard) - log_diagonal.sum(-1)
 
     def log_prob(self, h: Float[Tensor, "k n d"], given: Given) -> Float[Tensor, "k n"]:
-        """Return the log-density, nats."""
         loc, log_diagonal, cholesky = self(given)
         if cholesky.dim() == 3:  # one L for all draws of a row
             return full_normal_log_prob(h, loc, cholesky)
@@ -114,7 +75,6 @@ class FullGaussian(Conditional):
         return standard_normal_log_prob(standard) - log_diagonal.sum(-1)
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return the location."""
         loc: Tensor = self(given)[0]
         return loc
 
@@ -158,13 +118,9 @@ class CouplingBlock(nn.Module):
 
 
 class Coupling(Conditional):
-    """A diagonal Gaussian moved by affine coupling blocks.
+    """A diagonal Gaussian of at least two units, on the features of ``body``, moved by affine coupling ``blocks``.
 
-    Args:
-        body: makes features of ``given``.
-        features: their number.
-        outputs: size of h, at least 2.
-        blocks: number of coupling blocks; two move every unit.
+    Two blocks move every unit.
     """
 
     def __init__(self, body: nn.Module, features: int, outputs: int, blocks: int) -> None:
@@ -176,7 +132,6 @@ class Coupling(Conditional):
         self.blocks = cast(Sequence[CouplingBlock], made)
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
-        """Return reparameterized draws and their log-densities."""
         features = self.body(given)
         loc, log_scale = self.loc(features), self.log_scale(features)
         standard = noise.normal(level, k, batch, loc.shape[-1])
@@ -187,7 +142,6 @@ class Coupling(Conditional):
         return h, log_q
 
     def log_prob(self, h: Float[Tensor, "k n d"], given: Given) -> Float[Tensor, "k n"]:
-        """Return the log-density, nats."""
         features = self.body(given)
         log_determinants = h.new_zeros(())
         for block in reversed(self.blocks):
@@ -196,7 +150,6 @@ class Coupling(Conditional):
         return normal_log_prob(h, self.loc(features), self.log_scale(features)) - log_determinants
 
     def mean(self, given: Given) -> None:
-        """Return None: it has no closed form."""
         return None
 
 
@@ -210,9 +163,7 @@ class GaussianMixture(Conditional):
     not be paired.
 
     Args:
-        body: makes features of ``given``.
-        features: their number.
-        outputs: size d of h.
+        body: makes ``features`` of ``given``.
         components: S.
         stratified: whether training takes the components in turn.
     """
@@ -245,10 +196,8 @@ class GaussianMixture(Conditional):
         return h, gaussian_mixture_log_prob(h, loc, log_scale)
 
     def log_prob(self, h: Float[Tensor, "k n d"], given: Given) -> Float[Tensor, "k n"]:
-        """Return the log-density, nats."""
         return gaussian_mixture_log_prob(h, *self(given))
 
     def mean(self, given: Given) -> Float[Tensor, "*_ d"]:
-        """Return the mean of the locations."""
         loc: Tensor = self(given)[0]
         return loc.mean(-2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Bits, Conditional, DiagonalGaussian, Draws, Given, OneHot
-from iwae_cli.models.networks import check_size, gaussian_mixture_log_prob, standard_normal_log_prob
-
-PriorName = Literal["standard", "mixture", "vamp"]
+from iwae_cli.models.networks import gaussian_mixture_log_prob, standard_normal_log_prob
 
 MOST_AT_ONCE = 1 << 22
 """Numbers that the density of a mixture of many components takes at once in an evaluation."""
@@ -28,46 +25,6 @@ class Prior(ABC):
         """Return the prior of a layer of ``size`` units."""
 
 
-def make_prior(
-    prior: PriorName | Prior,
-    size: int,
-    components: int,
-    q: Conditional,
-    mean: Float[Tensor, " pixels"],
-) -> Conditional:
-    """Return the prior of a layer of ``size`` units.
-
-    Args:
-        prior: its name, or settings of another one.
-        size: units.
-        components: of ``mixture`` and of ``vamp``.
-        q: q(h|x), and
-        mean: the mean image in [0, 1], for ``vamp``.
-    """
-    if isinstance(prior, Prior):
-        return prior.build(size)
-    if prior == "mixture":
-        return MixturePrior(components, size)
-    if prior == "vamp":
-        assert isinstance(q, DiagonalGaussian)  # see check_prior
-        return VampPrior(q, mean, components)
-    return StandardNormal(size)
-
-
-def check_prior(prior: PriorName | Prior, components: int, layers: int, posterior: str, likelihood: str) -> None:
-    """Raise ValueError unless such a prior can be made for q of so many layers, and for such pixels."""
-    check_size("prior_components", components)
-    if prior == "vamp" and likelihood == "gaussian":
-        raise ValueError(
-            "prior=vamp is for pixels in [0, 1], as its images are, not for likelihood=gaussian: use mixture"
-        )
-    if prior == "vamp" and (layers > 1 or posterior != "diagonal"):
-        raise ValueError(
-            "prior=vamp needs one stochastic layer and posterior=diagonal, "
-            f"got {layers} and posterior={posterior}; use prior=mixture"
-        )
-
-
 class StandardNormal(Conditional):
     """N(0, I) of ``size`` units."""
 
@@ -76,16 +33,13 @@ class StandardNormal(Conditional):
         self._size = size
 
     def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
-        """Return the noise itself, and its log-density in nats."""
         h = noise.normal(level, k, batch, self._size)
         return h, standard_normal_log_prob(h)
 
     def log_prob(self, h: Float[Tensor, "*n d"], given: Given) -> Float[Tensor, "*n"]:
-        """Return the log-density, nats."""
         return standard_normal_log_prob(h)
 
     def mean(self, given: Given) -> Float[Tensor, " d"]:
-        """Return zeros."""
         return torch.zeros(self._size)
 
 
@@ -118,14 +72,12 @@ class MixturePrior(Conditional):
         return h, self.log_prob(h, None)
 
     def log_prob(self, h: Float[Tensor, "*n d"], given: Given) -> Float[Tensor, "*n"]:
-        """Return the log-density, nats."""
         components = self()
         rows = max(1, MOST_AT_ONCE // components[0].numel())
         parts = h.flatten(0, -2).split(rows)
         return torch.cat([gaussian_mixture_log_prob(part, *components) for part in parts]).view(h.shape[:-1])
 
     def mean(self, given: Given) -> Float[Tensor, " d"]:
-        """Return the weighted mean of the locations."""
         loc, _, log_weights = self()
         return log_weights.exp() @ loc
 
@@ -166,7 +118,6 @@ class _LearnedLogits(Conditional):
         self.logits = nn.Parameter(torch.zeros(size))
 
     def forward(self, given: Given) -> Float[Tensor, " d"]:
-        """Return the logits."""
         return self.logits
 
 

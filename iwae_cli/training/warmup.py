@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 
-from iwae_cli.core.interfaces import Particles
+from iwae_cli.core.interfaces import Latents, Particles
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.base import LatentVariableModel
 
@@ -32,18 +31,8 @@ class WarmedUp(LatentVariableModel):
 
     def draw(self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise | None = None) -> Particles:
         """Return ``k`` samples h ~ q(h|x) for every x; log p(h) and log q(h|x) are multiplied by beta."""
-        beta = self._kl_weight
-        latents, log_q = self.inference.sample(x, k, noise)
+        drawn, beta = super().draw(x, k, noise), self._kl_weight
+        return replace(drawn, log_q=beta * drawn.log_q, rescore=lambda: beta * drawn.rescore())
 
-        def rescore() -> Tensor:
-            frozen = {name: p.detach() for name, p in self.inference.named_parameters()}
-            return beta * cast(Tensor, functional_call(self.inference, frozen, (x, latents)))
-
-        p = self.generative
-        return Particles(
-            latents=latents,
-            log_p=p.log_likelihood(x, latents) + beta * p.log_prior(latents),
-            log_q=beta * log_q,
-            reparameterized=self.inference.reparameterized,
-            rescore=rescore,
-        )
+    def _log_p(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
+        return self.generative.log_likelihood(x, latents) + self._kl_weight * self.generative.log_prior(latents)

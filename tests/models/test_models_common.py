@@ -70,7 +70,9 @@ CASES = {
     "grey": Case(GaussianMLP([4, 2], [[7], [6]], likelihood="discretized_logistic"), (2, 2), [4, 2], levels=5),
     "linear gaussian chain": Case(LinearGaussianModel([3, 2]), (5,), [3, 2]),
     "conv": Case(GaussianConvolutional(3, [2, 3], 6), (4, 4), [3]),
-    "conv grey colour": Case(GaussianConvolutional(3, [2, 3], 6, "discretized_logistic"), (3, 4, 8), [3], levels=5),
+    "conv grey colour": Case(
+        GaussianConvolutional(3, [2, 3], 6, likelihood="discretized_logistic"), (3, 4, 8), [3], levels=5
+    ),
     "full": Case(GaussianMLP([3], [[7]], posterior="full"), (3, 2), [3]),
     "full, two layers": Case(GaussianMLP([4, 3], [[7], [6]], posterior="full"), (3, 2), [4, 3]),
     "coupling": Case(GaussianMLP([3], [[7]], posterior="coupling"), (3, 2), [3]),
@@ -367,7 +369,10 @@ def test_which_models_know_log_px_exactly() -> None:
 
 
 BINARY = [GaussianMLP([3], [[8]]), SigmoidBeliefNetwork([3]), Categorical(3), GaussianConvolutional(3, [2, 3], 8)]
-GREY = [GaussianMLP([3], [[8]], "discretized_logistic"), GaussianConvolutional(3, [2, 3], 8, "discretized_logistic")]
+GREY = [
+    GaussianMLP([3], [[8]], likelihood="discretized_logistic"),
+    GaussianConvolutional(3, [2, 3], 8, likelihood="discretized_logistic"),
+]
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -125,7 +125,7 @@ def integral(log_density: Tensor, log_cell: float) -> Tensor:
 GAUSSIAN = {
     "one layer": (GaussianMLP([1], [[4, 3]]), (3,), 2),
     "two layers": (GaussianMLP([1, 1], [[4], [3]]), (3,), 2),
-    "grey": (GaussianMLP([1, 1], [[4], [3]], "discretized_logistic"), (2,), 4),
+    "grey": (GaussianMLP([1, 1], [[4], [3]], likelihood="discretized_logistic"), (2,), 4),
 }
 
 
@@ -147,7 +147,7 @@ def test_p_and_q_integrate_to_one(name: str) -> None:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "discretized_logistic"])
 def test_the_convolutional_q_integrates_to_one(likelihood: str) -> None:
-    model = wild(GaussianConvolutional(1, [2, 2], 3, likelihood), (4, 4), 3)  # type: ignore[arg-type]
+    model = wild(GaussianConvolutional(1, [2, 2], 3, likelihood=likelihood), (4, 4), 3)  # type: ignore[arg-type]
     latents, log_cell = grid(1)
     x = torch.randint(3 if likelihood == "discretized_logistic" else 2, (5, 16)).double()
     with torch.no_grad():

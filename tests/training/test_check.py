@@ -47,7 +47,7 @@ OURS = [
     *(IWAE(1), IWAE(2, "dreg"), IWAE(300, "stl"), CIWAE(7, 0.3), ELBO(7), ELBO(1, analytic_kl=True), JVI(4)),
     *(MIWAE(4, 3), PIWAE(4, 3), VR(7, 0.5), VR(7, 2.0), VR(5, -1.0), VR(5, "max"), TVO(7, gradient="covariance")),
     *(RWS(5), RWS(5, "sleep"), VIMCO(4), GaussianMLP([5, 3], [[8], [8]], activation="relu"), MixturePrior(3)),
-    *(GaussianMLP([3], [[8]], "discretized_logistic"), GaussianMLP([3], [[8]], prior=MixturePrior(3))),
+    *(GaussianMLP([3], [[8]], likelihood="discretized_logistic"), GaussianMLP([3], [[8]], prior=MixturePrior(3))),
     *(GaussianConvolutional(3, [2, 3], 8), SigmoidBeliefNetwork([6, 4]), Categorical(5), LinearGaussianModel([4, 2])),
     VampMLP([2], [[6]]),
 ]

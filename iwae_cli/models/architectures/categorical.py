@@ -33,7 +33,6 @@ class Categorical(Architecture):
         check_size("categories", self.categories, least=2)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
-        """See the base class; the output bias starts at the logit of the training mean."""
         observation = LinearBits(self.categories, len(mean))
         return Networks(
             generative=GenerativeChain(OneHotPrior(self.categories), observation, []),

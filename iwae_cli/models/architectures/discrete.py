@@ -37,7 +37,6 @@ class SigmoidBeliefNetwork(Architecture):
         self.layers = len(self.latent_sizes)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
-        """See the base class; the output bias starts at the logit of the training mean."""
         sizes = list(pairwise([len(mean), *self.latent_sizes]))
         observation, *layers = [LinearBits(above, below) for below, above in sizes]
         return Networks(

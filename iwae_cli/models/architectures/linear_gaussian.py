@@ -30,7 +30,6 @@ class LinearGaussianModel(Architecture):
         self.layers = len(self.latent_sizes)
 
     def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
-        """See the base class; the output bias starts at the training mean."""
         sizes = list(pairwise([len(mean), *self.latent_sizes]))
         observation, *layers = [LinearConditional(above, below) for below, above in sizes]
         return Networks(
