@@ -19,9 +19,7 @@ class CIWAE(BoundObjective):
     a = beta/k + (1-beta) w~, b = beta/k + (1-beta) w~^2.
 
     Args:
-        k: draws of q per observation.
-        beta: share of the ELBO, in [0, 1].
-        gradient: ``total``, ``stl`` (biased unless beta = 1 or k = 1) or ``dreg``.
+        beta: share of the ELBO, in [0, 1]; ``gradient=stl`` is biased unless beta = 1 or k = 1.
     """
 
     stratified = True
@@ -33,7 +31,6 @@ class CIWAE(BoundObjective):
         self.beta = beta
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return beta mean(log w) + (1-beta) log 1/k sum_i w_i."""
         # At either end the other bound is left out, not multiplied by zero: it may be -inf.
         if self.beta == 0:
             return log_mean_exp(log_w)
@@ -42,9 +39,7 @@ class CIWAE(BoundObjective):
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = beta/k + (1-beta) w~."""
         return self.beta / self.k + (1 - self.beta) * normalized_weights(log_w)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = beta/k + (1-beta) w~^2."""
         return self.beta / self.k + (1 - self.beta) * normalized_weights(log_w).square()

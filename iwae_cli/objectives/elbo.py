@@ -15,11 +15,9 @@ class ELBO(BoundObjective):
     """E_q[log w] (Kingma and Welling 2014, arXiv 1312.6114), averaged over k draws: "VAE-k" in Burda et al. 2016.
 
     More draws lower the variance of the estimate and leave the bound where it is; not to be confused with IWAE-k.
-    ``dreg`` equals ``stl`` here (b = a), and both are unbiased.
+    ``dreg`` equals ``stl`` here (b = a = 1/k), and both are unbiased.
 
     Args:
-        k: draws of q per observation.
-        gradient: ``total``, ``stl`` or ``dreg``.
         analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for models of one
             layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
     """
@@ -34,19 +32,15 @@ class ELBO(BoundObjective):
         self.takes_kl_weight = gradient in ("total", "stl") and not analytic_kl
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return the mean of the log-weights."""
         return log_w.mean(0)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = 1/k."""
         return torch.full_like(log_w, 1 / log_w.shape[0])
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = a: the bound is linear in log w."""
         return self.weights(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """See the base class; the KL is in closed form with ``analytic_kl``."""
         if not self.analytic_kl:
             return super().losses(model, x, particles, noise)
         log_likelihood = particles.log_p - model.generative.log_prior(particles.latents)
@@ -55,7 +49,6 @@ class ELBO(BoundObjective):
         return Losses(loss, loss, bound.detach())
 
     def check(self, architecture: StochasticLayers) -> str | None:
-        """Refuse an analytic KL of several layers."""
         if self.analytic_kl and architecture.layers > 1:
             return (
                 f"objective.analytic_kl=true needs a model of one stochastic layer, this one has "
@@ -64,7 +57,6 @@ class ELBO(BoundObjective):
         return super().check(architecture)
 
     def check_networks(self, model: Model) -> str | None:
-        """Refuse an analytic KL where none is known for this q and this prior."""
         if self.analytic_kl and not model.has_kl:
             return (
                 "objective.analytic_kl=true needs a q and a prior whose KL has a closed form, and none is known for "

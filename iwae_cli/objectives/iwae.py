@@ -14,18 +14,17 @@ class IWAE(BoundObjective):
 
     Special cases: k = 1 is the sampled ELBO. Not to be confused with the ELBO of k samples, which averages
     the logarithms and gets no tighter with k. ``stl`` is biased for k >= 2 (it misses part of the score term).
+
+    a = w~, b = w~^2.
     """
 
     stratified = True
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = w~."""
         return normalized_weights(log_w)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = w~^2."""
         return normalized_weights(log_w).square()

@@ -40,25 +40,18 @@ class JVI(BoundObjective):
 
     With S = sum_i w_i and r_ij = w_i/(S - w_j), j != i: a = k w~ - (k-1)/k sum_j r_ij,
     b = k w~^2 - (k-1)/k sum_j r_ij^2.
-
-    Args:
-        k: draws of q per observation, at least 2: one is left out.
-        gradient: ``total``, ``stl`` (biased) or ``dreg``.
     """
 
     least_k = 2
     lower_bound = False
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return k L_k - (k-1) mean_j L_-j."""
         return jackknife(log_w)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = k w~_i - (k-1)/k sum_{j != i} r_ij."""
         return self.k * normalized_weights(log_w) - (1 - 1 / self.k) * self._shares(log_w, 1)
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = k w~_i^2 - (k-1)/k sum_{j != i} r_ij^2."""
         return self.k * normalized_weights(log_w).square() - (1 - 1 / self.k) * self._shares(log_w, 2)
 
     def _shares(self, log_w: Float[Tensor, "k batch"], power: int) -> Float[Tensor, "k batch"]:

@@ -21,8 +21,7 @@ class MIWAE(BoundObjective):
 
     Args:
         m: groups.
-        k: draws inside each logarithm.
-        gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
+        k: draws inside each logarithm; ``gradient=stl`` is biased for k >= 2.
     """
 
     stratified = True
@@ -34,19 +33,15 @@ class MIWAE(BoundObjective):
 
     @property
     def num_samples(self) -> int:
-        """Return m k."""
         return self.m * self.k
 
     def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
-        """Return the mean over the groups of log 1/k sum_i w_i."""
         return log_mean_exp(self._groups(log_w)).mean(0)
 
     def weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
-        """Return a = w~/m."""
         return self._of_draws(normalized_weights(self._groups(log_w)))
 
     def doubly_weights(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "mk batch"]:
-        """Return b = w~^2/m."""
         return self._of_draws(normalized_weights(self._groups(log_w)).square())
 
     def _groups(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, "k m batch"]:

@@ -37,20 +37,16 @@ class PIWAE(Objective):
 
     @property
     def num_samples(self) -> int:
-        """Return m k."""
         return self.inference.num_samples
 
     def bound(self, log_w: Float[Tensor, "mk batch"]) -> Float[Tensor, " batch"]:
-        """Return log 1/(m k) sum_i w_i."""
         return self.generative.bound(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Return the generative loss of IWAE-(m k) and the inference loss of MIWAE(m, k)."""
         generative = self.generative.losses(model, x, particles, noise)
         inference = self.inference.losses(model, x, particles, noise)
         return Losses(generative.generative, inference.inference, generative.bound)
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Return those of its parts."""
         return self.generative.caveats + self.inference.caveats

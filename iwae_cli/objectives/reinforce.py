@@ -22,19 +22,14 @@ class REINFORCE(Objective):
     ``tvo`` of one partition and ``gradient=covariance``, which also subtracts 1/k sum_i dlog q_i: zero in expectation.
 
     Where a log-weight is -inf the bound is -inf, and the image teaches nothing.
-
-    Args:
-        k: draws of q per observation, at least 2: the baseline of a draw is made from the others.
     """
 
     least_k = 2
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return the mean of the log-weights."""
         return log_w.mean(0)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Return theta's loss as the ELBO and phi's by the score alone."""
         log_w = particles.log_w.detach()
         bound = self.bound(log_w)
         # log w_i less the mean of the others is k/(k-1) times log w_i less the mean of all.

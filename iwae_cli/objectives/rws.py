@@ -28,15 +28,10 @@ class RWS(Objective):
     wake-phi direction the doubly reparameterized form sum_i (w~_i - w~_i^2) dlog w_i / dh_i dh_i/dphi (Tucker, Lawson,
     Gu, Maddison 2019, arXiv 1810.04152). It has the same expectation and less variance, and needs continuous latents.
 
-    Special case: k = 1 with
-    ``phi=sleep`` is the wake-sleep algorithm (Hinton, Dayan, Frey, Neal 1995); with ``phi=wake`` k = 1 would teach
-    nothing, because a single weight is 1 for any draw. Not to be confused with IWAE or VIMCO, whose phi
-    maximizes the bound that is reported here for theta alone. Le et al. 2019 (arXiv 1805.10469) compare them.
-
-    Args:
-        k: draws of q per observation, at least 2 unless ``phi`` is ``sleep``.
-        phi: ``wake``, ``sleep`` or ``both``.
-        gradient: of wake-phi, ``score`` or ``dreg``.
+    Special case: k = 1 with ``phi=sleep`` is the wake-sleep algorithm (Hinton, Dayan, Frey, Neal 1995); with
+    ``phi=wake`` k = 1 would teach nothing, because a single weight is 1 for any draw. Not to be confused with IWAE or
+    VIMCO, whose phi maximizes the bound that is reported here for theta alone. Le et al. 2019 (arXiv 1805.10469)
+    compare them.
     """
 
     stratified = True
@@ -61,11 +56,9 @@ class RWS(Objective):
         self.through_latents = gradient == "dreg"
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Return one loss for each network; sleep draws from p with ``noise``."""
         log_w = particles.log_w.detach()
         w = normalized_weights(log_w)
         parts = []

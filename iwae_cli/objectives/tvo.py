@@ -102,7 +102,6 @@ class TVO(BoundObjective):
         return [(left, right - left) for left, right in pairwise(self.points(log_w))]
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return sum_j d_j sum_i v_ji log w_i."""
         bound = torch.zeros_like(log_w[0])
         for beta, width in self._intervals(log_w):
             bound = bound + width * _expectation(_tilted(beta, log_w), log_w)
@@ -116,7 +115,6 @@ class TVO(BoundObjective):
         return value
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = sum_j d_j v_j u_j."""
         a = torch.zeros_like(log_w)
         for beta, width in self._intervals(log_w):
             v = _tilted(beta, log_w)
@@ -124,7 +122,6 @@ class TVO(BoundObjective):
         return a
 
     def doubly_weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return b = a - sum_j d_j beta_j v_j [1 + (1 - 2 v_j) u_j]."""
         b = torch.zeros_like(log_w)
         for beta, width in self._intervals(log_w):
             v = _tilted(beta, log_w)
@@ -133,7 +130,6 @@ class TVO(BoundObjective):
         return b
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """See the base class; phi has the covariance form with ``gradient=covariance``."""
         if self.gradient != "covariance":
             return super().losses(model, x, particles, noise)
         log_w = particles.log_w.detach()
@@ -151,7 +147,6 @@ class TVO(BoundObjective):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """See the base class; the covariance form is biased as soon as weights are self-normalized."""
         caveats = super().caveats
         if self.gradient == "covariance" and self.partitions > 1:
             caveats += ("objective.gradient=covariance is biased at finite k for more than one partition",)

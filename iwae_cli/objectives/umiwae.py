@@ -27,10 +27,8 @@ class UMIWAE(MIWAE):
     With w~ the softmax inside each group: a = the mean over the orders of w~/m, b that of w~^2/m.
 
     Args:
-        m: groups.
-        k: draws inside each logarithm.
+        m, k, gradient: as in ``MIWAE``.
         permutations: orders of the draws.
-        gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
     """
 
     stratified = False  # in another order a group does not hold every component equally often

@@ -38,10 +38,6 @@ class VIMCO(Objective):
 
     Where all other weights of a draw are zero its baseline is -inf and 0 is put in its place, which depends on the
     others alone and so adds no bias; where all weights are zero nothing is learned.
-
-    Args:
-        k: draws of q per observation, at least 2: the baseline of a draw is made from the others.
-        baseline: ``geometric``, ``arithmetic`` or ``zero``.
     """
 
     least_k = 2
@@ -53,11 +49,9 @@ class VIMCO(Objective):
         self.baseline = baseline
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return log 1/k sum_i w_i."""
         return log_mean_exp(log_w)
 
     def losses(self, model: Model, x: Float[Tensor, "batch pixels"], particles: Particles, noise: Noise) -> Losses:
-        """Return theta's loss as IWAE-k and phi's by the score alone."""
         log_w = particles.log_w.detach()
         w = normalized_weights(log_w)
         return Losses(

@@ -27,7 +27,6 @@ class VR(BoundObjective):
     v = softmax((1-alpha) log w), a = v, b = alpha v + (1-alpha) v^2.
 
     Args:
-        k: draws of q per observation.
         alpha: order of the divergence, not 1; or ``max``.
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``; VR-max, whose derivative jumps where the
             largest weight changes, has ``total`` alone.
@@ -51,7 +50,6 @@ class VR(BoundObjective):
         self.lower_bound = order >= 0
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
-        """Return 1/(1-alpha) log 1/k sum_i w_i^(1-alpha); the largest log w for VR-max."""
         if self.alpha == -math.inf:
             return log_w.amax(0)
         bound = log_mean_exp(self._powers(log_w)) / (1 - self.alpha)
@@ -61,7 +59,6 @@ class VR(BoundObjective):
         return torch.where(log_w.isinf().any(0), log_w.detach().sum(0), bound)
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
-        """Return a = v; for VR-max all on the largest log w."""
         if self.alpha == -math.inf:
             largest = (log_w == log_w.amax(0)).to(log_w.dtype)
             return largest / largest.sum(0)
