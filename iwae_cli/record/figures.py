@@ -71,39 +71,36 @@ def plot_run(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     results: Mapping[str, Mapping[str, Any]],
     ess: Mapping[str, Shaped[np.ndarray, " images"]],
-    units: Sequence[Shaped[np.ndarray, " _units"]] = (),
+    units: Sequence[Shaped[np.ndarray, " _units"]],
     samples: Shaped[np.ndarray, "samples *image"] | None = None,
     originals: Images | None = None,
     reconstructions: Images | None = None,
-) -> dict[str, Path]:
-    """Draw the figures of a run into ``folder`` and return their PNG files by name; no images where these are None.
+) -> None:
+    """Draw the figures of a run into ``folder``; no images where these are None.
 
     Args:
-        folder: created where it is missing.
         curves: see ``plot_training``.
         results: for every split ``bounds``, ``stderr_images`` and ``k`` of ``result.json``.
         ess: for every split the effective sample size of each image.
         units: KL of the units of every layer, nearest to x first, nats; empty where they are not Gaussian.
         samples, originals, reconstructions: see ``plot_samples`` and ``plot_reconstructions``.
     """
-    made = {name: folder / f"{name}.png" for name in ("training", "bound_vs_k", "ess")}
-    plot_training(made["training"], curves)
+    plot_training(folder / "training.png", curves)
     by_split = ({name: result[key] for name, result in results.items()} for key in ("bounds", "stderr_images"))
-    plot_bounds(made["bound_vs_k"], *by_split)
+    plot_bounds(folder / "bound_vs_k.png", *by_split)
     shares = [ess_curve(name, values, results[name]["k"], i) for i, (name, values) in enumerate(ess.items())]
-    _save(k_figure(shares, "share of images", "effective sample size of an image", 0), made["ess"], legend="best")
+    by_size = k_figure(shares, "share of images", "effective sample size of an image", 0)
+    _save(by_size, folder / "ess.png", legend="best")
     figure, axes = _figure("KL (nats), mean over images", "unit of the layer, by falling KL")
     for i, values in enumerate(units):
         name = f"$h_{{{i + 1}}}$: {values.sum():.2f} in all"
         _line(axes, Curve(name, list(enumerate(-np.sort(-values), 1)), i), marked=200)
     if units:
-        _save(figure, made.setdefault("kl_per_unit", folder / "kl_per_unit.png"), legend="upper right")
+        _save(figure, folder / "kl_per_unit.png", legend="upper right")
     if samples is not None:
-        plot_samples(made.setdefault("samples", folder / "samples.png"), samples)
+        plot_samples(folder / "samples.png", samples)
     if originals is not None and reconstructions is not None:
-        path = made.setdefault("reconstructions", folder / "reconstructions.png")
-        plot_reconstructions(path, originals, reconstructions)
-    return made
+        plot_reconstructions(folder / "reconstructions.png", originals, reconstructions)
 
 
 def plot_samples(path: str | Path, images: Images) -> None:
@@ -121,11 +118,11 @@ def plot_samples(path: str | Path, images: Images) -> None:
     _save_grid(path, rows, "Means of p(x|h), h drawn from the prior", group=len(rows))
 
 
-def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images, columns: int = 10) -> None:
+def plot_reconstructions(path: str | Path, originals: Images, reconstructions: Images) -> None:
     """Draw pairs of rows: observations above, means of p(x|h) below, h from q; images as for ``plot_samples``."""
     if originals.shape != reconstructions.shape:
         raise ValueError(f"reconstructions must have shape {originals.shape}, got {reconstructions.shape}")
-    columns = min(columns, len(originals))
+    columns = min(10, len(originals))
     pairs = np.stack([_rows(originals, columns), _rows(reconstructions, columns)], axis=1)
     title = "Observed above, means of p(x|h) with h drawn from q(h|x) below"
     _save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), title, group=2)

@@ -97,28 +97,22 @@ class FanOut(Logger):
         self._closed = False
 
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
-        """Open every logger."""
         self._each(lambda logger: logger.open(run, history))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Send one row to every logger."""
         row = dict(metrics)
         self._each(lambda logger: logger.log(step, row))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Send a picture to every logger."""
         self._each(lambda logger: logger.image(step, name, path))
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Send a set of values to every logger."""
         self._each(lambda logger: logger.histogram(step, name, values))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Send a table to every logger."""
         self._each(lambda logger: logger.table(step, name, columns, rows))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Send the final numbers to every logger."""
         self._each(lambda logger: logger.summary(values))
 
     def close(self, status: Status) -> None:

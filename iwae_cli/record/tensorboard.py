@@ -42,12 +42,10 @@ class TensorBoardLogger(Logger):
             self.log(step, metrics)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record one row."""
         self._step = step
         self.summary({name: value for name, value in metrics.items() if name != "pass"})
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Record a picture."""
         from PIL import Image
 
         with Image.open(path) as picture:
@@ -59,7 +57,6 @@ class TensorBoardLogger(Logger):
             self._writer.add_histogram(name, np.array(finite), step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table as text."""
         lines = [columns, ["---"] * len(columns), *rows]
         self._writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step)
 
@@ -70,7 +67,6 @@ class TensorBoardLogger(Logger):
                 self._writer.add_scalar(name, value, self._step)
 
     def close(self, status: Status) -> None:
-        """End the file of events."""
         if self._writer is not None:
             self._writer.close()
 

@@ -119,7 +119,6 @@ class WandbLogger(Logger):
             self._media(step, name, "Histogram", finite)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table."""
         self._media(step, name, "Table", list(columns), [list(row) for row in rows])
 
     def summary(self, values: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,19 +145,13 @@ def evaluate(
     check: Callable[[], None],
     estimator: Estimator | None = None,
 ) -> dict[str, Any]:
-    """Estimate from a checkpoint and keep the result in ``evaluations/<name>/``; read it there if it was done before.
+    """Estimate from a checkpoint; return the result, which is kept in ``evaluations/<name>/`` and read there again.
 
     Args:
-        run: the folder of the run.
         subject: its model was built for ``state`` and is on its device; its weights are replaced by those asked for.
-        device: what computes.
         config: the resolved configuration, its ``evaluation``, ``device`` and ``estimator`` as asked for now.
-        state: the checkpoint.
         check: called often, by every worker; may raise to stop.
         estimator: what ``config`` names; None is L_k.
-
-    Returns:
-        The content of ``result.json``.
 
     Raises:
         UserError: ``evaluation.weights=best`` without such weights, weights of another model, or a model that the
@@ -193,18 +188,12 @@ def evaluate(
             place.rmdir()
             place.parent.rmdir()
         raise
+    unfinished = f"after step {state.step:,} of {state.total_steps:,}: the training is not finished"
     result = {
         **_facts(subject, device, config, state, step, name),
         **found.numbers,
         "rows": [list(row) for row in found.rows],
-        "notes": [
-            *(
-                []
-                if finished
-                else [f"after step {state.step:,} of {state.total_steps:,}: the training is not finished"]
-            ),
-            *found.notes,
-        ],
+        "notes": [*([] if finished else [unfinished]), *found.notes],
         "arrays": sorted(found.arrays),
         "reasons": dict(found.reasons),
         "seconds": {"train": state.seconds, "evaluate": time.monotonic() - started},
@@ -222,21 +211,27 @@ def evaluate(
 def _draw(place: Path, figures: Mapping[str, Callable[[Path], None]], reasons: dict[str, str]) -> list[str]:
     """Draw figures and return the names of those that succeed; ``reasons`` gets why one does not."""
     drawn = []
+    again = f"it is drawn again by the same command once {shown(place / 'result.json')} is removed"
     for name, draw in figures.items():
-        try:
-            draw(place / name)
+        if (why := not_drawn(partial(draw, place / name), f"{name} is", again)) is None:
             drawn.append(name)
-        except Interrupted:
-            raise
-        except Exception as error:
-            # As in a run: no error of a drawing library takes the numbers away.
-            reasons["figures"] = why = f"{type(error).__name__}: {error}"
-            log.warning(
-                "%s is missing: %s; it is drawn again by the same command once %s is removed",
-                *(name, why, shown(place / "result.json")),
-            )
-            log.info("how it failed", exc_info=True)
+        else:
+            reasons["figures"] = why
     return drawn
+
+
+def not_drawn(draw: Callable[[], None], what: str, again: str) -> str | None:
+    """Draw; return why that failed, after a warning: no error of a drawing library takes the numbers away."""
+    try:
+        draw()
+    except Interrupted:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        log.warning("%s missing: %s; %s", what, why, again)
+        log.info("how it failed", exc_info=True)
+        return why
+    return None
 
 
 def _kept(path: Path, step: int, state: State) -> dict[str, Any] | None:

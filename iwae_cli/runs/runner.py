@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from iwae_cli.record.identity import changed, evaluation_name, sources
 from iwae_cli.record.jsonl import JsonlLogger, read_history
 from iwae_cli.record.loggers import FanOut, Logger, RunInfo, Status
 from iwae_cli.record.wandb import left_to_upload
-from iwae_cli.runs.evaluate import SOURCE, evaluate, git_state
+from iwae_cli.runs.evaluate import SOURCE, evaluate, git_state, not_drawn
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.extend import extend
 from iwae_cli.training import checkpoint
@@ -319,17 +320,8 @@ class Runner:
             shutil.copyfile(folder.evaluation(result["evaluation"]["name"]) / "log_likelihood.npz", temporary)
         write_json(folder.path / "result.json", result)
         log.info("result: %s", json.dumps({split: result[split]["nll"] for split in summary.SPLITS if split in result}))
-        try:
-            self._draw(result)
-        except Interrupted:
-            raise
-        except Exception as error:
-            # The numbers are written; no error of a drawing library makes a run fail.
-            why = f"{type(error).__name__}: {error}"
-            log.warning(
-                "figures are missing: %s; they are drawn again by the same command once result.json is removed", why
-            )
-            log.info("how they failed", exc_info=True)
+        again = "they are drawn again by the same command once result.json is removed"
+        if (why := not_drawn(partial(self._draw, result), "figures are", again)) is not None:
             # Otherwise the same command would try again and again.
             result["reasons"] = {**(result.get("reasons") or {}), "figures": why}
             with suppress(OSError):
