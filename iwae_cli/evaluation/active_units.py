@@ -13,7 +13,7 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from iwae_cli.core.noise import KeyedNoise
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.models.base import LatentVariableModel
 
 THRESHOLD = 0.01
@@ -56,6 +56,5 @@ def posterior_means(
         noise = KeyedNoise(seed, stream, images, 0, dtype, device)
         return [m.double().cpu().numpy() for m in model.inference.posterior_means(batch, draws, noise)]
 
-    batch = max(1, rows // draws)
-    parts = map_batches(means, len(x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
+    parts = map_batches(means, len(x), max(1, rows // draws), workers, device, on_progress)
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]

@@ -18,7 +18,7 @@ from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record.summary import Row
+from iwae_cli.record.summary import SPLITS, Row
 
 
 def _no_objective(k: int) -> Objective:
@@ -47,10 +47,15 @@ class EstimatorInput:
         limits = [limit for limit in (self.evaluation.images, first) if limit is not None]
         return self.data.evaluation_split(name, self.evaluation.binarization_seed, min(limits, default=None))
 
+    def how(self, check: Callable[[], None]) -> dict[str, Any]:
+        """Return the arguments ``seed``, ``rows``, ``workers`` and ``check`` of what computes values of every image."""
+        asked = self.evaluation
+        return {"seed": asked.seed, "rows": asked.rows, "workers": asked.workers, "check": check}
 
-@dataclass(frozen=True)
+
+@dataclass
 class Estimates:
-    """What an estimator found.
+    """What an estimator found, or has found so far.
 
     Attributes:
         numbers: for ``result.json``: plain JSON without NaN and infinity.
@@ -63,13 +68,30 @@ class Estimates:
         figures: functions that draw a PNG file at a path, by its name; result.json lists those that are drawn.
     """
 
-    numbers: Mapping[str, Any]
-    rows: Sequence[Row]
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+
+    def add(
+        self, split: Split, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], broken: str, **why: str
+    ) -> None:
+        """Add numbers and per-image arrays of a split; ``why[key]``, else ``broken``, says why one is not finite."""
+        self.numbers[split.name] = without_nan(numbers, f"{split.name}.", self.reasons, broken, **why)
+        self.hashes[split.name] = split.sha256
+        self.arrays |= {array_name(split.name, key): values for key, values in arrays.items()}
+
+    def lay_out(self, layout: Sequence[Row], k: int) -> None:
+        """Make the rows of ``layout`` for every split that holds their keys; ``{k}`` in a label becomes ``k``."""
+        self.rows += [
+            (label.format(k=k), f"{name}.{key}", form)
+            for label, key, form in layout
+            for name in SPLITS
+            if key in self.numbers.get(name, {})
+        ]
 
 
 class Estimator(ABC):
@@ -105,17 +127,39 @@ def finite(value: float, key: str, reasons: dict[str, str], reason: str) -> floa
 def without_nan(
     numbers: Mapping[str, Any], prefix: str, reasons: dict[str, str], reason: str, **why: str
 ) -> dict[str, Any]:
-    """Return ``numbers`` with None for every float that is not finite, and why: ``why[key]``, else ``reason``."""
-    return {
-        key: finite(value, f"{prefix}{key}", reasons, why.get(key, reason)) if isinstance(value, float) else value
-        for key, value in numbers.items()
-    }
+    """Return ``numbers`` with None for every float in it that is not finite, and why: ``why[key]``, else ``reason``."""
+
+    def known(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without_nan(value, f"{prefix}{key}.", reasons, reason)
+        return finite(value, f"{prefix}{key}", reasons, why.get(key, reason)) if isinstance(value, float) else value
+
+    return {key: known(key, value) for key, value in numbers.items()}
 
 
 def standard_error(values: np.ndarray) -> float:
     """Return sd / sqrt(n); NaN for fewer than two values."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
+
+def monte_carlo_variance(ess: Float64[np.ndarray, " n"], k: int) -> Float64[np.ndarray, " n"]:
+    """Return 1/ESS - 1/k, the squared Monte Carlo error of L_k; a floor where few samples have most of the weight."""
+    return np.maximum(0.0, 1 / ess - 1 / k)
+
+
+def stderr_mc(variance: Float64[np.ndarray, " n"]) -> float:
+    """Return the Monte Carlo error of a mean over images from that of each, squared."""
+    return math.sqrt(variance.sum()) / len(variance)
+
+
+def share_below_10(ess: Float64[np.ndarray, " n"]) -> float:
+    """Return the share of images whose effective sample size is below 10; NaN unless all are known."""
+    return math.nan if np.isnan(ess).any() else float((ess < 10).mean())
+
+
+NOT_FINITE = "a log-weight is not finite"
+ALONE = "one image has no standard error"
+"""Reasons that several estimators give for a number that is missing."""
 
 SURE = math.log(1e6)
 ROUNDING = 0.1

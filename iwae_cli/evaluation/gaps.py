@@ -25,7 +25,7 @@ Source: Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -35,14 +35,23 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError, check_range
-from iwae_cli.core.noise import BLOCK, KeyedNoise
+from iwae_cli.core.noise import BLOCK, Noise
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, standard_error, without_nan
-from iwae_cli.evaluation.likelihood import CHUNK, Likelihood, log_likelihood
+from iwae_cli.evaluation.estimator import (
+    ALONE,
+    NOT_FINITE,
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    share_below_10,
+    standard_error,
+    stderr_mc,
+)
+from iwae_cli.evaluation.likelihood import CHUNK, Likelihood, in_pieces, log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, Proposal, fit, why_not
 from iwae_cli.evaluation.settings import MAX_K
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import CholeskyConditional, DiagonalGaussian
 from iwae_cli.models.posteriors import FullGaussian
@@ -51,14 +60,31 @@ from iwae_cli.record.summary import Row
 CHOICE = 4 * BLOCK
 """Draws from which q* is chosen."""
 
-LABELS = {
-    "approximation_gap": "approximation gap",
-    "amortization_gap": "amortization gap",
-    "total_gap": "total gap",
-    "log_px": "log p^",
-    "elbo_best": "L_1(q*)",
-    "elbo": "L_1(q)",
-}
+
+def _with_errors(label: str, key: str) -> tuple[Row, Row, Row]:
+    return (
+        (f"{label}, nats", key, "{:.2f}"),
+        (f"  {label}: stderr_images", f"{key}_stderr_images", "± {:.2f}"),
+        (f"  {label}: stderr_mc", f"{key}_stderr_mc", "± {:.3f}"),
+    )
+
+
+ROWS = (
+    *_with_errors("approximation gap", "approximation_gap"),
+    *_with_errors("amortization gap", "amortization_gap"),
+    *_with_errors("total gap", "total_gap"),
+    *_with_errors("log p^", "log_px"),
+    ("  log p^: bias_mc", "bias_mc", "{:+.4f}"),
+    *_with_errors("L_1(q*)", "elbo_best"),
+    *_with_errors("L_1(q)", "elbo"),
+    ("L_{k} by q, nats", "log_px_q", "{:.2f}"),
+    ("L_{k} by refined proposals, nats", "log_px_refined", "{:.2f}"),
+    ("exact log p(x), nats", "exact", "{:.2f}"),
+    ("images", "n", "{:,}"),
+    ("  with a q* better than q", "fitted", "{:.1%}"),
+    ("effective sample size of log p^, median", "ess_median", "{:,.1f}"),
+    ("  images below 10", "ess_share_below_10", "{:.1%}"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,10 +128,8 @@ def elbos(
     piece = min(max(1, rows // GROUP // BLOCK) * BLOCK, CHUNK)
 
     def log_weights(
-        proposals: Sequence[Proposal], x: Tensor, images: Sequence[int], stream: str, start: int, n: int
+        proposals: Sequence[Proposal], x: Tensor, n: int, noise: Noise
     ) -> Float[Tensor, "proposals n batch"]:
-        check()
-        noise = KeyedNoise(seed, stream, images, start, x.dtype, x.device)
         drawn = (proposal.sample(x, n, noise) for proposal in proposals)
         return torch.stack([(model.generative(x, h) - log_q).double() for h, log_q in drawn])
 
@@ -113,26 +137,22 @@ def elbos(
         x = split.x[images[0] : images[-1] + 1].to(parameter)
         proposals = (model.inference, fit(model, x, images, seed, stream, check, diagonal))
         # Pieces of the choice too: rows bounds the memory.
-        tried = [
-            log_weights(proposals, x, images, f"{stream}, choice", start, min(piece, CHOICE - start))
-            for start in range(0, CHOICE, piece)
-        ]
-        by_q, by_fit = torch.cat(tried, 1).mean(1)
+        pieces = in_pieces(CHOICE, piece, seed, f"{stream}, choice", images, x, check)
+        by_q, by_fit = torch.cat([log_weights(proposals, x, *of_piece) for of_piece in pieces], 1).mean(1)
         fitted = by_fit > by_q
         sums = torch.zeros(2, 3, len(images), dtype=torch.float64, device=x.device)
-        for start in range(0, k, piece):
-            of_q, of_fit = log_weights(proposals, x, images, stream, start, min(piece, k - start))
+        for number, of_piece in enumerate(in_pieces(k, piece, seed, stream, images, x, check)):
+            of_q, of_fit = log_weights(proposals, x, *of_piece)
             best = torch.where(fitted, of_fit, of_q)
             values = torch.stack([of_q, best, best - of_q])
-            if start == 0:
+            if number == 0:
                 first = values[:, :1]  # differences from it: squares of log-weights would cost digits
             sums += torch.stack([(values - first).sum(1), (values - first).square().sum(1)])
         means = sums[0] / k
         variances = (sums[1] / k - means.square()).clamp(min=0) / (k - 1)
         return torch.cat([(first[:, 0] + means)[:2], variances, fitted[None]]).cpu().numpy()
 
-    count = threads(workers, parameter.device)
-    parts = map_batches(score, len(split.x), batch=GROUP, workers=count, on_progress=on_progress)
+    parts = map_batches(score, len(split.x), GROUP, workers, parameter.device, on_progress)
     q, best, variance_q, variance_best, variance_gap, fitted = np.concatenate(parts, axis=1)
     return Elbos(q, best, fitted.astype(bool), variance_q, variance_best, variance_gap)
 
@@ -165,15 +185,11 @@ class Gaps(Estimator):
 
     def __post_init__(self) -> None:
         check_range("k", self.k, 2, MAX_K)
-        check_range("images", 1 if self.images is None else self.images, 1)
+        check_range("images", self.images, 1)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return both gaps, their sum, and the bounds that they are the differences of."""
         diagonal = is_diagonal(subject.model)
-        numbers: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
         above = "" if len(subject.model.inference.layers) == 1 else "; the layers above are those of q"
         notes = [
             f"q* is the best {'diagonal' if diagonal else 'full'} Gaussian for h_1 of each image{above}",
@@ -181,42 +197,39 @@ class Gaps(Estimator):
             "Carlo error of their difference; but for that the total gap is at least this, and but for what the fit of "
             "q* misses, so is the approximation gap",
         ]
+        estimates = Estimates(notes=notes)
         for name in subject.evaluation.splits:
             split = subject.split(name, self.images)
             found, by = self._bounds(subject, split, check)
             with np.errstate(invalid="ignore"):
                 chosen = max(by, key=lambda of: _less_its_error(by[of]))
-                numbers[name] = self._numbers(found, by, chosen, name, reasons)
-            hashes[name] = split.sha256
+                numbers = self._numbers(found, by, chosen)
             each = {"log_px": by[chosen].log_px, "elbo": found.q, "elbo_best": found.best}
-            arrays |= {array_name(name, key): values for key, values in each.items()}
+            why = {key: ALONE for key in numbers if key.endswith("_stderr_images") and len(found.q) == 1}
+            estimates.add(split, numbers, each, NOT_FINITE, **why)
             notes.append(f"{name}: log p^ is L_{self.k} by {'q' if chosen == 'q' else 'refined proposals'}")
-        return Estimates(numbers, self._rows(numbers), hashes, reasons, arrays, notes)
+        estimates.lay_out(ROWS, self.k)
+        return estimates
 
     def _bounds(
         self, subject: EstimatorInput, split: Split, check: Callable[[], None]
     ) -> tuple[Elbos, dict[str, Likelihood]]:
         """Return L_1, and L_k by each proposal."""
-        model, evaluation, n = subject.model, subject.evaluation, len(split.x)
-        how: dict[str, Any] = {"k": self.k, "seed": evaluation.seed, "rows": evaluation.rows}
-        how |= {"workers": evaluation.workers, "check": check}
+        model, n, how = subject.model, len(split.x), subject.how(check) | {"k": self.k}
         with Progress(f"gaps of {split.name}", total=3 * n, unit="image") as progress:
             found = elbos(model, split, **how, on_progress=progress.update)
             by_q = log_likelihood(model, split, **how, on_progress=lambda done: progress.update(n + done))
             how |= {"refined": True, "on_progress": lambda done: progress.update(2 * n + done)}
             return found, {"q": by_q, "refined": log_likelihood(model, split, **how)}
 
-    def _numbers(
-        self, found: Elbos, by: dict[str, Likelihood], chosen: str, name: str, reasons: dict[str, str]
-    ) -> dict[str, Any]:
-        """Return the numbers of one split for ``result.json``, and put why any is missing into ``reasons``.
+    def _numbers(self, found: Elbos, by: dict[str, Likelihood], chosen: str) -> dict[str, Any]:
+        """Return the numbers of one split for ``result.json``.
 
         - ``stderr_images`` = sd / sqrt(n) of the value or the difference of each image.
         - ``stderr_mc``: other noise, same images. log p^ and L_1 have independent noise, both L_1 the same.
         - ``bias_mc`` and the effective sample sizes belong to log p^ (see ``likelihood.summarize``).
         """
-        log_px, n = by[chosen].log_px, len(found.q)
-        variance = _variance(by[chosen])
+        log_px, variance, ess = by[chosen].log_px, by[chosen].variance, by[chosen].ess
         values = {
             "approximation_gap": (log_px - found.best, variance + found.variance_best),
             "amortization_gap": (found.best - found.q, found.variance_gap),
@@ -225,56 +238,20 @@ class Gaps(Estimator):
             "elbo_best": (found.best, found.variance_best),
             "elbo": (found.q, found.variance_q),
         }
-        numbers: dict[str, Any] = {"n": n, "log_px_by": chosen, "fitted": float(found.fitted.mean())}
+        numbers: dict[str, Any] = {"n": len(log_px), "log_px_by": chosen, "fitted": float(found.fitted.mean())}
         numbers |= {f"log_px_{proposal}": float(likelihood.log_px.mean()) for proposal, likelihood in by.items()}
         for key, (of_image, squared_error) in values.items():
             numbers[key] = float(of_image.mean())
             numbers[f"{key}_stderr_images"] = standard_error(of_image)
-            numbers[f"{key}_stderr_mc"] = _stderr_mc(squared_error)
-        ess = by[chosen].ess
+            numbers[f"{key}_stderr_mc"] = stderr_mc(squared_error)
         numbers |= {"bias_mc": -float(variance.mean()) / 2, "ess_median": float(np.median(ess))}
-        numbers["ess_share_below_10"] = math.nan if np.isnan(ess).any() else float((ess < 10).mean())
+        numbers["ess_share_below_10"] = share_below_10(ess)
         if by["q"].exact is not None:
             numbers["exact"] = float(by["q"].exact.mean())
-        broken = "a log-weight is not finite"
-        one = {f"{key}_stderr_images": "one image has no standard error" for key in values} if n == 1 else {}
-        return without_nan(numbers, f"{name}.", reasons, broken, **one)
-
-    def _rows(self, numbers: Mapping[str, Any]) -> list[Row]:
-        """Return the rows of the table: a value and its errors, side by side for the splits."""
-        rows: list[Row] = []
-        for key, label in LABELS.items():
-            rows += [(f"{label}, nats", key, "{:.2f}")]
-            rows += [(f"  {label}: stderr_images", f"{key}_stderr_images", "± {:.2f}")]
-            rows += [(f"  {label}: stderr_mc", f"{key}_stderr_mc", "± {:.3f}")]
-            rows += [("  log p^: bias_mc", "bias_mc", "{:+.4f}")] if key == "log_px" else []
-        rows += [
-            (f"L_{self.k} by q, nats", "log_px_q", "{:.2f}"),
-            (f"L_{self.k} by refined proposals, nats", "log_px_refined", "{:.2f}"),
-            ("exact log p(x), nats", "exact", "{:.2f}"),
-            ("images", "n", "{:,}"),
-            ("  with a q* better than q", "fitted", "{:.1%}"),
-            ("effective sample size of log p^, median", "ess_median", "{:,.1f}"),
-            ("  images below 10", "ess_share_below_10", "{:.1%}"),
-        ]
-        return [
-            (label, f"{split}.{key}", form)
-            for label, key, form in rows
-            for split, held in numbers.items()
-            if key in held
-        ]
+        return numbers
 
 
 def _less_its_error(likelihood: Likelihood) -> float:
     """Return mean L_k less its Monte Carlo error; -inf instead of NaN, which ``max`` would keep if it came first."""
-    value = float(likelihood.log_px.mean()) - _stderr_mc(_variance(likelihood))
+    value = float(likelihood.log_px.mean()) - stderr_mc(likelihood.variance)
     return -math.inf if math.isnan(value) else value
-
-
-def _variance(likelihood: Likelihood) -> Float64[np.ndarray, " n"]:
-    """Return the squared Monte Carlo error of L_k of every image; a floor where few samples have most of the weight."""
-    return np.maximum(0, 1 / likelihood.ess - 1 / likelihood.k)
-
-
-def _stderr_mc(variance: Float64[np.ndarray, " n"]) -> float:
-    return math.sqrt(variance.sum()) / len(variance)

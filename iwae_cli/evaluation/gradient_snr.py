@@ -122,11 +122,8 @@ def gradient_snr(
     """Return the ratios of the gradients that a training step on ``x`` would use, for ``inference`` and ``generative``.
 
     Args:
-        model: its parameters are not changed.
-        objective: whose gradients.
         x: one batch, the same for every draw, so that the noise is that of the latents alone.
         draws: M, at least 8.
-        seed: key of the noise.
         check: called before every gradient; may raise to stop.
         on_draw: called with the number of finished draws.
     """
@@ -185,7 +182,7 @@ class GradientSNR(Estimator):
         # The cost of a gradient is proportional to its samples.
         total, done = self.draws * sum(self.ks), 0
         announce(self._plan(len(x)))
-        with Progress("gradients", total=total, unit="sample", images_per_unit=len(x), things="samples") as progress:
+        with Progress("gradients", total=total, unit="sample", images_per_unit=len(x)) as progress:
             for k, objective in objectives.items():
                 progress.change(f"gradients, k = {k}", total)
 

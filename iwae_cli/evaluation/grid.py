@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -24,11 +23,11 @@ from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.noise import BLOCK, GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, array_name, standard_error, without_nan
+from iwae_cli.evaluation.estimator import ALONE, Estimates, Estimator, EstimatorInput, standard_error
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.proposals import Refined, mixture_log_prob, refine
 from iwae_cli.evaluation.settings import MAX_K
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.figures import Posterior, plot_posteriors
 from iwae_cli.record.folder import drawable
@@ -147,11 +146,8 @@ def quadrature(
 ) -> Quadrature:
     """Return log p(x) of every image by the points of ``box``, with two measures of its error.
 
-    Args:
-        model: with one layer of real latents; in evaluation mode, on its device.
-        x: images.
-        box: one for all images, with an odd number of points on each side.
-        rows, workers, check, on_progress: as in ``likelihood.log_likelihood``; rows bounds images x points.
+    The model has one layer of real latents, and ``box``, one for all images, an odd number of points on each side.
+    Other arguments as in ``likelihood.log_likelihood``; ``rows`` bounds images x points.
     """
     parameter = next(model.parameters())
     p = model.generative
@@ -169,10 +165,7 @@ def quadrature(
             sums = torch.logaddexp(sums, log_p.masked_fill(~counted, -math.inf).logsumexp(1))
         return sums.cpu().numpy()
 
-    batch = max(1, rows // PART)
-    found = map_batches(
-        integrate, len(x), batch=batch, workers=threads(workers, parameter.device), on_progress=on_progress
-    )
+    found = map_batches(integrate, len(x), max(1, rows // PART), workers, parameter.device, on_progress)
     every, other, border = np.concatenate(found, axis=1)
     cell, doubled = float(box.log_cell()), box.low.shape[-1] * math.log(2)
     with np.errstate(invalid="ignore"):
@@ -205,16 +198,8 @@ def log_densities(
     q(h|x) E[k w(h) / (w(h) + w_2 + ... + w_k)] (Cremer, Morris, Duvenaud 2017, arXiv 1704.02916; Bachman and Precup
     2015), here with the mean over ``REPEATS`` sets of draws of q. It is q for k = 1 and tends to p(h|x) as k grows.
 
-    Args:
-        model: in evaluation mode, on its device.
-        x: images, the first of their split.
-        h: points for each image.
-        log_px: log p(x) of each image, nats.
-        proposal: fitted to these images.
-        ks: numbers of draws.
-        seed: key of the noise.
-        rows: bound on images x points, and images x draws, computed at once.
-        check: called often; may raise to stop.
+    ``x`` are the first images of their split, ``h`` points for each, ``log_px`` is log p(x) in nats, ``proposal`` was
+    fitted to them, ``ks`` are numbers of draws, and ``rows`` bounds images x points, and images x draws, at once.
     """
     n = len(x)
     at_once = max(BLOCK, rows // n // BLOCK * BLOCK)
@@ -268,7 +253,7 @@ class Grid(Estimator):
         check_range("points", self.points, 3)
         if self.points % 2 == 0:
             raise ValueError(f"points must be odd, got {self.points}")
-        check_range("images", 1 if self.images is None else self.images, 1)
+        check_range("images", self.images, 1)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return log p(x) for every split of the evaluation, and the picture for one of them."""
@@ -276,47 +261,35 @@ class Grid(Estimator):
         drawn = _require_few_latents(model)
         box = prior_box(model, self.span, self.points, evaluation.seed)
         _require_densities(model, drawn, box)
-        how: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "check": check}
-        numbers: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
+        how = subject.how(check)
+        seed = how.pop("seed")
         notes = [f"above the grid: NLL_{self.k} minus NLL by the grid on the same images; in expectation it is above 0"]
-        figures: dict[str, Callable[[Path], None]] = {}
+        estimates = Estimates(notes=notes)
         pictured = next(name for name in SPLITS if name in evaluation.splits)
         for name in evaluation.splits:
             split = subject.split(name, self.images)
-            hashes[name] = split.sha256
             with Progress(f"grid of {name}", total=len(split.x), unit="image") as progress:
                 how["on_progress"] = progress.update
                 grid = quadrature(model, split.x, box, **how)
-                estimates = {}
+                by = {}
                 for key, refined in (("q", False), ("refined", True)):
                     progress.change(f"L_{self.k} of {name}, {key}", len(split.x))
-                    estimates[key] = log_likelihood(
-                        model, split, k=self.k, seed=evaluation.seed, refined=refined, **how
-                    )
-            with np.errstate(invalid="ignore"):
-                numbers[name] = self._summary(name, grid, estimates, reasons)
-                notes += self._notes(name, grid, estimates)
+                    by[key] = log_likelihood(model, split, k=self.k, seed=seed, refined=refined, **how)
             found = {"log_px": grid.log_px, "error": grid.error, "border": grid.border}
-            found |= {f"log_px_{key}": estimate.log_px for key, estimate in estimates.items()}
-            arrays |= {array_name(name, key): values for key, values in found.items()}
+            found |= {f"log_px_{key}": estimate.log_px for key, estimate in by.items()}
+            broken = "a log-density or a log-weight is not finite"
+            with np.errstate(invalid="ignore"):
+                numbers = self._summary(grid, by)
+                estimates.add(split, numbers, found, ALONE if numbers["n"] == 1 else broken)
+                notes += self._notes(name, grid, by)
             if name == pictured and np.isfinite(grid.log_px[:PICTURED]).all():
                 posteriors = _posteriors(subject, split, grid.log_px[:PICTURED], box, check)
-                figures["posteriors.png"] = partial(plot_posteriors, posteriors=posteriors)
+                estimates.figures["posteriors.png"] = partial(plot_posteriors, posteriors=posteriors)
                 notes.append(f"posteriors.png: p(h|x) of {len(posteriors)} images of {name}, and its approximations")
-        rows = [
-            (label.format(k=self.k), f"{name}.{key}", form)
-            for label, key, form in ROWS
-            for name in SPLITS
-            if name in numbers
-        ]
-        return Estimates(numbers, rows, hashes, reasons, arrays, notes, figures)
+        estimates.lay_out(ROWS, self.k)
+        return estimates
 
-    def _summary(
-        self, name: str, grid: Quadrature, estimates: Mapping[str, Likelihood], reasons: dict[str, str]
-    ) -> dict[str, Any]:
+    def _summary(self, grid: Quadrature, by: Mapping[str, Likelihood]) -> dict[str, Any]:
         numbers: dict[str, Any] = {
             "nll_grid": -float(grid.log_px.mean()),
             "n": len(grid.log_px),
@@ -325,7 +298,7 @@ class Grid(Estimator):
             "grid_border": float(grid.border.max()),
             "k": self.k,
         }
-        for key, estimate in estimates.items():
+        for key, estimate in by.items():
             above = grid.log_px - estimate.log_px
             nll, prefix = ("nll", "") if key == "q" else (f"nll_{key}", f"{key}_")
             numbers |= {
@@ -334,12 +307,9 @@ class Grid(Estimator):
                 f"{prefix}above_grid_stderr": standard_error(above),
                 f"{prefix}above_grid_max": float(above.max()),
             }
-        reason = (
-            "one image has no standard error" if numbers["n"] == 1 else "a log-density or a log-weight is not finite"
-        )
-        return without_nan(numbers, f"{name}.", reasons, reason)
+        return numbers
 
-    def _notes(self, name: str, grid: Quadrature, estimates: Mapping[str, Likelihood]) -> list[str]:
+    def _notes(self, name: str, grid: Quadrature, by: Mapping[str, Likelihood]) -> list[str]:
         notes = []
         more = f"estimator.points={2 * self.points - 1}"
         if (error := grid.error.max()) > TOLERANCE:
@@ -347,9 +317,8 @@ class Grid(Estimator):
         wider = f"write estimator.span={2 * self.span:g} {more}"
         if (border := grid.border.max()) > BORDER_TOLERANCE:
             notes.append(f"{name}: up to {border:.2g} of the mass of an image is near the border of the grid; {wider}")
-        for key, estimate in estimates.items():
-            stderr = np.sqrt(np.maximum(0, 1 / estimate.ess - 1 / self.k))
-            if beyond := int((estimate.log_px - grid.log_px > 5 * stderr + TOLERANCE).sum()):
+        for key, estimate in by.items():
+            if beyond := int((estimate.log_px - grid.log_px > 5 * np.sqrt(estimate.variance) + TOLERANCE).sum()):
                 notes.append(
                     f"{name}: L_{self.k} by {key} of {beyond} images is higher than by the grid, which therefore "
                     f"misses a part of their mass; {wider}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -20,19 +20,22 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from iwae_cli.core.errors import Interrupted, UserError
-from iwae_cli.core.noise import BLOCK, KeyedNoise
+from iwae_cli.core.noise import BLOCK, KeyedNoise, Noise
 from iwae_cli.core.numerics import SMALLEST_TAIL, StreamingLogWeights, accumulator_device, tail_size
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.active_units import RULES, active_units
 from iwae_cli.evaluation.estimator import (
+    ALONE,
     Estimates,
     Estimator,
     EstimatorInput,
     array_name,
     finite,
+    monte_carlo_variance,
     require_probabilities,
     standard_error,
+    stderr_mc,
     without_nan,
 )
 from iwae_cli.evaluation.fused import FusedScorer
@@ -98,6 +101,11 @@ class Likelihood:
     jackknife: Float64[np.ndarray, " n"] | None = None
     float32: Float64[np.ndarray, " n"] | None = None
 
+    @property
+    def variance(self) -> Float64[np.ndarray, " n"]:
+        """Squared Monte Carlo error of ``log_px``, see ``monte_carlo_variance``."""
+        return monte_carlo_variance(self.ess, self.k)
+
 
 def check_refine(evaluation: Evaluation, model: Architecture, data: Data | None = None) -> None:
     """Raise UserError if ``evaluation.refine`` is not possible for this model, or has more images than are evaluated.
@@ -133,15 +141,11 @@ class LogLikelihood(Estimator):
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return L_k with its errors and diagnostics, and the active units by our rule and by the authors'."""
         model, evaluation = subject.model, subject.evaluation
-        numbers: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
+        estimates, how = Estimates(), subject.how(check) | {"k": evaluation.k}
+        numbers, reasons = estimates.numbers, estimates.reasons
         for name in evaluation.splits:
             split = subject.split(name)
             pixels = None if split.x.is_floating_point() else split.x.shape[1]
-            how: dict[str, Any] = {"k": evaluation.k, "seed": evaluation.seed, "check": check}
-            how |= {"rows": evaluation.rows, "workers": evaluation.workers}
             with Progress(f"evaluating {name}", total=len(split.x), unit="image") as progress:
                 likelihood = log_likelihood(
                     model,
@@ -152,7 +156,7 @@ class LogLikelihood(Estimator):
                     **how,
                 )
             numbers[name], missing = summarize(likelihood, pixels)
-            hashes[name] = split.sha256
+            estimates.hashes[name] = split.sha256
             kept = {"": likelihood}
             images = len(split.x) if evaluation.refine == "all" else min(evaluation.refine, len(split.x))
             if images:
@@ -169,15 +173,33 @@ class LogLikelihood(Estimator):
             reasons |= {f"{name}.{key}": reason for key, reason in missing.items()}
             for prefix, values in kept.items():
                 for key in ("log_px", "ess", "khat", "top_weight"):
-                    arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
+                    estimates.arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
         for key, (of, first_images, draws) in RULES.items():
             x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
             keyed = {"seed": evaluation.seed, "stream": key, "on_progress": lambda _: check()}
             numbers[key] = active_units(model, x, draws, rows=evaluation.rows, workers=evaluation.workers, **keyed)
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
-        notes = [] if subject.data.levels else [OF_A_DENSITY]
-        return Estimates(numbers, split_rows(numbers), hashes, reasons, arrays, notes)
+        estimates.rows = split_rows(numbers)
+        estimates.notes = [] if subject.data.levels else [OF_A_DENSITY]
+        return estimates
+
+
+def piece_size(k: int, rows: int) -> int:
+    """Return how many of ``k`` samples of one image a model scores at once, in whole blocks: at most ``rows``."""
+    return min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
+
+
+def in_pieces(
+    k: int, piece: int, seed: int, stream: str, images: Sequence[int], x: Tensor, check: Callable[[], None]
+) -> Iterator[tuple[int, Noise]]:
+    """Yield the size of every piece of ``k`` samples, and its noise of the dtype and on the device of ``x``.
+
+    ``check`` is called before each and may raise to stop; other arguments as in ``KeyedNoise``.
+    """
+    for start in range(0, k, piece):
+        check()
+        yield min(piece, k - start), KeyedNoise(seed, stream, images, start, x.dtype, x.device)
 
 
 def _refined(model: LatentVariableModel, split: Split, **how: Any) -> Likelihood | str:
@@ -290,7 +312,7 @@ def log_likelihood(
     if fused:
         piece, batch = PIECE, max(1, min(IMAGES, IMAGES * PIECE // k))
     else:
-        piece = min(-(-k // BLOCK) * BLOCK, max(BLOCK, rows // BLOCK * BLOCK), CHUNK)
+        piece = piece_size(k, rows)
         batch = max(1, rows // piece)
     if refined:
         # The images of one batch are fitted together, in groups that are the same for any rows.
@@ -334,14 +356,14 @@ def log_likelihood(
             found["float32"] = not_computed if sums_float32 is None else sums_float32.log_px()
         return {m: bound.cpu() for m, bound in sums.bounds().items()}, {name: v.cpu() for name, v in found.items()}
 
-    results = map_batches(score, len(split.x), batch=batch, workers=threads(workers, device), on_progress=on_progress)
+    results = map_batches(score, len(split.x), batch, workers, device, on_progress)
     bounds, values = (
         {key: torch.cat([part[key] for part in parts]).to(torch.float64).numpy() for key in parts[0]}
         for parts in zip(*results, strict=True)
     )
     what = f"L_{k} of {split.name}{', refined,' if refined else ''}"
     # Where few samples have the weight, as with one sample always, they cannot tell the error.
-    errors = np.where(values["ess"] < LEAST_ESS, math.nan, np.sqrt(np.maximum(0, 1 / values["ess"] - 1 / k)))
+    errors = np.where(values["ess"] < LEAST_ESS, math.nan, np.sqrt(monte_carlo_variance(values["ess"], k)))
     require_probabilities(what, split.x, bounds[k], errors)
     if "exact" in values:
         require_probabilities(f"the exact log p(x) of {split.name}", split.x, values["exact"], None)
@@ -368,11 +390,11 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
     k, n, log_px, ess = likelihood.k, len(likelihood.log_px), likelihood.log_px, likelihood.ess
     reasons: dict[str, str] = {}
     broken = _not_finite(k, log_px)
-    v = np.maximum(0.0, 1 / ess - 1 / k)
+    v = likelihood.variance
     khat = likelihood.khat[~np.isnan(likelihood.khat)]
     # One sample always has all of the weight: without this rule it would claim to have no error.
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
-    why = {"stderr_images": "one image has no standard error", "stderr_mc": one_sample, "bias_mc": one_sample}
+    why = {"stderr_images": ALONE, "stderr_mc": one_sample, "bias_mc": one_sample}
     why["khat_share_above_0.7"] = "k-hat is fitted to the largest weights, and in every image all weights are equal"
     if tail_size(k) < SMALLEST_TAIL:
         why["khat_share_above_0.7"] = (
@@ -385,7 +407,7 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
             "k": k,
             "n": n,
             "stderr_images": standard_error(log_px),
-            "stderr_mc": math.sqrt(v.sum()) / n if k > 1 else math.nan,
+            "stderr_mc": stderr_mc(v) if k > 1 else math.nan,
             "bias_mc": -v.mean() / 2 if k > 1 else math.nan,
             "bounds": {
                 str(m): finite(bound.mean(), f"bounds.{m}", reasons, broken or _not_finite(m, bound))
@@ -435,9 +457,7 @@ def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int | None) -> 
     broken = "L_k of q or of the refined proposal is not finite for some image"
     found: dict[str, Any] = {
         "gap_q": finite(gap.mean(), "gap_q", reasons, broken),
-        "gap_q_stderr": finite(
-            standard_error(gap), "gap_q_stderr", reasons, broken if n > 1 else "one image has no standard error"
-        ),
+        "gap_q_stderr": finite(standard_error(gap), "gap_q_stderr", reasons, broken if n > 1 else ALONE),
         "refined": numbers,
     }
     if n == len(by_q.log_px):

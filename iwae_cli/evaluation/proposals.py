@@ -124,8 +124,7 @@ def fit(
 
     Args:
         model: with ``why_not`` None; its dtype and device are those of x.
-        x: images.
-        images: their indices within their split, consecutive, from a multiple of ``GROUP`` on.
+        images: indices of x within their split, consecutive, from a multiple of ``GROUP`` on.
         seed, stream: of the noise of the fit; the stream must not be that of the evaluation.
         check: called often; may raise to stop.
         diagonal: fit a diagonal covariance.

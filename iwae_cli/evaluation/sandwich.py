@@ -36,10 +36,20 @@ from iwae_cli.core.errors import check_range
 from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import StreamingLogWeights, grid_levels
 from iwae_cli.core.progress import Progress
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, standard_error, without_nan
-from iwae_cli.evaluation.likelihood import CHUNK
+from iwae_cli.evaluation.estimator import (
+    NOT_FINITE,
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    monte_carlo_variance,
+    share_below_10,
+    standard_error,
+    stderr_mc,
+    without_nan,
+)
+from iwae_cli.evaluation.likelihood import piece_size
 from iwae_cli.evaluation.settings import MAX_K
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.summary import Row
 
@@ -95,8 +105,7 @@ class Sandwich(Estimator):
         An observation and its draws are functions of (seed, its index) alone.
         """
         parameter = next(model.parameters())
-        piece = min(-(-self.k // BLOCK), max(1, rows // BLOCK), CHUNK // BLOCK) * BLOCK
-        levels = grid_levels(self.k)
+        piece, levels = piece_size(self.k, rows), grid_levels(self.k)
 
         def noise(stream: str, images: Sequence[int], start: int = 0) -> KeyedNoise:
             check()
@@ -127,8 +136,7 @@ class Sandwich(Estimator):
             return torch.stack(values).cpu().numpy()
 
         batch = max(1, rows // piece)
-        count = threads(workers, parameter.device)
-        parts = map_batches(weigh, self.simulated, batch=batch, workers=count, on_progress=on_progress)
+        parts = map_batches(weigh, self.simulated, batch, workers, parameter.device, on_progress)
         *found, ess, forward_ess, exact = np.concatenate(parts, axis=1)
         return Bounds(
             lower=dict(zip(levels, found, strict=False)),
@@ -140,19 +148,13 @@ class Sandwich(Estimator):
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the bounds with their difference, and the effective sample sizes without and with the exact draw."""
-        evaluation = subject.evaluation
-        with Progress("sandwich", total=self.simulated, unit="observation", things="observations") as progress:
-            found = self.bounds(
-                subject.model,
-                seed=evaluation.seed,
-                rows=evaluation.rows,
-                workers=evaluation.workers,
-                check=check,
-                on_progress=progress.update,
-            )
+        with Progress("sandwich", total=self.simulated, unit="observation") as progress:
+            found = self.bounds(subject.model, **subject.how(check), on_progress=progress.update)
         reasons: dict[str, str] = {}
+        alone = "one observation has no standard error" if self.simulated == 1 else NOT_FINITE
+        why = dict.fromkeys(("stderr_gap", "stderr_upper", "stderr_images"), alone)
         with np.errstate(invalid="ignore"):
-            numbers = self._numbers(found, reasons)
+            numbers = without_nan(self._numbers(found), "simulated.", reasons, NOT_FINITE, **why)
         arrays = {f"simulated_L_{m}": values for m, values in found.lower.items()}
         arrays |= {f"simulated_U_{m}": values for m, values in found.upper.items()}
         arrays |= {"simulated_ess": found.ess, "simulated_forward_ess": found.forward_ess}
@@ -168,10 +170,7 @@ class Sandwich(Estimator):
         ]
         return Estimates({"simulated": numbers}, self._rows(numbers), {}, reasons, arrays, notes)
 
-    def _numbers(self, found: Bounds, reasons: dict[str, str]) -> dict[str, Any]:
-        broken = "a log-weight is not finite"
-        alone = "one observation has no standard error" if self.simulated == 1 else broken
-        one = dict.fromkeys(("stderr_gap", "stderr_upper", "stderr_images"), alone)
+    def _numbers(self, found: Bounds) -> dict[str, Any]:
         gap = found.upper[self.k] - found.lower[self.k]
         numbers: dict[str, Any] = {
             "n": self.simulated,
@@ -180,7 +179,7 @@ class Sandwich(Estimator):
             "stderr_gap": standard_error(gap),
             "stderr_upper": standard_error(found.upper[self.k]),
             "stderr_images": standard_error(found.lower[self.k]),
-            "stderr_mc": math.sqrt(np.maximum(0, 1 / found.ess - 1 / self.k).sum()) / self.simulated,
+            "stderr_mc": stderr_mc(monte_carlo_variance(found.ess, self.k)),
         }
         if found.exact is not None:
             numbers["exact"] = float(found.exact.mean())
@@ -188,13 +187,10 @@ class Sandwich(Estimator):
             numbers |= {
                 f"{prefix}ess_median": float(np.median(ess)),
                 f"{prefix}ess_min": float(ess.min()),
-                f"{prefix}ess_share_below_10": math.nan if np.isnan(ess).any() else float((ess < 10).mean()),
+                f"{prefix}ess_share_below_10": share_below_10(ess),
             }
-        numbers = without_nan(numbers, "simulated.", reasons, broken, **one)
         for name, bounds in (("upper_bounds", found.upper), ("bounds", found.lower)):
-            numbers[name] = {
-                str(m): finite(values.mean(), f"simulated.{name}.{m}", reasons, broken) for m, values in bounds.items()
-            }
+            numbers[name] = {str(m): float(values.mean()) for m, values in bounds.items()}
         return numbers
 
     def _rows(self, numbers: Mapping[str, Any]) -> list[Row]:

@@ -22,24 +22,24 @@ import torch
 from jaxtyping import Float64
 
 from iwae_cli.core.errors import check_range
-from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.estimator import (
+    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
-    array_name,
+    monte_carlo_variance,
     require_probabilities,
+    share_below_10,
     standard_error,
-    without_nan,
+    stderr_mc,
 )
-from iwae_cli.evaluation.likelihood import CHUNK
+from iwae_cli.evaluation.likelihood import in_pieces, piece_size
 from iwae_cli.evaluation.settings import MAX_K
-from iwae_cli.evaluation.workers import map_batches, threads
+from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.objectives.tvo import TVO
-from iwae_cli.record.summary import SPLITS
 
 ROWS = (
     ("right sum, nats", "right", "{:.3f}"),
@@ -76,35 +76,25 @@ class Thermodynamic(Estimator):
     def __post_init__(self) -> None:
         check_range("k", self.k, 2, MAX_K)
         check_range("partitions", self.partitions, 1)
-        check_range("images", 1 if self.images is None else self.images, 1)
+        check_range("images", self.images, 1)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the sums of every split, with per-image arrays."""
-        numbers: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
+        estimates = Estimates()
         for name in subject.evaluation.splits:
             split = subject.split(name, self.images)
-            hashes[name] = split.sha256
             with Progress(f"thermodynamic sums of {name}", total=len(split.x), unit="image") as progress:
                 found = self._sums(subject, split, check, progress.update)
             with np.errstate(invalid="ignore"):
-                errors = np.sqrt(np.maximum(0, 1 / found["ess"] - 1 / self.k))
+                errors = np.sqrt(monte_carlo_variance(found["ess"], self.k))
                 require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
-                numbers[name] = without_nan(self._summary(found), f"{name}.", reasons, "a log-weight is not finite")
-            arrays |= {array_name(name, key): values for key, values in found.items()}
-        rows = [
-            (label.format(k=self.k), f"{name}.{key}", form)
-            for label, key, form in ROWS
-            for name in SPLITS
-            if key in numbers.get(name, {})
-        ]
-        notes = [
+                estimates.add(split, self._summary(found), found, NOT_FINITE)
+        estimates.lay_out(ROWS, self.k)
+        estimates.notes = [
             f"L_{self.k} lies between the sums of its draws; so does log p(x) with many draws, but where the effective "
             "sample size at beta = 1 is small the right sum, too, may lie below log p(x)"
         ]
-        return Estimates(numbers, rows, hashes, reasons, arrays, notes)
+        return estimates
 
     def _sums(
         self, subject: EstimatorInput, split: Split, check: Callable[[], None], on_progress: Callable[[int], None]
@@ -112,24 +102,19 @@ class Thermodynamic(Estimator):
         """Return the results of every image by name."""
         model, evaluation = subject.model, subject.evaluation
         parameter, sums = next(model.parameters()), TVO(self.k, self.partitions, "moments")
-        piece = min(-(-self.k // BLOCK) * BLOCK, max(BLOCK, evaluation.rows // BLOCK * BLOCK), CHUNK)
+        piece = piece_size(self.k, evaluation.rows)
 
         def score(images: Sequence[int]) -> Float64[np.ndarray, "values batch"]:
             x = split.x[images[0] : images[-1] + 1].to(parameter)
-            pieces = []
-            for start in range(0, self.k, piece):
-                check()
-                stream = f"{split.name}, thermodynamic"
-                noise = KeyedNoise(evaluation.seed, stream, images, start, parameter.dtype, parameter.device)
-                pieces.append(model(x, min(piece, self.k - start), noise).double())
-            log_w = torch.cat(pieces)
+            pieces = in_pieces(self.k, piece, evaluation.seed, f"{split.name}, thermodynamic", images, x, check)
+            log_w = torch.cat([model(x, n, noise).double() for n, noise in pieces])
             exact = model.generative.exact_log_px(x)
             absent = torch.full_like(log_w[0], math.nan)
             values = [sums.bound(log_w), sums.right_sum(log_w), log_mean_exp(log_w), effective_sample_size(log_w)]
             return torch.stack([*values, absent if exact is None else exact]).cpu().numpy()
 
-        batch, count = max(1, evaluation.rows // piece), threads(evaluation.workers, parameter.device)
-        parts = map_batches(score, len(split.x), batch=batch, workers=count, on_progress=on_progress)
+        batch, workers = max(1, evaluation.rows // piece), evaluation.workers
+        parts = map_batches(score, len(split.x), batch, workers, parameter.device, on_progress)
         names = ("left", "right", "log_px", "ess", "exact")
         found = dict(zip(names, np.concatenate(parts, axis=1), strict=True))
         return {name: values for name, values in found.items() if name != "exact" or not np.isnan(values).all()}
@@ -139,11 +124,11 @@ class Thermodynamic(Estimator):
         numbers: dict[str, Any] = {key: float(values.mean()) for key, values in found.items() if key != "ess"}
         numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right", "log_px")}
         return numbers | {
-            "stderr_mc": math.sqrt(np.maximum(0, 1 / ess - 1 / self.k).sum()) / len(ess),
+            "stderr_mc": stderr_mc(monte_carlo_variance(ess, self.k)),
             "difference": float((found["right"] - found["left"]).mean()),
             "difference_stderr": standard_error(found["right"] - found["left"]),
             "ess_median": float(np.median(ess)),
-            "ess_share_below_10": math.nan if np.isnan(ess).any() else float((ess < 10).mean()),
+            "ess_share_below_10": share_below_10(ess),
             "k": self.k,
             "partitions": self.partitions,
             "n": len(ess),

@@ -49,9 +49,9 @@ def _start_worker() -> None:
 def map_batches(
     work: Callable[[Sequence[int]], T],
     n: int,
-    *,
     batch: int,
-    workers: int,
+    workers: int | None,
+    device: torch.device,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[T]:
     """Return ``work(indices)`` for consecutive batches of ``n`` images, in the order of the batches.
@@ -60,16 +60,14 @@ def map_batches(
     workers.
 
     Args:
-        work: takes the image indices of one batch; called without gradients.
-        n: number of images.
-        batch: images per call.
-        workers: threads.
+        work: takes the image indices of one batch, ``batch`` of them but for the last; called without gradients.
+        workers, device: see ``threads``.
         on_progress: called in the calling thread with the number of finished images; may raise to stop.
     """
     batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
     # The other ranks are assumed to be as far as this one.
     report = on_progress and (lambda done: on_progress(min(n, done * batch * processes())))
-    return (map_here if _ranks is None else _ranks.share)(work, batches, workers, report)
+    return (map_here if _ranks is None else _ranks.share)(work, batches, threads(workers, device), report)
 
 
 def map_here(

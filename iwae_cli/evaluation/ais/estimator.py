@@ -21,13 +21,15 @@ from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.progress import Progress, announce
 from iwae_cli.evaluation.ais.paths import WARM_UP, Paths, Start, Tally
 from iwae_cli.evaluation.estimator import (
+    ALONE,
+    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
-    array_name,
-    finite,
+    monte_carlo_variance,
     require_probabilities,
     standard_error,
+    stderr_mc,
     with_cheaper,
     without_nan,
 )
@@ -37,7 +39,6 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.priors import OneHotPrior
 from iwae_cli.record.summary import SPLITS, split_rows
 
-NOT_FINITE = "a log-weight is not finite"
 SIMULATED_ROWS = (
     ("lower", "lower", "{:.2f}"),
     ("upper", "upper", "{:.2f}"),
@@ -130,18 +131,15 @@ class AIS(Estimator):
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and > 0, got {self.tolerance}")
         check_range("k", self.k, 1, MAX_K)
-        check_range("images", 1 if self.images is None else self.images, 1)
+        check_range("images", self.images, 1)
 
     def anneal(
         self, model: LatentVariableModel, x: Shaped[Tensor, "n pixels"], *, stream: str, **how: Any
     ) -> list[Annealed]:
         """Return log p(x) of every observation for each number of temperatures that was tried; the last one counts.
 
-        Args:
-            model: in evaluation mode, on its device.
-            x: observations.
-            stream: key of the noise, with the seed and the index of each image.
-            how: arguments of ``Paths``: seed, rows, workers, check, tally.
+        ``stream`` is a key of the noise, with the seed and the index of each image; ``how``: seed, rows, workers, check
+        and tally of ``Paths``.
         """
         paths = self._paths(model, stream, **how)
         paths.tally.start(f"annealing {stream}, step sizes")
@@ -156,7 +154,7 @@ class AIS(Estimator):
             more = temperatures * len(x) if len(levels) > 1 else 0
             paths.tally.start(f"annealing {stream}, {temperatures:,} temperatures", more)
             log_px, ess, acceptance = paths.share(forward, len(x))
-            stderr = np.sqrt(np.maximum(0.0, 1 / ess - 1 / self.chains))
+            stderr = np.sqrt(monte_carlo_variance(ess, self.chains))
             levels.append(Annealed(temperatures, log_px, ess, stderr, acceptance))
             temperatures *= 2
         return levels
@@ -170,11 +168,8 @@ class AIS(Estimator):
         """Return bounds from bidirectional Monte Carlo on ``simulated`` observations x, each with the h it came from.
 
         That h is an exact draw of p(h|x), which the backward chains must start from. Real data have none, so the
-        sandwich holds for them as far as they resemble the model's draws.
-
-        Args:
-            model, how: as in ``anneal``.
-            temperatures: ``temperatures`` times a power of two; None: ``temperatures``.
+        sandwich holds for them as far as they resemble the model's draws. ``temperatures`` is those of the estimator,
+        which None takes, times a power of two; other arguments as in ``anneal``.
         """
         count = temperatures or self.temperatures
         paths = self._paths(model, "simulated", **how)
@@ -196,48 +191,45 @@ class AIS(Estimator):
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return log p(x) for every split of the evaluation beside L_k, and the sandwich for simulated observations."""
-        evaluation, model = subject.evaluation, subject.model
+        model, estimates, shared = subject.model, Estimates(), subject.how(check)
         _require_movable(model)
-        splits = {name: subject.split(name) for name in evaluation.splits}
-        images = {str(name): len(split.x[: self.images]) for name, split in splits.items()}
+        whole = [subject.split(name) for name in subject.evaluation.splits]
+        splits = [replace(split, x=split.x[: self.images], labels=None) for split in whole]
+        images = {split.name: len(split.x) for split in splits}
         least, most = self._transitions(sum(images.values()), model.inference.reparameterized)
         announce(self._plan(images, least, most, model.inference.reparameterized))
-        numbers: dict[str, Any] = {}
-        reasons: dict[str, str] = {}
-        arrays: dict[str, np.ndarray] = {}
-        shared: dict[str, Any] = {"rows": evaluation.rows, "workers": evaluation.workers, "seed": evaluation.seed}
-        shared |= {"check": check}
-        for name, split in splits.items():
-            first = replace(split, x=split.x[: self.images], labels=None)
-            with Progress(f"evaluating {name}", total=len(first.x), unit="image") as progress:
-                by_q = log_likelihood(model, first, k=self.k, on_progress=progress.update, **shared)
-            arrays[array_name(name, "log_px_q")] = by_q.log_px
-        bar = Progress("annealing", total=least, unit="transition", things="transitions", may_grow=most > least)
+        by_q = {}
+        for split in splits:
+            with Progress(f"evaluating {split.name}", total=len(split.x), unit="image") as progress:
+                found = log_likelihood(model, split, k=self.k, on_progress=progress.update, **shared)
+            by_q[split.name] = found.log_px
+        bar = Progress("annealing", total=least, unit="transition", may_grow=most > least)
         with bar as progress:
             tally = Tally(progress, least)
             how = {**shared, "tally": tally}
-            for name, split in splits.items():
-                x = split.x[: self.images]
-                levels = self.anneal(model, x, stream=name, **how)
-                unsure = np.full(len(x), math.nan)  # a handful of chains cannot tell their error
-                require_probabilities(f"log p(x) by AIS of {name}", x, levels[-1].log_px, unsure)
-                numbers[name] = self._summary(name, levels, arrays[array_name(name, "log_px_q")], model, x, reasons)
-                for key in ("log_px", "stderr", "ess", "acceptance"):
-                    arrays[array_name(name, key)] = getattr(levels[-1], key)
+            for split in splits:
+                levels = self.anneal(model, split.x, stream=split.name, **how)
+                unsure = np.full(len(split.x), math.nan)  # a handful of chains cannot tell their error
+                require_probabilities(f"log p(x) by AIS of {split.name}", split.x, levels[-1].log_px, unsure)
+                each = {key: getattr(levels[-1], key) for key in ("log_px", "stderr", "ess", "acceptance")}
+                each["log_px_q"] = by_q[split.name]
+                summary = self._summary(model, split.x, levels, by_q[split.name])
+                estimates.add(split, summary, each, ALONE if len(split.x) == 1 else NOT_FINITE)
+            numbers = estimates.numbers
             if self.simulated:
-                longest = max(numbers[name]["temperatures"] for name in splits)
+                longest = max(numbers[name]["temperatures"] for name in images)
                 more = 2 * (longest - min(longest, 2 * self.temperatures)) * self.simulated
                 tally.start(f"annealing simulated, {longest:,} temperatures", more)
-                found = self.sandwich(model, longest, **how)
-                numbers["simulated"] = _simulated(found, reasons)
-                arrays |= {"simulated_lower": found.lower, "simulated_upper": found.upper}
-        rows = split_rows(numbers) + [
+                bounds = self.sandwich(model, longest, **how)
+                numbers["simulated"] = _simulated(bounds, estimates.reasons)
+                estimates.arrays |= {"simulated_lower": bounds.lower, "simulated_upper": bounds.upper}
+        estimates.rows = split_rows(numbers) + [
             (f"simulated: {label}, nats", f"simulated.{key}", form)
             for label, key, form in SIMULATED_ROWS
             if key in numbers.get("simulated", {})
         ]
-        hashes = {str(name): split.sha256 for name, split in splits.items()}
-        return Estimates(numbers, rows, hashes, reasons, arrays, self._notes(numbers))
+        estimates.notes = self._notes(numbers)
+        return estimates
 
     def _transitions(self, images: int, real: bool) -> tuple[int, int]:
         """Return the number of transitions of all images: the least, and with every doubling."""
@@ -266,25 +258,23 @@ class AIS(Estimator):
 
     def _summary(
         self,
-        name: str,
-        levels: Sequence[Annealed],
-        by_q: Float64[np.ndarray, " n"],
         model: LatentVariableModel,
         x: Shaped[Tensor, "n pixels"],
-        reasons: dict[str, str],
+        levels: Sequence[Annealed],
+        by_q: Float64[np.ndarray, " n"],
     ) -> dict[str, Any]:
         last = levels[-1]
-        n, nll, variance = len(x), -float(last.log_px.mean()), last.stderr**2
+        nll, variance = -float(last.log_px.mean()), last.stderr**2
         numbers: dict[str, Any] = {
             "nll_ais": nll,
-            "n": n,
+            "n": len(x),
             "chains": self.chains,
             "temperatures": last.temperatures,
             "converged": self.converged(levels),
             "stderr_images": standard_error(last.log_px),
-            "stderr_mc": math.sqrt(variance.sum()) / n,
+            "stderr_mc": stderr_mc(variance),
             "bias_mc": -float(variance.mean()) / 2,
-            "nll_q": {str(self.k): finite(-by_q.mean(), f"{name}.nll_q.{self.k}", reasons, NOT_FINITE)},
+            "nll_q": {str(self.k): -float(by_q.mean())},
             "above_ais": float((last.log_px - by_q).mean()),
             "above_ais_stderr": standard_error(last.log_px - by_q),
             "by_temperatures": {str(level.temperatures): float(level.log_px.mean()) for level in levels},
@@ -299,8 +289,7 @@ class AIS(Estimator):
             exact = model.generative.exact_log_px(x.to(next(model.parameters())))
         if exact is not None:
             numbers["exact_nll"] = -float(exact.double().cpu().numpy().mean())
-        reason = "one image has no standard error" if n == 1 else NOT_FINITE
-        return without_nan(numbers, f"{name}.", reasons, reason)
+        return numbers
 
     def _notes(self, numbers: Mapping[str, Any]) -> list[str]:
         notes = []

@@ -43,16 +43,8 @@ def hamiltonian_move(
 ) -> tuple[Chains, Float[Tensor, "chains batch"]]:
     """Make one transition of Hamiltonian Monte Carlo over all layers at once (Neal 2011, arXiv 1206.1901).
 
-    It leaves f_beta invariant, and is its own reversal, if ``step`` does not depend on ``chains``. A trajectory that
-    diverges is rejected.
-
-    Args:
-        scores: see ``Scores``.
-        chains: their states before the transition.
-        beta: inverse temperature of the target.
-        step: size of a leapfrog step for each image.
-        leapfrog: steps of one trajectory.
-        noise: of momenta and acceptance.
+    It leaves f_beta invariant, and is its own reversal, if ``step``, the size of a leapfrog step for each image, does
+    not depend on ``chains``. A trajectory has ``leapfrog`` steps; one that diverges is rejected.
 
     Returns:
         The chains after it, and the acceptance probability of each proposal.

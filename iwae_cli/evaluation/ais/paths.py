@@ -137,10 +137,10 @@ class Paths:
             with torch.inference_mode(False), torch.no_grad():
                 return work(images)
 
-        workers = threads(self.workers, self._parameter.device)
+        device = self._parameter.device
         # Images are independent, so a few of them can be spread over all workers.
-        batch = min(max(1, self.rows // self.chains), -(-n // workers))
-        return np.concatenate(map_batches(with_gradients, n, batch=batch, workers=workers), axis=1)
+        batch = min(max(1, self.rows // self.chains), -(-n // threads(self.workers, device)))
+        return np.concatenate(map_batches(with_gradients, n, batch, self.workers, device), axis=1)
 
     @property
     def _parameter(self) -> Tensor:
