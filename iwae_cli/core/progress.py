@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from time import monotonic
 from types import TracebackType
 
@@ -17,6 +18,7 @@ _label = ""
 """Begins every line of this process; see ``labelled``."""
 
 
+@dataclass(eq=False)
 class Progress:
     """A bar on a terminal; elsewhere (a log file, CI) a plain line every ``QUIET_SECONDS``.
 
@@ -25,37 +27,26 @@ class Progress:
         with Progress("training", total=13, unit="pass", images_per_unit=59_600) as progress:
             progress.update(2.5, bound=-92.1)
 
-    Args:
+    Attributes:
         title: start of the line.
         total, start: units of the whole work, and those done before by a run that is resumed.
         unit: name of a unit, such as ``"pass"`` or ``"image"``.
-        images_per_unit, things: for the speed in images (or other things) per second.
+        images_per_unit: for the speed, in images (or other units that are no passes) per second.
         may_grow: whether ``change`` may raise the total, so that the time left is a lower bound.
-
-    Attributes:
         evaluation: measured forecast of the evaluation that follows, seconds; None: none is shown.
     """
 
-    evaluation: float | None = None
+    title: str
+    _: KW_ONLY
+    total: float
+    unit: str = "pass"
+    images_per_unit: float = 1
+    start: float = 0
+    may_grow: bool = False
+    evaluation: float | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        title: str,
-        *,
-        total: float,
-        unit: str = "pass",
-        images_per_unit: float = 1,
-        start: float = 0,
-        things: str = "images",
-        may_grow: bool = False,
-    ) -> None:
-        self._things = things
-        self._prefix = "at least " if may_grow else ""
-        self._title = title
-        self._total = total
-        self._unit = unit
-        self._images_per_unit = images_per_unit
-        self._first = self._done = start
+    def __post_init__(self) -> None:
+        self._done = self.start
         self._bound: float | None = None
         self._bar: progress.Progress | None = None
         console = Console(stderr=True)
@@ -73,7 +64,7 @@ class Progress:
         self._last_position: str | None = None
         if self._bar is not None:
             self._bar.start()
-            task = self._bar.add_task(f"{_short()}{self._title}", total=self._total, state="")
+            task = self._bar.add_task(f"{_short()}{self.title}", total=self.total, state="")
             self._bar.update(task, completed=self._done)
         return self
 
@@ -88,7 +79,7 @@ class Progress:
 
     def change(self, title: str, total: float) -> None:
         """Replace the title and the total."""
-        self._title, self._total = title, total
+        self.title, self.total = title, total
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"{_short()}{title}", total=total)
 
@@ -97,18 +88,18 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._done > self._first and self._last_position != self._position():
+        elif self._done > self.start and self._last_position != self._position():
             self._print()
 
     def _print(self) -> None:
         self._printed = monotonic()
         self._last_position = self._position()
-        announce(f"{self._title}  {self._line()}")
+        announce(f"{self.title}  {self._line()}")
 
     def _position(self) -> str:
         # A float counts fractions of a unit, to show movement within a pass.
         done = f"{self._done:.1f}" if isinstance(self._done, float) else f"{self._done:,}"
-        parts = [f"{self._unit} {done}/{self._total:,}"]
+        parts = [f"{self.unit} {done}/{self.total:,}"]
         if self._bound is not None:
             parts.append(f"{self._bound:.2f} nats")
         return "  ".join(parts)
@@ -116,11 +107,13 @@ class Progress:
     def _line(self) -> str:
         parts = [self._position()]
         elapsed = monotonic() - self._started
-        moved = self._done - self._first
+        moved = self._done - self.start
         if moved > 0 and elapsed > 0:
-            parts.append(f"{moved * self._images_per_unit / elapsed:,.0f} {self._things}/s")
-            if self._done < self._total:
-                parts.append(f"{self._prefix}{_clock((self._total - self._done) * elapsed / moved)} left")
+            things = "images" if self.unit == "pass" else f"{self.unit}s"
+            parts.append(f"{moved * self.images_per_unit / elapsed:,.0f} {things}/s")
+            if self._done < self.total:
+                least = "at least " if self.may_grow else ""
+                parts.append(f"{least}{_clock((self.total - self._done) * elapsed / moved)} left")
             if self.evaluation is not None:
                 parts.append(f"then about {_clock(self.evaluation)} of evaluation")
         return "  ".join(parts)
