@@ -80,13 +80,9 @@ class AdamInPlace:
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Return ``graph`` followed by the update.
 
-        Args:
-            graph: a function of a model's tensors, then of inputs; returns outputs, then a gradient of each parameter.
-            size: number of the model's tensors.
-            trained: which of them are the parameters.
-
-        Returns:
-            A function of the model's tensors, of what ``begin_step`` returns, and of the inputs; returns the outputs.
+        From a function of a model's ``size`` tensors, then of inputs, that returns outputs, then a gradient of each
+        ``trained`` one, it makes a function of the tensors, of what ``begin_step`` returns, and of the inputs, that
+        returns the outputs.
         """
         end = size + 1 + 2 * len(trained)
 

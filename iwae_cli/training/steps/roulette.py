@@ -72,13 +72,8 @@ def surrogate(
 ) -> Float[Tensor, ""]:
     """Return the loss to differentiate: minus the sum of weight times log w over the draws ``rows``, over the batch.
 
-    Args:
-        model: its generative network scores these draws once more, with gradient.
-        x: the observations.
-        latents: all draws, each (k, batch, d_l), differentiable.
-        log_q: of all draws, nats, differentiable.
-        rows: the draws to use, as sample * batch + image.
-        weights: of each.
+    The generative network scores these draws, sample * batch + image, once more, with gradient. ``latents`` and
+    ``log_q``, nats, are of all draws and differentiable.
     """
     chosen = tuple(h.flatten(0, 1).index_select(0, rows)[None] for h in latents)
     log_p = model.generative(x.index_select(0, rows % len(x)), chosen)[0]
