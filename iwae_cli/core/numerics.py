@@ -6,6 +6,7 @@ The sample axis is dim 0 everywhere. Logarithms are natural: log-weights and bou
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -119,11 +120,8 @@ class StreamingLogWeights:
         self._log_sum_squares = minus_inf
         # Levels 1, 5, 50, 500, ...: a group of one level is five or ten groups of the level below.
         self._levels = grid_levels(k)[:-1]
-        below = 1
-        self._groups: list[_Groups] = []
-        for level in self._levels:
-            self._groups.append(_Groups(level // below, batch, device))
-            below = level
+        sizes = [level // below for below, level in pairwise([1, *self._levels])]
+        self._groups = [_Groups(size, batch, device) for size in sizes]
         self._tail_size = tail_size(k) + 1
         self._tail = torch.empty(0, batch, dtype=torch.float64, device=device)
 

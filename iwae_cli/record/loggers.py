@@ -151,22 +151,19 @@ class _Background:
         self._calls: SimpleQueue[Callable[[Logger], None]] = SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name=type(logger).__name__, daemon=True)
-        self._started = False
 
     def put(self, call: Callable[[Logger], None]) -> None:
         """Queue ``call``; not made if an earlier one has raised."""
-        self._start()
-        self._calls.put(lambda logger: call(logger) if self._works else None)
+        self._call(lambda logger: call(logger) if self._works else None)
 
     def begin_close(self, status: Status) -> None:
         """Queue the last call, which is always made."""
-        self._start()
 
         def end(logger: Logger) -> None:
             self._closing = True
             logger.close(status)
 
-        self._calls.put(end)
+        self._call(end)
 
     def wait(self) -> None:
         """Wait for the last call, at most ``CLOSE_SECONDS``."""
@@ -174,10 +171,10 @@ class _Background:
         if self._thread.is_alive():
             log.warning("%s did not finish within %s s and was left behind", self._thread.name, CLOSE_SECONDS)
 
-    def _start(self) -> None:
-        if not self._started:
-            self._started = True
+    def _call(self, call: Callable[[Logger], None]) -> None:
+        if self._thread.ident is None:
             self._thread.start()
+        self._calls.put(call)
 
     def _work(self) -> None:
         while not self._closing:
