@@ -132,7 +132,7 @@ def gradient_snr(
     model.train()
     for draw in range(draws):
         noise = GeneratorNoise(generator(x.device, seed, "gradient snr", draw), x.dtype)
-        losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+        losses = objective.drawn_losses(model, x, noise)
         for name in NETWORKS:
             check()
             # Each loss has the right gradient for its own parameters only.

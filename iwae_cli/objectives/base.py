@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, final, get_args
 
 import torch
 from jaxtyping import Float
@@ -77,6 +77,11 @@ class Objective(ABC):
             particles: ``num_samples`` draws for each of them.
             noise: for an objective that draws more, such as samples of p.
         """
+
+    @final
+    def drawn_losses(self, model: Model, x: Float[Tensor, "batch pixels"], noise: Noise) -> Losses:
+        """Return ``losses`` with particles drawn now, from ``noise``."""
+        return self.losses(model, x, model.draw(x, self.num_samples, noise), noise)
 
     @property
     def caveats(self) -> tuple[str, ...]:

@@ -96,12 +96,11 @@ class _Stack:
         objective, model = plain[0].objective, plain[0].model
 
         def losses(model: Any, x: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-            noise = Replay(drawn)
-            found = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+            found = objective.drawn_losses(model, x, Replay(drawn))
             return found.bound, *distinct_losses(found)
 
         recorder = Recorder(x)
-        objective.losses(model, x, model.draw(x, objective.num_samples, recorder), recorder)
+        objective.drawn_losses(model, x, recorder)
         self.size = len(plain)
         self.draws = recorder.draws
         self.inputs = [torch.stack([value] * len(plain)) for value in (x, *recorder.drawn)]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from iwae_cli.core.noise import GeneratorNoise, Noise
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.objectives.base import Losses
 from iwae_cli.training.steps.graph import (
     Graph,
     Traced,
@@ -52,16 +51,13 @@ class CompiledStep:
     def __init__(self, plain: PlainStep, x: Float[Tensor, "batch pixels"]) -> None:
         objective = plain.objective
 
-        def losses(model: LatentVariableModel, x: Tensor, noise: Noise) -> Losses:
-            return objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
-
         def bound(model: LatentVariableModel, x: Tensor, *drawn: Tensor) -> Traced:
-            found = losses(model, x, Replay(drawn))
+            found = objective.drawn_losses(model, x, Replay(drawn))
             return (found.bound,), with_prefixes(distinct_losses(found))
 
         self._plain, self._rows = plain, len(x)
         recorder = Recorder(x)
-        losses(plain.model, x, recorder)
+        objective.drawn_losses(plain.model, x, recorder)
         self._draws = recorder.draws
         tensors = tensors_of(plain.model)
         function = functional(plain.model, bound)

@@ -26,17 +26,16 @@ class PlainStep:
 
     def __call__(self, x: Float[Tensor, "batch pixels"], noise: Noise) -> Float[Tensor, " batch"]:
         """Return the bound of every image before the update, nats, detached."""
-        model, objective = self.model, self.objective
-        losses = objective.losses(model, x, model.draw(x, objective.num_samples, noise), noise)
+        losses = self.objective.drawn_losses(self.model, x, noise)
         self.optimizer.zero_grad(set_to_none=True)
         if losses.generative is losses.inference:
             # One pass for all parameters, also for those that both networks share.
             losses.generative.backward()
         else:
             # Each loss is right for its own parameters only; theta may be frozen (train=inference).
-            theta = [p for p in model.generative.parameters() if p.requires_grad]
+            theta = [p for p in self.model.generative.parameters() if p.requires_grad]
             if theta:
                 losses.generative.backward(inputs=theta, retain_graph=True)
-            losses.inference.backward(inputs=list(model.inference.parameters()))
+            losses.inference.backward(inputs=list(self.model.inference.parameters()))
         self.optimizer.step()
         return losses.bound
