@@ -95,7 +95,7 @@ class Estimates:
 
 
 class Estimator(ABC):
-    """A way to measure a trained model; a yaml of the group ``estimator`` names one.
+    """A way to measure a trained model; a yaml of the group ``estimator`` names one, and describes its settings.
 
     Attributes:
         file: name of the file of ``Estimates.arrays``.

@@ -173,12 +173,7 @@ def is_diagonal(model: LatentVariableModel) -> bool:
 @final
 @dataclass(frozen=True)
 class Gaps(Estimator):
-    """Approximation and amortization gap of q, for every split of the evaluation.
-
-    Args:
-        k: samples of each estimate.
-        images: number of images of each split, the first ones; null: all.
-    """
+    """Approximation and amortization gap of q, for every split of the evaluation."""
 
     k: int = 5000
     images: int | None = 100

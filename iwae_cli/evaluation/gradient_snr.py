@@ -150,11 +150,7 @@ class GradientSNR(Estimator):
     """Signal-to-noise ratios over k, for the run's objective or another one, on the first training images.
 
     Rainforth et al. 2018 find for IWAE that the encoder's falls as k^(-1/2) while the decoder's grows as k^(1/2).
-
-    Args:
-        ks: values of the objective's ``k``, rising.
-        draws: M, gradients drawn at each k.
-        images: number of images of the training split, one batch.
+    The values of k, ``ks``, rise; the images are one batch.
     """
 
     ks: list[int]

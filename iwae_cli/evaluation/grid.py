@@ -232,14 +232,7 @@ def log_densities(
 @final
 @dataclass(frozen=True)
 class Grid(Estimator):
-    """log p(x) by quadrature beside L_k of the same images by q and by refined proposals, and their picture.
-
-    Args:
-        k: of L_k.
-        span: the grid reaches so many standard deviations of the prior to each side of its mean.
-        points: of the grid on each side, odd.
-        images: number of images of each split, the first ones; null: all.
-    """
+    """log p(x) by quadrature beside L_k of the same images by q and by refined proposals, and their picture."""
 
     k: int
     span: float = 7.0

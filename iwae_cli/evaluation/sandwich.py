@@ -76,12 +76,7 @@ class Bounds:
 @final
 @dataclass(frozen=True)
 class Sandwich(Estimator):
-    """L_k and U_k on simulated observations.
-
-    Args:
-        k: weights of each bound.
-        simulated: observations drawn from the model.
-    """
+    """L_k and U_k on simulated observations."""
 
     k: int
     simulated: int

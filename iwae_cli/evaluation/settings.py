@@ -18,23 +18,11 @@ MAX_WORKERS = 1024
 
 @dataclass
 class Evaluation:
-    """The settings of a final evaluation. This is what a yaml of ``conf/evaluation`` names.
+    """The settings of a final evaluation. This is what a yaml of ``conf/evaluation`` names, and describes.
 
-    Args:
-        k: samples per image of the final estimate -L_k (5000 in the paper).
-        splits: which of train, validation and test are evaluated.
-        weights: the weights of the last step (as in the paper) or the best ones by the validation bound.
-        seed: seed of the evaluation noise; not the training seed, and the same for every run that is compared.
-        binarization_seed: seed of the one binarization of every evaluated split.
-        rows: bound on images x samples computed at once by one worker, and so on the memory, for any k.
-        workers: threads that share the images; null is one per available core.
-        jackknife: report the jackknife estimate beside L_k; memory then grows with k.
-        precision: ``float32``: that of the device. ``bf16``: products of bfloat16 numbers with float32 sums, for
-            Gaussian models of binary pixels on a CPU; the shift of NLL_k is measured on some images and reported.
-        refine: images of each split, the first ones, on which NLL_k is measured by refined proposals too; ``all``, or
-            0 for none. 200, the default, takes a smaller split whole. Twenty images are computed together, with 64
-            samples at least, also if ``rows`` is less.
-        images: number of images of every split that are evaluated, from the first; None is all.
+    ``precision=bf16``, products of bfloat16 numbers with float32 sums, is for Gaussian models of binary pixels on a
+    CPU. ``refine=200``, the default, takes a smaller split whole; twenty images are refined together, with 64 samples
+    at least, also if ``rows`` is less.
     """
 
     k: int

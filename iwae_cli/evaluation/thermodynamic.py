@@ -61,13 +61,7 @@ ROWS = (
 @final
 @dataclass(frozen=True)
 class Thermodynamic(Estimator):
-    """Left and right sum and L_k for every split of the evaluation.
-
-    Args:
-        k: samples of each image; all their log-weights are in memory.
-        partitions: intervals between 0 and 1.
-        images: number of images of each split, the first ones; null: all.
-    """
+    """Left and right sum and L_k for every split of the evaluation; all log-weights of an image are in memory."""
 
     k: int
     partitions: int = 20

@@ -38,8 +38,7 @@ class Losses:
 class Objective(ABC):
     """A bound on log p(x) and the losses that maximize it. This is what a yaml of ``conf/objective`` names.
 
-    Args:
-        k: draws of q per observation, at least ``least_k``.
+    The yaml describes the arguments; ``k`` is the number of draws of q per observation, at least ``least_k``.
     """
 
     least_k: ClassVar[int] = 1

@@ -16,10 +16,7 @@ class CIWAE(BoundObjective):
     confused with the beta-VAE, whose beta weighs the KL term, or with VR, which goes from one end to the other by
     powers of the weights.
 
-    a = beta/k + (1-beta) w~, b = beta/k + (1-beta) w~^2.
-
-    Args:
-        beta: share of the ELBO, in [0, 1]; ``gradient=stl`` is biased unless beta = 1 or k = 1.
+    a = beta/k + (1-beta) w~, b = beta/k + (1-beta) w~^2. ``stl`` is biased unless beta = 1 or k = 1.
     """
 
     stratified = True

@@ -17,11 +17,7 @@ class MIWAE(BoundObjective):
     ELBO averaged over m draws. Not to be confused with IWAE-(m k), which has one logarithm over all draws, or with
     the MIWAE of Mattei and Frellsen 2019 (arXiv 1812.02633), which is about missing data.
 
-    With w~ the softmax inside each group: a = w~/m, b = w~^2/m.
-
-    Args:
-        m: groups.
-        k: draws inside each logarithm; ``gradient=stl`` is biased for k >= 2.
+    With w~ the softmax inside each group: a = w~/m, b = w~^2/m. ``stl`` is biased for k >= 2.
     """
 
     stratified = True

@@ -18,11 +18,7 @@ class PIWAE(Objective):
     The generative network gets the tightest bound that the draws give, the inference network one whose gradient has
     more signal. The reported bound is IWAE-(m k). Special cases: m = 1 is IWAE-k for both; k = 1 trains q by
     the ELBO. Not to be confused with MIWAE(m, k), where both networks maximize the mean of the small bounds.
-
-    Args:
-        m: groups.
-        k: draws inside each logarithm that phi sees.
-        gradient: estimator for phi: ``total``, ``stl`` (biased for k >= 2) or ``dreg``.
+    ``gradient`` is that of phi; ``stl`` is biased for k >= 2.
     """
 
     stratified = True

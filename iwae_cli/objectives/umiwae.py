@@ -25,10 +25,6 @@ class UMIWAE(MIWAE):
     expectation, or with ``piwae``, which trains p by that.
 
     With w~ the softmax inside each group: a = the mean over the orders of w~/m, b that of w~^2/m.
-
-    Args:
-        m, k, gradient: as in ``MIWAE``.
-        permutations: orders of the draws.
     """
 
     stratified = False  # in another order a group does not hold every component equally often

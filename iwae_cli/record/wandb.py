@@ -44,14 +44,8 @@ class WandbLogger(Logger):
     ``wandb agent`` sets, comes first. A resumed run begins a new offline folder with its whole history, so the newest
     folder alone is complete.
 
-    Args:
-        mode: ``online`` falls back to ``offline``, with a warning, where there is no key or no network;
-            ``disabled`` does nothing at all.
-        project: name of the project there.
-        entity: user or team; None is W&B's own default.
-        group: what runs are grouped by; None takes the group of the sweep, if there is one.
-        tags: labels; the names of data, model and objective are added.
-        name: what the run is called; None takes its identity.
+    ``mode=online`` falls back to ``offline``, with a warning, where there is no key or no network; ``disabled`` does
+    nothing at all. Beside the ``tags`` it has the names of data, model and objective.
 
     Raises:
         ValueError: a name is empty, too long or has a character that W&B refuses.

@@ -95,18 +95,7 @@ class AIS(Estimator):
     are doubled until the mean over the images changes by less than ``tolerance``.
 
     The noise is keyed by image: no number depends on how images are batched beyond the rounding of matrix products
-    of another shape.
-
-    Args:
-        chains: per image.
-        temperatures: transitions of the first, coarsest path.
-        max_temperatures: limit of the doubling; equal to ``temperatures``: no doubling.
-        tolerance: nats.
-        leapfrog_steps: of every HMC transition.
-        start: ``prior``, so that the estimate does not depend on q; or ``inference``, q, which is nearer.
-        images: number of images of each split, the first ones; null: all.
-        k: samples of L_k of the same images, by the same noise as without ``estimator``.
-        simulated: observations drawn from the model for bidirectional Monte Carlo; 0: none.
+    of another shape. L_k of the same images has the same noise as without ``estimator``.
     """
 
     recipe = 1  # L_k of the same images beside it

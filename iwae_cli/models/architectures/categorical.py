@@ -16,12 +16,9 @@ from iwae_cli.models.priors import OneHotPrior
 
 @dataclass(eq=False)
 class Categorical(Architecture):
-    """Size of one categorical latent; log p(x) is exact, by enumeration.
+    """States of one categorical latent; log p(x) is exact, by enumeration.
 
     The logits of q are linear in x, which is the form of the exact posterior of a mixture of Bernoulli images.
-
-    Args:
-        categories: states of the latent.
     """
 
     categories: int

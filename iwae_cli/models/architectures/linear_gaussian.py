@@ -16,11 +16,7 @@ from iwae_cli.models.priors import StandardNormal
 
 @dataclass(eq=False)
 class LinearGaussianModel(Architecture):
-    """Sizes of a linear-Gaussian chain: p has constant diagonal scales, q full covariances.
-
-    Args:
-        latent_sizes: size of every stochastic layer, nearest to x first.
-    """
+    """A linear-Gaussian chain with layers of these sizes: p has constant diagonal scales, q full covariances."""
 
     latent_sizes: list[int]
     observation = "real"
