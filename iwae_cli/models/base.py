@@ -104,7 +104,7 @@ class Networks(NamedTuple):
 
 
 class Architecture(ABC):
-    """A model before its data is known: checked sizes and choices. This is what a yaml of ``conf/model`` names.
+    """A model before its data is known: checked sizes and choices, which the yaml of ``conf/model`` describes.
 
     Attributes:
         observation: kind of the pixels of its data.

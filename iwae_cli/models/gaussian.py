@@ -21,19 +21,7 @@ from iwae_cli.models.priors import MixturePrior, Prior, StandardNormal, VampPrio
 
 @dataclass(eq=False, kw_only=True)
 class GaussianArchitecture(Architecture):
-    """A model with Gaussian layers.
-
-    Args:
-        likelihood: of the pixels; ``discretized_logistic`` for grey levels that are not binarized, ``gaussian`` for
-            real values.
-        prior: p(h_L): ``standard`` is N(0, I); ``mixture`` of Gaussians; ``vamp``, of q given learned images; or
-            settings of another one.
-        posterior: family of every factor of q: a Gaussian with ``diagonal`` or ``full`` covariance, a diagonal one
-            moved by affine ``coupling`` blocks, or a ``mixture`` of diagonal ones.
-        posterior_size: number of coupling blocks, or of components of the mixture.
-        prior_components: of ``mixture`` and ``vamp``.
-        noise_std: scale of ``likelihood=gaussian``, in the units of x; None: learned, one for all pixels.
-    """
+    """A model with Gaussian layers; ``noise_std`` is in the units of x, None if it is learned, one for all pixels."""
 
     likelihood: LikelihoodName = "bernoulli"
     prior: Literal["standard", "mixture", "vamp"] | Prior = "standard"

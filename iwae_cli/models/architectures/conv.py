@@ -89,13 +89,7 @@ class ConvolutionalPixels(Pixels):
 
 @dataclass(eq=False)
 class GaussianConvolutional(GaussianArchitecture):
-    """Sizes of a convolutional pair with one Gaussian layer, for images with sides divisible by 4.
-
-    Args:
-        latent_size: of the stochastic layer.
-        channels: after the first and after the second convolution of q; p mirrors them.
-        hidden_size: of the layer between convolutions and latents.
-    """
+    """A convolutional pair with one Gaussian layer, for images with sides divisible by 4; p mirrors q."""
 
     latent_size: int
     channels: list[int]

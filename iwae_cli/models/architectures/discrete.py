@@ -21,11 +21,9 @@ from iwae_cli.models.priors import BitsPrior
 
 @dataclass(eq=False)
 class SigmoidBeliefNetwork(Architecture):
-    """Sizes of a sigmoid belief network; p and q are linear between stochastic layers.
+    """A sigmoid belief network with layers of these sizes, nearest to x first; p and q are linear between them.
 
-    Args:
-        latent_sizes: Bernoulli units of every stochastic layer, nearest to x first. log p(x) is exact, by
-            enumeration, where they are 14 or fewer in all.
+    log p(x) is exact, by enumeration, where the units are 14 or fewer in all.
     """
 
     latent_sizes: list[int]

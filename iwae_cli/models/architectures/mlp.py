@@ -19,13 +19,7 @@ from iwae_cli.models.networks import Activation, check_sizes, hidden_layers
 
 @dataclass(eq=False)
 class GaussianMLP(GaussianArchitecture):
-    """Sizes of a Gaussian chain with hidden layers between the stochastic ones; p mirrors q.
-
-    Args:
-        latent_sizes: size of every stochastic layer, nearest to x first.
-        hidden_sizes: sizes of the hidden layers below each stochastic layer, in the direction of q.
-        activation: of every hidden layer; tanh in the paper.
-    """
+    """A Gaussian chain with hidden layers between the stochastic ones, of sizes in the direction of q; p mirrors q."""
 
     latent_sizes: list[int]
     hidden_sizes: list[list[int]]
