@@ -30,12 +30,9 @@ MAX_THREADS = 1024
 class Device:
     """A choice of device; ``resolve`` looks for it, so that a configuration can be read on any machine.
 
-    Args:
-        kind: ``auto`` is cuda where available, else cpu; never mps, which has not been tested.
-        precision: of the weights and the training; evaluation always sums in float64.
-        threads: intra-op threads. One is fastest for networks of this size, and the last bits of sums depend on it.
-        compile: whether to compile the training step into one graph. ``auto``: on the CPU, where there is a C++
-            compiler and the planned training is long enough to gain from it.
+    ``kind=auto`` is never mps, which has not been tested. ``precision`` is that of the weights and the training;
+    evaluation always sums in float64. The last bits of sums depend on ``threads``. ``compile=auto`` compiles the
+    training step on the CPU, where there is a C++ compiler and the planned training is long enough to gain from it.
 
     Raises:
         ValueError: threads outside 1 to ``MAX_THREADS``, or float64 on mps, which does not support it.

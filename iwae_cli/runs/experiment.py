@@ -50,21 +50,14 @@ _hashes: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training and its evaluation.
+    """One training and its evaluation; ``conf/config.yaml`` describes its settings.
 
     Attributes:
         data, model, objective, optimizer, schedule, validation, evaluation, device, loggers: the objects of the groups;
             ``optimizer`` lacks its parameters.
-        seed: of the weights, the order of the images and the training noise.
-        batch_size: images per step.
-        data_dir: folder with the files of data sets (used by ``data``; recorded).
-        output_dir: folder of the run folders, absolute.
-        init_from: a run folder whose last weights this run starts from, instead of random ones.
-        with_optimizer: also start from its optimizer's state (Adam's moments), as the authors did for Table 2.
-        train: ``all``, or ``inference`` to train the inference network with the generative network frozen, so that two
-            generative networks can be compared under equally good posteriors.
-        training: how a step differentiates through its draws.
-        restart: rename an existing folder of this run and begin again.
+        data_dir: used by ``data``; here for the record.
+        with_optimizer: Adam's moments too, as the authors did for Table 2.
+        train: with ``inference`` two generative networks can be compared under equally good posteriors.
         config: the resolved configuration, plain dicts, lists and scalars, its paths absolute.
         names: chosen name of every group, for messages and the record.
         overrides: the command line, for the record.
