@@ -218,13 +218,9 @@ class Gaps(Estimator):
             return found, {"q": by_q, "refined": log_likelihood(model, split, **how)}
 
     def _numbers(self, found: Elbos, by: dict[str, Likelihood], chosen: str) -> dict[str, Any]:
-        """Return the numbers of one split for ``result.json``.
-
-        - ``stderr_images`` = sd / sqrt(n) of the value or the difference of each image.
-        - ``stderr_mc``: other noise, same images. log p^ and L_1 have independent noise, both L_1 the same.
-        - ``bias_mc`` and the effective sample sizes belong to log p^ (see ``likelihood.summarize``).
-        """
+        """Return the numbers of one split; ``bias_mc`` and the effective sample sizes belong to log p^."""
         log_px, variance, ess = by[chosen].log_px, by[chosen].variance, by[chosen].ess
+        # log p^ and L_1 have independent noise, both L_1 the same.
         values = {
             "approximation_gap": (log_px - found.best, variance + found.variance_best),
             "amortization_gap": (found.best - found.q, found.variance_gap),

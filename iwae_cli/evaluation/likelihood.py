@@ -371,21 +371,10 @@ def log_likelihood(
 
 
 def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the numbers of one split for ``result.json``, and why any of them is missing.
+    """Return the numbers of one split, plain floats, ints and None, and why any of them is None.
 
-    - ``nll`` = -mean L_k, nats. ``bits_per_dim`` = nll / (pixels ln 2), unless ``pixels`` is None: for real values,
-      whose NLL is of a density and depends on their unit.
-    - ``stderr_images`` = sd / sqrt(n): another test set; already contains the Monte Carlo noise.
-    - ``stderr_mc`` = sqrt(sum v) / n with v = max(0, 1/ESS - 1/k): other noise, same images. A floor where
-      ESS < 30 or k-hat > 0.5.
-    - ``bias_mc`` = -mean(v) / 2: Jensen's bias of mean L_k below mean log p(x), a floor in size.
-    - ``stderr_mc`` and ``bias_mc`` are not known for k = 1.
-    - ``khat_share_above_0.7`` is a share of all images; one whose k-hat is not defined counts as not above.
-    - ``nll_jackknife`` = -(k L_k - (k-1) mean L_k-1), on request (Nowozin 2018): less biased, and no bound.
-    - ``bf16_shift`` = NLL_k in bfloat16 - NLL_k in float32, nats, on the ``bf16_shift_images`` that have both, with
-      its standard error over them.
-
-    Numbers are plain floats, ints and None, with a reason for every None.
+    docs/numbers.md defines them. ``bits_per_dim`` is left out where ``pixels`` is None: for real values, whose NLL is
+    of a density and depends on their unit. An image whose k-hat is not defined counts as not above 0.7.
     """
     k, n, log_px, ess = likelihood.k, len(likelihood.log_px), likelihood.log_px, likelihood.ess
     reasons: dict[str, str] = {}
@@ -444,10 +433,8 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
 def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the numbers of refined proposals on the first images of a split, and why any of them is missing.
 
-    - ``gap_q`` = mean of L_k by the refined proposal - L_k by q, nats, on the same images; ``gap_q_stderr`` is paired.
-      Both are lower bounds on log p(x), so NLL_k by q is too high by ``gap_q`` at least.
-    - ``refined``: what ``summarize`` returns, of the refined proposal. ``nll_refined`` is its ``nll``, where the images
-      are the whole split.
+    Both L_k are lower bounds on log p(x), so NLL_k by q is too high by ``gap_q`` at least. ``refined`` is what
+    ``summarize`` returns of the refined proposal; ``nll_refined`` is its ``nll``, where the images are the whole split.
     """
     numbers, missing = summarize(refined, pixels)
     reasons = {f"refined.{key}": reason for key, reason in missing.items()}
