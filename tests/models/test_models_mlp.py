@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -174,3 +176,13 @@ def test_the_estimate_agrees_with_quadrature(name: str) -> None:
     difference = abs(summary["nll"] + exact.mean().item())
     assert difference < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
     assert summary["stderr_mc"] < 0.02
+
+
+@dataclass(eq=False)
+class WithOneMore(GaussianMLP):
+    extra: int = 1
+
+
+def test_the_arguments_of_a_class_that_adds_one_can_be_checked() -> None:
+    # This module does not know the names in the annotations of the base class.
+    assert {"activation", "prior", "extra"} <= get_type_hints(WithOneMore.__init__).keys()

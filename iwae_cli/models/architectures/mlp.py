@@ -3,7 +3,7 @@
 Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, arXiv 1509.00519, section 5.
 """
 
-from __future__ import annotations
+# Without postponed annotations: those of a field are read in the modules of subclasses, which lack these names.
 
 from dataclasses import dataclass
 from itertools import pairwise
