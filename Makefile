@@ -22,6 +22,8 @@ help:
 train: .venv/.installed
 	.venv/bin/iwae-train $(ARGS)
 
+# Python keeps its bytecode, also where the environment forbids it: compiling the package costs each process seconds.
+test: unexport PYTHONDONTWRITEBYTECODE
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations=10 $(ARGS)
 

@@ -40,7 +40,7 @@ def isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> No
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support" / "processes"))))
     monkeypatch.chdir(tmp_path)
 
 
