@@ -101,10 +101,10 @@ def test_settings_in_pairs(tmp_path: Path) -> None:
     assert sorted(found, key=str) == [("iwae_10", None, 10)] * 2 + [("miwae_2x5", 2, 5)] * 2
 
 
-TRAIN = [(page, arguments) for page in PAGES for arguments in commands(page, "iwae-train")]
+TRAIN = {shlex.join(arguments): (page, arguments) for page in PAGES for arguments in commands(page, "iwae-train")}
 
 
-@pytest.mark.parametrize(("page", "arguments"), TRAIN, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("page", "arguments"), TRAIN.values(), ids=TRAIN)
 def test_training_commands_compose(page: str, arguments: list[str], own_files: None, tmp_path: Path) -> None:
     for choice, module in PLUGINS.items():
         if any(argument.endswith(f"={choice}") for argument in arguments) and find_spec(module) is None:

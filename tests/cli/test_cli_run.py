@@ -67,12 +67,16 @@ def test_presets_leave_other_groups_alone_and_give_way_to_the_command_line() -> 
     for row in range(3):
         chosen = {group: found[group][row % len(found[group])] for group in ("data", "model", "objective", "device")}
         overrides = [f"{group}={name}" for group, name in chosen.items()]
+        asked = job(*overrides).config
         for preset in jobs(*overrides, PRESETS):
-            assert preset.config.items() >= {group: job(*overrides).config[group] for group in chosen}.items()
-    for group in ("schedule", "optimizer", "evaluation"):
-        assert {preset.names[group] for preset in jobs(PRESETS)} - {plain.names[group]}
-        asked = f"{group}={found[group][0]}"
-        assert all(preset.config[group] == job(asked).config[group] for preset in jobs(asked, PRESETS))
+            assert preset.config.items() >= {group: asked[group] for group in chosen}.items()
+    groups = ("schedule", "optimizer", "evaluation")
+    presets = jobs(PRESETS)
+    assert all({preset.names[group] for preset in presets} - {plain.names[group]} for group in groups)
+    overrides = [f"{group}={found[group][0]}" for group in groups]
+    asked = job(*overrides).config
+    for preset in jobs(*overrides, PRESETS):
+        assert all(preset.config[group] == asked[group] for group in groups)
 
 
 def test_the_papers_protocol() -> None:

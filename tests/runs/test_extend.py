@@ -23,39 +23,42 @@ def often_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "EVERY", 2)
 
 
+def command(choice: list[str]) -> tuple[str, ...]:
+    schedule = [] if choice[0].startswith("schedule=") else ["schedule=constant"]
+    return last_of_each(*(item for item in BASE if not item.startswith("schedule")), *schedule, *choice)
+
+
 @pytest.mark.parametrize(
     ("shorter", "longer", "passes"),
     [
-        (["schedule.passes=2"], ["schedule.passes=3"], 2),
         (["schedule.passes=3"], ["schedule.passes=5"], 3),  # its last pass is validated, and here it is not
         (["schedule=burda", "schedule.stages=2"], ["schedule=burda", "schedule.stages=3"], 4),
         (["schedule.passes=1"], ["schedule=burda", "schedule.stages=2"], 1),
-        (["schedule=cosine", "schedule.passes=2"], ["schedule=cosine", "schedule.passes=4"], None),
-        (["schedule.passes=2", "seed=1"], ["schedule.passes=4"], None),
     ],
 )
 def test_it_ends_in_the_bits_of_an_uninterrupted_run(
-    tmp_path: Path, shorter: list[str], longer: list[str], passes: int | None
+    tmp_path: Path, shorter: list[str], longer: list[str], passes: int
 ) -> None:
-    first = [override for override in BASE if not override.startswith("schedule")]
-    of_shorter, of_longer = (
-        last_of_each(
-            *first, *([] if "=burda" in choice[0] or "=cosine" in choice[0] else ["schedule=constant"]), *choice
-        )
-        for choice in (shorter, longer)
-    )
-    uninterrupted = bits(finished(tmp_path / "there", *of_longer))
-    old = finished(tmp_path / "here", *of_shorter)
+    uninterrupted = bits(finished(tmp_path / "there", *command(longer)))
+    old = finished(tmp_path / "here", *command(shorter))
     before = snapshot(old)
-    code, _, err = run(*of_longer, f"output_dir={tmp_path / 'here'}")
+    code, _, err = run(*command(longer), f"output_dir={tmp_path / 'here'}")
     assert code == 0, err
     said = [line for line in err.splitlines() if line.startswith("starts from pass")]
-    assert [line.split(",")[0] for line in said] == ([f"starts from pass {passes} of {old.name}"] if passes else [])
+    assert [line.split(",")[0] for line in said] == [f"starts from pass {passes} of {old.name}"]
     (new,) = set(run_folders(tmp_path / "here")) - {old}
     assert bits(new) == uninterrupted and snapshot(old) == before
-    if passes is not None:
-        code, _, err = run(*of_longer, f"output_dir={tmp_path / 'here'}", "restart=true", "evaluation.k=2")
+    if passes == 1:
+        code, _, err = run(*command(longer), f"output_dir={tmp_path / 'here'}", "restart=true", "evaluation.k=2")
         assert code == 0 and "starts from" not in err and "resumes" not in err, err
+
+
+def test_another_schedule_or_seed_is_no_beginning(tmp_path: Path) -> None:
+    for shorter in (["schedule=cosine", "schedule.passes=2"], ["schedule.passes=2", "seed=1"]):
+        finished(tmp_path, *command(shorter))
+    for longer in (["schedule=cosine", "schedule.passes=4"], ["schedule.passes=3"]):
+        code, _, err = run(*command(longer), f"output_dir={tmp_path}")
+        assert code == 0 and "starts from" not in err, err
 
 
 def test_a_kill_while_it_is_copied_and_one_that_is_not_whole(tmp_path: Path, forks: Forks) -> None:

@@ -280,11 +280,11 @@ from iwae_cli.cli import train as cli
 from iwae_cli.runs import runner
 
 def on_step(self, step):
-    if step == 17 and self.experiment.seed == {seed}:
-        os.kill(os.getpid(), signal.{signal})
+    if step == 17 and self.experiment.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
 runner.Runner.on_step = on_step
 from iwae_cli.training import trainer
-trainer.SAVE_EVERY_SECONDS = {every}
+trainer.SAVE_EVERY_SECONDS = -1.0
 sys.exit(cli.train(sys.argv[1:]))
 """
 
@@ -298,18 +298,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_sweep_resumes(died: signal.Signals, whole: Path, tmp_path: Path) -> None:
+def test_a_stopped_sweep_resumes(
+    died: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped while the second of two ends a step that the first has ended."""
-    code = DYING.format(seed=1, signal=died.name, every=-1.0 if died == signal.SIGKILL else 30.0)
     line = last_of_each("-m", *QUICK, "seed=0,1", BATCHED, f"output_dir={tmp_path / 'stopped'}")
-    process = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300)
+    if died == signal.SIGKILL:
+        process = subprocess.run([sys.executable, "-c", DYING, *line], capture_output=True, text=True, timeout=300)
+        assert process.returncode == -died, process.stderr
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                sweep_ensemble.Runner,
+                "on_step",
+                lambda self, step: step == 17 and self.experiment.seed == 1 and signal.raise_signal(died),
+            )
+            assert run(*line)[0] == 143
+        assert [job["status"] for job in jobs_of(tmp_path / "stopped")] == ["interrupted"] * 2
     folders = run_folders(tmp_path / "stopped")
     steps = [loaded(folder)["step"] for folder in folders]
-    if died == signal.SIGKILL:
-        assert process.returncode == -died and steps == [17, 16], process.stderr
-    else:
-        assert process.returncode == 143 and steps == [17, 17], process.stderr
-        assert [job["status"] for job in jobs_of(tmp_path / "stopped")] == ["interrupted"] * 2
+    assert steps == ([17, 16] if died == signal.SIGKILL else [17, 17])
     exit_code, _, err = sweep(tmp_path / "stopped", "seed=0,1", BATCHED)
     assert exit_code == 0, err
     for folder in folders:

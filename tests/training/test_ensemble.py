@@ -71,7 +71,11 @@ def compare(
                 torch.testing.assert_close(mine["state"][index][key], value, rtol=rtol, atol=rtol, msg=key)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of bounds that are computed by the same operations one is enough under vmap; alone, test_compiled.py traces each.
+DISTINCT = sorted(CASES.keys() - {"ELBO", "CIWAE", "MIWAE", "VR", "TVO", "VIMCO, zero", "REINFORCE", "IWAE STL"})
+
+
+@pytest.mark.parametrize("case", DISTINCT)
 def test_every_model_has_the_numbers_that_it_has_alone(case: str) -> None:
     architecture, objective = CASES[case]
     compare(architecture, [objective] * 3, [0.01, 0.02, 0.01], rtol=1e-9)
