@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from shape_checks import checked
+from torch import Tensor
 
 from iwae_cli.core.interfaces import Particles
 from iwae_cli.core.numerics import log_mean_exp
@@ -31,7 +33,16 @@ def test_importing_is_light(module: str) -> None:
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
+@jaxtyped(typechecker=checked)
+def first_row(x: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:
+    """Wrong: it is a column."""
+    return x.T[0]
+
+
 def test_shapes_are_checked() -> None:
+    first_row(torch.zeros(2, 2))
+    with pytest.raises(TypeCheckError, match="return value"):
+        first_row(torch.zeros(2, 3))
     with pytest.raises(TypeCheckError):
         log_mean_exp([0.0])  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):

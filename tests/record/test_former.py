@@ -78,7 +78,8 @@ def test_what_it_has_not_finished_is_not_begun_a_second_time_unasked(folder: Pat
         assert code == 2 and err.count("\n") == 1
         assert f"{folder} is this training, begun by iwae-cli 0.2.0 and not finished" in err and "restart=true" in err
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert again(folder, "seed=1")[0] == 0
-    assert again(folder, "restart=true")[0] == 0
-    assert again(folder)[0] == 0, "the new run is found first"
+    quick = ("evaluation.refine=0", "evaluation.k=5")
+    assert again(folder, *quick, "seed=1")[0] == 0
+    assert again(folder, *quick, "restart=true")[0] == 0
+    assert again(folder, *quick)[0] == 0, "the new run is found first"
     assert len(list(folder.parent.iterdir())) == 3
