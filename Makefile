@@ -1,6 +1,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Python keeps its bytecode, also where the environment forbids it: compiling the package costs each process seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help train test lint bench
@@ -22,8 +25,6 @@ help:
 train: .venv/.installed
 	.venv/bin/iwae-train $(ARGS)
 
-# Python keeps its bytecode, also where the environment forbids it: compiling the package costs each process seconds.
-test: unexport PYTHONDONTWRITEBYTECODE
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest --numprocesses 2 --dist worksteal --durations=10 $(ARGS)
 
