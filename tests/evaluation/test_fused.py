@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from draws import binary
 from evaluations import evaluation
 
 from iwae_cli.core.device import Device
@@ -36,10 +37,6 @@ def built(architecture: Architecture, pixels: int, weights: float = 1.0) -> Late
         for p in model.parameters():
             p.mul_(weights).add_(0.1 * torch.randn(p.shape, generator=generator))
     return model
-
-
-def binary(n: int, pixels: int) -> torch.Tensor:
-    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
 
 
 def both(

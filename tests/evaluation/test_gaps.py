@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import drawn
 from evaluations import evaluation
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Data, Split
 from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.gaps import Gaps, elbos
@@ -49,11 +49,6 @@ def initialized(model: LatentVariableModel) -> LatentVariableModel:
 def one_layer(q: Conditional) -> LatentVariableModel:
     generative = GenerativeChain(StandardNormal(LATENTS), LinearConditional(LATENTS, PIXELS), [])
     return initialized(LatentVariableModel(generative, InferenceChain([q])))
-
-
-def drawn(model: LatentVariableModel, n: int = N) -> Tensor:
-    with torch.no_grad():
-        return model.generative.sample(n, GeneratorNoise(torch.Generator().manual_seed(7), torch.float64))[1]
 
 
 def estimated(model: LatentVariableModel, x: Tensor, k: int = 2000, seed: int = 0) -> Estimates:
@@ -103,7 +98,7 @@ def close(found: Estimates, key: str, exact: float, missed: float = 0.01) -> Non
 def test_both_gaps_of_a_mean_field_q(q: DiagonalGaussian) -> None:
     """The best member has the mean and the precisions of the posterior; the rest of KL(q || p(h|x)) is amortization."""
     model = one_layer(q)
-    x = drawn(model)
+    x = drawn(model, N)
     with torch.no_grad():
         mean, precision = posterior(model.generative.observation, x)
         loc, log_scale = q(x)
@@ -133,7 +128,7 @@ def test_both_gaps_of_a_mean_field_q(q: DiagonalGaussian) -> None:
 def test_a_full_covariance_has_no_approximation_gap() -> None:
     q = CholeskyConditional(PIXELS, LATENTS)
     model = one_layer(q)
-    x = drawn(model)
+    x = drawn(model, N)
     with torch.no_grad():
         mean, precision = posterior(model.generative.observation, x)
         of_q = kl(q.mean(x), q.cholesky() @ q.cholesky().T, mean, precision).mean().item()
@@ -147,7 +142,7 @@ def test_an_exact_q_has_no_gap() -> None:
     """q is the posterior itself, so that no fit can be better: neither gap is negative by more than the fit misses."""
     q = CholeskyConditional(PIXELS, LATENTS)
     model = one_layer(q)
-    x = drawn(model)
+    x = drawn(model, N)
     make_exact(model)
     numbers = estimated(model, x).numbers["test"]
     assert all(abs(numbers[key]) < 1e-3 for key in ("approximation_gap", "amortization_gap", "total_gap"))
@@ -269,7 +264,7 @@ def test_a_value_that_is_not_a_number_is_not_chosen(monkeypatch: pytest.MonkeyPa
 def test_an_image_depends_on_nothing_else() -> None:
     """Neither on rows and workers nor on the images after it."""
     model = one_layer(GaussianConditional(PIXELS, [8], LATENTS))
-    split = Split("test", drawn(model), "")
+    split = Split("test", drawn(model, N), "")
     many = elbos(model, split, k=300, seed=0, rows=10**5, workers=2)
     few = elbos(model, split, k=300, seed=0, rows=64, workers=1)
     first = elbos(model, replace(split, x=split.x[: GROUP + 1]), k=300, seed=0, rows=10**5)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import drawn
 from evaluations import evaluation
 from scipy.integrate import quad
 from torch import Tensor
@@ -40,11 +41,6 @@ def built(architecture: Architecture, scale: float = 1.0) -> LatentVariableModel
         for parameter in model.parameters():
             parameter.mul_(scale)
     return model
-
-
-def drawn(model: LatentVariableModel, n: int) -> Tensor:
-    with torch.no_grad():
-        return model.generative.sample(n, GeneratorNoise(torch.Generator().manual_seed(7), torch.float64))[1]
 
 
 def linear_gaussian(latents: int, log_scale: float = 0.0) -> LatentVariableModel:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from draws import binary, drawn, split_of
 
 from iwae_cli.core.errors import RunFailed
 from iwae_cli.core.files import dump_json
@@ -28,10 +29,6 @@ from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 
 PIXELS = 4
-
-
-def split_of(x: torch.Tensor) -> Split:
-    return Split("test", x, "")
 
 
 def built(architecture: Architecture, pixels: int, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
@@ -54,12 +51,6 @@ def posterior_model(off: float) -> LatentVariableModel:
         q.log_diagonal.copy_(cholesky.diagonal().log() + 0.5 * off)
         q.below_diagonal.copy_(torch.tril(cholesky, -1))
     return model
-
-
-def observations(model: LatentVariableModel, n: int) -> torch.Tensor:
-    with torch.no_grad():
-        noise = GeneratorNoise(torch.Generator().manual_seed(7), torch.float64)
-        return model.generative.sample(n, noise)[1]
 
 
 def long_run(model: LatentVariableModel, x: torch.Tensor, k: int, repeats: int) -> torch.Tensor:
@@ -94,7 +85,7 @@ REPEATS = 400
 def test_stderr_mc_is_the_error_around_the_expected_bound_whatever_n(n: int) -> None:
     """T1: 95 % intervals cover E[L_k] of an independent long run; 4 standard errors of a share of 400 are 4 %."""
     model = posterior_model(0.5)
-    x = observations(model, n)
+    x = drawn(model, n)
     truth = long_run(model, x, 100, 4000).mean().item()
     summaries = repeated(model, x, 100, REPEATS)
     assert 0.91 < coverage(summaries, truth) < 0.995
@@ -105,7 +96,7 @@ def test_stderr_mc_is_the_error_around_the_expected_bound_whatever_n(n: int) -> 
 def test_the_exact_value_is_covered_where_n_times_v_is_small_and_only_there() -> None:
     """T1: Jensen's bias does not average out over images, so with enough of them no interval holds log p(x)."""
     model = posterior_model(0.8)
-    few, many = observations(model, 1), observations(model, 200)
+    few, many = drawn(model, 1), drawn(model, 200)
     for x, k, repeats, small in ((few, 100, REPEATS, True), (many, 15, 100, False)):
         summaries = repeated(model, x, k, repeats)
         # bias_mc = -mean(v) / 2
@@ -125,7 +116,7 @@ def test_the_exact_value_is_covered_where_n_times_v_is_small_and_only_there() ->
 @pytest.mark.parametrize("k", [50, 500])
 def test_the_estimate_agrees_with_the_exact_value_within_its_own_errors(off: float, k: int) -> None:
     model = posterior_model(off)
-    x = observations(model, 100)
+    x = drawn(model, 100)
     summary, reasons = summarize(log_likelihood(model, split_of(x), k=k, seed=0, rows=5000), PIXELS)
     assert not reasons
     assert summary["exact_nll"] == pytest.approx(-model.generative.exact_log_px(x).mean().item(), rel=1e-12)
@@ -136,7 +127,7 @@ def test_the_estimate_agrees_with_the_exact_value_within_its_own_errors(off: flo
 def test_with_the_exact_posterior_every_number_is_exact() -> None:
     """T2 through the whole evaluation: every log-weight is log p(x)."""
     model = posterior_model(0.0)
-    x = observations(model, 30)
+    x = drawn(model, 30)
     likelihood = log_likelihood(model, split_of(x), k=500, seed=0, rows=5000)
     exact = model.generative.exact_log_px(x).detach().numpy()
     for bound in likelihood.bounds.values():
@@ -147,10 +138,6 @@ def test_with_the_exact_posterior_every_number_is_exact() -> None:
     summary, reasons = summarize(likelihood, PIXELS)
     assert summary["stderr_mc"] < 1e-8 and abs(summary["bias_mc"]) < 1e-8
     assert summary["khat_share_above_0.7"] is None and "all weights are equal" in reasons["khat_share_above_0.7"]
-
-
-def binary(n: int, pixels: int = 9) -> torch.Tensor:
-    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(2)) < 0.4).to(torch.uint8)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from draws import drawn, split_of
 
 from iwae_cli.core import noise as noise_module
-from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
-from iwae_cli.data.base import Split
+from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.evaluation import proposals
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, SHARE, refine, why_not
@@ -31,15 +31,6 @@ def built(architecture: Architecture, shape: tuple[int, ...] = (PIXELS,), scale:
         for parameter in model.parameters():
             parameter.mul_(scale)
     return model
-
-
-def drawn(model: LatentVariableModel, n: int) -> torch.Tensor:
-    with torch.no_grad():
-        return model.generative.sample(n, GeneratorNoise(torch.Generator().manual_seed(7), torch.float64))[1]
-
-
-def split_of(x: torch.Tensor) -> Split:
-    return Split("test", x, "")
 
 
 def two_dimensional() -> LatentVariableModel:

@@ -199,9 +199,9 @@ def test_the_error_of_the_upper_bound_is_over_observations() -> None:
         model.generative.prior.logits.copy_(torch.tensor([0.0, -math.log(9)]))  # type: ignore[union-attr]
         model.inference.layers[0].weight.zero_()  # type: ignore[union-attr]
         model.inference.layers[0].bias.copy_(torch.tensor([0.0, -20.0]))  # type: ignore[union-attr]
-    k, n, away, upper, errors = 100, 100, [], [], []
+    k, n, away, upper, errors, data = 100, 100, [], [], [], Digits().load()
     for seed in range(40):
-        asked = EstimatorInput(model, Digits().load(), evaluation(seed=seed, workers=1))
+        asked = EstimatorInput(model, data, evaluation(seed=seed, workers=1))
         found = Sandwich(k, n).estimate(asked, lambda: None)
         numbers = found.numbers["simulated"]
         assert numbers["stderr_mc"] < 1e-9 and "1/100 of the posteriors" in found.notes[1]

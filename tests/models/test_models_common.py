@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Model
@@ -87,10 +88,6 @@ CASES = {
 }
 DISCRETE = {"discrete, three layers", "categorical"}
 every_model = pytest.mark.parametrize("name", list(CASES))
-
-
-def noise(seed: int = 0) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def test_every_architecture_is_among_the_cases() -> None:

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from scipy import stats
 from torch import Tensor
 
@@ -36,10 +37,6 @@ def build(name: str, seed: int = 0, pixels: int = PIXELS) -> LatentVariableModel
         for p in model.parameters():
             p += 0.7 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
     return model
-
-
-def noise(seed: int = 0) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def bernoulli(value: np.ndarray, logits: np.ndarray) -> float:

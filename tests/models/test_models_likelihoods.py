@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from scipy import stats
 from torch import Tensor
 
-from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.mlp import GaussianMLP
@@ -19,10 +19,6 @@ from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import CholeskyConditional
 from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, TanhPixels, make_likelihood
 from iwae_cli.models.priors import StandardNormal
-
-
-def noise() -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(0), torch.float64)
 
 
 def values(loc: list[float], log_scale: list[float], dtype: torch.dtype = torch.float64) -> Tensor:

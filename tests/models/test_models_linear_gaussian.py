@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from scipy import stats
 from torch import Tensor, nn
 
-from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -23,10 +23,6 @@ from iwae_cli.objectives.iwae import IWAE
 PIXELS = 5
 SIZES = [[1], [3], [3, 2], [4, 3, 2]]
 every_chain = pytest.mark.parametrize("sizes", SIZES, ids=str)
-
-
-def noise(seed: int = 0) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def build(sizes: list[int], seed: int = 0) -> LatentVariableModel:

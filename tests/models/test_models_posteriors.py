@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from objective_toys import quadrature
 from small_runs import TINY, finished, read_json
 from torch import Tensor, nn
 
 from iwae_cli.cli.evaluate import evaluate
-from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
+from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
@@ -57,10 +58,6 @@ def made(name: str, size: int) -> Conditional:
         for parameter in conditional.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
     return conditional
-
-
-def noise(seed: int = 0) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def grid(points: int = 601, reach: float = 25.0) -> tuple[Tensor, float]:

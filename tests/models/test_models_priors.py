@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from draws import noise
 from own_models import Mixture, MixturePrior, VampMLP
 from small_runs import TINY, finished, read_json, run, snapshot
 from torch import Tensor
 
 from iwae_cli.cli.evaluate import evaluate
-from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
@@ -44,10 +44,6 @@ def built(architecture: GaussianMLP, pixels: int = 4) -> LatentVariableModel:
 @pytest.fixture
 def mixture() -> LatentVariableModel:
     return built(GaussianMLP([2], [[6]], prior=MixturePrior(3)))
-
-
-def noise(seed: int = 0) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), torch.float64)
 
 
 def grid(points: int = 321, reach: float = 16.0) -> tuple[Tensor, float]:

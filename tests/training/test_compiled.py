@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import noise
 from own_parts import OwnStandardNormal
 
 from iwae_cli.core.device import Device, compiler
@@ -76,10 +77,6 @@ def sgd(model: LatentVariableModel) -> torch.optim.Optimizer:
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return (torch.rand(BATCH, SIDE**2, generator=torch.Generator().manual_seed(seed)) < 0.5).to(dtype)
-
-
-def noise(seed: int, dtype: torch.dtype = torch.float64) -> GeneratorNoise:
-    return GeneratorNoise(torch.Generator().manual_seed(seed), dtype)
 
 
 @pytest.fixture

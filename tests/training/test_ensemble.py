@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_compiled import BITS, CASES, ONE, SIDE, Branches, batch, noise
+from draws import noise
+from test_compiled import BITS, CASES, ONE, SIDE, Branches, batch
 
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
