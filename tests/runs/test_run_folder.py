@@ -243,7 +243,7 @@ def test_data_that_were_moved(tmp_path: Path) -> None:
     assert read_json(kept)["test"] == read_json(folder / "result.json")["test"]
     savemat(tmp_path / "new.mat", {"data": images[:, :40] / 255.0, "testdata": images[:, 30:] / 255.0})
     code, _, err = evaluate(folder, f"data.path={tmp_path / 'new.mat'}", "evaluation.k=6")
-    assert code == 2 and err.count("\n") == 1
+    assert code == 2 and err.count("\n") == 1 and list(folder.glob("evaluations/*/result.json")) == [kept]
     code, _, err = evaluate(folder, "data.binarization=none")
     assert code == 2 and "data.binarization" in err
 

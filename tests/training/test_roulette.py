@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
+from iwae_cli.cli.compose import plan
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
@@ -206,9 +206,9 @@ def test_a_roulette_run_has_its_own_folder_and_resumes_in_the_same_bits(
     assert nll[0] != nll[1] and nll[0] == pytest.approx(nll[1], abs=0.5)
 
 
-def test_the_identity_ignores_the_group_without_roulette(tmp_path: Path) -> None:
+def test_the_identity_ignores_the_group_without_roulette() -> None:
     """Runs from before there was a choice have no such key; tau means nothing to those without roulette."""
-    config = yaml.safe_load((finished(tmp_path, *TINY) / "config.yaml").read_text())
+    config = plan([*TINY], False, None).jobs[0].config
     before = {key: value for key, value in config.items() if key != "training"}
     assert training_config(config, {}) == training_config(before, {})
     assert "training" not in training_config(config, {})

@@ -13,7 +13,6 @@ from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.training.steps.plain import PlainStep
@@ -84,24 +83,10 @@ def test_a_step_is_the_one_written_out(model: str, objective: str, x: torch.Tens
         bound = PlainStep(trained, OBJECTIVES[objective], optimizer)(x, noise())
         torch.testing.assert_close(bound, expected, rtol=1e-12, atol=0)
         assert not bound.requires_grad
-    for (name, parameter), other in zip(trained.named_parameters(), untouched.parameters(), strict=True):
+    before = built(MODELS[model]).parameters()
+    for (name, parameter), other, begun in zip(trained.named_parameters(), untouched.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-12, atol=1e-14, msg=name)
-
-
-@pytest.mark.parametrize(
-    "objective", [*OBJECTIVES.values(), ELBO(analytic_kl=True)], ids=[*OBJECTIVES, "ELBO analytic"]
-)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_parameter_is_trained(model: str, objective: Objective, x: torch.Tensor) -> None:
-    """T12: a step moves every named parameter."""
-    if objective.check(MODELS[model]) is not None:
-        assert "analytic_kl" in str(objective.check(MODELS[model]))
-        return
-    trained = built(MODELS[model])
-    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    PlainStep(trained, objective, torch.optim.SGD(trained.parameters(), lr=LR))(x, noise())
-    for name, parameter in trained.named_parameters():
-        assert torch.isfinite(parameter).all() and not torch.equal(parameter, before[name]), name
+        assert not torch.equal(parameter, begun), f"{name} is not trained (T12)"
 
 
 @pytest.mark.parametrize("model", MODELS)
