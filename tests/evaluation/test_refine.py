@@ -45,7 +45,7 @@ def test_the_gap_is_that_of_the_kept_values_of_each_image(trained: Path) -> None
 def test_with_all_the_whole_split_has_its_refined_number_and_nll_stays_what_it_was(trained: Path) -> None:
     before = read_json(trained / "result.json")
     out = trained.parent
-    code, printed, err = run(*asked("all"), f"output_dir={out}")
+    code, printed, err = run(*asked("all"), "evaluation.splits=[test]", f"output_dir={out}")
     assert code == 0, err
     assert "nothing was trained now" in printed and "NLL_50 by refined proposals, nats" in printed
     after, kept = read_json(trained / "result.json"), arrays(trained / "log_likelihood.npz")
