@@ -33,8 +33,7 @@ PAGES["README.md"] = README
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 CHOICES = choices([conf_folder()])
 CONFIG = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
-FAST = ("evaluation.k=50", "evaluation.refine=10")
-SMALL = ("model.latent_sizes=[3]", "model.hidden_sizes=[[8]]", *FAST, "logger=disabled")
+SMALL = ("model.latent_sizes=[3]", "model.hidden_sizes=[[8]]", "evaluation.k=50", "logger=disabled")
 PLUGINS = {"ray": "ray", "submitit_local": "submitit", "sweeps/search": "optuna"}
 """Choices that need an extra -> the module that the extra brings."""
 
@@ -170,7 +169,7 @@ def extension_command(section: str) -> tuple[str, list[str]]:
 def test_extensions_train(section: str, own_files: None, tmp_path: Path) -> None:
     write_files("docs/extending.md", tmp_path)
     program, arguments = extension_command(section)
-    fast = ["schedule.passes=1", *FAST, *(["logger=disabled"] if section != "Logger" else [])]
+    fast = ["schedule.passes=1", "evaluation.k=50", *(["logger=disabled"] if section != "Logger" else [])]
     code, error = call(program, [*arguments, *fast])
     assert code == 0, error
     (folder,) = run_folders(tmp_path / "outputs")
