@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
 from iwae_cli.cli.overrides import MAX_JOBS, parse, quoted, several, values
-from iwae_cli.cli.resolve import first_line, resolved, texts_in
+from iwae_cli.cli.resolve import first_line, resolved, secrets_in, texts_in
 from iwae_cli.config.build import BASES, SEVERAL, convert, resolve, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
@@ -72,6 +72,9 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         stop = convert(resolved(base, ["on_error"])["on_error"], Literal["continue", "stop"], "on_error") == "stop"
         chosen = base.hydra.runtime.choices
         launcher, sweeper = (resolved(base.hydra[key]) for key in ("launcher", "sweeper"))
+        size = sweeper.get("max_batch_size")
+        if size is not None and not (type(size) is int and size > 0):
+            raise UserError(f"hydra.sweeper.max_batch_size must be null or an integer >= 1, got {show(size)}")
         if not multirun and base.hydra.mode != RunMode.MULTIRUN:
             if swept:
                 raise UserError(several(swept[0], in_python))
@@ -283,7 +286,7 @@ def job_of(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
         for logger in [*(config.get("logger") or {}).values(), *written.values()]:
             if isinstance(logger, dict) and logger.get("_target_") == _WANDB:
                 logger["mode"] = convert(mode, Literal["online", "offline", "disabled"], "WANDB_MODE")
-    secret = any("oc.env" in text for _, text in texts_in(written))
+    secret = any(secrets_in(text) for _, text in texts_in(written))
     names = {group: str(node.runtime.choices[group]) for group in BASES if group in node.runtime.choices}
     lines = [str(o.input_line) for o in overrides if o.key_or_group != "on_error" and not o.is_hydra_override()]
     return Job(config, names, lines, written if secret else None)

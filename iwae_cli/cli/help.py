@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from iwae_cli.config.guesses import nearest
 from iwae_cli.core.errors import UserError, clip
 from iwae_cli.core.files import absolute
 
@@ -67,20 +68,22 @@ def group_help(group: str, own: list[Path]) -> str:
     folders = [*reversed(own), conf_folder()]
     found = choices(folders)
     if group not in found:
-        raise UserError(f"--help {clip(group)}: there is no such group, they are {', '.join(found)}")
+        homes = [name for name, names in found.items() if group in names]
+        hint = f"; it is a choice: --help {homes[0]}" if homes else nearest(group, found)
+        raise UserError(f"--help {clip(group)}: there is no such group, they are {', '.join(found)}{hint}")
     width = max(map(len, found[group])) + 2
     lines = []
     for name in found[group]:
         path = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
         lines.append(f"{name:{width}}{textwrap.shorten(_words(path), 118 - width, placeholder=' ...')}")
-    if group != "estimator":
+    if group not in ("estimator", "experiment"):  # an evaluation has the one, the other is no node of the config
         lines += ["", f"keys of a choice: iwae-train {group}=CHOICE --cfg job --package {group}"]
     return "".join(f"{line}\n" for line in lines)
 
 
 def _words(path: Path) -> str:
     """Return the comment at the top of a yaml, without the line that is for Hydra."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     top = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
     return " ".join(line for line in top if not line.startswith("@package"))
 

@@ -1,4 +1,4 @@
-"""Hand composed jobs to Hydra's launchers, and what it does itself to its own main: searches, ``--cfg``, completion."""
+"""Give composed jobs to Hydra's launchers, and searches, ``--cfg`` and completion to Hydra's own main."""
 
 from __future__ import annotations
 

@@ -115,6 +115,8 @@ def _unreadable(text: str, following: str, parser: OverridesParser, groups: Mapp
         better = f"{homes[0]}={key}"
     elif not equals:
         better = "key=value, and quote values with blanks: 'key=\"a b\"'"
+    elif value.startswith("[") and "]" not in value and "]" in following:
+        better = shlex.quote(f"{key}={value}{following}")
     elif re.search(r"\s[\w.]+=", value):
         better = "the overrides without quotes around all of them"
     else:

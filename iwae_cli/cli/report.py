@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,13 @@ usage: iwae-report [PATH ...] [KEY=VALUE ...] [--rows KEYS] [--columns KEYS] [--
 
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key, several choices as seed=0,1,
-none as null; keys of evaluation choose among the evaluations of a run by what each was made with. There is one table
-for every data set and kind of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by
-their seed alone: NLL (mean and standard error over seeds), active units, and the paper's value where data, networks,
-objective, k and evaluation are the paper's. Where all runs of a table have refined values (evaluation.refine=all),
-differences are between those. Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other
-estimators (iwae-eval RUN estimator=ais) follow below the table, run by run. A difference is seen from two standard
-errors on, over images and seeds together. A number has as many digits as its error, which has two.
+none as null; keys of evaluation choose among the evaluations of a run. There is one table for every data set and kind
+of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by their seed alone: NLL (mean
+and standard error over seeds), active units, and the paper's value where data, networks, objective, k and evaluation
+are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are between those.
+Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators (iwae-eval RUN
+estimator=ais) follow below the table, run by run. A difference is seen from two standard errors on, over images and
+seeds together. A number has as many digits as its error, which has two.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
                          table without columns has stderr_images, stderr_mc, bias_mc and gap_q beside every NLL
@@ -207,20 +208,22 @@ def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
 
 
 def _named_data(value: str, found: Found) -> str:
-    """Return the names of data sets, also for a choice of the group ``data``, whose name no result holds."""
+    """Return the names of data sets for those and for choices of the group ``data``, whose names no result holds."""
+    import yaml
+
     from iwae_cli.cli.help import conf_folder
     from iwae_cli.report.selection import choices
 
     own = {str(run.config.get("config_dir") or "") for run in found.runs} - {""}
     names: dict[str, None] = {}
     for choice in choices(value):
-        if any(run.dataset == choice for run in found.runs) or not re.fullmatch(r"\w{1,100}", choice):
-            names[choice] = None
-            continue
-        files = [folder / "data" / f"{choice}.yaml" for folder in (conf_folder(), *map(Path, sorted(own)))]
-        texts = [file.read_text() for file in files if file.is_file()]
-        of_group = [r.dataset for r in found.runs if any(f"_target_: {r.keys['data._target_']}\n" in t for t in texts)]
-        names |= dict.fromkeys(of_group or [choice])
+        targets = set()
+        for folder in (conf_folder(), *map(Path, sorted(own))) if re.fullmatch(r"\w{1,100}", choice) else ():
+            with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # a user's file may hold anything
+                node = yaml.safe_load((folder / "data" / f"{choice}.yaml").read_text(encoding="utf-8"))
+                targets.add(node["_target_"])
+        chosen = [run.dataset for run in found.runs if run.dataset == choice or run.keys["data._target_"] in targets]
+        names |= dict.fromkeys(chosen or [choice])
     return ",".join(names)
 
 

@@ -14,8 +14,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from iwae_cli.core.errors import UserError, clip, hide, without_hidden
 from iwae_cli.core.files import expanded
 
-_ENVIRONMENT = re.compile(r"oc\.env:\s*(\w+)")
-_OUR_VARIABLES = ("IWAE_DATA_DIR", "IWAE_OUTPUT_DIR")
+_ENVIRONMENT = re.compile(r"""(?:oc\.env|variable)\s*:\s*['"]?(\w*)""")
+_NO_SECRETS = re.compile(r"IWAE_(DATA|OUTPUT)_DIR|WANDB_(?!API_KEY)\w+")
 
 
 def resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
@@ -63,9 +63,14 @@ def first_line(error: Exception) -> str:
     return (without_hidden(str(error)).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
+def secrets_in(written: str) -> list[str]:
+    """Return which variables a text of a config takes from the environment, but for those that hold no secret."""
+    return [name for name in _ENVIRONMENT.findall(written) if not _NO_SECRETS.fullmatch(name)]
+
+
 def hide_environment(written: Any, value: Any) -> None:
     """Hide from messages what ``written``, a text of a config, takes from the environment, and its ``value``."""
-    names = [name for name in _ENVIRONMENT.findall(written) if name not in _OUR_VARIABLES]
+    names = secrets_in(written)
     for name in names:
         hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
     if names:

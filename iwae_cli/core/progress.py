@@ -31,7 +31,7 @@ class Progress:
         title: start of the line.
         total, start: units of the whole work, and those done before by a run that is resumed.
         unit: name of a unit, such as ``"pass"`` or ``"image"``.
-        images_per_unit: for the speed, in images (or other units that are no passes) per second.
+        images_per_unit: for the speed, images, or other things than passes, per second.
         may_grow: whether ``change`` may raise the total, so that the time left is a lower bound.
         evaluation: measured forecast of the evaluation that follows, seconds; None: none is shown.
     """

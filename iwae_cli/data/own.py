@@ -26,6 +26,8 @@ ENDINGS = (".npz", ".npy", ".pt", ".mat")
 SAVE = "write one with np.savez('x.npz', train=..., validation=..., test=...)"
 SAVE_PT = "write one with torch.save({'train': ..., 'validation': ..., 'test': ...}, 'x.pt')"
 SHARES = "data.splits=[0.8,0.1,0.1]"
+EXACT_REAL = 100
+"""Least standard deviation of real values, in steps of float32 at the largest."""
 EXACT = 1e-3
 """How far a grey value in [0, 1] may be from a level, in levels."""
 
@@ -142,7 +144,7 @@ class ArrayFile(_Own):
         (first, *_), (image_shape, *_) = arrays, [array.shape[1:] for array in arrays.values()]
         for name, array in arrays.items():
             shape, has = array.shape, f"{name} has shape {array.shape}"
-            if not len(array):
+            if array.ndim and not len(array):
                 raise self._wrong(f"{name} is empty (shape {shape}): every split needs an image")
             if array.dtype.kind not in "biuf":
                 raise self._wrong(f"{name} holds {array.dtype}, not numbers: {SAVE}")
@@ -189,7 +191,14 @@ class ArrayFile(_Own):
         if self.levels is not None and (found := _integers(arrays, self.levels)) is not None:
             return found
         if self.levels is None and floating and max(-least, most) <= torch.finfo(torch.float32).max:
-            return {name: array.astype(np.float32) for name, array in arrays.items()}
+            found = {name: array.astype(np.float32) for name, array in arrays.items()}
+            spread = max(float(array.std()) for array in arrays.values())
+            if spread < EXACT_REAL * float(np.spacing(np.float32(max(-least, most)))):
+                raise self._wrong(
+                    f"holds values from {least:.9g} to {most:.9g}, whose differences float32 would lose: "
+                    "subtract their mean before you save them"
+                )
+            return found
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)
         fits = next((n for n in few if _integers(arrays, n) is not None), None)
         way = f"{'' if floating else 'save floats and '}write data.levels=real model.likelihood=gaussian"

@@ -196,6 +196,7 @@ class GradientSNR(Estimator):
             {"train": split.sha256},
             reasons,
             notes=[
+                f"of the gradients of {_named(next(iter(objectives.values())))}",
                 "inference, generative: signal-to-noise ratio of the gradient, median over parameters; with "
                 f"{self.draws} draws a ratio below {floor:.3f} cannot be distinguished from no signal",
                 "directional: length along the mean gradient over length across it, below it the same without signal",
@@ -237,3 +238,8 @@ class GradientSNR(Estimator):
         )
         shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
         return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
+
+
+def _named(objective: Objective) -> str:
+    gradient = getattr(objective, "gradient", None)
+    return type(objective).__name__ + (f", gradient={gradient}" if gradient else "")

@@ -42,7 +42,7 @@ class JVI(BoundObjective):
     b = k w~^2 - (k-1)/k sum_j r_ij^2.
     """
 
-    least_k = 2
+    least_k = 2  # one is left out
     lower_bound = False
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:

@@ -24,7 +24,7 @@ class REINFORCE(Objective):
     Where a log-weight is -inf the bound is -inf, and the image teaches nothing.
     """
 
-    least_k = 2
+    least_k = 2  # the baseline of a draw is made from the others
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         return log_w.mean(0)

@@ -40,7 +40,7 @@ class VIMCO(Objective):
     others alone and so adds no bias; where all weights are zero nothing is learned.
     """
 
-    least_k = 2
+    least_k = 2  # the baseline of a draw is made from the others
 
     def __init__(self, k: int, baseline: Baseline = "geometric") -> None:
         super().__init__(k)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -249,6 +250,14 @@ def _check_numbers(result: Mapping[str, Any], path: Path) -> None:
                 _require(all(map(str.isdecimal, held["bounds"])), path, f"{part}.bounds must have numbers as keys")
                 bound = held["bounds"].get(str(k), "missing")
                 same = held["nll"] is None or (bound not in (None, "missing") and _close(held["nll"], -bound))
+                levels = [held["bounds"][m] for m in sorted(held["bounds"], key=int)]
+                rising = [value for value in levels if value is not None]
+                ordered = all(a <= b + ROUNDING * max(1.0, abs(b)) for a, b in pairwise(rising))
+                _require(
+                    ordered and all(1 <= int(m) <= k for m in held["bounds"]),
+                    path,
+                    f"{part}.bounds do not rise up to k = {k}",
+                )
                 wanted = f"-{part}.bounds.{k}, which is {bound}"
                 _require(same, path, f"{part}.nll must be {wanted}, got {held['nll']}")
                 for key, value in held.items():
@@ -280,7 +289,7 @@ def _close(a: float, b: float) -> bool:
 
 def _check_limits(key: str, value: Any, path: Path, k: float = math.inf) -> None:
     """Raise ``Damaged`` if a number is outside of what its name allows; an effective sample size is at most ``k``."""
-    name = key.rpartition(".")[2]
+    name = re.sub(r"^.*\.(?=[^\W\d])", "", key)  # a name may end in a number: khat_share_above_0.7
     for pattern, (low, high) in LIMITS.items():
         if value is not None and re.fullmatch(pattern, name):
             _require(type(value) in (int, float), path, f"{key} must be a number, got {value!r:.60}")

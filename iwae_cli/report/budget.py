@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from iwae_cli.core.errors import UserError
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.report.cells import UNITS, Budget, Cell, Table
 from iwae_cli.report.reader import Run, class_name
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Of the budget that every run of a table has."""
+ROUNDING = 1e-9
+"""Relative error of a cost, which is a product of a mean and a number of passes."""
+TWO_LOSSES = "dreg, piwae, rws, vimco, reinforce and tvo with gradient=covariance"
 
 
 def at_equal(table: Table, unit: str) -> Table:
@@ -21,20 +25,19 @@ def at_equal(table: Table, unit: str) -> Table:
     Args:
         table: see ``cells.tables``.
         unit: what is equal, one of ``UNITS``.
-
-    Raises:
-        UserError: a curve is damaged.
     """
     runs = [scored.run for cell in table.cells for scored in cell.runs]
-    if why := _cannot(runs, unit):
-        return replace(table, notes=(*table.notes, f"not compared at equal {unit}: {why}"))
-    curves = {run.identity: _curve(run, unit) for run in runs}
+    try:
+        _require(runs, unit)
+        curves = {run.identity: _curve(run, unit) for run in runs}
+    except (UserError, OSError) as error:
+        return replace(table, notes=(*table.notes, f"not compared at equal {unit}: {error}"))
     whole = min(_cost(run, unit) or 0.0 for run in runs)
     levels = tuple(whole * share for share in SHARES)
 
     def at(cell: Cell, level: float) -> tuple[float, ...] | None:
         held = [curves[scored.run.identity] for scored in cell.runs]
-        if any(not costs or costs[0] > level for costs, _ in held):
+        if any(not costs or costs[0] > level * (1 + ROUNDING) for costs, _ in held):
             return None
         return tuple(float(np.interp(level, costs, bounds)) for costs, bounds in held)
 
@@ -48,14 +51,14 @@ def _cost(run: Run, unit: str) -> float | None:
     return run.draws if unit == "evaluations" else run.seconds
 
 
-def _cannot(runs: Sequence[Run], unit: str) -> str | None:
-    unknown = [run.identity for run in runs if not _cost(run, unit)]
+def _require(runs: Sequence[Run], unit: str) -> None:
+    """Raise UserError unless every run says what it cost, and all are validated alike."""
+    unknown = [run.identity for run in runs if not (_cost(run, unit) and run.result["epochs"])]
     if unknown:
-        return f"{UNITS[unit]} are not recorded of {len(unknown)} of {len(runs)} runs, such as {unknown[0]}"
+        raise UserError(f"{UNITS[unit]} are not recorded of {len(unknown)} of {len(runs)} runs, such as {unknown[0]}")
     ks = sorted({str(run.keys["validation.k"]) for run in runs})
     if len(ks) > 1:
-        return f"validation.k is {' or '.join(ks)}; keep the runs with one, such as validation.k={ks[0]}"
-    return None
+        raise UserError(f"validation.k is {' or '.join(ks)}; keep the runs with one, such as validation.k={ks[0]}")
 
 
 def _curve(run: Run, unit: str) -> tuple[list[float], list[float]]:
@@ -71,8 +74,14 @@ def _cautions(runs: Sequence[Run], unit: str) -> list[str]:
     found = []
     if any(class_name(str(run.keys["schedule._target_"])) != "Constant" for run in runs):
         found.append("learning rates fall with the schedule: a training that is scheduled for less ends better")
+    if len({run.keys["validation.every"] for run in runs}) > 1:
+        found.append(
+            "validation.every differs: interpolation between distant validations is too low, since curves bend"
+        )
     if any(run.config.get("init_from") for run in runs):
         found.append("the trainings before init_from are not counted")
+    if unit == "evaluations" and len({_has_two_losses(run) for run in runs}) > 1:
+        found.append(f"objectives with a second backward pass for every draw: {TWO_LOSSES}")
     if unit == "evaluations" and any(run.keys.get("training.backward") == "roulette" for run in runs):
         found.append("training.backward=roulette scores all draws and differentiates some")
     if unit == "seconds":
@@ -83,3 +92,9 @@ def _cautions(runs: Sequence[Run], unit: str) -> list[str]:
         if any(str(device.get("train_runs_at_once", 1)) != "1" for device in devices):
             found.append("some runs were trained at once, each with the seconds of all")
     return found
+
+
+def _has_two_losses(run: Run) -> bool:
+    """Return whether both networks have a loss of their own; of objectives from outside that is not known."""
+    name, gradient = class_name(str(run.keys["objective._target_"])), run.keys.get("objective.gradient")
+    return name in ("PIWAE", "RWS", "VIMCO", "REINFORCE") or gradient in ("dreg", "covariance")

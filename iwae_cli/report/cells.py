@@ -277,7 +277,7 @@ class Table:
             sizes, counts = zip(*self._gaps, strict=True)
             error = f", {PLUS_MINUS} over those" * (not self.columns)
             notes.append(
-                f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.2f}')} "
+                f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "
                 f"nats by run; measured on {_range(counts, '{:,}')} images{error}"
             )
         if self.refined:
@@ -305,7 +305,14 @@ class Table:
                 f"{of_all if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
                 "interpolation"
             )
+            if any(None in cell.at_budgets for cell in self.cells):
+                notes.append(
+                    f"{MISSING}: this budget ends before the first validation of a run; validation.every=1 is earliest"
+                )
             notes += [f"caution: {caution}" for caution in self.budget.cautions]
+        passes = {s.run.result["epochs"] for cell in self.cells for s in cell.runs}
+        if self.against is not None and len(passes) > 1:
+            notes.append(f"caution: these are trainings of {min(passes):,} to {max(passes):,} passes")
         within = dict.fromkeys(p.within for p in paired if p.within)
         if within:
             notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")

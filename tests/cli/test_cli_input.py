@@ -49,6 +49,7 @@ WRONG = {
     "optimizer.lr=-1": "optimizer.lr Adam",
     "model=linear_gaussian": "model=one_layer",
     "on_error=stopp": "on_error stop?",
+    "-m seed=0,1 hydra.sweeper.max_batch_size=-1": "hydra.sweeper.max_batch_size must be null",
     "evaluation.splits=test": "'evaluation.splits=[test]'",
     "model.latent_sizes=50": "'model.latent_sizes=[50]'",
     "evaluation.splits=[val]": "evaluation.splits[0] validation?",
@@ -192,7 +193,14 @@ def test_values_of_the_environment_are_never_printed(
     monkeypatch.setenv("NUMBER", "-12345678")
     monkeypatch.setenv("LISTED", "[hunter2, {hunter3: hunter4}]")
     for text in (
-        *("seed=${oc.env:TOKEN}", "objective.gradient=x${oc.env:TOKEN}", "init_from=${oc.env:TOKEN}"),
+        *(
+            "seed=${oc.env:'TOKEN'}",
+            "seed=${variable:TOKEN,x}",
+            "seed=${ oc.env : TOKEN }",
+            "seed=${oc.env:TOKEN}",
+            "objective.gradient=x${oc.env:TOKEN}",
+            "init_from=${oc.env:TOKEN}",
+        ),
         *(
             "optimizer._target_=torch.optim.${oc.env:TOKEN}",
             "on_error=${oc.env:TOKEN}",
@@ -214,16 +222,21 @@ def test_values_of_the_environment_are_never_printed(
             assert "hunter" not in refused(capsys, text)
     for text, value in (
         ("logger.wandb.name='x${oc.env:TOKEN}'", "TOKEN"),
+        ("logger.wandb.name=${oc.env:'TOKEN'}", "TOKEN"),
+        ("logger.wandb.name=${variable:TOKEN,x}", "TOKEN"),
         ("seed='${oc.decode:${oc.env:NUMBER}}'", "NUMBER"),
     ):
         assert train(["--cfg", "all", "--resolve", text]) == 0
         out, _ = capsys.readouterr()
         assert "hunter" not in out and "12345678" not in out and f"${{oc.env:{value}}}" in out
     monkeypatch.setenv("SEED", "7")
-    overrides = ["logger.wandb.name=${oc.env:TOKEN}", "seed='${oc.decode:${oc.env:SEED}}'"]
-    experiment = plan(overrides, False, None).jobs[0].experiment()
-    assert experiment.loggers[0].name == "hunter2"  # type: ignore[attr-defined]
-    assert "hunter2" not in str((experiment.config, experiment.overrides)) and experiment.config["seed"] == 7
+    for name in ("${oc.env:TOKEN}", "${oc.env:'TOKEN'}", "${variable:TOKEN,x}"):
+        overrides = [f"logger.wandb.name={name}", "seed='${oc.decode:${oc.env:SEED}}'"]
+        job = plan(overrides, False, None).jobs[0]
+        experiment = job.experiment()
+        assert experiment.loggers[0].name == "hunter2"  # type: ignore[attr-defined]
+        assert "hunter2" not in str((experiment.config, experiment.overrides, job.sent()))
+        assert experiment.config["seed"] == 7
 
 
 def test_paths_that_no_file_can_have(capsys: pytest.CaptureFixture[str]) -> None:

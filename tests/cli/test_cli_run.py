@@ -243,7 +243,8 @@ def test_help_says_what_the_choices_of_a_group_are(tmp_path: Path, capsys) -> No
         assert len(lines) <= 24 and not [line for line in lines if len(line) > 120]
         assert all(len(line.split()) > 2 for line in lines[: len(names)])
         assert group != "objective" or "mine       Half of the ELBO." in lines
-    assert train(["--help", "objectives"]) == 2 and "they are data, device" in capsys.readouterr().err
+    for wrong, words in (("objectives", "did you mean objective?"), ("iwae", "it is a choice: --help objective")):
+        assert train(["--help", wrong]) == 2 and words in capsys.readouterr().err
 
 
 def test_the_examples_of_the_help_are_right(capsys) -> None:

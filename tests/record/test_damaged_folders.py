@@ -159,6 +159,8 @@ IMPOSSIBLE: dict[str, Any] = {
     "test.bias_mc must be at most 0": {"test.bias_mc": 0.5},
     "test.ess_share_below_10 must be at least 0 and at most 1": {"test.ess_share_below_10": 1.5},
     "test.refined.ess_share_below_10 must be at least 0 and at most 1": {"test.refined.ess_share_below_10": -0.1},
+    "test.khat_share_above_0.7 must be at least 0 and at most 1": {"test.khat_share_above_0.7": -0.1},
+    "test.bounds do not rise up to k = 50": {"test.bounds.1": 5.0},
     "test.nll must be -test.bounds.50, which is -2": {"test.nll": -5},
     "test.nll must be -test.bounds.50, which is None": {"test.bounds.50": None},
     "test.refined.nll must be -test.refined.bounds.50, which is -2": {"test.refined.nll": 3},

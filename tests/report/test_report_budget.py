@@ -76,3 +76,29 @@ def test_what_cannot_be_compared_at_equal_budgets_is_said(
 def test_every_format_has_the_bounds_at_equal_budgets(runs: Path, command: Command, form: str) -> None:
     out = command(runs, "--rows", "objective", "--columns=", "--budget", "evaluations", "--format", form)[1]
     assert "-97.375" in out if form == "csv" else "-97.38" in out
+
+
+def test_a_curve_that_cannot_be_read_costs_the_comparison_alone(runs: Path, command: Command) -> None:
+    broken = trained(runs, "vr", 40_000, 1.0)
+    (broken / "metrics.jsonl").write_text('{"step": 1, "pass": "x"}\n')
+    code, out, err = command(runs, "--budget", "evaluations")
+    assert (code, err) == (0, "") and "not compared at equal evaluations: " in out and "line 1" in out and "vr" in out
+    change(broken / "result.json", epochs=0)
+    assert "not recorded of 1 of 4 runs" in command(runs, "--budget", "evaluations")[1]
+
+
+def test_a_validation_at_the_budget_itself_is_reached(tmp_path: Path, command: Command) -> None:
+    """48 passes in 911.2748 s, validated every 6: an eighth of the product is below the sixth of its parts."""
+    folder = trained(tmp_path, "iwae", 10_000, 1.0)
+    change(folder / "result.json", epochs=48, seconds={"train": 911.2748, "evaluate": 1.0})
+    rows = [{"step": n, "pass": n, "validation/bound": -100.0 + n} for n in range(6, 49, 6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,) = json.loads(command(tmp_path, "--budget", "seconds", "--format", "json")[1])["tables"]
+    bounds = [level["bound"] for level in table["cells"][0]["at_budgets"]]
+    assert bounds == [pytest.approx(-100 + n) for n in (6, 12, 24, 48)]
+
+
+def test_unequal_backward_passes_are_said(runs: Path, command: Command) -> None:
+    assert "second backward pass" not in command(runs, "--budget", "evaluations")[1]
+    trained(runs, "iwae", 40_000, 1.0, objective__gradient="dreg")
+    assert "second backward pass for every draw: dreg" in command(runs, "--budget", "evaluations")[1]

@@ -137,6 +137,8 @@ def test_choices_lists_and_null_are_typed_as_for_training(tmp_path: Path, comman
     assert seeds("seed=0,2", "data=mnist") == [("mnist elbo", [0, 2]), ("mnist iwae", [0, 2])]
     assert seeds("objective=elbo,iwae", "seed=1") == [("mnist elbo", [1]), ("mnist iwae", [1])]
     assert seeds("data=file") == seeds("data=file_x") == [("file_x iwae", [0])]
+    write(tmp_path, config(data=own, seed=3), values(80.0), data="file")
+    assert seeds("data=file") == [("file iwae", [3]), ("file_x iwae", [0])], "also beside a data set of that name"
     assert seeds("data=file,mnist", "seed=0", "objective=iwae", "init_from=null") == [
         ("file_x iwae", [0]),
         ("mnist iwae", [0]),
@@ -149,7 +151,7 @@ def test_choices_lists_and_null_are_typed_as_for_training(tmp_path: Path, comman
         ("seed=0,7", "no finished run is that; seed is 0, 1, 2"),
         ("objective=elbo,iwea", "did you mean objective=iwae?"),
         ("seed=0 seed=1", "a key is there twice; write several choices as seed=0,1"),
-        ("data=folder", "no finished run is that; data is file_x, mnist"),
+        ("data=folder", "no finished run is that; data is file, file_x, mnist"),
         ("evaluation.image=5", "no run has the key evaluation.image; did you mean evaluation.images?"),
     ):
         code, out, err = command(tmp_path, *filters.split())

@@ -203,7 +203,8 @@ class AIS(Estimator):
                 each = {key: getattr(levels[-1], key) for key in ("log_px", "stderr", "ess", "acceptance")}
                 each["log_px_q"] = by_q[split.name]
                 summary = self._summary(model, split.x, levels, by_q[split.name])
-                estimates.add(split, summary, each, ALONE if len(split.x) == 1 else NOT_FINITE)
+                alone = dict.fromkeys(("stderr_images", "above_ais_stderr"), ALONE) if len(split.x) == 1 else {}
+                estimates.add(split, summary, each, NOT_FINITE, **alone)
             numbers = estimates.numbers
             if self.simulated:
                 longest = max(numbers[name]["temperatures"] for name in images)

@@ -5,7 +5,7 @@ Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2
 
 # Without postponed annotations: those of a field are read in the modules of subclasses, which lack these names.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ class GaussianMLP(GaussianArchitecture):
 
     latent_sizes: list[int]
     hidden_sizes: list[list[int]]
-    activation: Activation = "tanh"
+    activation: Activation = field(default="tanh", kw_only=True)
 
     def __post_init__(self) -> None:
         check_sizes("latent_sizes", self.latent_sizes)
