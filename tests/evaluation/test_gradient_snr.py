@@ -165,7 +165,10 @@ def test_the_report() -> None:
     columns, lines = table_of({**found.numbers, "rows": found.rows})
     assert columns == ["inference", "generative"] and len(lines) == 3 * 3 + 1
     assert lines["k = 1"][0] == f"{numbers['inference']['1']['per_parameter']:.3f}"
-    assert "60 draws a ratio below 0.103" in found.notes[0]
+    assert (
+        found.notes[0] == "of the gradients of IWAE, gradient=total"
+        and "60 draws a ratio below 0.103" in found.notes[1]
+    )
 
 
 def test_a_ratio_below_the_floor_is_null_with_its_reason() -> None:

@@ -216,7 +216,7 @@ def test_impossible_numbers_of_an_estimator_are_left_out(folder: Path, caplog: p
 
 def set_key(path: Path, key: str, wrong: Any) -> None:
     value = load(path)
-    node, (*groups, last) = value, key.split(".")
+    node, (*groups, last) = value, re.split(r"(?<!above_0)\.", key)
     for group in groups:
         node = node[group]
     node[last] = wrong

@@ -73,7 +73,7 @@ def test_the_gap_stands_beside_the_number_of_the_paper(tmp_path: Path, command: 
     rows = {line.split()[0]: line for line in lines if line.startswith(("elbo ", "iwae ", "vr "))}
     assert rows["iwae"].startswith(f"iwae 85.00 ± 0.20 {gap:.3f} ± {error:.3f} 2 ") and "±" not in rows["vr"]
     least, most = sorted(part.mean() for part in (*parts, GAPS["elbo"][:10]))[::2]
-    note = f"gap_q: NLL_5000, by the trained q, is too high by at least so much, {least:.2f} to {most:.2f} nats by run"
+    note = f"gap_q: NLL_5000, by the trained q, is too high by at least so much, {least:.3f} to {most:.3f} nats by run"
     assert any(line.startswith(note) and "10 to 20 images" in line for line in lines)
     grid = command(tmp_path)[1]
     assert note in grid and "gap_q" not in grid[: grid.index("NLL_5000 in nats")], "no column for every column"

@@ -165,7 +165,6 @@ def test_train_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 WRONG = [
     ("objective=iwea",),
-    ("seed=1,2",),
     ("data=linear_gaussian",),
     ("objective.k=0",),
     ("model.latent_sizes=[0]",),
