@@ -189,6 +189,11 @@ class ArrayFile(_Own):
         if least == most:
             raise self._wrong(f"all values are {least:g}: there is nothing to learn")
         if self.levels is not None and (found := _integers(arrays, self.levels)) is not None:
+            tops = {name: int(array.max()) for name, array in found.items()}
+            darkest, brightest = min(tops, key=tops.__getitem__), max(tops, key=tops.__getitem__)
+            if tops[darkest] <= 1 < tops[brightest]:
+                ends = f"{darkest} holds values up to {arrays[darkest].max():g}, {brightest} up to {most:g}"
+                raise self._wrong(f"{ends}: save all splits on one scale")
             return found
         if self.levels is None and floating and max(-least, most) <= torch.finfo(torch.float32).max:
             found = {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -186,6 +186,11 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
     "no image": (lambda: {**splits(bits, 4), "test": bits(0, 4)}, {}, "test is empty (shape (0, 4))"),
     "black": (lambda: splits(lambda *s: 0 * bits(*s), 4), {}, "all values are 0: there is nothing to learn"),
     "black grey": (lambda: splits(lambda *s: 0 * bits(*s), 4), {"levels": 256}, "all values are 0: nothing to learn"),
+    "two scales": (
+        lambda: {**splits(bits, 4), "test": np.array([[0, 255, 255, 0]] * 9, np.uint8)},
+        {"levels": 256},
+        "train holds values up to 1, test up to 255: save all splits on one scale",
+    ),
     "offset": (
         lambda: splits(lambda *s: 1e9 + np.linspace(0, 1, 80)[: np.prod(s)].reshape(s), 4),
         {"levels": "real"},
