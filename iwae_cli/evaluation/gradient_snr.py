@@ -7,7 +7,7 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,15 +19,25 @@ from torch import Tensor
 from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress, announce
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, finite, with_cheaper, without_nan
+from iwae_cli.evaluation.estimator import (
+    Estimates,
+    Estimator,
+    EstimatorInput,
+    standard_error,
+    with_cheaper,
+    without_nan,
+)
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record.summary import Row
+from iwae_cli.record.summary import PLUS_MINUS, Row
 
 NETWORKS = ("inference", "generative")
 
 MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
 """E|N(0, 1)| = .80: without signal the ratio of M draws is on average this over sqrt(M)."""
+
+GROUPS, HALVES = 10, 20
+"""Groups of draws (8 of 8 draws), and how many times one half of them is drawn for an error."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,23 @@ class SignalToNoise:
 
     Attributes:
         per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
+        per_parameter_stderr: its standard error for other draws, from ``halves``; NaN as ``per_parameter``.
+        halves: ``per_parameter`` of random halves of the draws, also below ``floor``. Their standard deviation is that
+            of all draws, also for a median, where leaving out few draws would say too much (Shao and Wu 1989).
         floor: .80 / sqrt(M), the average ratio without signal.
         directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
             above ``directional_floor``, or if there is one parameter only.
+        directional_stderr: its standard error for other draws and the same direction; NaN as ``directional``.
         directional_floor: the same along a direction without signal, the difference of two means.
         parameters: number of parameters whose gradient varies; the others have no ratio and are left out.
     """
 
     per_parameter: float
+    per_parameter_stderr: float
+    halves: tuple[float, ...]
     floor: float
     directional: float
+    directional_stderr: float
     directional_floor: float
     parameters: int
 
@@ -61,6 +78,7 @@ class _Moments:
         self._draws = draws
         self._half = draws // 2
         self._seen = 0
+        self._groups = min(GROUPS, draws)
         self._ratios: list[float] = []
         self._ratios_of_noise: list[float] = []
 
@@ -68,37 +86,50 @@ class _Moments:
         if self._seen == 0:
             # Sums of differences from the first one: a mean much larger than the noise would cost all its digits.
             self._first = gradient
-            self._sum, self._sum_squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        difference = gradient - self._first
-        self._sum += difference
-        self._sum_squares += difference.square()
+            self._sums, self._squares = gradient.new_zeros(2, self._groups, len(gradient))
+        difference, group = gradient - self._first, self._seen % self._groups
+        self._sums[group] += difference
+        self._squares[group] += difference.square()
         self._seen += 1
         if self._seen == self._half // 2:
-            self._quarter = self._sum / self._seen
+            self._quarter = self._sums.sum(0) / self._seen
         elif self._seen == self._half:
-            self._mean = self._sum / self._seen
+            self._mean = self._sums.sum(0) / self._seen
             self._noise = self._quarter - self._mean
         elif self._seen > self._half:
             self._ratios.append(_ratio(gradient, self._first + self._mean))
             self._ratios_of_noise.append(_ratio(difference - self._mean, self._noise))
 
     def result(self) -> SignalToNoise:
-        m = self._draws
-        variance = (self._sum_squares - self._sum.square() / m) / (m - 1)
-        mean = self._first + self._sum / m
+        m, groups = self._draws, self._groups
+        median, parameters = self._median(list(range(groups)))
+        random = generator("cpu", 0, "gradient snr", "halves")
+        halves = [torch.randperm(groups, generator=random)[: groups // 2].tolist() for _ in range(HALVES)]
+        ratios = tuple(self._median(half)[0] for half in halves)
+        floor = MEAN_OF_ABS_NORMAL / math.sqrt(m)
+        directional, noise = float(np.mean(self._ratios)), float(np.mean(self._ratios_of_noise))
+        seen, directed = median > floor, math.isfinite(noise) and directional > noise
+        return SignalToNoise(
+            per_parameter=median if seen else math.nan,
+            per_parameter_stderr=float(np.std(ratios, ddof=1)) if seen else math.nan,
+            halves=ratios,
+            floor=floor,
+            directional=directional if directed else math.nan,
+            directional_stderr=standard_error(np.array(self._ratios)) if directed else math.nan,
+            directional_floor=noise,
+            parameters=parameters,
+        )
+
+    def _median(self, groups: list[int]) -> tuple[float, int]:
+        """Return the ratio of the draws of these groups, and the number of parameters whose gradient varies."""
+        m = sum(len(range(group, self._draws, self._groups)) for group in groups)
+        total, squares = self._sums[groups].sum(0), self._squares[groups].sum(0)
+        variance, mean = (squares - total.square() / m) / (m - 1), self._first + total / m
         # A spread below the rounding of the gradients themselves counts as none.
         varies = variance > (mean.abs() * torch.finfo(torch.float32).eps).square() * 1e-6
         squared = (mean.square() / variance)[varies] - 1 / m
-        floor = MEAN_OF_ABS_NORMAL / math.sqrt(m)
         median = math.sqrt(max(0.0, float(squared.quantile(0.5)))) if len(squared) else math.nan
-        directional, noise = float(np.mean(self._ratios)), float(np.mean(self._ratios_of_noise))
-        return SignalToNoise(
-            per_parameter=median if median > floor else math.nan,
-            floor=floor,
-            directional=directional if math.isfinite(noise) and directional > noise else math.nan,
-            directional_floor=noise,
-            parameters=int(varies.sum()),
-        )
+        return median, len(squared)
 
 
 def _ratio(vector: Float64[Tensor, " n"], along: Float64[Tensor, " n"]) -> float:
@@ -199,6 +230,7 @@ class GradientSNR(Estimator):
                 f"of the gradients of {_named(next(iter(objectives.values())))}",
                 "inference, generative: signal-to-noise ratio of the gradient, median over parameters; with "
                 f"{self.draws} draws a ratio below {floor:.3f} cannot be distinguished from no signal",
+                "stderr: for other draws; that of directional for the same direction",
                 "directional: length along the mean gradient over length across it, below it the same without signal",
                 "slope: of log ratio against log k",
             ],
@@ -207,29 +239,44 @@ class GradientSNR(Estimator):
     def _numbers(self, network: str, found: dict[int, SignalToNoise], reasons: dict[str, str]) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
         for k, ratio in found.items():
+            weak = f"below the floor of {ratio.floor:.3f} of {self.draws} draws, or no gradient varies"
+            undirected = f"not above {ratio.directional_floor:.3f}, the value of a direction without signal"
             why = {
-                "per_parameter": f"below the floor of {ratio.floor:.3f} of {self.draws} draws, or no gradient varies",
-                "directional": f"not above {ratio.directional_floor:.3f}, the value of a direction without signal",
+                "per_parameter": weak,
+                "per_parameter_stderr": weak,
+                "directional": undirected,
+                "directional_stderr": undirected,
                 "directional_floor": "there is one parameter only, or the gradient does not vary",
             }
             held = {key: getattr(ratio, key) for key in why} | {"parameters": ratio.parameters}
             numbers[str(k)] = without_nan(held, f"{network}.{k}.", reasons, "", **why)
-        known = {k: ratio.per_parameter for k, ratio in found.items() if math.isfinite(ratio.per_parameter)}
-        slope = np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)[0] if len(known) > 1 else math.nan
+        known = {k: ratio for k, ratio in found.items() if math.isfinite(ratio.per_parameter)}
+        slope = _slope({k: ratio.per_parameter for k, ratio in known.items()})
+        slopes = [
+            _slope(dict(zip(known, half, strict=True)))
+            for half in zip(*(r.halves for r in known.values()), strict=True)
+        ]
+        held = {"slope": slope, "slope_stderr": float(np.std(slopes, ddof=1)) if slopes else math.nan}
         reason = "fewer than two values of k give a ratio above the floor"
-        return numbers | {"slope": finite(slope, f"{network}.slope", reasons, reason)}
+        lost = "a ratio of half of the draws is 0" if math.isfinite(slope) else reason
+        return numbers | without_nan(held, f"{network}.", reasons, "", slope=reason, slope_stderr=lost)
 
     def _rows(self) -> list[Row]:
-        """Return the rows of the table: three for each k, side by side for the two networks, and the slopes."""
-        labels = {"per_parameter": "k = {}", "directional": "  directional, k = {}"}
-        labels["directional_floor"] = "  directional without signal, k = {}"
-        rows = [
-            (label.format(k), f"gradient_snr.{network}.{k}.{key}", "{:.3f}")
-            for k in self.ks
-            for key, label in labels.items()
+        """Return the rows of the table: five for each k, side by side for the two networks, and the slopes."""
+        labels = {
+            "{k}.per_parameter": "k = {k}",
+            "{k}.per_parameter_stderr": "  other draws: stderr, k = {k}",
+            "{k}.directional": "  directional, k = {k}",
+            "{k}.directional_stderr": "    other draws: stderr, directional, k = {k}",
+            "{k}.directional_floor": "  directional without signal, k = {k}",
+        }
+        every = [(label.format(k=k), key.format(k=k)) for k in self.ks for key, label in labels.items()]
+        every += [("slope", "slope"), ("  other draws: stderr, slope", "slope_stderr")]
+        return [
+            (label, f"gradient_snr.{network}.{key}", f"{PLUS_MINUS} {{:.3f}}" if "stderr" in key else "{:.3f}")
+            for label, key in every
             for network in NETWORKS
         ]
-        return rows + [("slope", f"gradient_snr.{network}.slope", "{:.3f}") for network in NETWORKS]
 
     def _plan(self, images: int) -> str:
         plan = (
@@ -238,6 +285,13 @@ class GradientSNR(Estimator):
         )
         shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
         return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)
+
+
+def _slope(ratios: Mapping[int, float]) -> float:
+    """Return the slope of log ratio against log k; NaN for fewer than two, or where one is 0."""
+    if len(ratios) < 2 or min(ratios.values()) <= 0:
+        return math.nan
+    return float(np.polyfit(np.log(list(ratios)), np.log(list(ratios.values())), 1)[0])
 
 
 def _named(objective: Objective) -> str:

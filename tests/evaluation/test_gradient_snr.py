@@ -21,7 +21,7 @@ from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.record.summary import table_of
+from iwae_cli.record.summary import decimals, table_of
 
 
 class Known(Objective):
@@ -60,6 +60,28 @@ def test_the_ratio_of_known_gradients() -> None:
     # |g_par| is near |mean| = sqrt(0.35 n), |g_perp| near sqrt(n - 1).
     assert found.directional == pytest.approx(math.sqrt(0.35 * n / (n - 1)), rel=0.05)
     assert found.directional_floor == pytest.approx(0.8 / math.sqrt(n), rel=0.15)
+
+
+@pytest.mark.parametrize("objective", [Known([0.5, 0.3, 0.5, 0.9]), IWAE(4)], ids=["independent", "correlated"])
+def test_the_errors_are_the_spread_over_other_draws(objective: Objective) -> None:
+    model, x = fixture(6, 2, 4)
+    found = [gradient_snr(model, objective, x, draws=40, seed=seed)["generative"] for seed in range(30)]
+    for key in ("per_parameter", "directional"):
+        spread = np.std([getattr(one, key) for one in found], ddof=1)
+        stated = np.sqrt(np.mean([getattr(one, f"{key}_stderr") ** 2 for one in found]))
+        # 30 seeds know the spread within 13%.
+        assert stated == pytest.approx(spread, rel=0.35), key
+
+
+def test_the_error_of_the_slope_is_its_spread_over_other_draws() -> None:
+    slopes, stated = [], []
+    for seed in range(16):
+        chosen = subject(seed=seed)
+        numbers = GradientSNR(ks=[1, 4], draws=30, images=10).estimate(chosen, lambda: None).numbers["gradient_snr"]
+        slopes.append(numbers["generative"]["slope"])
+        stated.append(numbers["generative"]["slope_stderr"])
+    # 16 seeds know the spread within 18%.
+    assert np.sqrt(np.mean(np.square(stated))) == pytest.approx(np.std(slopes, ddof=1), rel=0.45)
 
 
 def test_a_single_ratio_is_debiased() -> None:
@@ -139,10 +161,10 @@ def test_the_same_seed_gives_the_same_and_parameters_stay() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def subject() -> EstimatorInput:
+def subject(**changed: Any) -> EstimatorInput:
     data = LinearGaussian(pixels=3, n_train=50).load()
     model, _ = fixture(3, 2, 1)
-    return EstimatorInput(model.float(), data, evaluation(), IWAE)
+    return EstimatorInput(model.float(), data, evaluation(**changed), IWAE)
 
 
 def test_the_report() -> None:
@@ -163,8 +185,10 @@ def test_the_report() -> None:
     nulls += [f"{name}.slope" for name in ("inference", "generative") if numbers[name]["slope"] is None]
     assert sorted(found.reasons) == sorted(nulls)
     columns, lines = table_of({**found.numbers, "rows": found.rows})
-    assert columns == ["inference", "generative"] and len(lines) == 3 * 3 + 1
-    assert lines["k = 1"][0] == f"{numbers['inference']['1']['per_parameter']:.3f}"
+    assert columns == ["inference", "generative"] and len(lines) == 3 * 5 + 2
+    error = numbers["inference"]["1"]["per_parameter_stderr"]
+    assert lines["  other draws: stderr, k = 1"][0] == f"± {error:.{decimals(error)}f}"
+    assert lines["k = 1"][0] == f"{numbers['inference']['1']['per_parameter']:.{decimals(error)}f}"
     assert (
         found.notes[0] == "of the gradients of IWAE, gradient=total"
         and "60 draws a ratio below 0.103" in found.notes[1]
