@@ -207,17 +207,17 @@ class GradientSNR(Estimator):
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}
         # The cost of a gradient is proportional to its samples.
-        total, done = self.draws * sum(self.ks), 0
+        total, done = self.draws * sum(self.ks) * len(x), 0
         announce(self._plan(len(x)))
-        with Progress("gradients", total=total, unit="sample", images_per_unit=len(x)) as progress:
+        with Progress("gradients", total=total, unit="sample") as progress:
             for k, objective in objectives.items():
                 progress.change(f"gradients, k = {k}", total)
 
                 def on_draw(draw: int, k: int = k, done: int = done) -> None:
-                    progress.update(done + draw * k)
+                    progress.update(done + draw * k * len(x))
 
                 found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=seed, check=check, on_draw=on_draw)
-                done += self.draws * k
+                done += self.draws * k * len(x)
         reasons: dict[str, str] = {}
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         numbers = {name: self._numbers(name, {k: found[k][name] for k in self.ks}, reasons) for name in NETWORKS}
