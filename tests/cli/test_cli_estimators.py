@@ -164,7 +164,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
     assert {r["objective"]["name"] for r in results.values()} == {"iwae"}
     found = [json.dumps(r["gradient_snr"]["inference"]) for r in results.values()]
     assert len(set(found)) == 3
-    assert list(results[own.name]["gradient_snr"]["generative"]) == ["2", "4", "slope"]
+    assert list(results[own.name]["gradient_snr"]["generative"]) == ["2", "4", "slope", "slope_stderr"]
 
 
 def test_a_grid_with_its_picture(
@@ -265,7 +265,7 @@ def test_every_choice_constructs_and_is_in_the_help(run_folder: Path, capsys: py
         # 34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again.
         ((*AIS, *FEW, "estimator.chains=5"), 12 * 38 + 4 * 42, 624),
         (DOUBLED, 3 * (32 + 2 + 4) + 2 * (32 + 2 * 4), 3 * (32 + 2 + 4 + 8) + 2 * (32 + 2 * 8)),
-        ((*SNR[:2], "estimator.draws=9", SNR[3]), 270, 54),
+        ((*SNR[:2], "estimator.draws=9", SNR[3]), 270, 270),
     ],
     ids=["AIS", "doubled temperatures", "gradients"],
 )
