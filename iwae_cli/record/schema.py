@@ -68,6 +68,7 @@ Result = _keys(
         **dict.fromkeys(SPLITS, SPLIT),
         **LISTS,
         **{"figures": list[str], "reasons": Text | None, "seconds": Seconds},
+        **{"seed": int, "trained": str, "init_from": str | None},
         **{"draws": Whole | None, "parameters": Whole, "data_sha256": str, "sources": Text, "versions": Text},
         **dict.fromkeys(("git", "code"), _keys("Commit", commit=str, changed=bool) | None),
         "device": _keys("RanOn", {"kind": str, "name": str | None, "threads": Count}),
@@ -75,7 +76,12 @@ Result = _keys(
     **dict.fromkeys(("identity", "weights"), str),
     **dict.fromkeys(("epochs", "steps"), Whole),
     **dict.fromkeys(("model", "objective"), Named),
-    dataset=_keys("Dataset", {"protocol": str, "image_shape": list[Count]}, name=str, evaluation_sha256=Text),
+    dataset=_keys(
+        "Dataset",
+        {"protocol": str, "image_shape": list[Count], "sizes": dict[str, Count]},
+        name=str,
+        evaluation_sha256=Text,
+    ),
     evaluation=_keys("Evaluated", {"k": Count}, name=str, step=Whole, precision=str),
 )
 """``result.json`` of any estimator; its numbers are those that its ``rows`` name."""
@@ -188,6 +194,12 @@ def _is_class(target: str) -> bool:
 
 def check_same(config: Mapping[str, Any], result: Mapping[str, Any], path: Path) -> None:
     """Raise ``Damaged`` if ``config``, the content of ``path``, is not the configuration of the result beside it."""
+    for key, recorded in (("seed", "seed"), ("train", "trained"), ("init_from", "init_from")):
+        _require_same(path, key, result.get(recorded, config[key]), config[key])
+    if (images := result["dataset"].get("sizes", {}).get("train")) is not None:
+        passes = result["steps"] // -(-images // config["batch_size"])
+        fault = f"batch_size must be one of which {result['steps']:,} steps are {result['epochs']:,} passes, as in "
+        _require(passes == result["epochs"], path, f"{fault}result.json, got {config['batch_size']}")
     for group in ("data", "model", "objective", "optimizer", "schedule"):
         node, target = config[group], config[group]["_target_"]
         module = target.rpartition(".")[0].replace(".", "/")
@@ -196,10 +208,13 @@ def check_same(config: Mapping[str, Any], result: Mapping[str, Any], path: Path)
         ours = module.partition("/")[0] in ("iwae_cli", "torch")
         _require(ours or bool(known), path, f"{group}._target_ must be as result.json was made with, got {target:.60}")
         made = {} if group == "data" else {key: value for key, value in result.get(group, {}).items() if key in node}
-        for key in made.keys() - unused(node):
-            right, wrong = (json.dumps(value, default=str) for value in (made[key], node[key]))
-            same = key == "name" or node[key] == made[key]
-            _require(same, path, f"{group}.{key} must be {right:.60}, as in result.json, got {wrong:.60}")
+        for key in made.keys() - unused(node) - {"name"}:
+            _require_same(path, f"{group}.{key}", made[key], node[key])
+
+
+def _require_same(path: Path, key: str, right: Any, wrong: Any) -> None:
+    words = [f"{json.dumps(value, default=str):.60}" for value in (right, wrong)]
+    _require(right == wrong, path, f"{key} must be {words[0]}, as in result.json, got {words[1]}")
 
 
 def _fault(value: Any, schema: Any) -> tuple[tuple[Any, ...], Any, str] | None:

@@ -242,7 +242,10 @@ CONFIGURED: dict[str, list[Any]] = {
     "model.latent_sizes": [[50], "x"],
     "validation.every": [0],
     "evaluation.images": ["x", 0],
-    "batch_size": [0],
+    "batch_size": [0, 7],
+    "seed": [1, "x"],
+    "train": ["inference"],
+    "init_from": ["another run"],
 }
 
 
