@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from iwae_cli.core.errors import check_range
 from iwae_cli.core.interfaces import Latents, Model, Observation, Particles
 from iwae_cli.core.noise import Noise
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
@@ -48,19 +49,20 @@ class LatentVariableModel(nn.Module):
     def _log_p(self, x: Float[Tensor, "batch pixels"], latents: Latents) -> Float[Tensor, "k batch"]:
         return self.generative(x, latents)
 
-    def forward(
-        self, x: Shaped[Tensor, "batch pixels"], k: int, noise: Noise | None = None
-    ) -> Float[Tensor, "k batch"]:
+    def forward(self, x: Shaped[Tensor, "*n pixels"], k: int, noise: Noise | None = None) -> Float[Tensor, "k batch"]:
         """Return log w of ``k`` draws of h ~ q(h|x), nats.
 
         Args:
-            x: observations, also integers such as those of ``Split.x``.
-            k: draws of each.
+            x: observations, (batch, pixels), also integers such as those of ``Split.x``.
+            k: draws of each, at least 1.
             noise: of the draws; None is ``default_noise``, the same for equal calls.
 
         Raises:
-            ValueError: see ``GenerativeChain.require_observable``.
+            ValueError: another shape, no draw, or see ``GenerativeChain.require_observable``.
         """
+        check_range("k", k, 1)
+        if x.dim() != 2:
+            raise ValueError(f"x must be (batch, pixels), got {tuple(x.shape)}; of one observation x[None]")
         self.generative.require_observable(x)
         return self.draw(x.to(next(self.parameters()).dtype), k, noise).log_w
 

@@ -123,7 +123,9 @@ def test_wrong_observations_are_refused_in_words(tiny_run: Path) -> None:
         for door in doors:
             with pytest.raises(ValueError, match=words):
                 door(x)
-    for wrong in (lambda: opened.log_px(binary, 0), lambda: opened.sample(0)):
+    with pytest.raises(ValueError, match=r"x must be \(batch, pixels\), got \(64,\)"):
+        opened.model(binary[0], 3)
+    for wrong in (lambda: opened.log_px(binary, 0), lambda: opened.sample(0), lambda: opened.model(binary, 0)):
         with pytest.raises(ValueError, match=r"^[kn] must be >= 1, got 0"):
             wrong()
     with pytest.raises(ValueError, match="train, validation, test"):
