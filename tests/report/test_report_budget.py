@@ -17,7 +17,13 @@ def trained(place: Path, objective: str, draws: int | None, gain: float, seed: i
     folder = write(
         place, config(objective=objective, seed=seed, **options), values(85.0), names=("one_layer", objective)
     )
-    change(folder / "result.json", epochs=PASSES, draws=draws, seconds={"train": 40.0, "evaluate": 1.0})
+    change(
+        folder / "result.json",
+        epochs=PASSES,
+        steps=PASSES * 2980,
+        draws=draws,
+        seconds={"train": 40.0, "evaluate": 1.0},
+    )
     rows = [{"step": n, "pass": n, "train/bound": -100.0} for n in range(1, PASSES + 1)]
     rows = [{**row, "validation/bound": -100 + gain * row["pass"]} if row["pass"] % 2 == 0 else row for row in rows]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,14 +89,14 @@ def test_a_curve_that_cannot_be_read_costs_the_comparison_alone(runs: Path, comm
     (broken / "metrics.jsonl").write_text('{"step": 1, "pass": "x"}\n')
     code, out, err = command(runs, "--budget", "evaluations")
     assert (code, err) == (0, "") and "not compared at equal evaluations: " in out and "line 1" in out and "vr" in out
-    change(broken / "result.json", epochs=0)
+    change(broken / "result.json", epochs=0, steps=0)
     assert "not recorded of 1 of 4 runs" in command(runs, "--budget", "evaluations")[1]
 
 
 def test_a_validation_at_the_budget_itself_is_reached(tmp_path: Path, command: Command) -> None:
     """48 passes in 911.2748 s, validated every 6: an eighth of the product is below the sixth of its parts."""
     folder = trained(tmp_path, "iwae", 10_000, 1.0)
-    change(folder / "result.json", epochs=48, seconds={"train": 911.2748, "evaluate": 1.0})
+    change(folder / "result.json", epochs=48, steps=48 * 2980, seconds={"train": 911.2748, "evaluate": 1.0})
     rows = [{"step": n, "pass": n, "validation/bound": -100.0 + n} for n in range(6, 49, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (table,) = json.loads(command(tmp_path, "--budget", "seconds", "--format", "json")[1])["tables"]

@@ -105,6 +105,7 @@ def write(
     targets = [settings[group]["_target_"] for group in ("data", "model", "objective", "optimizer", "schedule")]
     outside = [t.rpartition(".")[0].replace(".", "/") for t in targets if not t.startswith(("iwae_cli.", "torch."))]
     n, nll = len(log_px), -float(np.mean(log_px))
+    steps = 3280 * -(-59600 // settings["batch_size"])
     facts = {key: asked[key] for key in ("seed", "binarization_seed", "k")} | {
         "precision": settings["device"]["precision"]
     }
@@ -147,7 +148,7 @@ def write(
         **{"trained": settings["train"], "init_from": settings["init_from"]},
         **{
             "epochs": 3280,
-            "steps": 100,
+            "steps": steps,
             "draws": 1_000_000,
             "parameters": 1,
             "versions": {},
@@ -157,12 +158,12 @@ def write(
             "sources": {f"{module}.py": "0" * 16 for module in outside},
             "data_sha256": "0" * 64,
         },
-        "evaluation": {"name": evaluation, "step": 100, **facts},
+        "evaluation": {"name": evaluation, "step": steps, **facts},
         **{"test": split, "active_units": units, "active_units_authors_rule": units},
         **{"rows": [], "notes": [], "arrays": sorted(held), "reasons": reasons},
         "seconds": {"train": 1.0, "evaluate": 1.0},
     }
-    status = {"status": "finished", "step": 100, "pid": 1, "host": "elsewhere", "error": None}
+    status = {"status": "finished", "step": steps, "pid": 1, "host": "elsewhere", "error": None}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "status.json").write_text(json.dumps(status))
@@ -181,12 +182,15 @@ def evaluate(folder: Path, settings: dict[str, Any], log_px: np.ndarray, name: s
     (folder.parent / f"{name} of {folder.name}").rmdir()
 
 
-def write_estimate(folder: Path, name: str, numbers: dict[str, Any], rows: list[list[str]], steps: int = 100) -> None:
+def write_estimate(
+    folder: Path, name: str, numbers: dict[str, Any], rows: list[list[str]], steps: int | None = None
+) -> None:
     """Write the evaluation of a run by another estimator than L_k."""
     place = folder / "evaluations" / f"{name}-last-01234567"
     place.mkdir(parents=True)
     top = json.loads((folder / "result.json").read_text())
     facts = {key: value for key, value in top.items() if key not in ("test", "active_units", "arrays")}
+    steps = top["steps"] if steps is None else steps
     evaluation = {"name": place.name, "step": steps, "precision": "float32"}
     facts |= {"steps": steps, "evaluation": evaluation, "estimator": {"name": name}}
     (place / "result.json").write_text(json.dumps({**facts, **numbers, "rows": rows}))
