@@ -202,7 +202,7 @@ class Table:
     def _nll_text(self, cell: Cell) -> str:
         if cell.stderr is None and not self.columns:  # the error over images stands beside it
             return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
-        return measured(cell.nll, cell.stderr)
+        return measured(cell.nll, cell.mean("stderr_images") if self._seeds == {1} else cell.stderr)
 
     @property
     def fields(self) -> list[Field]:
@@ -270,7 +270,8 @@ class Table:
             f"{n:,} images" + (f" of {name}" * (len(self.images) > 1)) for name, n in self.images.items()
         )
         errors = "mean and standard error over" + (f" {min(seeds)} seeds" if len(seeds) == 1 else " seeds")
-        errors = "one seed each" if seeds == {1} else errors
+        if seeds == {1}:
+            errors = "one seed each" + f", {PLUS_MINUS} over images" * bool(self.columns)
         notes = [f"NLL_{self.k} in nats on {self.split} ({images}), lower is better; {self.weights} weights; {errors}"]
         notes += _published_notes([cell for cell in self.cells if cell.published is not None])
         if self._gaps:
