@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from report_runs import change, config, values, write
 
 import iwae_cli.cli.compose  # noqa: F401  it registers what the yaml files refer to
 from iwae_cli.core.errors import UserError
+from iwae_cli.record.summary import measured
 from iwae_cli.report.cells import Table, tables
 from iwae_cli.report.published import TABLE
 from iwae_cli.report.reader import read
@@ -38,6 +40,21 @@ def test_mean_and_standard_error_over_seeds(tmp_path: Path) -> None:
     assert cell.stderr == pytest.approx((0.126667 / 2 / 3) ** 0.5, abs=1e-6)
     assert cell.units == (25.0,)
     assert cell.bounds == pytest.approx({1: -cell.nll - 3, 50: -cell.nll - 0.5, 5000: -cell.nll})
+
+
+def test_one_seed_each_has_its_error_over_images(tmp_path: Path) -> None:
+    """As soon as a cell has several seeds, errors are over these, and a lone seed has none."""
+    log_px = values(85.0)
+    write(tmp_path, config(), log_px)
+    write(tmp_path, config(objective="elbo"), values(86.0), names=("one_layer", "elbo"))
+    error = float(np.std(log_px, ddof=1)) / len(log_px) ** 0.5
+    made = table(tmp_path)
+    assert made.body[0][-len(made.fields)] == measured(85.0, error)
+    assert "one seed each, ± over images" in made.notes_below[0]
+    write(tmp_path, config(objective="elbo", seed=1), values(86.4), names=("one_layer", "elbo"))
+    made = table(tmp_path)
+    texts = [made.fields[0].text(cell) for cell in made.cells]
+    assert texts == ["86.20 ± 0.20", "85.00"] and "± over images" not in made.notes_below[0]
 
 
 def test_active_units_of_all_and_a_note_where_q_has_collapsed(tmp_path: Path) -> None:
