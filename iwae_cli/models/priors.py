@@ -13,6 +13,8 @@ from iwae_cli.core.noise import Noise
 from iwae_cli.models.conditionals import Bits, Conditional, DiagonalGaussian, Draws, Given, OneHot
 from iwae_cli.models.networks import gaussian_mixture_log_prob, standard_normal_log_prob
 
+INSIDE = 0.05
+"""Least distance from 0 and 1 of the pixels of a VampPrior at the start, before noise of a fifth of it."""
 MOST_AT_ONCE = 1 << 22
 """Numbers that the density of a mixture of many components takes at once in an evaluation."""
 
@@ -86,7 +88,8 @@ class VampPrior(MixturePrior):
     """1/K sum_j q(h|u_j) with K learned images u_j (Tomczak and Welling 2018, arXiv 1705.07120).
 
     It shares the parameters of q, so that one loss must train both networks. The images are clamped to [0, 1], the
-    range of pixels that q is given where they are integers, and begin at the mean image with a little noise.
+    range of pixels that q is given where they are integers, and begin with a little noise at the mean image, ``INSIDE``
+    of that range: a clamped pixel has no gradient, and would never change.
 
     Args:
         q: q(h|x), a diagonal Gaussian.
@@ -97,12 +100,12 @@ class VampPrior(MixturePrior):
     def __init__(self, q: DiagonalGaussian, mean: Float[Tensor, " pixels"], components: int) -> None:
         Conditional.__init__(self)
         self.q = q
-        self.images = nn.Parameter(mean.expand(components, -1).clone())
+        self.images = nn.Parameter(mean.clamp(INSIDE, 1 - INSIDE).repeat(components, 1))
 
     def initialize(self, generator: torch.Generator) -> None:
         """Add noise to the images: components that begin equal would stay equal."""
         with torch.no_grad():
-            self.images.add_(torch.randn(self.images.shape, generator=generator), alpha=0.01)
+            self.images.add_(torch.randn(self.images.shape, generator=generator), alpha=INSIDE / 5)
 
     def forward(self) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"], Float[Tensor, " s"]]:
         """Return locations and log-scales of q given the images, and equal log-weights."""

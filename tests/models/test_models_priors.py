@@ -206,3 +206,15 @@ def test_a_shared_parameter_is_trained_by_the_derivative_of_the_bound() -> None:
             weight[0, 0] -= sign * 1e-5
     assert weight.grad is not None
     assert -weight.grad[0, 0].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+def test_every_pixel_of_the_images_of_a_vampprior_is_trained_from_the_start() -> None:
+    """Where an image is outside of [0, 1], its gradient is 0 and no optimizer moves it."""
+    mean = np.linspace(0, 1, 50)
+    model = GaussianMLP([2], [[6]], prior="vamp", prior_components=40).build((50,), mean, torch.Generator())
+    images = model.generative.prior.get_parameter("images")
+    assert (images > 0).all() and (images < 1).all()
+    assert (images.mean(0) - torch.from_numpy(mean)).abs().max() < 0.06 and images.var(0).min() > 0
+    x = torch.bernoulli(torch.from_numpy(mean).float().expand(8, -1), generator=torch.Generator().manual_seed(0))
+    (-model(x, 5).mean()).backward()
+    assert images.grad is not None and (images.grad != 0).all()
