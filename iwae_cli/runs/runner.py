@@ -130,6 +130,12 @@ class Runner:
             self._resume()
         for caveat in experiment.objective.caveats:
             log.warning(caveat)
+        warmup, passes = experiment.training.kl_warmup, experiment.schedule.passes
+        if warmup > passes:
+            log.warning(
+                "the KL term never has its whole weight: training.kl_warmup=%d is longer than schedule.passes=%d",
+                *(warmup, passes),
+            )
         # A finished run that is evaluated in another way stays what it is until the new result is there.
         finished_before = self.state.step == self.trainer.total_steps and folder.result() is not None
         if not finished_before:
@@ -286,7 +292,7 @@ class Runner:
         """Record one pass."""
         self.logger.log(step, metrics)
         if self.progress is not None:
-            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"])
+            self.progress.update(metrics["pass"] or 0, bound=metrics["train/bound"] if _is_bound(metrics) else None)
             self._forecast(self.progress)
 
     def _forecast(self, shown: progress.Progress) -> None:
@@ -334,14 +340,15 @@ class Runner:
         from iwae_cli.record.figures import plot_run
 
         experiment = self.experiment
-        shown = {
-            f"training, {experiment.names['objective']} k = {experiment.objective.num_samples}": "train/bound",
-            f"validation, $L_{{{experiment.validation.k}}}$": "validation/bound",
-        }
         history, per_pass = read_history(self.folder.path), self.trainer.steps_per_pass
+        training = f"training, {experiment.names['objective']} k = {experiment.objective.num_samples}"
+        shown = (
+            (training, "train/bound", [(step, row) for step, row in history if _is_bound(row)]),
+            (f"validation, $L_{{{experiment.validation.k}}}$", "validation/bound", history),
+        )
         curves = {
-            name: [(step / per_pass, bound) for step, row in history if (bound := row.get(key)) is not None]
-            for name, key in shown.items()
+            name: [(step / per_pass, bound) for step, row in rows if (bound := row.get(key)) is not None]
+            for name, key, rows in shown
         }
         results = {split: result[split] for split in summary.SPLITS if split in result}
         with np.load(self.folder.path / "log_likelihood.npz") as arrays:
@@ -384,6 +391,11 @@ class Runner:
         with suppress(OSError):
             self.logger.close(status)
         return failure
+
+
+def _is_bound(metrics: Mapping[str, float | None]) -> bool:
+    """Return whether ``train/bound`` of a pass is a bound: with a smaller weight of the KL term it is none."""
+    return metrics.get("train/kl_weight", 1) == 1
 
 
 def _run_info(

@@ -110,6 +110,14 @@ def test_settings_out_of_range_are_named(settings: dict[str, float], message: st
     assert str(caught.value) == message
 
 
+def test_a_warmup_beyond_the_training_is_said_and_its_bound_is_not_shown_as_one(tmp_path: Path) -> None:
+    code, _, err = run(*TINY, "training.kl_warmup=5", f"output_dir={tmp_path}")
+    assert code == 0
+    assert "never has its whole weight: training.kl_warmup=5 is longer than schedule.passes=2" in err
+    (line,) = [line for line in err.splitlines() if line.startswith("training  pass")]
+    assert "nats" not in line
+
+
 def test_a_run_with_every_protocol(tmp_path: Path) -> None:
     """Its own folder, a weight of the KL in every row, an early end, the best averaged weights, and one answer."""
     asked = (
