@@ -6,6 +6,7 @@ Data sets that need files get small ones, written here in their layout.
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import struct
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from iwae_cli.data.base import SPLITS
 from iwae_cli.data.mnist import KMNIST, MNIST, FashionMNIST
 from iwae_cli.data.mnist_fixed import Amat, FixedMNIST
 from iwae_cli.data.omniglot import Omniglot
+from iwae_cli.report.reader import flatten
 from iwae_cli.runs.runner import Runner
 
 CHOICES = choices([conf_folder()])
@@ -132,6 +134,36 @@ def test_a_preset_takes_a_step(name: str, files: Path) -> None:
     # The small files have 460 images for training and validation.
     few = ["data.validation=60"] if name == "vampprior" else []
     one_step(f"experiment={name}", "logger=disabled", *few)
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        (  # Tomczak and Welling 2018, section 4.1, and the settings of their code
+            "vampprior",
+            {
+                **{"data.validation": 10_000, "batch_size": 100, "model.latent_sizes": [40], "optimizer.lr": 5e-4},
+                **{"model.hidden_sizes": [[300, 300]], "model.activation": "gated", "model.prior": "vamp"},
+                **{"model.prior_components": 500, "training.kl_warmup": 100, "schedule.patience": 50},
+                "objective._target_": "iwae_cli.objectives.elbo.ELBO",
+            },
+        ),
+        (  # van den Berg et al. 2018, section 6.1, and the settings of their code
+            "sylvester",
+            {
+                **{"batch_size": 100, "model.latent_sizes": [64], "optimizer.lr": 5e-4, "optimizer.eps": 1e-7},
+                **{"optimizer._target_": "torch.optim.Adamax", "model.activation": "gated"},
+                **{"training.kl_warmup": 100, "schedule.patience": 100},
+                "objective._target_": "iwae_cli.objectives.elbo.ELBO",
+            },
+        ),
+    ],
+)
+def test_a_preset_has_the_published_settings(preset: str, published: dict[str, Any]) -> None:
+    keys = flatten(plan([f"experiment={preset}"], False, None).jobs[0].config)
+    assert {key: keys[key] for key in published} == {
+        key: json.dumps(value) if isinstance(value, list) else value for key, value in published.items()
+    }
 
 
 def test_the_smoke_run_is_one_for_a_ci(tmp_path: Path) -> None:
