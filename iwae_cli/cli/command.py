@@ -12,7 +12,7 @@ from iwae_cli.cli.stdio import exit_code, forgiving
 from iwae_cli.config.guesses import nearest, question
 from iwae_cli.core.errors import Interrupted, UserError, clip, hide_nothing, one_line
 from iwae_cli.core.files import here
-from iwae_cli.sweeps.sweep import Stopped
+from iwae_cli.sweeps.records import Stopped
 
 
 def answer(program: str, work: Callable[[], bool]) -> int:

@@ -19,10 +19,11 @@ from iwae_cli.core.files import RunLock
 from iwae_cli.core.signals import Signals
 from iwae_cli.data.base import Data
 from iwae_cli.objectives.base import Objective
-from iwae_cli.record.identity import is_ours
+from iwae_cli.record.identity import evaluation_name, is_ours
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.runs.extend import extend
 from iwae_cli.runs.runner import Runner, logging_to
+from iwae_cli.sweeps.records import Attempt, Status
 from iwae_cli.training import checkpoint
 from iwae_cli.training.ensemble import Member, train_ensemble
 from iwae_cli.training.settings import PLAIN
@@ -32,9 +33,6 @@ from iwae_cli.training.steps.plain import PlainStep
 
 AT_ONCE = 16
 """Most runs that train at once; all their tensors are in memory."""
-
-DONE = -1
-"""Stands for the step of a run that is trained."""
 
 log = logging.getLogger("iwae_cli")
 
@@ -62,21 +60,13 @@ def batches(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
 
 
 def train_together(
-    experiments: Sequence[Experiment],
-    begins: Callable[[Experiment], None],
-    failed: Callable[[Experiment, BaseException], None],
-    stop_on_error: bool,
+    experiments: Sequence[Experiment], attempt_of: Callable[[Experiment], Attempt], stop_on_error: bool
 ) -> bool:
     """Train one of the ``batches`` to the end of the schedule; return whether any run failed.
 
     Runs that are trained already or that another process holds are left out. Runs at different steps, after a kill
-    between two checkpoints, train in several groups.
-
-    Args:
-        experiments: checked.
-        begins: called for every run that trains.
-        failed: called for every run that fails, after its folder says so.
-        stop_on_error: whether the others then stop; their states are saved.
+    between two checkpoints, train in several groups. Where a run fails, the others stop if ``stop_on_error``; their
+    states are saved.
 
     Raises:
         Interrupted: by a signal; all states are saved.
@@ -85,24 +75,27 @@ def train_together(
     any_failed = False
     with ExitStack() as stack:
         caught = stack.enter_context(signals.caught())
-        standing: dict[tuple[int, bool], list[Experiment]] = defaultdict(list)
+        groups: dict[tuple[int, bool], list[Experiment]] = defaultdict(list)
         with suppress(UserError):
             data = experiments[0].load()
             model = experiments[0].model.outline(data.image_shape, data.levels)
             for experiment in experiments if all_ours(model, experiments[0].objective) else ():
                 caught.check()
                 with suppress(UserError, OSError):
-                    standing[_standing(experiment, data, stack)].append(experiment)
+                    if (standing := _standing(experiment, data, stack)) is not None:
+                        groups[standing].append(experiment)
         caught.check()
-        for (step, _), members in standing.items():
-            if step != DONE and len(members) > 1 and not (any_failed and stop_on_error):
+        for members in groups.values():
+            if len(members) > 1 and not (any_failed and stop_on_error):
                 ready = [member for member in members if _is_ready(member, stack)]
-                any_failed |= _train(_begun(ready, data, caught), caught, begins, failed, stop_on_error)
+                if runners := _begun(ready, data, caught):
+                    attempts = [attempt_of(runner.experiment) for runner in runners]
+                    any_failed |= _train(runners, attempts, stop_on_error)
     return any_failed
 
 
-def _standing(experiment: Experiment, data: Data, stack: ExitStack) -> tuple[int, bool]:
-    """Lock a run; return its step, ``DONE`` if it is trained, and whether its steps were compiled."""
+def _standing(experiment: Experiment, data: Data, stack: ExitStack) -> tuple[int, bool] | None:
+    """Lock a run; return its step, and whether its steps were compiled; None if it is trained."""
     folder = experiment.folder()
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(RunLock(folder.path))
@@ -111,9 +104,9 @@ def _standing(experiment: Experiment, data: Data, stack: ExitStack) -> tuple[int
     extend(experiment, data, folder)
     if not checkpoint.exists(folder.checkpoint):
         # A finished run that has lost its checkpoint still has a result.
-        return DONE if folder.result() is not None else 0, False
+        return None if folder.result() is not None else (0, False)
     state = checkpoint.load(folder.checkpoint, folder.identity)
-    return state.step if state.step < state.total_steps else DONE, bool(state.compiled)
+    return (state.step, bool(state.compiled)) if state.step < state.total_steps else None
 
 
 def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
@@ -127,37 +120,6 @@ def _is_ready(experiment: Experiment, stack: ExitStack) -> bool:
         except (UserError, OSError):
             return False
     return True
-
-
-def _train(
-    runners: Sequence[Runner],
-    caught: Signals,
-    begins: Callable[[Experiment], None],
-    failed: Callable[[Experiment, BaseException], None],
-    stop_on_error: bool,
-) -> bool:
-    """``train_together`` for runs that stand at the same step."""
-    if not runners:
-        return False
-    for runner in runners:
-        begins(runner.experiment)
-    failures, saved = _trained(runners, failed, stop_on_error)
-    for number, runner in enumerate(runners):
-        if number in failures:
-            continue
-        if runner.trainer.is_done:
-            why = "trained; evaluated after all have trained"
-        elif caught.number is not None:
-            why = str(Interrupted(caught.number))
-        else:
-            why = "stopped, since another run failed" if failures and stop_on_error else "continues alone"
-        with suppress(OSError), logging_to(runner.folder):
-            log.info("at step %d after %.1f s of training: %s", runner.state.step, runner.state.seconds, why)
-            if saved:
-                runner.folder.set_status("interrupted", runner.state.step, why)
-            runner.logger.close("interrupted")
-    caught.check()
-    return bool(failures)
 
 
 def _begun(members: Sequence[Experiment], data: Data, caught: Signals) -> list[Runner]:
@@ -189,25 +151,45 @@ def _machine_code(runner: Runner) -> bool:
     )
 
 
-def _members(runners: Sequence[Runner]) -> list[Member]:
-    """Return the trainings of the runners; those with equal settings share one objective, and so its calls."""
-    shared: dict[str, Objective] = {}
-    members = []
-    for runner in runners:
-        named = json.dumps(runner.experiment.config["objective"], sort_keys=True)
-        objective = shared.setdefault(named, runner.experiment.objective)
-        members.append(Member(runner.trainer, PlainStep(runner.model, objective, runner.trainer.optimizer)))
-    return members
+def _train(runners: Sequence[Runner], attempts: Sequence[Attempt], stop_on_error: bool) -> bool:
+    """Train runs that stand at the same step, with the records of their jobs; return whether any failed."""
+    for runner, attempt in zip(runners, attempts, strict=True):
+        attempt.begins(runner.folder.path, evaluation_name(runner.experiment.config))
+    left = dict(enumerate(attempts))
+    ended: Status = "interrupted"
+    error: Interrupted | None = None
+    caught = runners[0].signals
+    try:
+        saved = _trained(runners, left, stop_on_error)
+        any_failed = len(left) < len(runners)
+        stopped = any_failed and stop_on_error
+        for runner in [runners[number] for number in left]:
+            if runner.trainer.is_done:
+                why = "trained; evaluated after all have trained"
+            elif caught.number is not None:
+                why = str(Interrupted(caught.number))
+            else:
+                why = "stopped, since another run failed" if stopped else "continues alone"
+            with suppress(OSError), logging_to(runner.folder):
+                log.info("at step %d after %.1f s of training: %s", runner.state.step, runner.state.seconds, why)
+                if saved:
+                    runner.folder.set_status("interrupted", runner.state.step, why)
+                runner.logger.close("interrupted")
+        caught.check()
+        ended = "interrupted" if stopped else "pending"
+        return any_failed
+    except Interrupted as signalled:
+        error = signalled
+        raise
+    finally:
+        for attempt in left.values():
+            attempt.ends(ended, error)
 
 
-def _trained(
-    runners: Sequence[Runner], report: Callable[[Experiment, BaseException], None], stop_on_error: bool
-) -> tuple[set[int], bool]:
-    """Train; return the numbers of the runners that failed, and whether the states of the others are saved."""
-    failures: set[int] = set()
+def _trained(runners: Sequence[Runner], left: dict[int, Attempt], stop_on_error: bool) -> bool:
+    """Train; remove from ``left`` the runs that fail; return whether the states of the others are saved."""
 
     def failed(number: int, error: RunFailed | OSError) -> None:
-        failures.add(number)
         runner = runners[number]
         with ExitStack() as stack:
             with suppress(OSError):
@@ -215,7 +197,7 @@ def _trained(
                 runner.logger.close("failed")
                 # The run ends here, so all loggers record it.
                 runner.open()
-            report(runner.experiment, runner.ended(error))
+            left.pop(number).ends("failed", runner.ended(error))
 
     trainer, state = runners[0].trainer, runners[0].state
     progress.announce(f"{len(runners)} runs at once, each {runners[0].plan()}")
@@ -234,5 +216,16 @@ def _trained(
             # Ctrl-C also ends the compiler.
             if runners[0].signals.number is None:
                 progress.announce(f"these runs train one after the other from here on: {error}")
-            return failures, isinstance(error, CannotCompileError)
-    return failures, True
+            return isinstance(error, CannotCompileError)
+    return True
+
+
+def _members(runners: Sequence[Runner]) -> list[Member]:
+    """Return the trainings of the runners; those with equal settings share one objective, and so its calls."""
+    shared: dict[str, Objective] = {}
+    members = []
+    for runner in runners:
+        named = json.dumps(runner.experiment.config["objective"], sort_keys=True)
+        objective = shared.setdefault(named, runner.experiment.objective)
+        members.append(Member(runner.trainer, PlainStep(runner.model, objective, runner.trainer.optimizer)))
+    return members

@@ -7,16 +7,19 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iwae_cli.config.build import BASES, call, check_arguments, construct
 from iwae_cli.core.errors import Interrupted, RunLocked, UserError, one_line
+from iwae_cli.core.files import absolute
 from iwae_cli.core.progress import announce, labelled
-from iwae_cli.sweeps.launchers import BATCHED, adapter, request_requeue
-from iwae_cli.sweeps.sweep import Attempt, Planned, Stopped, Sweep, SweepFolder, job_name
+from iwae_cli.record.identity import evaluation_name
+from iwae_cli.sweeps.launchers import BATCHED, adapter
+from iwae_cli.sweeps.records import Attempt, Planned, Stopped, SweepFolder, job_name
+from iwae_cli.sweeps.sweep import Sweep
 
 if TYPE_CHECKING:
     from iwae_cli.data.base import Data
@@ -45,8 +48,8 @@ class Job:
 
     def sent(self) -> dict[str, Any]:
         """Return what is sent to the process that runs the job, without values of loggers from the environment."""
-        config = self.config if self.logger is None else {k: v for k, v in self.config.items() if k != "logger"}
-        return {"config": config, "names": self.names, "overrides": self.overrides, "logger": self.logger}
+        config = {key: value for key, value in self.config.items() if key != "logger" or self.logger is None}
+        return asdict(replace(self, config=config))
 
     def experiment(self, group: str | None = None) -> Experiment:
         """Return the experiment, all its objects built and checked; ``group`` is the name of its sweep.
@@ -124,46 +127,16 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
     """
     global _sweep
     from iwae_cli.evaluation.workers import available_cores
-    from iwae_cli.record.identity import evaluation_name
 
     name = str(plan.choices["hydra/launcher"])
     launcher = adapter(name)
     if name == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
-    planned: list[Planned] = []
-    jobs: list[Job] = []
-    together = []
-    loaded: dict[str, Data] = {}
-    checked: set[str] = set()
-    places: set[tuple[Path, str]] = set()
-    for job in plan.jobs:
-        experiment = job.experiment(plan.name)
-        experiment.check()
-        evaluation = evaluation_name(job.config)
-        one = Planned(job.overrides, experiment.folder().path, evaluation, experiment.restart)
-        if (one.folder, evaluation) in places:
-            continue  # the same in other words
-        places.add((one.folder, evaluation))
-        planned.append(one)
-        jobs.append(job)
-        # Only these are kept: a large sweep would hold every job's objects.
-        together += [experiment] if name == BATCHED else []
-        kept = one.folder / "evaluations" / evaluation / "result.json"
-        if not launcher.elsewhere and (experiment.restart or not kept.is_file()):
-            # What load refuses is said once, before job 0; a finished job needs no data.
-            nodes = [job.config[key] for key in ("data", "model", "objective", "evaluation", "train", "init_from")]
-            data, parts = (json.dumps(value, sort_keys=True) for value in (nodes[0], nodes))
-            if data not in loaded:
-                loaded[data] = experiment.data.load()
-            if parts not in checked:
-                experiment.check_with(loaded[data])
-                checked.add(parts)
-    loaded.clear()
+    checked = _checked(plan, launcher.elsewhere)
+    jobs, planned = [job for job, _ in checked], [one for _, one in checked]
     if twins := len(plan.jobs) - len(jobs):
         announce(f"{twins} of {len(plan.jobs)} jobs ask{'s' * (twins == 1)} for the training of another: it runs once")
-    if not plan.is_grid and "validation" not in experiment.evaluation.splits:
-        raise UserError("a search minimizes the NLL of the validation split: evaluation.splits must hold validation")
-    path = Path(experiment.output_dir) / "sweeps" / plan.name
+    path = Path(absolute(jobs[-1].config["output_dir"], "output_dir")) / "sweeps" / plan.name
     at_once = len(planned) if plan.is_grid else plan.sweeper.get("n_jobs")
     facts = {
         "command": command,
@@ -173,9 +146,12 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
         "varied": [*plan.varied, *(plan.sweeper.get("params") or ())],
         "workers": launcher.workers(plan.launcher, at_once, available_cores()),
     }
+    launcher.start(plan.launcher)
+    sweep = _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
 
     def work() -> None:
-        _train_together(together, SweepFolder(path), plan.stop_on_error)
+        if name == BATCHED:
+            _train_together(jobs, sweep)
         left: dict[str, str | int] = {}
         if str(plan.sweeper["_target_"]).endswith(".OptunaSweeper"):
             from iwae_cli.sweeps.optuna import remaining
@@ -183,12 +159,42 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
             left = remaining(plan.sweeper, path)
         engine(plan, path, jobs, left)
 
-    launcher.start(plan.launcher)
-    _sweep = Sweep(path, planned if plan.is_grid else None, facts, plan.stop_on_error)
     try:
-        _sweep.run(work)
+        sweep.run(work)
     finally:
         _sweep = None
+
+
+def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
+    """Return the jobs, each training and evaluation once; their data are read unless they run ``elsewhere``."""
+    found: dict[tuple[Path, str], tuple[Job, Planned]] = {}
+    loaded: dict[str, Data] = {}
+    seen: set[str] = set()
+    for job in plan.jobs:
+        experiment = job.experiment(plan.name)
+        experiment.check()
+        one = Planned(job.overrides, experiment.folder().path, evaluation_name(job.config), experiment.restart)
+        if not plan.is_grid and "validation" not in experiment.evaluation.splits:
+            raise UserError(
+                "a search minimizes the NLL of the validation split: evaluation.splits must hold validation"
+            )
+        if (one.folder, one.evaluation) in found:
+            continue  # the same in other words
+        found[one.folder, one.evaluation] = job, one
+        kept = one.folder / "evaluations" / one.evaluation / "result.json"
+        if elsewhere or (kept.is_file() and not experiment.restart):
+            continue  # a finished job needs no data
+        # What load refuses is said once, before job 0.
+        data, *others = (
+            json.dumps(job.config[key], sort_keys=True)
+            for key in ("data", "model", "objective", "evaluation", "train", "init_from")
+        )
+        if data not in loaded:
+            loaded[data] = experiment.data.load()
+        if str([data, *others]) not in seen:
+            experiment.check_with(loaded[data])
+            seen.add(str([data, *others]))
+    return list(found.values())
 
 
 def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:
@@ -220,10 +226,12 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
         attempt.ends("interrupted", error)
         if _sweep is not None:
             raise Stopped(128 + received) from None
-        request_requeue(adapter(launcher), received)
+        if received == adapter(launcher).preemption():
+            # The state is saved: the engine's own handler may queue the job again.
+            signal.raise_signal(received)
         return None
     except Exception as error:
-        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
+        attempt.ends("failed", error)
         if _sweep is not None:
             _sweep.failed_here()
         return None
@@ -238,7 +246,6 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
 
 
 def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
-    from iwae_cli.record.identity import evaluation_name
     from iwae_cli.runs.runner import run
 
     if job.config["restart"] and attempt.before in ("running", "pending"):
@@ -249,7 +256,7 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
         experiment.device.assign_gpu(number)
     if experiment.evaluation.workers is None:
         experiment.evaluation.workers = folder.read().get("workers")
-    attempt.is_run(experiment.folder().path, evaluation_name(job.config))
+    attempt.begins(experiment.folder().path, evaluation_name(job.config))
     waiting = False
     while True:
         try:
@@ -262,36 +269,19 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
             time.sleep(LOCKED_SECONDS)
 
 
-def _train_together(experiments: Sequence[Experiment], folder: SweepFolder, stop_on_error: bool) -> None:
+def _train_together(jobs: list[Job], sweep: Sweep) -> None:
     """Train the jobs that can be one program; what is left of each is done when its turn comes."""
-    if not experiments:
-        return
-    from iwae_cli.record.identity import evaluation_name
     from iwae_cli.sweeps.ensemble import batches, train_together
 
-    numbers = {id(experiment): number for number, experiment in enumerate(experiments)}
-    attempts: dict[int, Attempt] = {}
+    overrides = [job.overrides for job in jobs]
 
-    def begins(experiment: Experiment) -> None:
-        number = numbers[id(experiment)]
-        attempts[number] = Attempt(folder, number, experiment.overrides)
-        attempts[number].is_run(experiment.folder().path, evaluation_name(experiment.config))
+    def attempt_of(experiment: Experiment) -> Attempt:
+        return Attempt(sweep.folder, overrides.index(experiment.overrides), experiment.overrides)
 
-    def failed(experiment: Experiment, error: BaseException) -> None:
-        attempt = attempts.pop(numbers[id(experiment)])
-        attempt.ends("failed", error, with_trace=not isinstance(error, UserError))
-
-    for batch in batches(experiments):
+    for batch in batches([job.experiment(sweep.folder.path.name) for job in jobs]):
         try:
-            any_failed = train_together(batch, begins, failed, stop_on_error)
-            for attempt in attempts.values():
-                attempt.ends("interrupted" if any_failed and stop_on_error else "pending")
-        except BaseException as error:
-            for attempt in attempts.values():
-                attempt.ends("interrupted", error if isinstance(error, Interrupted) else None)
-            if isinstance(error, Interrupted):
-                raise Stopped(error.exit_code) from None
-            raise
-        attempts.clear()
-        if any_failed and _sweep is not None:
-            _sweep.failed_here()
+            any_failed = train_together(batch, attempt_of, sweep.stop_on_error)
+        except Interrupted as error:
+            raise Stopped(error.exit_code) from None
+        if any_failed:
+            sweep.failed_here()

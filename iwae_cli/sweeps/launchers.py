@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ BATCHED = "batched"
 
 
 class Launcher:
-    """Jobs one after the other in this process, or on machines of their own.
+    """Jobs one after the other in this process.
 
     Attributes:
         extra: extra of this package that installs the engine; None where it needs none.
@@ -43,11 +42,10 @@ class Launcher:
         return None
 
 
-class Joblib(Launcher):
+class _Joblib(Launcher):
     """Processes of this machine."""
 
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
-        """See ``Launcher``."""
         from joblib import effective_n_jobs
 
         try:
@@ -57,35 +55,33 @@ class Joblib(Launcher):
         return max(1, cores // min(parallel, jobs or parallel))
 
 
-class Submitit(Launcher):
+class _Submitit(Launcher):
     """SLURM, which gives every job cores of its own."""
 
     extra = "slurm"
     elsewhere = True
 
     def preemption(self) -> int | None:
-        """See ``Launcher``."""
         return signals.preemption()
 
 
-class SubmititLocal(Submitit):
+class _SubmititLocal(_Submitit):
     """Submitit's processes of this machine, all jobs at once."""
 
     elsewhere = False
 
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
-        """See ``Launcher``."""
         return max(1, cores // (jobs or 1))
 
 
-class Ray(Launcher):
+class _Ray(Launcher):
     """Ray, which gives every job the cores it asks for, perhaps on other machines."""
 
     extra = "ray"
     elsewhere = True
 
     def start(self, node: Mapping[str, Any]) -> None:
-        """Start Ray before the sweep sets its signal handlers: Ray installs one for SIGTERM."""
+        # Before the sweep sets its signal handlers: Ray installs one for SIGTERM.
         import ray
 
         init = node["ray"]["init"]
@@ -95,18 +91,15 @@ class Ray(Launcher):
         ray.init(**init)
 
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
-        """See ``Launcher``."""
         return max(1, int((node["ray"].get("remote") or {}).get("num_cpus") or 1))
 
 
 LAUNCHERS: Mapping[str, Launcher] = {
-    "basic": Launcher(),
-    BATCHED: Launcher(),
-    "joblib": Joblib(),
-    "ray": Ray(),
-    "ray_aws": Ray(),
-    "submitit_local": SubmititLocal(),
-    "submitit_slurm": Submitit(),
+    "joblib": _Joblib(),
+    "ray": _Ray(),
+    "ray_aws": _Ray(),
+    "submitit_local": _SubmititLocal(),
+    "submitit_slurm": _Submitit(),
 }
 """Choice of ``hydra/launcher`` -> adapter; an engine that is not listed runs its jobs as ``Launcher`` says."""
 
@@ -114,9 +107,3 @@ LAUNCHERS: Mapping[str, Launcher] = {
 def adapter(name: str) -> Launcher:
     """Return the adapter of a choice of ``hydra/launcher``."""
     return LAUNCHERS.get(name, Launcher())
-
-
-def request_requeue(launcher: Launcher, number: int) -> None:
-    """Raise the engine's own preemption signal again if that is ``number``: the state is saved, it may requeue."""
-    if number == launcher.preemption():
-        signal.raise_signal(number)

@@ -26,7 +26,8 @@ from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps.launchers import LAUNCHERS, adapter
-from iwae_cli.sweeps.sweep import Planned, Sweep
+from iwae_cli.sweeps.records import Planned
+from iwae_cli.sweeps.sweep import Sweep
 
 QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
 
