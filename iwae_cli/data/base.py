@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,10 +119,7 @@ class Data:
 
     def sha256(self) -> str:
         """Return a hash of all three splits."""
-        digest = hashlib.sha256()
-        for name in SPLITS:
-            _add(digest, getattr(self, name).numpy())
-        return digest.hexdigest()
+        return _sha256(self.train, self.validation, self.test)
 
     def evaluation_split(self, name: str, binarization_seed: int, first: int | None = None) -> Split:
         """Return one split as every model is scored on it.
@@ -130,12 +127,7 @@ class Data:
         A dynamic split is binarized once, x_ij ~ Bernoulli(grey_ij / (levels - 1)), keyed by
         (``binarization_seed``, split, image), independently of a run's seed and of the latent noise. Image i
         uses numbers i * pixels to (i + 1) * pixels of the counter-based stream of its split, so that its draw
-        does not depend on other images.
-
-        Args:
-            name: train, validation or test.
-            binarization_seed: seed of the draw.
-            first: number of images, from the first; None is all.
+        does not depend on other images. ``first`` is the number of images, from the first; None is all.
         """
         if name not in SPLITS:
             raise ValueError(f"name must be one of {', '.join(SPLITS)}, got {name!r}")
@@ -149,14 +141,15 @@ class Data:
                 chunk = grey[start : start + _CHUNK]
                 x[start : start + _CHUNK] = uniform.random(chunk.shape) < chunk / (self.levels - 1)
             images = torch.from_numpy(x)
-        digest = hashlib.sha256()
-        _add(digest, images.numpy())
-        return Split(name, images, digest.hexdigest(), self.labels[name][:first] if name in self.labels else None)
+        return Split(name, images, _sha256(images), self.labels[name][:first] if name in self.labels else None)
 
 
-def _add(digest: hashlib._Hash, values: np.ndarray) -> None:
-    digest.update(f"{values.dtype} {values.shape} ".encode())
-    digest.update(np.ascontiguousarray(values).data)
+def _sha256(*splits: Tensor) -> str:
+    digest = hashlib.sha256()
+    for values in (split.numpy() for split in splits):
+        digest.update(f"{values.dtype} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 class Dataset(ABC):
@@ -177,8 +170,7 @@ class Dataset(ABC):
         """Return the data set, after a download under a lock if files are missing.
 
         Raises:
-            UserError: files are missing, truncated or altered; the message names them, their folder, and a data set
-                that needs none.
+            UserError: files are missing, truncated or altered.
         """
 
     def fingerprint(self) -> str | None:
@@ -201,8 +193,6 @@ class GreyDataset(Dataset, ABC):
     """How images of two levels are described."""
 
     def __init__(self, binarization: GreyBinarization = "dynamic", limit: int | None = None) -> None:
-        if binarization not in get_args(GreyBinarization):
-            raise ValueError(f"binarization must be one of dynamic, none, got {binarization!r}")
         self.limit = limit
         self.binarization: GreyBinarization = binarization
         binary = self.levels == 2 or binarization == "dynamic"

@@ -14,10 +14,9 @@ import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 
@@ -44,22 +43,14 @@ class Damaged(UserError):
 
 
 def directory(data_dir: str) -> Path:
-    """Return ``data_dir`` as an absolute path.
-
-    Raises:
-        ValueError: it is empty.
-    """
+    """Return ``data_dir`` as an absolute path; raise ValueError if it is empty."""
     if not data_dir:
         raise ValueError("data_dir must not be empty")
     return Path(data_dir).expanduser().absolute()
 
 
 def read_bytes(path: Path) -> bytearray:
-    """Return the content of a file, in memory that a tensor may share.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return the content of a file, in memory that a tensor may share; raise UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             content = bytearray(os.fstat(file.fileno()).st_size)
@@ -69,30 +60,7 @@ def read_bytes(path: Path) -> bytearray:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def load_mat(path: Path, content: bytearray, advice: str) -> dict[str, Any]:
-    """Return the variables of a MATLAB file of ``path``, up to version 7.
-
-    Raises:
-        Damaged: it cannot be read.
-    """
-    # Imported here, since scipy.io takes longer to import than most files to read.
-    from scipy.io import loadmat
-
-    try:
-        found: dict[str, Any] = loadmat(BytesIO(content))
-    except Exception as error:  # damaged files raise errors of many kinds, from struct to zlib
-        what = f"cannot be read, it may be truncated ({' '.join(str(error).split())})"
-        raise Damaged(path, what, advice) from error
-    return found
-
-
-def check_hash(
-    path: Path,
-    content: bytes | bytearray,
-    algorithm: Literal["md5", "sha256"],
-    expected: str,
-    advice: str = AFRESH,
-) -> None:
+def check_hash(path: Path, content: bytearray, algorithm: str, expected: str, advice: str = AFRESH) -> None:
     """Raise Damaged unless ``content`` of ``path`` has the published hash."""
     found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
     if found != expected:
@@ -115,8 +83,8 @@ def import_torchvision(module: str) -> ModuleType:
         del sys.modules[name]
     declare: Any = torch.library.Library
     library = declare("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)  # the declarations live as long as this object
     return importlib.import_module(module)
 
@@ -137,15 +105,12 @@ def obtain(
     files are flushed and renamed, so that a file under its final name is always complete.
 
     Args:
-        data: the name on the command line, for messages.
-        data_dir: where the lock is taken.
+        data, data_dir, what: the name on the command line, where the lock is taken, the files in words.
         wanted: the files under their final names, all in one folder.
-        what: the files in words, for messages.
         fetch: downloads into a given folder, checks the files, and returns them, under their final names.
 
     Raises:
-        UserError: no network, no room, no permission, or a damaged download; the message names the files, their folder,
-            and a data set that needs none.
+        UserError: no network, no room, no permission, or a damaged download.
     """
     if all(path.exists() for path in wanted):
         return

@@ -20,9 +20,10 @@ from iwae_cli.core.errors import UserError, check_range, clip
 from iwae_cli.core.files import shown
 from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import SPLITS, Data, GreyBinarization, GreyDataset
-from iwae_cli.data.files import import_torchvision, read_bytes
+from iwae_cli.data.files import read_bytes
 
 ENDINGS = (".npz", ".npy", ".pt", ".mat")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SAVE = "write one with np.savez('x.npz', train=..., validation=..., test=...)"
 SAVE_PT = "write one with torch.save({'train': ..., 'validation': ..., 'test': ...}, 'x.pt')"
 SHARES = "data.splits=[0.8,0.1,0.1]"
@@ -33,13 +34,7 @@ EXACT = 1e-3
 
 
 class _Own(GreyDataset, ABC):
-    """What a file and a folder share.
-
-    Args:
-        path: of the data; None is refused when it is needed.
-        splits: shares of train, validation and test, where the data has no splits of its own.
-        binarization, limit: see ``GreyDataset`` and ``Dataset``.
-    """
+    """What a file and a folder share; a missing ``path`` is refused when it is needed."""
 
     def __init__(
         self, path: str | None, splits: list[float] | None, binarization: GreyBinarization, limit: int | None
@@ -103,15 +98,8 @@ class _Own(GreyDataset, ABC):
 class ArrayFile(_Own):
     """One file with arrays ``train``, ``validation`` and ``test``, or with one array.
 
-    Shapes are (n, pixels), (n, height, width) or (n, channels, height, width). Nothing is unpickled.
-
-    Args:
-        path: ``.npz``, ``.npy``, ``.pt`` (a tensor or a dict of them) or ``.mat`` (up to version 7).
-        levels: 2: values are 0 and 1. 3 to 256: integers 0 to ``levels`` - 1, or these divided by ``levels`` - 1.
-            ``real``: floating point numbers.
-        splits: shares of train, validation and test, for one array.
-        binarization: of 3 to 256 levels: ``dynamic`` or ``none``.
-        limit: training images that are used, from the first; None is all.
+    Shapes are (n, pixels), (n, height, width) or (n, channels, height, width). With 3 to 256 ``levels`` values are
+    integers 0 to ``levels`` - 1, or these divided by ``levels`` - 1. Nothing is unpickled.
     """
 
     name = "file"
@@ -184,7 +172,8 @@ class ArrayFile(_Own):
 
     def _values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return arrays of uint8, or of float32 if the values are real."""
-        least, most = (float(f([f(array) for array in arrays.values()])) for f in (np.min, np.max))
+        least = float(min(array.min() for array in arrays.values()))
+        most = float(max(array.max() for array in arrays.values()))
         floating = all(array.dtype.kind == "f" for array in arrays.values())
         if least == most:
             raise self._wrong(f"all values are {least:g}: there is nothing to learn")
@@ -255,13 +244,8 @@ def _integers(arrays: Mapping[str, np.ndarray], levels: int) -> dict[str, np.nda
 class ImageFolder(_Own):
     """The images of a folder, with 8 bits a channel, in natural order: 2.png comes before 10.png.
 
-    Args:
-        path: a folder with subfolders train, validation and test, or, with ``splits``, with images at any depth.
-        size: height and width to which images are stretched; None: all have one size already.
-        colour: three channels; otherwise one.
-        splits: shares of train, validation and test.
-        binarization: ``dynamic`` or ``none``.
-        limit: training images that are used, from the first; None is all.
+    They are in the subfolders train, validation and test or, with ``splits``, at any depth. ``size`` is the height and
+    width to which they are stretched.
     """
 
     name = "folder"
@@ -286,23 +270,23 @@ class ImageFolder(_Own):
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
         """The files of each subfolder that is a split; all of them, if there are no such folders."""
-        endings = tuple(import_torchvision("torchvision.datasets.folder").IMG_EXTENSIONS)
         there = [name for name in SPLITS if (self._place / name).is_dir()]
         if 0 < len(there) < 3 and self._shares is None:
             raise self._wrong(f"has {' and '.join(there)}, not train, validation and test: add them, or write {SHARES}")
         found = {}
         for name in SPLITS if len(there) == 3 else ("",):
-            paths = [path for path in (self._place / name).rglob("*") if path.name.lower().endswith(endings)]
-            found[name] = sorted((path for path in paths if path.name[0] != "."), key=lambda path: _natural(str(path)))
+            paths = [path for path in (self._place / name).rglob("[!.]*") if path.name.lower().endswith(IMAGE_ENDINGS)]
+            found[name] = sorted(paths, key=lambda path: _natural(str(path)))
             if not found[name]:
-                raise self._wrong(f"no image{' in ' * bool(name)}{name} (endings {', '.join(endings)})")
+                raise self._wrong(f"no image{' in ' * bool(name)}{name} (endings {', '.join(IMAGE_ENDINGS)})")
         return found
 
     def _contents(self) -> Iterator[bytes | bytearray]:
-        for path in (path for files in self._files.values() for path in files):
-            content = read_bytes(path)
-            yield f"{path.relative_to(self._place).as_posix()} {len(content)} ".encode()
-            yield content
+        for files in self._files.values():
+            for path in files:
+                content = read_bytes(path)
+                yield f"{path.relative_to(self._place).as_posix()} {len(content)} ".encode()
+                yield content
 
     def load(self) -> Data:
         """Return the data, see the base class."""
@@ -320,7 +304,6 @@ class ImageFolder(_Own):
     def _image(self, path: Path) -> UInt8[np.ndarray, "*image"]:
         from PIL import Image
 
-        resize = import_torchvision("torchvision.transforms.functional").resize
         name = path.relative_to(self._place).as_posix()
         try:
             with Image.open(path) as image:
@@ -331,7 +314,10 @@ class ImageFolder(_Own):
             raise self._wrong(f"{name} cannot be read as an image; mend it or move it away") from error
         if fault:
             raise self._wrong(f"{name} has {fault}: save it without")
-        pixels = np.asarray(flat if self._size is None else resize(flat, self._size))
+        if self._size is not None:
+            height, width = self._size
+            flat = flat.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(flat)
         return pixels.transpose(2, 0, 1) if self._colour else pixels
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,7 +89,7 @@ class SweepFolder:
             "result": f"evaluations/{evaluation}/result.json",
         }
 
-    def result(self, job: dict[str, Any]) -> dict[str, Any]:
+    def result(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Return the scores of a finished job; empty where they are gone."""
         return read_or_none(self.path / job["folder"] / job["result"], schema.Scores) or {}
 
