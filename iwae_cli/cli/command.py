@@ -39,6 +39,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, add_help=False, allow_abbrev=False)
         self.add_argument("--version", action="version", version=f"{program} {__version__}")
 
+    def help_asked(self, argv: list[str]) -> argparse.Namespace | None:
+        """Return the other arguments, without a check, if help is asked for."""
+        others = [argument for argument in argv if argument not in ("-h", "--help")]
+        return None if others == argv else self.parse_known_args(others)[0]
+
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As of argparse; unknown options get the nearest one, or the override that they mean."""
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)

@@ -27,33 +27,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from iwae_cli.cli.help import choices, conf_folder, own_folder, summary
+from iwae_cli.cli.engines import ENGINES, check_fixed, check_targets, not_installed
+from iwae_cli.cli.help import choices, conf_folder, own_folders, summary
 from iwae_cli.cli.overrides import MAX_JOBS, parse, quoted, several, values
-from iwae_cli.cli.resolve import first_line, resolved, secrets_in, texts_in
-from iwae_cli.config.build import BASES, SEVERAL, convert, resolve, show
+from iwae_cli.cli.resolve import first_line, plain, resolved, secrets_in, texts_in
+from iwae_cli.config.build import BASES, SEVERAL, convert, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.sweeps.jobs import Job, Plan
-from iwae_cli.sweeps.launchers import adapter
 
 ESTIMATOR = "estimator"
 """Group of ``iwae-eval`` alone."""
 _WANDB = "iwae_cli.record.wandb.WandbLogger"
-_ENGINES = ("hydra/launcher", "hydra/sweeper")
-_ENGINE_KEYS = ("hydra.launcher.", "hydra.sweeper.")
 _COMPOSITION_ERRORS = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError),
     *(OSError, ValueError, TypeError, AttributeError),
 )
-_NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
-_FIXED = {
-    **{"callbacks": {}, "env": {}, "hydra_logging": _NO_LOGGING, "job_logging": _NO_LOGGING, "output_subdir": None},
-    **{"run.dir": ".", "sweep.dir": "${output_dir}/sweeps", "sweep.subdir": "."},
-    **{"job.chdir": False, "job.env_set": {}, "job.env_copy": []},
-}
-"""What in Hydra's node could run code or write files, as conf/config.yaml sets it."""
-_ENGINE_PACKAGES = ("hydra._internal.core_plugins", "hydra_plugins", "optuna.samplers")
+"""Hydra looks into presets, and into its own node, without checking their types."""
 
 
 def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_python: bool = False) -> Plan:
@@ -78,9 +69,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         if not multirun and base.hydra.mode != RunMode.MULTIRUN:
             if swept:
                 raise UserError(several(swept[0], in_python))
-            cfg = composer.compose(parsed)
-            jobs = [job_of(cfg, cfg.hydra, parsed)]
-            return Plan(jobs, False, [], True, lines, stop, chosen, launcher, sweeper, base)
+            return Plan([composer.job(parsed)], False, [], True, lines, stop, chosen, launcher, sweeper, base)
         parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
         if sweeper.get("custom_search_space"):
@@ -88,13 +77,10 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         axes = [(o.key_or_group, values(o, is_grid)) for o in parsed]
         if is_grid and prod(len(found) for _, found in axes) > MAX_JOBS:
             raise UserError(f"a sweep may have {MAX_JOBS:,} jobs, and this one has more: ask for it in parts")
-        grid = product(*(found for _, found in axes))
-        jobs = []
         # Of a search, which decides its jobs itself, one is checked.
-        for texts in grid if is_grid else [[found[0] for found in dict(axes).values()]]:
-            of_job = composer.parse(texts)
-            cfg = composer.compose(of_job)
-            jobs.append(job_of(cfg, cfg.hydra, of_job))
+        first = [found[0] for found in dict(axes).values()]
+        grid = product(*(found for _, found in axes)) if is_grid else [first]
+        jobs = [composer.job(composer.parse(texts)) for texts in grid]
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper, base)
 
@@ -117,8 +103,7 @@ def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
 def overrides_like(key: str, value: str) -> list[str]:
     """Return the overrides of existing keys that someone may mean who writes ``--key=value``."""
     with _composer(None) as composer:
-        tree: Any = OmegaConf.to_container(composer.choose([]), resolve=False)
-        like = keys_like(key, "", tree)
+        like = keys_like(key, "", plain(composer.choose([])))
         return [f"{name}={closest(value, composer.groups.get(name, [])) or clip(value)}" for name in like]
 
 
@@ -145,24 +130,22 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
         allowed += ["objective"] if about_objective else []
         for override in parsed:
             key, group = override.key_or_group, override.key_or_group.partition(".")[0]
+            asked = clip(key)
             if override.is_sweep_override():
-                asked = clip(str(override.input_line))
-                raise UserError(f"{asked}: iwae-eval does one evaluation (a list is written [1,2])")
-            if not {key, group} & {*allowed}:
-                hint = nearest(group, allowed)
-                raise UserError(
-                    f"{clip(key)} cannot be changed after training{hint} (allowed are {', '.join(allowed)})"
-                )
+                line = clip(str(override.input_line))
+                raise UserError(f"{line}: iwae-eval does one evaluation (a list is written [1,2])")
+            if key not in allowed and group not in allowed:
+                why = f"cannot be changed after training{nearest(group, allowed)}"
+                raise UserError(f"{asked} {why} (allowed are {', '.join(allowed)})")
             if group == ESTIMATOR and ESTIMATOR not in fresh:
                 names = " or ".join(f"{ESTIMATOR}={name}" for name in composer.groups[ESTIMATOR])
-                raise UserError(f"{clip(key)} belongs to an estimator: write {names} before it")
+                raise UserError(f"{asked} belongs to an estimator: write {names} before it")
         config = OmegaConf.create({key: saved[key] for key in ("data", *allowed) if key in saved})
         for group in ("evaluation", "device"):
             # A run of an earlier version lacks keys that are new.
             if config[group].get("_target_") == fresh[group]["_target_"]:
                 config[group] = {**fresh[group], **config[group]}
-        for override in chosen:
-            config[override.key_or_group] = fresh[override.key_or_group]
+        config.update({override.key_or_group: fresh[override.key_or_group] for override in chosen})
         composer.set_values(config, [o for o in parsed if o not in chosen])
     changed = resolved(config)
     if about_objective:
@@ -177,25 +160,25 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
 
 @contextmanager
 def _composer(config_dir: str | None) -> Iterator[_Composer]:
-    folder = None if config_dir is None else own_folder(config_dir, "--config-dir")
+    own = own_folders(config_dir)
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="iwae-train"):
-        yield _Composer(folder)
+        yield _Composer(own)
 
 
 class _Composer:
-    """Hydra's compose with checks in front, looking into ``conf``, then into ``folder``.
+    """Hydra's compose with checks in front, looking into ``conf``, then into the folders ``own``.
 
     Attributes:
         groups: group -> its choices.
-        search_path: overrides that make Hydra look into ``folder``.
+        search_path: overrides that make Hydra look there.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.search_path = [] if folder is None else [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
+    def __init__(self, own: Sequence[Path]) -> None:
+        self.search_path = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in own]
         loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=loader)
-        self.groups = choices([conf_folder(), *([folder] if folder else [])])
-        self.groups |= {group: sorted(loader.get_group_options(group)) for group in _ENGINES}
+        self.groups = choices([conf_folder(), *own])
+        self.groups |= {group: sorted(loader.get_group_options(group)) for group in ENGINES}
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
@@ -211,8 +194,15 @@ class _Composer:
         chosen = [o for o in overrides if self.is_choice(o)]
         cfg = self.choose([str(o.input_line) for o in chosen])
         self.set_values(cfg, [o for o in overrides if o not in chosen])
-        _check_hydra(cfg.hydra)
+        check_fixed(plain(cfg.hydra))
+        for key in ("launcher", "sweeper"):
+            check_targets(resolved(cfg.hydra[key]), f"hydra.{key}")
         return cfg
+
+    def job(self, overrides: Sequence[Override]) -> Job:
+        """Return one run as composed."""
+        cfg = self.compose(overrides)
+        return job_of(cfg, cfg.hydra, overrides)
 
     def choose(self, lines: Sequence[str]) -> DictConfig:
         """Return a copy of the config that Hydra composes for choices of groups; composed once."""
@@ -220,23 +210,22 @@ class _Composer:
         if key not in self._composed:
             try:
                 cfg = hydra.compose("config", [*self.search_path, *lines], return_hydra_config=True)
-            # Hydra looks into presets, and into its own node, without checking their types.
             except _COMPOSITION_ERRORS as error:
                 group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
                 why = f"{clip(shlex.join(lines))} cannot be composed: {type(error).__name__}: {one_line(error)}"
-                raise UserError(_not_installed(group, name) or why) from error
+                raise UserError(not_installed(group, name) or why) from error
             OmegaConf.set_readonly(cfg.hydra, False)
             self._composed[key] = cfg
         return copy.deepcopy(self._composed[key])
 
     def set_values(self, cfg: DictConfig, overrides: Sequence[Override]) -> None:
         """Set keys of ``cfg`` that exist, or that ``+`` adds below a group (whose class decides)."""
-        known = OmegaConf.to_container(cfg, resolve=False)
+        known = plain(cfg)
         for override in overrides:
             key, added = override.key_or_group, override.is_add() or override.is_force_add()
             if not key.startswith("hydra"):
                 _check_key(key, known, added)
-            elif not key.startswith(_ENGINE_KEYS):
+            elif not key.startswith(("hydra.launcher.", "hydra.sweeper.")):
                 raise UserError(f"{clip(key)} cannot be changed; runs go to output_dir=..., several runs need -m")
             try:
                 OmegaConf.update(cfg, key, override.value(), force_add=added)
@@ -248,14 +237,14 @@ class _Composer:
         group = override.key_or_group
         if group not in self.groups:
             return False
-        if override.is_add() and group not in _ENGINES:
+        if override.is_add() and group not in ENGINES:
             raise UserError(f"+{group} is there already: write {group}={show(override.value())} without +")
         if override.is_sweep_override():
             return True
         names, value = self.groups[group], override.value()
         for name in value if isinstance(value, list) and group in (*SEVERAL, "experiment") else [value]:
             if not isinstance(name, str) or name not in names:
-                raise UserError(_not_installed(group, name) or _no_choice(group, name, names))
+                raise UserError(not_installed(group, name) or _no_choice(group, name, names))
         return True
 
 
@@ -279,7 +268,7 @@ def job_of(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     config.update(("config_dir", url.removeprefix("file://")) for url in node.searchpath)
     keys = [str(o.key_or_group) for o in overrides]
     # A token in a logger's key belongs into no record; the other keys decide the numbers.
-    written: Any = OmegaConf.to_container(cfg.logger, resolve=False) if "logger" in cfg else {}
+    written = plain(cfg.logger) if "logger" in cfg else {}
     # What an agent of W&B starts is a run of its server already.
     mode = os.environ.get("WANDB_MODE") or ("online" if "WANDB_SWEEP_ID" in os.environ else None)
     if mode and not any(key == "logger" or (key.startswith("logger.") and key.endswith(".mode")) for key in keys):
@@ -292,31 +281,8 @@ def job_of(cfg: DictConfig, node: Any, overrides: Sequence[Override]) -> Job:
     return Job(config, names, lines, written if secret else None)
 
 
-def _check_hydra(node: DictConfig) -> None:
-    """Refuse a preset that would have Hydra run foreign code or write files: Hydra builds objects from its own node."""
-    plain: Any = OmegaConf.to_container(node, resolve=False)
-    for key, value in _FIXED.items():
-        first, _, rest = key.partition(".")
-        if (plain[first][rest] if rest else plain[first]) != value:
-            raise UserError(f"hydra.{key} cannot be changed (open are hydra.launcher and hydra.sweeper)")
-    nodes: list[tuple[str, Any]] = [(f"hydra.{key}", resolved(node[key])) for key in ("launcher", "sweeper")]
-    for path, value in nodes:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        nodes += [(f"{path}.{key}", inner) for key, inner in items]  # extends the list that is walked
-        if path.endswith("._target_"):
-            resolve(value, object, path, _ENGINE_PACKAGES)
-
-
 def _no_choice(group: str, name: Any, names: Sequence[str]) -> str:
     if group == "device" and (gpu := re.fullmatch(r"(?:cuda|gpu):?(\d{1,3})", str(name))):
         return f"device={name}: name the GPU by a variable: CUDA_VISIBLE_DEVICES={gpu[1]} iwae-train device=cuda ..."
     there = clip(", ".join(summary(list(names))), 120)
     return f"{group} must be one of {there}, got {show(name)}{nearest(name, names)}"
-
-
-def _not_installed(group: str, name: Any) -> str | None:
-    """Return the message about a launcher or sweeper that an extra brings; None for anything else."""
-    if group not in _ENGINES or not isinstance(name, str):
-        return None
-    extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
-    return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from iwae_cli.cli.command import Parser, answer
-from iwae_cli.cli.help import evaluate_help, own_folder
+from iwae_cli.cli.help import evaluate_help, own_folders
 from iwae_cli.core.errors import UserError, clip
 from iwae_cli.core.files import expanded
 
@@ -24,9 +24,8 @@ def _evaluate(argv: list[str]) -> bool:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-cd", "--config-dir")
-    if {"-h", "--help"} & set(argv):
-        asked, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-        print(evaluate_help([own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []), end="")
+    if asked := parser.help_asked(argv):
+        print(evaluate_help(own_folders(asked.config_dir)), end="")
         return False
     asked = parser.parse_intermixed_args(argv)
     if asked.folder is None:

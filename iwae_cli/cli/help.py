@@ -21,20 +21,22 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def own_folder(folder: str, option: str) -> Path:
-    """Return the absolute path of a user's folder with groups and choices.
+def own_folders(config_dir: str | None) -> list[Path]:
+    """Return the absolute path of the folder that ``--config-dir`` names, if any.
 
     Raises:
         UserError: it is not there, or a choice has the name of one of ours, which Hydra would take instead.
     """
-    path = Path(absolute(folder, option))
-    if not folder or not path.is_dir():
-        raise UserError(f"{option} must be a folder that exists, got {clip(folder) or 'nothing'}")
-    for file in config_files(path):
-        ours = conf_folder() / file.relative_to(path)
+    if config_dir is None:
+        return []
+    folder = Path(absolute(config_dir, "--config-dir"))
+    if not config_dir or not folder.is_dir():
+        raise UserError(f"--config-dir must be a folder that exists, got {clip(config_dir) or 'nothing'}")
+    for file in config_files(folder):
+        ours = conf_folder() / file.relative_to(folder)
         if ours.is_file() and ours.read_bytes() != file.read_bytes():
             raise UserError(f"{file} has the name of a choice that comes with iwae-cli: give it another")
-    return path
+    return [folder]
 
 
 def config_files(folder: Path) -> list[Path]:

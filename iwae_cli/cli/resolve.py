@@ -21,7 +21,7 @@ _NO_SECRETS = re.compile(r"IWAE_(DATA|OUTPUT)_DIR|WANDB_(?!API_KEY)\w+")
 def resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the plain values of a config, or of some of its ``keys``, with ``~`` replaced."""
     cfg = cfg if keys is None else OmegaConf.masked_copy(cfg, list(keys))
-    texts = list(texts_in(OmegaConf.to_container(cfg, resolve=False)))
+    texts = list(texts_in(plain(cfg)))
     for path, text in texts:
         hide_environment(text, None)
         if found := re.search(r"\$\{\s*(hydra|now)\s*:", text):
@@ -30,15 +30,20 @@ def resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
                 'has to find its run again; write the value itself, or have the shell write it: "$(date +%F)"'
             )
     try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         is_missing = isinstance(error, MissingMandatoryValue)
         why = f" has no value: write {error.full_key}=..." if is_missing else f": {first_line(error)}"
         raise UserError(f"{error.full_key}{why}") from None
     for path, text in texts:
-        hide_environment(text, functools.reduce(lambda node, part: node[part], path, plain))
-    values: dict[str, Any] = _at_home(plain)
-    return values
+        hide_environment(text, functools.reduce(lambda node, part: node[part], path, values))
+    at_home: dict[str, Any] = _at_home(values)
+    return at_home
+
+
+def plain(cfg: Any) -> Any:
+    """Return a config with its interpolations as they are written."""
+    return OmegaConf.to_container(cfg, resolve=False)
 
 
 def texts_in(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:

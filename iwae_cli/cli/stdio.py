@@ -12,12 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 
-class Forgiving:
-    """A text stream that ignores further writes after one has failed; all else is the stream's own.
-
-    Attributes:
-        lost: the error that ended it; None while it works.
-    """
+class _Forgiving:
+    """A text stream that ignores further writes after one has failed, with the error ``lost``."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -30,16 +26,13 @@ class Forgiving:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """As of any text stream."""
         self.write("".join(lines))
 
     def flush(self) -> None:
-        """As of any text stream."""
         self._try(self._stream.flush)
 
     def _try(self, call: Callable[[], object]) -> None:
@@ -55,12 +48,8 @@ class Forgiving:
 
 
 @contextmanager
-def forgiving() -> Iterator[Forgiving]:
-    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, also where they are closed.
-
-    Yields:
-        Standard output.
-    """
+def forgiving() -> Iterator[_Forgiving]:
+    """Replace ``sys.stdout``, which is yielded, and ``sys.stderr`` by streams that never raise, also where closed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -71,7 +60,7 @@ def forgiving() -> Iterator[Forgiving]:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     before = sys.stdout, sys.stderr
-    out, err = Forgiving(sys.stdout), Forgiving(sys.stderr)
+    out, err = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
     sys.stdout, sys.stderr = out, err
     try:
         yield out
@@ -81,7 +70,7 @@ def forgiving() -> Iterator[Forgiving]:
         sys.stdout, sys.stderr = before
 
 
-def exit_code(program: str, out: Forgiving, *, needed: bool) -> int:
+def exit_code(program: str, out: _Forgiving, *, needed: bool) -> int:
     """Return the exit code of a command that has done its work: 0 unless its output ``out`` is all that it makes.
 
     Where the output is ``needed``, 141 if the reader has left (as shells report a broken pipe), and 1 if it cannot be

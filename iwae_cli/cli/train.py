@@ -12,7 +12,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from iwae_cli.cli.command import Parser, answer
-from iwae_cli.cli.help import group_help, own_folder, train_help
+from iwae_cli.cli.help import group_help, own_folders, train_help
 from iwae_cli.core.errors import UserError, hide_nothing, one_line, without_hidden
 from iwae_cli.core.files import here
 
@@ -79,9 +79,8 @@ def _train_with_others(argv: list[str]) -> bool:
 
 def _train(argv: list[str]) -> bool:
     """Return whether anything but standard output was written."""
-    if {"-h", "--help"} & set(argv):
-        asked, _ = _parser().parse_known_args([a for a in argv if a not in ("-h", "--help")])
-        own = [own_folder(asked.config_dir, "--config-dir")] if asked.config_dir else []
+    if asked := _parser().help_asked(argv):
+        own = own_folders(asked.config_dir)
         groups = [text for text in asked.overrides if "=" not in text]
         print("\n".join(group_help(group, own) for group in groups) or train_help(own), end="")
         return False

@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -109,8 +109,7 @@ def build(node: Any, base: type, path: str) -> Any:
         raise UserError(f"{path} must hold a _target_, the dotted name of a class, got {show(node)}")
     cls = resolve(node["_target_"], base, f"{path}._target_")
     values = {str(key): value for key, value in node.items() if key != "_target_"}
-    optim = sys.modules.get("torch.optim")
-    if optim is not None and issubclass(base, optim.Optimizer):
+    if base.__module__ == "torch.optim.optimizer":
         return _optimizer(cls, check_arguments(cls, values, path, given={"params"}), path)
     return call(cls, check_arguments(cls, values, path), path)
 
@@ -152,12 +151,11 @@ def resolve(target: Any, base: type, path: str, packages: Iterable[str] = OWN_PA
     return found
 
 
-def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Iterable[str] = ()) -> dict[str, Any]:
+def check_arguments(cls: type, values: Mapping[str, Any], path: str, given: Container[str] = ()) -> dict[str, Any]:
     """Return ``values`` checked against the annotations of ``cls``'s constructor, nested nodes built.
 
     ``path`` is where the values were written, empty for the root; arguments in ``given`` come from elsewhere.
     """
-    given = set(given)
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(cls).parameters.items()
@@ -218,9 +216,6 @@ def place_outside(error: BaseException) -> str:
 
 
 def _optimizer(cls: type, arguments: Mapping[str, Any], path: str) -> functools.partial[Any]:
-    closure = inspect.signature(vars(cls).get("step", lambda closure=None: None)).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(f"{path}._target_ must take a step without a closure, which {cls.__name__} does not")
     for key, value in arguments.items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, float) and not math.isfinite(number):

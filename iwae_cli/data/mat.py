@@ -38,6 +38,8 @@ class MatImages(GreyDataset, ABC):
         limit: int | None = None,
     ) -> None:
         super().__init__(binarization, limit)
+        if path == "":
+            raise ValueError("path must be a file or null, got an empty string")
         self._root = directory(data_dir)
         self._path = None if path is None else Path(path).expanduser().absolute()
 
