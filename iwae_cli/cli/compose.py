@@ -48,11 +48,7 @@ _COMPOSITION_ERRORS = (
 
 
 def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_python: bool = False) -> Plan:
-    """Return what a command line asks for, or a call ``in_python``.
-
-    Raises:
-        UserError: anything wrong with it but the values of the keys.
-    """
+    """Return what a command line asks for, or a call ``in_python``; the values of its keys are not checked yet."""
     with _composer(config_dir) as composer:
         parsed = composer.parse(overrides)
         lines = [*composer.search_path, *(str(o.input_line) for o in parsed)]
@@ -86,10 +82,7 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
-    """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked as ``plan`` does.
-
-    What the composed values take from the environment is hidden, see ``without_hidden``.
-    """
+    """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked; hide values of the environment."""
     with _composer(config_dir) as composer:
         parsed = [o for o in composer.parse(overrides) if not o.is_sweep_override()]
         cfg = composer.compose(parsed)
@@ -112,9 +105,6 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
 
     With ``estimator=...`` it holds that node too. An estimator whose yaml has a key ``objective`` gets the objective of
     the run there, with overrides of ``objective``.
-
-    Raises:
-        UserError: an override of something else, a wrong one, or ``run`` is no run folder.
     """
     saved = RunFolder(run).config()
     recorded = saved.get("config_dir")
@@ -166,15 +156,10 @@ def _composer(config_dir: str | None) -> Iterator[_Composer]:
 
 
 class _Composer:
-    """Hydra's compose with checks in front, looking into ``conf``, then into the folders ``own``.
-
-    Attributes:
-        groups: group -> its choices.
-        search_path: overrides that make Hydra look there.
-    """
+    """Hydra's compose with checks in front, looking into ``conf``, then into the folders ``own``."""
 
     def __init__(self, own: Sequence[Path]) -> None:
-        self.search_path = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in own]
+        self.search_path = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in own]  # an override
         loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=loader)
         self.groups = choices([conf_folder(), *own])

@@ -24,8 +24,7 @@ def conf_folder() -> Path:
 def own_folders(config_dir: str | None) -> list[Path]:
     """Return the absolute path of the folder that ``--config-dir`` names, if any.
 
-    Raises:
-        UserError: it is not there, or a choice has the name of one of ours, which Hydra would take instead.
+    A choice with the name of one of ours is refused: Hydra would take ours instead.
     """
     if config_dir is None:
         return []
@@ -62,11 +61,7 @@ def summary(names: list[str]) -> list[str]:
 
 
 def group_help(group: str, own: list[Path]) -> str:
-    """Return the text of ``iwae-train --help GROUP``: a line for each choice, from the first comment of its yaml.
-
-    Raises:
-        UserError: there is no such group.
-    """
+    """Return the text of ``iwae-train --help GROUP``: a line for each choice, from the first comment of its yaml."""
     folders = [*reversed(own), conf_folder()]
     found = choices(folders)
     if group not in found:

@@ -23,11 +23,7 @@ _GRAMMAR_ERRORS = (HydraException, ValueError, RecursionError)
 
 
 def parse(overrides: Sequence[str], parser: OverridesParser, groups: Mapping[str, Sequence[str]]) -> list[Override]:
-    """Return the overrides, each key once; ``groups`` holds the choices of every group.
-
-    Raises:
-        UserError: one that cannot be read, or may not be used.
-    """
+    """Return the overrides, each key once; ``groups`` holds the choices of every group."""
     parsed: dict[str, Override] = {}
     for number, text in enumerate(overrides):
         hide_environment(text, None)
@@ -68,7 +64,8 @@ def values(override: Override, is_grid: bool) -> list[str]:
 
 def several(override: Override, in_python: bool) -> str:
     """Return the message for an override that asks for several runs where one is possible."""
-    as_text = quoted_override(override.get_key_element(), str(override.input_line).partition("=")[2])
+    text = quoted(str(override.input_line).partition("=")[2], Quote.double)
+    as_text = shlex.quote(f"{override.get_key_element()}={text}")
     way = "call iwae_cli.train once for each" if in_python else "add -m"
     return f"{clip(str(override.input_line))} asks for several runs: {way} (a list is written [1,2], a text {as_text})"
 
@@ -76,11 +73,6 @@ def several(override: Override, in_python: bool) -> str:
 def quoted(text: str, by: Quote = Quote.single) -> str:
     """Return ``text`` as a quoted value of Hydra's grammar."""
     return QuotedString(text, by).with_quotes()
-
-
-def quoted_override(key: str, value: str) -> str:
-    """Return the override that gives ``key`` the text ``value``, as it is typed in a shell."""
-    return shlex.quote(f"{key}={quoted(value, Quote.double)}")
 
 
 def _read(text: str, parser: OverridesParser) -> Override | None:

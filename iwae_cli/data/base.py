@@ -29,18 +29,11 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Split:
-    """Observations to score, the same for every model.
+    """Observations to score, the same for every model."""
 
-    Attributes:
-        name: train, validation or test.
-        x: (n, pixels); uint8 in {0, 1} for binary data, float32 for real-valued data.
-        sha256: hash of dtype, shape and values of ``x``; two results are comparable if it is equal.
-        labels: class of every observation; None where the data set gives none.
-    """
-
-    name: str
-    x: Shaped[Tensor, "n pixels"]
-    sha256: str
+    name: str  # train, validation or test
+    x: Shaped[Tensor, "n pixels"]  # uint8 in {0, 1} for binary data, float32 for real-valued data
+    sha256: str  # of dtype, shape and values of x; two results are comparable if it is equal
     labels: UInt8[Tensor, " n"] | None = None
 
 
@@ -48,28 +41,21 @@ class Split:
 class Data:
     """A data set in memory.
 
-    Attributes:
-        name: such as ``mnist``.
-        protocol: one sentence: splits, binarization, source.
-        train, validation, test: (n, pixels) each; uint8 grey values 0..``levels``-1, or float32 if ``levels`` is None.
-        levels: number of grey levels (2 for data that is already binary); None for real-valued data.
-        binarization: ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation),
-            ``fixed`` (already binary) or ``none`` (values are used unchanged).
-        image_shape: (height, width), (channels, height, width), or (pixels,) of observations that are no images.
-        facts: further facts for the record, plain JSON values.
-        labels: classes of each split, (n,), by its name; empty where there are none. No training uses them.
+    Splits hold uint8 grey values 0 to ``levels`` - 1 (2 levels are binary), or float32 if ``levels`` is None.
+    ``binarization`` is ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation), ``fixed``
+    (already binary) or ``none`` (values are used unchanged).
     """
 
     name: str
-    protocol: str
+    protocol: str  # one sentence: splits, binarization, source
     train: Shaped[Tensor, "n pixels"]
     validation: Shaped[Tensor, "m pixels"]
     test: Shaped[Tensor, "l pixels"]
     levels: int | None
     binarization: Binarization
-    image_shape: tuple[int, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, UInt8[Tensor, " _"]] = field(default_factory=dict)
+    image_shape: tuple[int, ...]  # (height, width), (channels, height, width), or (pixels,) of what is no image
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for the record, plain JSON values
+    labels: Mapping[str, UInt8[Tensor, " _"]] = field(default_factory=dict)  # of each split, by its name
 
     def __post_init__(self) -> None:
         if self.binarization == "dynamic" and self.levels is None:
@@ -153,25 +139,15 @@ def _sha256(*splits: Tensor) -> str:
 
 
 class Dataset(ABC):
-    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names.
+    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
 
-    Attributes:
-        name: of the data set, or of its source, for the name of a run.
-        observation: kind of its pixels, as a model is given them.
-        limit: number of training images that are used, from the first; None is all.
-    """
-
-    name: str
-    observation: Observation
-    limit: int | None = None
+    name: str  # of the data set, or of its source, for the name of a run
+    observation: Observation  # kind of its pixels, as a model is given them
+    limit: int | None = None  # number of training images that are used, from the first; None is all
 
     @abstractmethod
     def load(self) -> Data:
-        """Return the data set, after a download under a lock if files are missing.
-
-        Raises:
-            UserError: files are missing, truncated or altered.
-        """
+        """Return the data set, after a download if files are missing; a UserError names those truncated or altered."""
 
     def fingerprint(self) -> str | None:
         """Return a hash of what the data set is read from, for the identity of a run.

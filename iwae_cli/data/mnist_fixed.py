@@ -17,7 +17,7 @@ SIDE = 28
 
 
 class Amat(NamedTuple):
-    """One file: name, number of images, published sha256."""
+    """One file."""
 
     name: str
     images: int

@@ -199,6 +199,13 @@ def _trained(runners: Sequence[Runner], left: dict[int, Attempt], stop_on_error:
                 runner.open()
             left.pop(number).ends("failed", runner.ended(error))
 
+    members = []
+    shared: dict[str, Objective] = {}
+    for runner in runners:
+        # Runs with equal settings share one objective, and so its calls.
+        named = json.dumps(runner.experiment.config["objective"], sort_keys=True)
+        objective = shared.setdefault(named, runner.experiment.objective)
+        members.append(Member(runner.trainer, PlainStep(runner.model, objective, runner.trainer.optimizer)))
     trainer, state = runners[0].trainer, runners[0].state
     progress.announce(f"{len(runners)} runs at once, each {runners[0].plan()}")
     with progress.Progress(
@@ -211,21 +218,10 @@ def _trained(runners: Sequence[Runner], left: dict[int, Attempt], stop_on_error:
             runner.progress = shown
         try:
             with oom_as_run_failed():
-                train_ensemble(_members(runners), _machine_code(runners[0]), failed, stop_on_error)
+                train_ensemble(members, _machine_code(runners[0]), failed, stop_on_error)
         except (CannotCompileError, RunFailed) as error:
             # Ctrl-C also ends the compiler.
             if runners[0].signals.number is None:
                 progress.announce(f"these runs train one after the other from here on: {error}")
             return isinstance(error, CannotCompileError)
     return True
-
-
-def _members(runners: Sequence[Runner]) -> list[Member]:
-    """Return the trainings of the runners; those with equal settings share one objective, and so its calls."""
-    shared: dict[str, Objective] = {}
-    members = []
-    for runner in runners:
-        named = json.dumps(runner.experiment.config["objective"], sort_keys=True)
-        objective = shared.setdefault(named, runner.experiment.objective)
-        members.append(Member(runner.trainer, PlainStep(runner.model, objective, runner.trainer.optimizer)))
-    return members

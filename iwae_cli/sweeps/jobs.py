@@ -31,20 +31,12 @@ LOCKED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run as composed.
+    """One run as composed."""
 
-    Attributes:
-        config: plain values.
-        names: chosen name of every group.
-        overrides: the command line of this run.
-        logger: what is recorded as its loggers where that is not their ``config``, which holds values from the
-            environment.
-    """
-
-    config: dict[str, Any]
-    names: dict[str, str]
-    overrides: list[str]
-    logger: dict[str, Any] | None = None
+    config: dict[str, Any]  # plain values
+    names: dict[str, str]  # chosen name of every group
+    overrides: list[str]  # the command line of this run
+    logger: dict[str, Any] | None = None  # recorded instead of loggers that hold values from the environment
 
     def sent(self) -> dict[str, Any]:
         """Return what is sent to the process that runs the job, without values of loggers from the environment."""
@@ -52,11 +44,7 @@ class Job:
         return asdict(replace(self, config=config))
 
     def experiment(self, group: str | None = None) -> Experiment:
-        """Return the experiment, all its objects built and checked; ``group`` is the name of its sweep.
-
-        Raises:
-            UserError: a wrong value, or parts that do not go together.
-        """
+        """Return the experiment of a sweep called ``group``, all its objects built; a wrong value is a UserError."""
         from iwae_cli.runs.experiment import Experiment
 
         objects = construct(self.config)
@@ -71,30 +59,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything one command line asks for.
+    """Everything one command line asks for."""
 
-    Attributes:
-        jobs: one, or those of a sweep; for a search, which decides its jobs itself, one that it may try.
-        multirun: whether it is a sweep.
-        varied: keys that differ between jobs.
-        is_grid: whether ``jobs`` are all that there will be.
-        overrides: the command line, as parsed.
-        stop_on_error: whether the first failure ends the sweep.
-        choices: Hydra's choices: ``hydra/launcher``, ``hydra/sweeper`` and the groups.
-        launcher, sweeper: Hydra's nodes, resolved.
-        base: what Hydra composed for all jobs.
-    """
-
-    jobs: list[Job]
+    jobs: list[Job]  # all, or of a search, which decides its jobs itself, one that it may try
     multirun: bool
-    varied: list[str]
-    is_grid: bool
-    overrides: list[str]
+    varied: list[str]  # keys that differ between jobs
+    is_grid: bool  # no search
+    overrides: list[str]  # the command line, as parsed
     stop_on_error: bool
-    choices: Mapping[str, Any]
-    launcher: Mapping[str, Any]
-    sweeper: Mapping[str, Any]
-    base: Any
+    choices: Mapping[str, Any]  # of hydra/launcher, hydra/sweeper and the groups
+    launcher: Mapping[str, Any]  # Hydra's node, resolved
+    sweeper: Mapping[str, Any]  # Hydra's node, resolved
+    base: Any  # what Hydra composed for all jobs
 
     @property
     def name(self) -> str:
@@ -113,13 +89,9 @@ _sweep: Sweep | None = None
 
 
 def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job], dict[str, str | int]], None]) -> None:
-    """Check every job, then have ``engine`` run them.
+    """Check every job, then have ``engine`` call ``run_job`` for each; ``command`` is for the record.
 
-    Args:
-        plan: with ``multirun``.
-        command: the command line, for the record.
-        engine: called with the plan, the folder of the sweep, its jobs, and keys and values for a search; calls
-            ``run_job``.
+    The engine is given the plan, the folder of the sweep, its jobs, and keys and values for a search.
 
     Raises:
         UserError: a job that cannot run; nothing has been written.
@@ -198,13 +170,10 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
 
 
 def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:
-    """Run one job of a sweep, perhaps in another process; its outcome is in its record and is not raised.
+    """Run one job of a sweep, perhaps in another process; return what a search minimizes.
 
-    Returns:
-        What a search minimizes: the NLL of the validation split, nats; None if there is none.
-
-    Raises:
-        Stopped: the sweep was started by this process and ends here.
+    That is the NLL of the validation split, nats; None if there is none. Errors are recorded, not raised, except for
+    ``Stopped`` where the sweep was started by this process and ends here.
     """
     folder = SweepFolder(sweep_folder)
     if folder.stop.exists():
@@ -257,15 +226,15 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
     if experiment.evaluation.workers is None:
         experiment.evaluation.workers = folder.read().get("workers")
     attempt.begins(experiment.folder().path, evaluation_name(job.config))
-    waiting = False
+    is_waiting = False
     while True:
         try:
             return run(experiment)
         except RunLocked as error:
             # Another sweep shares this run, or a job has survived the process that started it.
-            if not waiting:
+            if not is_waiting:
                 announce(one_line(f"waiting: {error}"))
-            waiting = True
+            is_waiting = True
             time.sleep(LOCKED_SECONDS)
 
 

@@ -14,27 +14,18 @@ BATCHED = "batched"
 
 
 class Launcher:
-    """Jobs one after the other in this process.
-
-    Attributes:
-        extra: extra of this package that installs the engine; None where it needs none.
-        elsewhere: whether jobs run on other machines, which may hold data that this one lacks.
-    """
+    """Jobs one after the other in this process; ``node`` is Hydra's node of the launcher, resolved."""
 
     extra: str | None = None
+    """Extra of this package that installs the engine."""
     elsewhere: bool = False
+    """Whether jobs run on other machines, which may hold data that this one lacks."""
 
     def start(self, node: Mapping[str, Any]) -> None:
-        """Prepare the engine; ``node`` is Hydra's node of the launcher, resolved."""
+        """Prepare the engine."""
 
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
-        """Return how many evaluation workers each job may have so that parallel jobs share the cores; None: all.
-
-        Args:
-            node: Hydra's node of the launcher, resolved.
-            jobs: how many there are at most at a time, where that is known.
-            cores: of this machine.
-        """
+        """Return how many evaluation workers each job may have so that parallel ``jobs`` share the cores; None: all."""
         return None
 
     def preemption(self) -> int | None:

@@ -18,12 +18,8 @@ _LOST = "lost"
 def remaining(sweeper: Mapping[str, Any], folder: Path) -> dict[str, str | int]:
     """Return keys and values for what is left of ``n_trials``; trials that were cut short come first.
 
-    Args:
-        sweeper: Hydra's node, resolved.
-        folder: of the sweep; where the trials are stored if nothing else is asked for.
-
-    Raises:
-        UserError: the storage cannot be opened.
+    They are stored in the ``folder`` of the sweep if Hydra's node of the ``sweeper`` names no other place. Where that
+    cannot be opened, a UserError says so.
     """
     file = folder / "optuna.db"
     # In an address a question mark ends the path.
@@ -37,12 +33,7 @@ def remaining(sweeper: Mapping[str, Any], folder: Path) -> dict[str, str | int]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            direction="minimize",
-            load_if_exists=True,
-        )
+        study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
     except Exception as error:
         raise UserError(f"hydra.sweeper.storage={storage} cannot be opened: {error}") from error
     trials = study.get_trials(deepcopy=False)

@@ -49,18 +49,12 @@ class Planned:
 
 
 class SweepFolder:
-    """One sweep on disk.
-
-    Attributes:
-        path: absolute path of the folder; its name is the group of the sweep.
-        jobs: folder with one record per job.
-        stop: file that exists while the sweep is being stopped: no further job begins.
-    """
+    """One sweep on disk; the name of the folder is the group of the sweep."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.jobs = self.path / "jobs"
-        self.stop = self.path / "stop"
+        self.stop = self.path / "stop"  # exists while the sweep is being stopped: no further job begins
 
     def read(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``; empty where there is none."""
@@ -95,17 +89,13 @@ class SweepFolder:
 
 
 class Attempt:
-    """One process that runs one job and writes its record.
-
-    Attributes:
-        before: how an earlier attempt of the same command stood or ended, if there was one.
-    """
+    """One process that runs one job and writes its record."""
 
     def __init__(self, folder: SweepFolder, number: int, overrides: Sequence[str]) -> None:
         self._folder = folder
         self._path = folder.record(overrides)
         old = read_or_none(self._path, schema.JobRecord) or {}
-        self.before: Status | None = old.get("status")
+        self.before: Status | None = old.get("status")  # of an earlier attempt of the same command
         self._values: dict[str, Any] = {
             "number": number,
             "overrides": list(overrides),

@@ -31,11 +31,7 @@ STOP_SECONDS = 60.0
 class Sweep:
     """The jobs of a sweep, wherever they run.
 
-    Args:
-        folder: of the sweep; made if need be.
-        planned: the jobs, or None for a search, which decides them as it runs.
-        facts: what else goes into ``sweep.json``: command, launcher, sweeper, workers.
-        stop_on_error: whether the first failure ends the sweep.
+    ``planned`` is None for a search, which decides its jobs as it runs; ``facts`` go into ``sweep.json`` too.
     """
 
     def __init__(
