@@ -49,5 +49,5 @@ def not_installed(group: str, name: Any) -> str | None:
     """Return the message about a launcher or sweeper that an extra brings; None for anything else."""
     if group not in ENGINES or not isinstance(name, str):
         return None
-    extra = adapter(name).extra if group == "hydra/launcher" else {"optuna": "optuna"}.get(name)
+    extra = adapter(name).extra if group == "hydra/launcher" else "optuna" if name == "optuna" else None
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"

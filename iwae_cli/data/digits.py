@@ -17,6 +17,7 @@ from iwae_cli.core.noise import numpy_generator
 from iwae_cli.data.base import Data, GreyDataset
 from iwae_cli.data.files import Damaged, read_bytes
 
+FILE = "datasets/data/digits.csv.gz"
 SIDE = 8
 LEVELS = 17
 SIZES = (1_297, 250, 250)
@@ -39,7 +40,11 @@ class Digits(GreyDataset):
 
     def load(self) -> Data:
         """Return the data, from the file of the installed scikit-learn, without importing it (1.3 s)."""
-        path = _file()
+        spec = importlib.util.find_spec("sklearn")
+        places = [Path(folder) / FILE for folder in (spec and spec.submodule_search_locations) or ()]
+        path = next((place for place in places if place.exists()), None)
+        if path is None:
+            raise UserError(f"data=digits reads {FILE} of scikit-learn, which is not there; {_REINSTALL}")
         try:
             rows = gzip.decompress(read_bytes(path)).splitlines() or [b""]
             # 64 pixels and the class.
@@ -58,12 +63,3 @@ class Digits(GreyDataset):
             how=f" after one fixed permutation, {LEVELS} grey levels",
             labels=classes.split(SIZES),
         )
-
-
-def _file() -> Path:
-    spec = importlib.util.find_spec("sklearn")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if path.exists():
-            return path
-    raise UserError(f"data=digits reads datasets/data/digits.csv.gz of scikit-learn, which is not there; {_REINSTALL}")

@@ -47,6 +47,7 @@ class Sweep:
         self._exit_code: int | None = None
         self._stopping_since: float | None = None
         self._updating = threading.Lock()
+        self._main_thread = threading.get_ident()
 
     def run(self, work: Callable[[], None]) -> None:
         """Call ``work``, which has an engine run the jobs; meanwhile report failures, and stop all jobs on a signal.
@@ -80,6 +81,7 @@ class Sweep:
         """Call ``work``; return what ended it early."""
         try:
             work()
+            return None
         except UserError:
             raise
         except Stopped as stopped:
@@ -92,7 +94,6 @@ class Sweep:
             self._settle()
             what = (str(error).strip().splitlines() or [""])[0]
             return SweepFailed(f"the launcher gave up: {type(error).__name__}: {what}")
-        return None
 
     def failed_here(self) -> None:
         """Stop the sweep if its jobs end at the first failure; called for a job that failed in this process."""
@@ -160,10 +161,8 @@ class Sweep:
         print(f"{record.get('traceback') or ''}{line}", file=sys.stderr, flush=True)
         if self.stop_on_error and record["pid"] != os.getpid() and self._exit_code is None:
             self._exit_code = SweepFailed.exit_code
-            # To the main thread, which waits inside the engine.
-            main = threading.main_thread().ident
-            if main is not None:
-                signal.pthread_kill(main, signal.SIGINT)
+            # To the thread that waits inside the engine.
+            signal.pthread_kill(self._main_thread, signal.SIGINT)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -186,9 +185,6 @@ class Sweep:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
