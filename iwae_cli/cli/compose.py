@@ -40,10 +40,7 @@ from iwae_cli.sweeps.jobs import Job, Plan
 ESTIMATOR = "estimator"
 """Group of ``iwae-eval`` alone."""
 _WANDB = "iwae_cli.record.wandb.WandbLogger"
-_COMPOSITION_ERRORS = (
-    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
-    *(OSError, ValueError, TypeError, AttributeError),
-)
+_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, AttributeError)
 """Hydra looks into presets, and into its own node, without checking their types."""
 
 
@@ -195,7 +192,7 @@ class _Composer:
         if key not in self._composed:
             try:
                 cfg = hydra.compose("config", [*self.search_path, *lines], return_hydra_config=True)
-            except _COMPOSITION_ERRORS as error:
+            except _ERRORS as error:
                 group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
                 why = f"{clip(shlex.join(lines))} cannot be composed: {type(error).__name__}: {one_line(error)}"
                 raise UserError(not_installed(group, name) or why) from error

@@ -37,8 +37,7 @@ def resolved(cfg: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{error.full_key}{why}") from None
     for path, text in texts:
         hide_environment(text, functools.reduce(lambda node, part: node[part], path, values))
-    at_home: dict[str, Any] = _at_home(values)
-    return at_home
+    return _at_home(values)
 
 
 def plain(cfg: Any) -> Any:

@@ -10,27 +10,27 @@ from typing import Any
 from iwae_cli.core.errors import clip
 
 _OTHERS = {
-    **{"data": "dataset datasets", "model": "network net architecture arch", "objective": "loss bound criterion"},
-    **{"optimizer": "optim", "schedule": "scheduler lrschedule", "logger": "wandb tracker"},
-    **{"device": "gpu cuda usegpu usecuda accelerator", "cuda": "gpu nvidia", "mps": "metal apple"},
-    **{"disabled": "none off false no null csv", "offline": "wandb", "online": "on true"},
-    **{"mnist_fixed": "binarizedmnist mnistbinarized staticmnist mniststatic fixedmnist binarymnist larochelle"},
-    **{"fashion_mnist": "fmnist", "kmnist": "kuzushiji", "omniglot": "chardata"},
-    **{"one_layer": "vae mlp gaussian", "conv": "cnn convolutional", "sbn_200_200_200": "sbn"},
-    **{"elbo": "vae", "iwae": "iw iwelbo", "dreg": "iwaedreg dregiwae doublyreparameterized", "stl": "iwaestl"},
-    **{"vr": "renyi", "rws": "wakesleep", "jvi": "jackknife", "tvo": "thermodynamic"},
-    **{"lr": "learningrate stepsize eta", "weight_decay": "wd", "betas": "beta1 beta2", "precision": "dtype"},
-    **{"passes": "epochs epoch nepochs numepochs maxepochs", "stages": "epochs epoch nepochs numepochs maxepochs"},
-    **{"k": "samples nsamples numsamples particles nparticles importancesamples", "batch_size": "bs minibatch"},
-    **{"latent_sizes": "latent latents latentdim latentdims latentsize nlatent nlatents zdim"},
-    **{"hidden_sizes": "hidden hiddendim hiddendims hiddensize hiddenunits nhidden hdim"},
-    **{"seed": "randomseed rngseed manualseed", "restart": "overwrite force", "output_dir": "out outdir output logdir"},
-    **{"data_dir": "root dataroot datapath datafolder", "workers": "numworkers nworkers", "threads": "numthreads"},
-    **{"init_from": "pretrained checkpoint ckpt restore", "patience": "earlystopping earlystop"},
-    **{"kl_warmup": "warmup annealing anneal klanneal klannealing", "ema": "emadecay averaging"},
-    **{"clip": "gradclip gradientclip clipgrad clipnorm maxnorm clipgradnorm gradclipnorm"},
-    **{"train": "training trn", "validation": "val valid dev", "test": "testing"},
-}
+    "data": "dataset datasets", "model": "network net architecture arch", "objective": "loss bound criterion",
+    "optimizer": "optim", "schedule": "scheduler lrschedule", "logger": "wandb tracker",
+    "device": "gpu cuda usegpu usecuda accelerator", "cuda": "gpu nvidia", "mps": "metal apple",
+    "disabled": "none off false no null csv", "offline": "wandb", "online": "on true",
+    "mnist_fixed": "binarizedmnist mnistbinarized staticmnist mniststatic fixedmnist binarymnist larochelle",
+    "fashion_mnist": "fmnist", "kmnist": "kuzushiji", "omniglot": "chardata",
+    "one_layer": "vae mlp gaussian", "conv": "cnn convolutional", "sbn_200_200_200": "sbn",
+    "elbo": "vae", "iwae": "iw iwelbo", "dreg": "iwaedreg dregiwae doublyreparameterized", "stl": "iwaestl",
+    "vr": "renyi", "rws": "wakesleep", "jvi": "jackknife", "tvo": "thermodynamic",
+    "lr": "learningrate stepsize eta", "weight_decay": "wd", "betas": "beta1 beta2", "precision": "dtype",
+    "passes": "epochs epoch nepochs numepochs maxepochs", "stages": "epochs epoch nepochs numepochs maxepochs",
+    "k": "samples nsamples numsamples particles nparticles importancesamples", "batch_size": "bs minibatch",
+    "latent_sizes": "latent latents latentdim latentdims latentsize nlatent nlatents zdim",
+    "hidden_sizes": "hidden hiddendim hiddendims hiddensize hiddenunits nhidden hdim",
+    "seed": "randomseed rngseed manualseed", "restart": "overwrite force", "output_dir": "out outdir output logdir",
+    "data_dir": "root dataroot datapath datafolder", "workers": "numworkers nworkers", "threads": "numthreads",
+    "init_from": "pretrained checkpoint ckpt restore", "patience": "earlystopping earlystop",
+    "kl_warmup": "warmup annealing anneal klanneal klannealing", "ema": "emadecay averaging",
+    "clip": "gradclip gradientclip clipgrad clipnorm maxnorm clipgradnorm gradclipnorm",
+    "train": "training trn", "validation": "val valid dev", "test": "testing",
+}  # fmt: skip
 """Our name -> what people write elsewhere, in small letters without ``_`` and ``-``."""
 
 

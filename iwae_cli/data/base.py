@@ -208,18 +208,10 @@ class GreyDataset(Dataset, ABC):
             train = train[: self.limit]
         sizes = "x".join(map(str, image_shape))
         what = f"observations of {sizes} values" if len(image_shape) == 1 else f"images of {sizes}"
-        return Data(
-            name=name,
-            protocol=(
-                f"{len(train):,} training{first}, {len(validation):,} validation{which} and {len(test):,} test {what}"
-                f"{how}; {source}"
-            ),
-            train=train,
-            validation=validation,
-            test=test,
-            levels=self.levels,
-            binarization=binarization,
-            image_shape=image_shape,
-            facts=facts,
-            labels={name: of[: len(x)] for name, of, x in zip(SPLITS, labels, (train, validation, test), strict=False)},
+        protocol = (
+            f"{len(train):,} training{first}, {len(validation):,} validation{which} and {len(test):,} test {what}"
+            f"{how}; {source}"
         )
+        x = (train, validation, test)
+        classes = {name: of[: len(rows)] for name, of, rows in zip(SPLITS, labels, x, strict=False)}
+        return Data(name, protocol, *x, self.levels, binarization, image_shape, facts, classes)

@@ -63,22 +63,14 @@ class LinearGaussian(Dataset):
         mean, weight = self.parameters()
         covariance = weight @ weight.T + self.noise_std**2 * np.eye(self.pixels)
         density = MultivariateNormal(torch.from_numpy(mean), torch.from_numpy(covariance))
-        splits = {name: torch.from_numpy(self._draw(name, mean, weight)) for name in SPLITS}
-        return Data(
-            name=self.name,
-            protocol=(
-                f"{self.n_train:,} training, {self.n_validation:,} validation and {self.n_test:,} test observations of "
-                f"{self.pixels} real values, not binarized; synthetic, {self.latent_size} latents, "
-                f"noise_std {self.noise_std:g}, generator seed {self.seed}"
-            ),
-            train=splits["train"],
-            validation=splits["validation"],
-            test=splits["test"],
-            levels=None,
-            binarization="none",
-            image_shape=(self.pixels,),
-            facts={"generator_nll": -float(density.log_prob(splits["test"].double()).mean())},
+        train, validation, test = (torch.from_numpy(self._draw(name, mean, weight)) for name in SPLITS)
+        facts = {"generator_nll": -float(density.log_prob(test.double()).mean())}
+        protocol = (
+            f"{self.n_train:,} training, {self.n_validation:,} validation and {self.n_test:,} test observations of "
+            f"{self.pixels} real values, not binarized; synthetic, {self.latent_size} latents, "
+            f"noise_std {self.noise_std:g}, generator seed {self.seed}"
         )
+        return Data(self.name, protocol, train, validation, test, None, "none", (self.pixels,), facts)
 
     def _draw(self, split: str, mean: np.ndarray, weight: np.ndarray) -> Float[np.ndarray, "n pixels"]:
         draw = numpy_generator("linear_gaussian", self.seed, split)

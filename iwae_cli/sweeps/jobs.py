@@ -53,8 +53,7 @@ class Job:
         record = {"config": config, "names": self.names, "overrides": self.overrides, "group": group}
         values = {key: value for key, value in self.config.items() if key not in (*BASES, "config_dir")}
         scalars = check_arguments(Experiment, values, "", given={*objects, *record})
-        experiment: Experiment = call(Experiment, {**objects, **scalars, **record}, "")
-        return experiment
+        return call(Experiment, {**objects, **scalars, **record}, "")
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,7 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
     attempt.ends("finished")
     if _sweep is not None:
         _sweep.update()  # now, not among the lines of the next job
-    nll: float | None = result.get("validation", {}).get("nll")
-    return nll
+    return result.get("validation", {}).get("nll")
 
 
 def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
