@@ -1,6 +1,6 @@
 """The command ``iwae-report``: finished runs as a table, a page, a paired comparison. Imports neither Hydra nor torch.
 
-What it needs is imported where it is used: ``--help`` and wrong options need none of it.
+What imports numpy is imported where it is used: ``--help`` and wrong options need none of it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from iwae_cli.cli.command import Parser, answer
+from iwae_cli.cli.help import conf_folder
+from iwae_cli.config.guesses import nearest
 from iwae_cli.core.errors import UserError
+from iwae_cli.core.files import write_text
+from iwae_cli.report.reader import NOT_RECORDED, Found, Run, read
+from iwae_cli.report.selection import NAMED, agrees, choices, comparable, known_key, narrowed, typed
 
 if TYPE_CHECKING:
     from iwae_cli.report.cells import Table
-    from iwae_cli.report.reader import Found, Run
     from iwae_cli.report.writers import Report
 
 HELP = """\
@@ -85,14 +91,11 @@ def _report(argv: list[str]) -> bool:
 
     from iwae_cli.report.cells import tables
     from iwae_cli.report.paired import compare
-    from iwae_cli.report.reader import read
-    from iwae_cli.report.selection import comparable
     from iwae_cli.report.writers import Report
 
     filters = [text for text in options.paths if "=" in text and not Path(text).exists()]
-    found = read(
-        [text for text in options.paths if text not in filters] or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"]
-    )
+    places = [text for text in options.paths if text not in filters]
+    found = read(places or [os.environ.get("IWAE_OUTPUT_DIR") or "outputs"])
     if filters:
         _narrow(found, " ".join(filters))
     scored, incomparable = comparable(found.runs, options.split)
@@ -101,14 +104,9 @@ def _report(argv: list[str]) -> bool:
         from iwae_cli.report.budget import at_equal
 
         made_tables = [at_equal(table, options.budget) for table in made_tables]
-    made = Report(
-        found,
-        [*found.left_out, *incomparable],
-        made_tables,
-        [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare],
-    )
+    pairs = [compare(a, _chosen(a, found), b, _chosen(b, found), options.split) for a, b in options.compare]
+    made = Report(found, [*found.left_out, *incomparable], made_tables, pairs)
     if options.html is not None:
-        from iwae_cli.core.files import write_text
         from iwae_cli.report.page import page  # matplotlib and jinja2 take half a second
 
         try:
@@ -124,9 +122,6 @@ def _report(argv: list[str]) -> bool:
 
 def _narrow(found: Found, text: str) -> None:
     """Keep the finished runs, and of these the evaluations, that have the values of ``text``."""
-    from iwae_cli.report.reader import NOT_RECORDED
-    from iwae_cli.report.selection import narrowed
-
     wanted = _wanted("filter", text, found)
     kept = narrowed(found.runs, wanted)
     if not kept:
@@ -171,9 +166,6 @@ def _against(text: str | None, made: list[Table], found: Found) -> list[Table]:
 
 def _chosen(text: str, found: Found) -> list[Run]:
     """Return the finished runs that one side of ``--compare`` names."""
-    from iwae_cli.report.reader import read
-    from iwae_cli.report.selection import narrowed
-
     if Path(text).exists():
         there = read([text])
         if not there.runs:
@@ -188,8 +180,6 @@ def _chosen(text: str, found: Found) -> list[Run]:
 
 def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
     """Return keys and values of ``"KEY=VALUE KEY=VALUE"``; a comma separates them too."""
-    from iwae_cli.report.selection import agrees, choices, known_key, typed
-
     # Not inside a value: model.latent_sizes=[100, 50].
     parts = [part.partition("=") for part in re.split(r"[,\s]+(?=[^\s,=\[\]]+=)", text.strip())]
     if not all(key and sign for key, sign, _ in parts):
@@ -198,7 +188,7 @@ def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
     if len(wanted) < len(parts):
         raise UserError(f"{option} {text}: a key is there twice; write several choices as seed=0,1")
     wanted = {key: _named_data(value, found) if key == "data" else value for key, value in wanted.items()}
-    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
+    held = _held(found)
     for key, value in wanted.items():
         whole = any(typed(of.get(key)) == value for of in held)  # a name may hold a comma
         for choice in () if whole else choices(value):
@@ -209,11 +199,6 @@ def _wanted(option: str, text: str, found: Found) -> dict[str, str]:
 
 def _named_data(value: str, found: Found) -> str:
     """Return the names of data sets for those and for choices of the group ``data``, whose names no result holds."""
-    import yaml
-
-    from iwae_cli.cli.help import conf_folder
-    from iwae_cli.report.selection import choices
-
     own = {str(run.config.get("config_dir") or "") for run in found.runs} - {""}
     names: dict[str, None] = {}
     for choice in choices(value):
@@ -227,12 +212,13 @@ def _named_data(value: str, found: Found) -> str:
     return ",".join(names)
 
 
+def _held(found: Found) -> list[dict[str, Any]]:
+    return [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
+
+
 def _values(keys: Mapping[str, str], found: Found) -> str:
     """Return the values that the runs have of these keys, for a message; of a value that none has the nearest."""
-    from iwae_cli.config.guesses import nearest
-    from iwae_cli.report.selection import NAMED, agrees, typed
-
-    held = [{**run.keys, **score.keys} for run in found.runs for score in run.scores]
+    held = _held(found)
     words = ""
     for key, value in keys.items():
         there = sorted({typed(of.get(key)) for of in held})
