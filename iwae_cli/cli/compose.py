@@ -31,7 +31,7 @@ from iwae_cli.cli.engines import ENGINES, check_fixed, check_targets, not_instal
 from iwae_cli.cli.help import choices, conf_folder, own_folders, summary
 from iwae_cli.cli.overrides import MAX_JOBS, parse, quoted, several, values
 from iwae_cli.cli.resolve import first_line, plain, resolved, secrets_in, texts_in
-from iwae_cli.config.build import BASES, SEVERAL, convert, show
+from iwae_cli.config.build import BASES, convert, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
 from iwae_cli.record.folder import RunFolder
@@ -224,7 +224,7 @@ class _Composer:
         if override.is_sweep_override():
             return True
         names, value = self.groups[group], override.value()
-        for name in value if isinstance(value, list) and group in (*SEVERAL, "experiment") else [value]:
+        for name in value if isinstance(value, list) and group in ("logger", "experiment") else [value]:
             if not isinstance(name, str) or name not in names:
                 raise UserError(not_installed(group, name) or _no_choice(group, name, names))
         return True

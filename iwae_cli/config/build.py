@@ -38,9 +38,6 @@ BASES = {
 }
 """Group -> base class of the classes it may name. Strings, because importing them imports torch."""
 
-SEVERAL = ("logger",)
-"""Groups that hold any number of nodes, each under a name: ``logger: {wandb: {_target_: ...}}``."""
-
 ALLOW_VARIABLE = "IWAE_ALLOW_TARGETS"
 """Environment variable with further packages whose classes may be named, comma separated; no config can set it."""
 
@@ -85,21 +82,23 @@ def trust(folders: Any) -> None:
 def construct(config: Mapping[str, Any], groups: Iterable[str] = tuple(BASES)) -> dict[str, Any]:
     """Return the object of every group of a resolved, plain ``config``.
 
-    ``optimizer`` is a ``functools.partial`` without its parameters; a group of ``SEVERAL`` is a tuple of objects.
+    ``optimizer`` is a ``functools.partial`` without its parameters; ``logger``, which holds any number of nodes, each
+    under a name, is a tuple of objects.
     """
     trust(config.get("config_dir"))
     objects: dict[str, Any] = {}
     for group in groups:
-        if group not in config and group not in SEVERAL:
-            raise UserError(f"{group} is missing: choose one with {group}=...")
         module, _, name = BASES[group].rpartition(".")
         base = getattr(importlib.import_module(module), name)
-        if group in SEVERAL:
-            if "_target_" in config.get(group, {}):
-                raise UserError(f"{group}: a yaml of this group holds a name, and below it _target_ and its keys")
-            objects[group] = tuple(build(node, base, f"{group}.{key}") for key, node in config.get(group, {}).items())
-        else:
+        if group == "logger":
+            nodes = config.get(group, {})
+            if "_target_" in nodes:
+                raise UserError("logger: a yaml of this group holds a name, and below it _target_ and its keys")
+            objects[group] = tuple(build(node, base, f"logger.{key}") for key, node in nodes.items())
+        elif group in config:
             objects[group] = build(config[group], base, group)
+        else:
+            raise UserError(f"{group} is missing: choose one with {group}=...")
     return objects
 
 
