@@ -129,10 +129,11 @@ class ArrayFile(_Own):
             held = clip(", ".join(f"{name} {array.shape}" for name, array in arrays.items()), 100) or "none"
             wanted = f"must hold train, validation and test, or one array for {SHARES}"
             raise self._wrong(f"{wanted}, got {held}{_remedy(arrays)}")
-        (first, *_), (image_shape, *_) = arrays, [array.shape[1:] for array in arrays.values()]
+        first = next(iter(arrays))
+        image_shape = arrays[first].shape[1:]
         for name, array in arrays.items():
             shape, has = array.shape, f"{name} has shape {array.shape}"
-            if array.ndim and not len(array):
+            if shape and not shape[0]:
                 raise self._wrong(f"{name} is empty (shape {shape}): every split needs an image")
             if array.dtype.kind not in "biuf":
                 raise self._wrong(f"{name} holds {array.dtype}, not numbers: {SAVE}")
@@ -142,7 +143,8 @@ class ArrayFile(_Own):
                 raise self._wrong(f"{has} and {first} {arrays[first].shape}: all images must be alike")
             if len(shape) == 4 and shape[1] > 4 >= shape[3]:
                 raise self._wrong(f"{has}, channels last: save x.transpose(0, 3, 1, 2)")
-            if not (finite := np.isfinite(array).reshape(len(array), -1).all(1)).all():
+            finite = np.isfinite(array).reshape(len(array), -1).all(1)
+            if not finite.all():
                 raise self._wrong(f"{name}[{finite.argmin()}] holds NaN or infinity: all values must be finite")
         return self._made({name: torch.from_numpy(x) for name, x in self._values(arrays).items()}, image_shape)
 
@@ -174,25 +176,23 @@ class ArrayFile(_Own):
         """Return arrays of uint8, or of float32 if the values are real."""
         least = float(min(array.min() for array in arrays.values()))
         most = float(max(array.max() for array in arrays.values()))
-        floating = all(array.dtype.kind == "f" for array in arrays.values())
         if least == most:
             raise self._wrong(f"all values are {least:g}: there is nothing to learn")
-        if self.levels is not None and (found := _integers(arrays, self.levels)) is not None:
-            tops = {name: int(array.max()) for name, array in found.items()}
-            darkest, brightest = min(tops, key=tops.__getitem__), max(tops, key=tops.__getitem__)
-            if tops[darkest] <= 1 < tops[brightest]:
-                ends = f"{darkest} holds values up to {arrays[darkest].max():g}, {brightest} up to {most:g}"
-                raise self._wrong(f"{ends}: save all splits on one scale")
-            return found
-        if self.levels is None and floating and max(-least, most) <= torch.finfo(torch.float32).max:
-            found = {name: array.astype(np.float32) for name, array in arrays.items()}
+        if self.levels is not None:
+            integers = _integers(arrays, self.levels)
+            if integers is not None:
+                self._check_scale(integers, arrays)
+                return integers
+        floating, largest = all(array.dtype.kind == "f" for array in arrays.values()), max(-least, most)
+        if self.levels is None and floating and largest <= torch.finfo(torch.float32).max:
             spread = max(float(array.std()) for array in arrays.values())
-            if spread < EXACT_REAL * float(np.spacing(np.float32(max(-least, most)))):
+            if spread < EXACT_REAL * float(np.spacing(np.float32(largest))):
                 raise self._wrong(
                     f"holds values from {least:.9g} to {most:.9g}, whose differences float32 would lose: "
                     "subtract their mean before you save them"
                 )
-            return found
+            return {name: array.astype(np.float32) for name, array in arrays.items()}
+        # No: say what they are instead.
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)
         fits = next((n for n in few if _integers(arrays, n) is not None), None)
         way = f"{'' if floating else 'save floats and '}write data.levels=real model.likelihood=gaussian"
@@ -204,6 +204,14 @@ class ArrayFile(_Own):
         wanted = "float32 numbers" if self.levels is None else f"{self.levels} levels"
         kinds = " and ".join(sorted({str(array.dtype) for array in arrays.values()}))
         raise self._wrong(f"holds {kinds} values from {least:g} to {most:g}, not {wanted}: {way}")
+
+    def _check_scale(self, integers: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
+        tops = {name: int(array.max()) for name, array in integers.items()}
+        darkest, brightest = min(tops, key=tops.__getitem__), max(tops, key=tops.__getitem__)
+        if tops[darkest] <= 1 < tops[brightest]:
+            low, high = arrays[darkest].max(), arrays[brightest].max()
+            ends = f"{darkest} holds values up to {low:g}, {brightest} up to {high:g}"
+            raise self._wrong(f"{ends}: save all splits on one scale")
 
 
 def _dense(array: Any) -> np.ndarray:
@@ -291,7 +299,7 @@ class ImageFolder(_Own):
     def load(self) -> Data:
         """Return the data, see the base class."""
         found = {name: [self._image(path) for path in files] for name, files in self._files.items()}
-        (first, *_), *_ = found.values()
+        first = next(iter(found.values()))[0]
         for name, images in found.items():
             for path, image in zip(self._files[name], images, strict=True):
                 if image.shape != first.shape:
