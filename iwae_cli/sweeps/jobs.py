@@ -16,6 +16,7 @@ from iwae_cli.config.build import BASES, call, check_arguments, construct
 from iwae_cli.core.errors import Interrupted, RunLocked, UserError, one_line
 from iwae_cli.core.files import absolute
 from iwae_cli.core.progress import announce, labelled
+from iwae_cli.core.signals import preemption
 from iwae_cli.record.identity import evaluation_name
 from iwae_cli.sweeps.launchers import BATCHED, adapter
 from iwae_cli.sweeps.records import Attempt, Planned, Stopped, SweepFolder, job_name
@@ -194,7 +195,7 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
         attempt.ends("interrupted", error)
         if _sweep is not None:
             raise Stopped(128 + received) from None
-        if received == adapter(launcher).preemption():
+        if adapter(launcher).preempts and received == preemption():
             # The state is saved: the engine's own handler may queue the job again.
             signal.raise_signal(received)
         return None

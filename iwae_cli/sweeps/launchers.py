@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from iwae_cli.core import signals
 from iwae_cli.core.errors import UserError
 
 BATCHED = "batched"
@@ -20,16 +19,14 @@ class Launcher:
     """Extra of this package that installs the engine."""
     elsewhere: bool = False
     """Whether jobs run on other machines, which may hold data that this one lacks."""
+    preempts: bool = False
+    """Whether a signal tells jobs to save their state and end, to be queued again by the engine."""
 
     def start(self, node: Mapping[str, Any]) -> None:
         """Prepare the engine."""
 
     def workers(self, node: Mapping[str, Any], jobs: int | None, cores: int) -> int | None:
         """Return how many evaluation workers each job may have so that parallel ``jobs`` share the cores; None: all."""
-        return None
-
-    def preemption(self) -> int | None:
-        """Return the signal that tells a job to save its state and end, to be queued again by the engine."""
         return None
 
 
@@ -51,9 +48,7 @@ class _Submitit(Launcher):
 
     extra = "slurm"
     elsewhere = True
-
-    def preemption(self) -> int | None:
-        return signals.preemption()
+    preempts = True
 
 
 class _SubmititLocal(_Submitit):
