@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from iwae_cli import __version__
@@ -15,13 +15,14 @@ from iwae_cli.core.files import here
 from iwae_cli.sweeps.records import Stopped
 
 
-def answer(program: str, work: Callable[[], bool]) -> int:
+def answer(program: str, work: Callable[[list[str]], bool], argv: Sequence[str] | None) -> int:
     """Return the exit code of ``work``, which returns whether it wrote anything but standard output."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     hide_nothing()
     with forgiving() as out:
         try:
             here()
-            wrote = work()
+            wrote = work(arguments)
         except (UserError, Interrupted) as error:
             print(one_line(f"{program}: {error}"), file=sys.stderr)
             return error.exit_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from iwae_cli.core.files import expanded
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``iwae-eval``; returns the exit code, as ``iwae-train``."""
-    return answer("iwae-eval", lambda: _evaluate(list(sys.argv[1:] if argv is None else argv)))
+    return answer("iwae-eval", _evaluate, argv)
 
 
 def _evaluate(argv: list[str]) -> bool:

@@ -77,7 +77,7 @@ exit codes: 0 done, 1 the output cannot be written, 2 wrong input
 
 def report(argv: Sequence[str] | None = None) -> int:
     """Run ``iwae-report`` and return the exit code (0 done, 1 not written, 2 wrong input)."""
-    return answer("iwae-report", lambda: _report(list(sys.argv[1:] if argv is None else argv)))
+    return answer("iwae-report", _report, argv)
 
 
 def _report(argv: list[str]) -> bool:

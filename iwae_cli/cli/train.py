@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -23,13 +22,12 @@ if TYPE_CHECKING:
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``iwae-train``; returns the exit code (0 done, 1 failed, 2 wrong input, 3 locked, 128 + signal)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from iwae_cli.evaluation import distributed
 
         if distributed.are_several():
-            distributed.leave(answer("iwae-train", lambda: _train_with_others(arguments)))
-    return answer("iwae-train", lambda: _train(arguments))
+            distributed.leave(answer("iwae-train", _train_with_others, argv))
+    return answer("iwae-train", _train, argv)
 
 
 def train_run(*overrides: str, config_dir: str | None = None) -> Run:
