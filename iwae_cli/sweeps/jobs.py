@@ -145,11 +145,10 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
     for job in plan.jobs:
         experiment = job.experiment(plan.name)
         experiment.check()
-        one = Planned(job.overrides, experiment.folder().path, evaluation_name(job.config), experiment.restart)
         if not plan.is_grid and "validation" not in experiment.evaluation.splits:
-            raise UserError(
-                "a search minimizes the NLL of the validation split: evaluation.splits must hold validation"
-            )
+            why = "a search minimizes the NLL of the validation split"
+            raise UserError(f"{why}: evaluation.splits must hold validation")
+        one = Planned(job.overrides, experiment.folder().path, evaluation_name(job.config), experiment.restart)
         if (one.folder, one.evaluation) in found:
             continue  # the same in other words
         found[one.folder, one.evaluation] = job, one
@@ -157,15 +156,14 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
         if elsewhere or (kept.is_file() and not experiment.restart):
             continue  # a finished job needs no data
         # What load refuses is said once, before job 0.
-        data, *others = (
-            json.dumps(job.config[key], sort_keys=True)
-            for key in ("data", "model", "objective", "evaluation", "train", "init_from")
-        )
+        data = json.dumps(job.config["data"], sort_keys=True)
+        others = [job.config[key] for key in ("model", "objective", "evaluation", "train", "init_from")]
+        parts = data + json.dumps(others, sort_keys=True)
         if data not in loaded:
             loaded[data] = experiment.data.load()
-        if str([data, *others]) not in seen:
+        if parts not in seen:
             experiment.check_with(loaded[data])
-            seen.add(str([data, *others]))
+            seen.add(parts)
     return list(found.values())
 
 
