@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -60,16 +61,10 @@ class _Own(GreyDataset, ABC):
     def _wrong(self, what: str) -> UserError:
         return UserError(f"data.path={shown(self._path or Path())}: {what}")
 
+    @property
     @abstractmethod
-    def _contents(self) -> Iterator[bytes | bytearray]:
-        """Yield what decides the data."""
-
-    @cached_property
     def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for content in self._contents():
-            digest.update(content)
-        return digest.hexdigest()
+        """A hash of what decides the data."""
 
     def fingerprint(self) -> str | None:
         """Return a hash of the content."""
@@ -117,8 +112,9 @@ class ArrayFile(_Own):
         self.levels = None if levels == "real" else levels
         super().__init__(path, splits, binarization, limit)
 
-    def _contents(self) -> Iterator[bytes | bytearray]:
-        yield read_bytes(self._place)
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(read_bytes(self._place)).hexdigest()
 
     def load(self) -> Data:
         """Return the data, see the base class."""
@@ -289,12 +285,14 @@ class ImageFolder(_Own):
                 raise self._wrong(f"no image{' in ' * bool(name)}{name} (endings {', '.join(IMAGE_ENDINGS)})")
         return found
 
-    def _contents(self) -> Iterator[bytes | bytearray]:
-        for files in self._files.values():
-            for path in files:
-                content = read_bytes(path)
-                yield f"{path.relative_to(self._place).as_posix()} {len(content)} ".encode()
-                yield content
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for path in chain(*self._files.values()):
+            content = read_bytes(path)
+            digest.update(f"{path.relative_to(self._place).as_posix()} {len(content)} ".encode())
+            digest.update(content)
+        return digest.hexdigest()
 
     def load(self) -> Data:
         """Return the data, see the base class."""
