@@ -49,5 +49,7 @@ def not_installed(group: str, name: Any) -> str | None:
     """Return the message about a launcher or sweeper that an extra brings; None for anything else."""
     if group not in ENGINES or not isinstance(name, str):
         return None
-    extra = adapter(name).extra if group == "hydra/launcher" else "optuna" if name == "optuna" else None
+    extra = "optuna" if name == "optuna" else None
+    if group == "hydra/launcher":
+        extra = adapter(name).extra
     return extra and f"{group}={name} is not installed: pip install 'iwae-cli[{extra}]'"

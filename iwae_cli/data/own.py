@@ -188,7 +188,7 @@ class ArrayFile(_Own):
                     "subtract their mean before you save them"
                 )
             return {name: array.astype(np.float32) for name, array in arrays.items()}
-        # No: say what they are instead.
+        # Neither fits: say what would.
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)
         fits = next((n for n in few if _integers(arrays, n) is not None), None)
         way = f"{'' if floating else 'save floats and '}write data.levels=real model.likelihood=gaussian"

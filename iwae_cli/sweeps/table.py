@@ -79,14 +79,15 @@ def counted(statuses: Mapping[str, int]) -> str:
 def _sheet(jobs: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> Table:
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     names = sorted({score.name for score in scores} - {""})
-    right = [Column(name, justify="right") for name in ("job", ", ".join(names) or "NLL")]
-    sheet = Table(right[0], "overrides", "status", right[1], "run", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    first, fourth = Column("job", justify="right"), Column(", ".join(names) or "NLL", justify="right")
+    sheet = Table(first, "overrides", "status", fourth, "run", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for number, (job, (name, nll, _)) in enumerate(zip(jobs, scores, strict=True)):
+        value = "" if nll is None else f"{nll:.2f}"
         sheet.add_row(
             str(number),
             Text(" ".join(o for o in job["overrides"] if o not in common)),
             Text(job["status"], style=_STYLES.get(job["status"], "")),
-            "" if nll is None else f"{nll:.2f} ({name})" if len(names) > 1 else f"{nll:.2f}",
+            f"{value} ({name})" if value and len(names) > 1 else value,
             Text(str(job.get("identity", ""))),
         )
     return sheet
