@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from iwae_cli import __version__
-from iwae_cli.cli.stdio import exit_code, forgiving
+from iwae_cli.cli.stdio import forgiving
 from iwae_cli.config.guesses import nearest, question
 from iwae_cli.core.errors import Interrupted, UserError, clip, hide_nothing, one_line
 from iwae_cli.core.files import here
@@ -30,7 +30,15 @@ def answer(program: str, work: Callable[[list[str]], bool], argv: Sequence[str] 
             return stop.exit_code
         except KeyboardInterrupt:
             return 130
-        return exit_code(program, out, needed=not wrote)
+        out.flush()
+        if out.lost is None:
+            return 0
+        reader_left = isinstance(out.lost, BrokenPipeError)
+        if not reader_left:
+            print(f"{program}: standard output cannot be written: {out.lost.strerror}", file=sys.stderr)
+        if wrote:
+            return 0
+        return 141 if reader_left else 1  # 141 is how shells report a broken pipe
 
 
 class Parser(argparse.ArgumentParser):

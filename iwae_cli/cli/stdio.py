@@ -1,4 +1,4 @@
-"""Standard streams that cannot fail, and the exit code of a command that prints.
+"""Standard streams that cannot fail.
 
 The results of a run are files. A terminal that is closed, or a full disk behind a stream, must not end the run.
 """
@@ -68,18 +68,3 @@ def forgiving() -> Iterator[_Forgiving]:
         out.flush()
         err.flush()
         sys.stdout, sys.stderr = before
-
-
-def exit_code(program: str, out: _Forgiving, *, needed: bool) -> int:
-    """Return the exit code of a command that has done its work: 0 unless its output ``out`` is all that it makes.
-
-    Where the output is ``needed``, 141 if the reader has left (as shells report a broken pipe), and 1 if it cannot be
-    written for another reason.
-    """
-    out.flush()
-    if out.lost is None:
-        return 0
-    if isinstance(out.lost, BrokenPipeError):
-        return 141 if needed else 0
-    print(f"{program}: standard output cannot be written: {out.lost.strerror}", file=sys.stderr)
-    return 1 if needed else 0
