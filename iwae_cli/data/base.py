@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -169,6 +169,8 @@ class GreyDataset(Dataset, ABC):
     """How images of two levels are described."""
 
     def __init__(self, binarization: GreyBinarization = "dynamic", limit: int | None = None) -> None:
+        if binarization not in get_args(GreyBinarization):
+            raise ValueError(f"binarization must be one of dynamic, none, got {binarization!r}")
         self.limit = limit
         self.binarization: GreyBinarization = binarization
         binary = self.levels == 2 or binarization == "dynamic"

@@ -48,16 +48,19 @@ class Caltech101Silhouettes(MatImages):
         """Return the data, see the base class."""
         path, content = self._file()
         splits = self._read(path, content)
-        canonical = tuple(map(len, splits)) == SIZES
-        of = "split 1 of Marlin et al. 2010" if canonical else "not the published split"
+        sha256 = hashlib.sha256(content).hexdigest()
+        of = "not the published split"
+        if tuple(map(len, splits)) == SIZES:
+            # Another split of the same images may have the same sizes.
+            of = "which need not be " * (self._path is not None) + "split 1 of Marlin et al. 2010"
         if self._invert:
             splits = [1 - x for x in splits]
         return self.data(
             splits,
             (SIDE, SIDE),
-            f"the file {path.name}, {of}",
+            f"the file {path.name} (sha256 {sha256[:8]}), {of}",
             how=", inverted (1 - x): objects are 1" if self._invert else ", as in the file: objects are 0",
-            sha256=hashlib.sha256(content).hexdigest(),
+            sha256=sha256,
         )
 
     def _pixels(self, path: Path, key: str, values: np.ndarray) -> UInt8[np.ndarray, "n pixels"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy.io import loadmat, savemat
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.data import caltech101
 from iwae_cli.data.caltech101 import Caltech101Silhouettes
 
 KEYS = {"train_data": 6, "val_data": 3, "test_data": 4}
@@ -48,6 +50,17 @@ def test_the_file_in_data_dir_is_known_by_its_content(tmp_path: Path) -> None:
     assert made.fingerprint() != before and len(made.load().validation) == 5
 
 
+def test_only_the_file_in_the_authors_place_may_be_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another split of the same images has the same sizes, and no hash of the authors' file is published."""
+    monkeypatch.setattr(caltech101, "SIZES", tuple(KEYS.values()))
+    path = written(tmp_path / "Caltech101Silhouettes" / "caltech101_silhouettes_28_split1.mat")
+    theirs, named = Caltech101Silhouettes(str(tmp_path)).load(), Caltech101Silhouettes("unused", path=str(path)).load()
+    assert "which need not be split 1 of Marlin et al. 2010" in named.protocol
+    assert "need not be" not in theirs.protocol and "split 1 of Marlin et al. 2010" in theirs.protocol
+    for data in (theirs, named):
+        assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}" in data.protocol
+
+
 ONES = np.ones((2, 784), dtype=np.uint8)
 WRONG = {
     "grey": {"train_data": ONES * 7},
@@ -77,3 +90,4 @@ def test_real_silhouettes(data_dir: Path) -> None:
     assert (len(data.train), len(data.validation), len(data.test)) == (4100, 2264, 2307)
     raw = loadmat(path)["test_data"].reshape(-1, 28, 28).transpose(0, 2, 1)
     assert np.array_equal(data.test.view(-1, 28, 28), raw)
+    assert "which need not be split 1 of Marlin et al. 2010" in data.protocol
