@@ -117,6 +117,8 @@ MEANT = {
     "schedule=burda epochs=3": "schedule.stages",
     "k=50": "objective.k or evaluation.k",
     "threads=2": "device.threads",
+    "seed=0..3": "-m 'seed=range(0,4)'",
+    "-m seed=1-4": "-m 'seed=range(1,5)'",
     "warmup=3": "training.kl_warmup",
     "kl_annealing=3": "training.kl_warmup",
     "grad_clip=3": "training.clip",
