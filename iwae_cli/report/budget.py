@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +12,8 @@ from iwae_cli.record.jsonl import read_history
 from iwae_cli.report.cells import UNITS, Budget, Cell, Table
 from iwae_cli.report.reader import Run, class_name
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Of the budget that every run of a table has."""
-ROUNDING = 1e-9
-"""Relative error of a cost, which is a product of a mean and a number of passes."""
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the budget that every run of a table has
+ROUNDING = 1e-9  # relative error of a cost, which is a product of a mean and a number of passes
 TWO_LOSSES = "dreg, piwae, rws, vimco, reinforce and tvo with gradient=covariance"
 
 
@@ -28,12 +26,11 @@ def at_equal(table: Table, unit: str) -> Table:
     """
     runs = [scored.run for cell in table.cells for scored in cell.runs]
     try:
-        _require(runs, unit)
-        curves = {run.identity: _curve(run, unit) for run in runs}
+        costs = _costs(runs, unit)
+        curves = {run.identity: _curve(run, costs[run.identity]) for run in runs}
     except (UserError, OSError) as error:
         return replace(table, notes=(*table.notes, f"not compared at equal {unit}: {error}"))
-    whole = min(_cost(run, unit) or 0.0 for run in runs)
-    levels = tuple(whole * share for share in SHARES)
+    levels = tuple(min(costs.values()) * share for share in SHARES)
 
     def at(cell: Cell, level: float) -> tuple[float, ...] | None:
         held = [curves[scored.run.identity] for scored in cell.runs]
@@ -46,52 +43,48 @@ def at_equal(table: Table, unit: str) -> Table:
     return replace(table, budget=budget, cells=cells)
 
 
-def _cost(run: Run, unit: str) -> float | None:
-    """Return what the whole training took."""
-    return run.draws if unit == "evaluations" else run.seconds
-
-
-def _require(runs: Sequence[Run], unit: str) -> None:
-    """Raise UserError unless every run says what it cost, and all are validated alike."""
-    unknown = [run.identity for run in runs if not (_cost(run, unit) and run.result["epochs"])]
-    if unknown:
+def _costs(runs: Sequence[Run], unit: str) -> dict[str, float]:
+    """Return what every whole training took; raise UserError if one does not say, or not all are validated alike."""
+    costs = {run.identity: run.draws if unit == "evaluations" else run.seconds for run in runs}
+    known = {run.identity: cost for run in runs if (cost := costs[run.identity]) and run.result["epochs"]}
+    if unknown := [name for name in costs if name not in known]:
         raise UserError(f"{UNITS[unit]} are not recorded of {len(unknown)} of {len(runs)} runs, such as {unknown[0]}")
     ks = sorted({str(run.keys["validation.k"]) for run in runs})
     if len(ks) > 1:
         raise UserError(f"validation.k is {' or '.join(ks)}; keep the runs with one, such as validation.k={ks[0]}")
+    return known
 
 
-def _curve(run: Run, unit: str) -> tuple[list[float], list[float]]:
+def _curve(run: Run, cost: float) -> tuple[list[float], list[float]]:
     """Return the cost up to every validated pass, passes taken to be of equal cost, and the bound there in nats."""
+    per_pass = cost / run.result["epochs"]
     rows = [row for _, row in read_history(run.path) if row.get("pass")]
-    per_pass = (_cost(run, unit) or 0.0) / run.result["epochs"]
     found = [(per_pass * row["pass"], bound) for row in rows if (bound := row.get("validation/bound")) is not None]
-    return [cost for cost, _ in found], [bound for _, bound in found]
+    return [so_far for so_far, _ in found], [bound for _, bound in found]
 
 
-def _cautions(runs: Sequence[Run], unit: str) -> list[str]:
-    """Return what is not equal although the budget is."""
-    found = []
+def _cautions(runs: Sequence[Run], unit: str) -> Iterator[str]:
+    """Yield what is not equal although the budget is."""
     if any(class_name(str(run.keys["schedule._target_"])) != "Constant" for run in runs):
-        found.append("learning rates fall with the schedule: a training that is scheduled for less ends better")
+        yield "learning rates fall with the schedule: a training that is scheduled for less ends better"
     if len({run.keys["validation.every"] for run in runs}) > 1:
-        found.append(
-            "validation.every differs: interpolation between distant validations is too low, since curves bend"
-        )
+        yield "validation.every differs: interpolation between distant validations is too low, since curves bend"
     if any(run.config.get("init_from") for run in runs):
-        found.append("the trainings before init_from are not counted")
-    if unit == "evaluations" and len({_has_two_losses(run) for run in runs}) > 1:
-        found.append(f"objectives with a second backward pass for every draw: {TWO_LOSSES}")
-    if unit == "evaluations" and any(run.keys.get("training.backward") == "roulette" for run in runs):
-        found.append("training.backward=roulette scores all draws and differentiates some")
-    if unit == "seconds":
+        yield "the trainings before init_from are not counted"
+    if unit == "evaluations":
+        if len({_has_two_losses(run) for run in runs}) > 1:
+            yield f"objectives with a second backward pass for every draw: {TWO_LOSSES}"
+        if any(run.keys.get("training.backward") == "roulette" for run in runs):
+            yield "training.backward=roulette scores all draws and differentiates some"
+    else:
         devices = [run.result.get("device") or {} for run in runs]
-        ran = {tuple(str(device.get(key)) for key in ("kind", "name", "machine", "threads")) for device in devices}
-        if len(ran) > 1:
-            found.append("the runs were made by different devices or numbers of threads")
+        if (
+            len({tuple(str(device.get(key)) for key in ("kind", "name", "machine", "threads")) for device in devices})
+            > 1
+        ):
+            yield "the runs were made by different devices or numbers of threads"
         if any(str(device.get("train_runs_at_once", 1)) != "1" for device in devices):
-            found.append("some runs were trained at once, each with the seconds of all")
-    return found
+            yield "some runs were trained at once, each with the seconds of all"
 
 
 def _has_two_losses(run: Run) -> bool:

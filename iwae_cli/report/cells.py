@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.summary import PLUS_MINUS as PLUS_MINUS
-from iwae_cli.record.summary import decimals, measured
+from iwae_cli.record.summary import PLUS_MINUS, decimals, measured
 from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
 from iwae_cli.report.paired import BY_Q, BY_REFINED, SEEN, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
@@ -33,53 +32,34 @@ from iwae_cli.report.selection import (
 
 ROWS = ("model", "objective.k")
 COLUMNS = ("objective",)
-OTHERWISE = "\N{DAGGER}"
-"""Behind a published value whose runs were trained otherwise."""
-WITHIN = "\N{DOUBLE DAGGER}"
-"""Behind a difference that the error of the estimates may explain."""
-WAYS = 4
-"""Ways of training otherwise that a footnote lists."""
+OTHERWISE = "\N{DAGGER}"  # behind a published value whose runs were trained otherwise
+WITHIN = "\N{DOUBLE DAGGER}"  # behind a difference that the error of the estimates may explain
+WAYS = 4  # ways of training otherwise that a footnote lists
 UNITS = {"evaluations": "draws", "seconds": "seconds"}
 """Of training budgets: an evaluation is that of p and q at one draw, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the columns of validation bounds at equal training budgets share.
+    """What the columns of validation bounds at equal training budgets share."""
 
-    Attributes:
-        unit: one of ``UNITS``.
-        k: samples per image of the validation bound.
-        levels: budgets, the last of which is the whole training of the run with the smallest.
-        cautions: what is not equal.
-    """
-
-    unit: str
-    k: int
-    levels: tuple[float, ...]
-    cautions: tuple[str, ...]
+    unit: str  # one of UNITS
+    k: int  # samples per image of the validation bound
+    levels: tuple[float, ...]  # budgets, the last of which is the whole training of the run with the smallest
+    cautions: tuple[str, ...]  # what is not equal
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ by their seed only, sorted by seed.
+    """Runs that differ by their seed only, at least one, sorted by seed."""
 
-    Attributes:
-        row, column: values of the table's keys, as printed.
-        runs: at least one.
-        published: value of a paper for exactly this setting, if any.
-        deviations: how the training differs from the paper's.
-        against: paired difference from the table's reference cell, if any.
-        at_budgets: for every level of the table's budget the validation bound of each seed, nats; None at a budget
-            that ends before the first validation.
-    """
-
-    row: Label
+    row: Label  # values of the table's keys, as printed; likewise the column
     column: Label
     runs: tuple[Scored, ...]
-    published: Published | None
-    deviations: tuple[str, ...]
-    against: Paired | None = None
+    published: Published | None  # value of a paper for exactly this setting
+    deviations: tuple[str, ...]  # how the training differs from the paper's
+    against: Paired | None = None  # difference from the table's reference cell
+    # The validation bound of each seed at every level of the table's budget, nats; None before the first validation.
     at_budgets: tuple[tuple[float, ...] | None, ...] = ()
 
     @property
@@ -140,38 +120,27 @@ class Cell:
 
 
 class Field(NamedTuple):
-    """One printed number of every cell: heading, text, and the value to sort by."""
+    """One printed number of a cell: heading, the value to sort by, and text."""
 
     name: str
-    text: Callable[[Cell], str]
-    value: Callable[[Cell], float | None]
+    value: float | None
+    text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that may be compared: one data set (or a key that names it), one split, k and kind of weights.
-
-    Attributes:
-        title: the data.
-        split, k, weights: the evaluation.
-        images: number of images by data set.
-        rows, columns: keys.
-        cells: sorted by row, then column.
-        notes: remarks, one line each.
-        against: name of the reference of the paired differences; None if there is none.
-        budget: of validation bounds at equal training budgets; None if there are none.
-    """
+    """Cells that may be compared: one data set (or a key that names it), one split, k and kind of weights."""
 
     title: str
     split: str
     k: int
     weights: str
-    images: Mapping[str, int]
-    rows: Label
+    images: Mapping[str, int]  # their number by data set
+    rows: Label  # keys; likewise the columns
     columns: Label
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # at least one, sorted by row, then column
     notes: tuple[str, ...]
-    against: str | None = None
+    against: str | None = None  # name of the reference of the paired differences
     budget: Budget | None = None
 
     @cached_property
@@ -182,6 +151,10 @@ class Table:
     def compared(self, cell: Cell) -> Cell:
         """Return a cell by the estimates that the differences compare."""
         return (self.refined and cell.refined) or cell
+
+    def keyed(self, cell: Cell) -> dict[str, str]:
+        """Return the values of the keys at a cell."""
+        return dict(zip((*self.rows, *self.columns), (*cell.row, *cell.column), strict=True))
 
     @property
     def row_labels(self) -> list[Label]:
@@ -199,128 +172,64 @@ class Table:
         at = {(cell.row, cell.column): cell for cell in self.cells}
         return [(row, [at.get((row, column)) for column in self.column_labels]) for row in self.row_labels]
 
-    def _nll_text(self, cell: Cell) -> str:
-        if cell.stderr is None and not self.columns:  # the error over images stands beside it
-            return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
-        return measured(cell.nll, cell.mean("stderr_images") if self._seeds == {1} else cell.stderr)
-
-    @property
-    def fields(self) -> list[Field]:
-        """The numbers printed for every cell."""
-        found = [Field(f"NLL_{self.k}", self._nll_text, lambda cell: cell.nll)]
-        if self._gaps and not self.columns:
-            found.append(Field("gap_q", _gap_text, lambda cell: cell.mean("gap_q")))
-        if self.refined:
-            name = f"refined NLL_{self.k}"
-            found.append(
-                Field(name, lambda cell: self._nll_text(self.compared(cell)), lambda cell: self.compared(cell).nll)
-            )
-        if self._seeds != {1}:
-            found.append(_number_field("seeds", "{}", lambda cell: len(cell.runs)))
-        if self.against is not None:
-            found.append(Field(f"over {self.against}", _difference_text, _paired("difference")))
-            found.append(_error_field(f"{PLUS_MINUS} images", _paired("stderr_images")))
-            if any(cell.against is not None and cell.against.stderr_seeds is not None for cell in self.cells):
-                found.append(_error_field(f"{PLUS_MINUS} seeds", _paired("stderr_seeds")))
-        if not self.columns:  # otherwise a row has no room for the errors of all its cells
-            found += [_error_field(key, partial(Cell.mean, key=key)) for key in ("stderr_images", "stderr_mc")]
-            found.append(_number_field("bias_mc", "{:+.4f}", partial(Cell.mean, key="bias_mc")))
-        if any(cell.units is not None for cell in self.cells):
-            found.append(
-                Field(
-                    "active units",
-                    lambda cell: cell.units_of_sizes,
-                    lambda cell: None if cell.units is None else sum(cell.units),
-                )
-            )
-        if not self.columns:
-            found.append(_number_field("million draws", "{:,.4g}", lambda cell: cell.draws and cell.draws / 1e6))
-            found.append(_number_field("training, s", "{:,.0f}", lambda cell: cell.seconds))
-        for index, level in enumerate(self.budget.levels if self.budget else ()):
-            found.append(self._budget_field(index, level))
-        if any(cell.published for cell in self.cells):
-            found.append(Field("paper", _published_text, lambda cell: cell.published.nll if cell.published else None))
-        return found
-
-    def _budget_field(self, index: int, level: float) -> Field:
-        assert self.budget is not None
-
-        def text(cell: Cell) -> str:
-            held = cell.at_budgets[index]
-            return MISSING if held is None else measured(statistics.fmean(held), stderr(held))
-
-        amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
-        return Field(f"L_{self.budget.k} at {amount}", text, lambda cell: mean(cell.at_budgets[index] or (None,)))
-
     @property
     def body(self) -> list[list[str]]:
         """Text of every row: its label, then the fields of every column."""
-        fields = self.fields
-        empty = [MISSING, *[""] * (len(fields) - 1)]
+        empty = [MISSING, *[""] * (len(self.names) - 1)]
         return [
-            [*row, *(t for cell in cells for t in (empty if cell is None else [f.text(cell) for f in fields]))]
+            [*row, *(t for cell in cells for t in (empty if cell is None else [f.text for f in self.fields(cell)]))]
             for row, cells in self.grid
         ]
 
     @property
-    def notes_below(self) -> list[str]:
-        """What the numbers are, and what the marks behind them mean, one line each."""
-        seeds = self._seeds
-        images = ", ".join(
-            f"{n:,} images" + (f" of {name}" * (len(self.images) > 1)) for name, n in self.images.items()
-        )
-        errors = "mean and standard error over" + (f" {min(seeds)} seeds" if len(seeds) == 1 else " seeds")
-        if seeds == {1}:
-            errors = "one seed each" + f", {PLUS_MINUS} over images" * bool(self.columns)
-        notes = [f"NLL_{self.k} in nats on {self.split} ({images}), lower is better; {self.weights} weights; {errors}"]
-        notes += _published_notes([cell for cell in self.cells if cell.published is not None])
-        if self._gaps:
-            sizes, counts = zip(*self._gaps, strict=True)
-            error = f", {PLUS_MINUS} over those" * (not self.columns)
-            notes.append(
-                f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "
-                f"nats by run; measured on {_range(counts, '{:,}')} images{error}"
-            )
+    def names(self) -> list[str]:
+        """Headings of the fields, which all cells share."""
+        return [field.name for field in self.fields(self.cells[0])]
+
+    def fields(self, cell: Cell) -> list[Field]:
+        """Return the numbers that are printed of a cell."""
+        by_row = not self.columns  # a row of several cells has no room for the errors of each
+        refined, paired, paper = self.compared(cell), cell.against, cell.published
+        found = [Field(f"NLL_{self.k}", cell.nll, self._nll_text(cell))]
+        if self._gaps and by_row:
+            gap = cell.mean("gap_q")
+            found.append(Field("gap_q", gap, "" if gap is None else measured(gap, cell.mean("gap_q_stderr"))))
         if self.refined:
-            notes.append(
-                f"refined NLL_{self.k}: by the refined proposals; the paper's values compare with NLL_{self.k}, by the "
-                "trained q"
-            )
-        paired = [cell.against for cell in self.cells if cell.against is not None]
-        by = BY_REFINED if self.refined else BY_Q
+            found.append(Field(f"refined NLL_{self.k}", refined.nll, self._nll_text(refined)))
+        if self._seeds != {1}:
+            found.append(Field("seeds", len(cell.runs), f"{len(cell.runs)}"))
         if self.against is not None:
-            notes.append(
-                f"over {self.against}: how much higher log p(x) is than there by {by}, paired image by image, nats; "
-                "beside it the standard errors over images and over seeds"
+            text = (
+                f"{paired.difference:+.{decimals(paired.stderr, 4)}f}{WITHIN * bool(paired.within)}"
+                if paired
+                else MISSING
             )
-        if not self.columns:
-            of_seeds = "; their mean over seeds" * (seeds != {1})
-            notes.append(f"stderr_images, stderr_mc, bias_mc: of NLL_{self.k}, nats, of one run{of_seeds}")
-        if unseen := [cell.name for cell in self.cells if cell.against is not None and not cell.against.seen]:
-            notes.append(f"no difference is seen (below {SEEN} standard errors): {', '.join(unseen)}")
+            found.append(Field(f"over {self.against}", paired and paired.difference, text))
+            found.append(_error(f"{PLUS_MINUS} images", paired and paired.stderr_images))
+            if any(other.against is not None and other.against.stderr_seeds is not None for other in self.cells):
+                found.append(_error(f"{PLUS_MINUS} seeds", paired and paired.stderr_seeds))
+        if by_row:
+            found += [_error(key, cell.mean(key)) for key in ("stderr_images", "stderr_mc")]
+            found.append(_number("bias_mc", cell.mean("bias_mc"), "{:+.4f}"))
+        if any(other.units for other in self.cells):
+            found.append(Field("active units", sum(cell.units) if cell.units else None, cell.units_of_sizes))
+        if by_row:
+            found.append(_number("million draws", cell.draws and cell.draws / 1e6, "{:,.4g}"))
+            found.append(_number("training, s", cell.seconds, "{:,.0f}"))
         if self.budget is not None:
-            of_all = "draws of q scored in training, each an evaluation of p and q forward and backward"
-            notes.append(
-                f"L_{self.budget.k} at equal {self.budget.unit}: the bound on the validation split, nats, higher is "
-                "better, at an eighth, a quarter, half and all of the training of the run with the fewest "
-                f"{of_all if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
-                "interpolation"
-            )
-            if any(None in cell.at_budgets for cell in self.cells):
-                notes.append(
-                    f"{MISSING}: this budget ends before the first validation of a run; validation.every=1 is earliest"
-                )
-            notes += [f"caution: {caution}" for caution in self.budget.cautions]
-        passes = {s.run.result["epochs"] for cell in self.cells for s in cell.runs}
-        if self.against is not None and len(passes) > 1:
-            notes.append(f"caution: these are trainings of {min(passes):,} to {max(passes):,} passes")
-        within = dict.fromkeys(p.within for p in paired if p.within)
-        if within:
-            notes.append(f"{WITHIN} {' or '.join(within)}: {better_fit(by)}")
-        notes += dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
-        lost = [f"{cell.name} in {where}" for cell in self.cells if (where := collapsed(cell.units or ()))]
-        notes += [f"q has collapsed, a layer has no active unit: {', '.join(lost)}; {REMEDY}"] if lost else []
-        return notes + list(self.notes)
+            for level, held in zip(self.budget.levels, cell.at_budgets, strict=True):
+                amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
+                text = measured(statistics.fmean(held), stderr(held)) if held else MISSING
+                found.append(Field(f"L_{self.budget.k} at {amount}", mean(held or (None,)), text))
+        if any(other.published for other in self.cells):
+            text = f"{paper}{OTHERWISE * bool(cell.deviations)}" if paper else ""
+            found.append(Field("paper", paper and paper.nll, text))
+        return found
+
+    def _nll_text(self, cell: Cell) -> str:
+        if cell.stderr is None and not self.columns:  # the error over images stands beside it
+            return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
+        return measured(cell.nll, cell.stderr)
 
     @property
     def _seeds(self) -> set[int]:
@@ -332,9 +241,63 @@ class Table:
         numbers = [scored.numbers for cell in self.cells for scored in cell.runs]
         return [(found["gap_q"], found["refined"]["n"]) for found in numbers if found.get("gap_q") is not None]
 
-    def keyed(self, cell: Cell) -> dict[str, str]:
-        """Return the values of the keys at a cell."""
-        return dict(zip((*self.rows, *self.columns), (*cell.row, *cell.column), strict=True))
+    @property
+    def notes_below(self) -> list[str]:
+        """What the numbers are, and what the marks behind them mean, one line each."""
+        return [*self._notes(), *self.notes]
+
+    def _notes(self) -> Iterator[str]:
+        seeds, by = self._seeds, BY_REFINED if self.refined else BY_Q
+        of_data = [f"{n:,} images" + (f" of {name}" if len(self.images) > 1 else "") for name, n in self.images.items()]
+        number = f"{min(seeds)} " if len(seeds) == 1 else ""
+        errors = "one seed each" if seeds == {1} else f"mean and standard error over {number}seeds"
+        where = f"{self.split} ({', '.join(of_data)})"
+        yield f"NLL_{self.k} in nats on {where}, lower is better; {self.weights} weights; {errors}"
+        yield from _published_notes([cell for cell in self.cells if cell.published is not None])
+        if self._gaps:
+            sizes, counts = zip(*self._gaps, strict=True)
+            error = "" if self.columns else f", {PLUS_MINUS} over those"
+            yield (
+                f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "
+                f"nats by run; measured on {_range(counts, '{:,}')} images{error}"
+            )
+        if self.refined:
+            yield (
+                f"refined NLL_{self.k}: by the refined proposals; the paper's values compare with NLL_{self.k}, by the "
+                "trained q"
+            )
+        if self.against is not None:
+            yield (
+                f"over {self.against}: how much higher log p(x) is than there by {by}, paired image by image, nats; "
+                "beside it the standard errors over images and over seeds"
+            )
+        if not self.columns:
+            of_seeds = "" if seeds == {1} else "; their mean over seeds"
+            yield f"stderr_images, stderr_mc, bias_mc: of NLL_{self.k}, nats, of one run{of_seeds}"
+        if unseen := [cell.name for cell in self.cells if cell.against is not None and not cell.against.seen]:
+            yield f"no difference is seen (below {SEEN} standard errors): {', '.join(unseen)}"
+        if self.budget is not None:
+            draws = "draws of q scored in training, each an evaluation of p and q forward and backward"
+            yield (
+                f"L_{self.budget.k} at equal {self.budget.unit}: the bound on the validation split, nats, higher is "
+                "better, at an eighth, a quarter, half and all of the training of the run with the fewest "
+                f"{draws if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
+                "interpolation"
+            )
+            if any(None in cell.at_budgets for cell in self.cells):
+                yield (
+                    f"{MISSING}: this budget ends before the first validation of a run; validation.every=1 is earliest"
+                )
+            yield from (f"caution: {caution}" for caution in self.budget.cautions)
+        passes = {s.run.result["epochs"] for cell in self.cells for s in cell.runs}
+        if self.against is not None and len(passes) > 1:
+            yield f"caution: these are trainings of {min(passes):,} to {max(passes):,} passes"
+        paired = [cell.against for cell in self.cells if cell.against is not None]
+        if within := dict.fromkeys(p.within for p in paired if p.within):
+            yield f"{WITHIN} {' or '.join(within)}: {better_fit(by)}"
+        yield from dict.fromkeys(f"caution: {p.few_seeds}" for p in paired if p.few_seeds)
+        if lost := [f"{cell.name} in {where}" for cell in self.cells if (where := collapsed(cell.units or ()))]:
+            yield f"q has collapsed, a layer has no active unit: {', '.join(lost)}; {REMEDY}"
 
 
 def tables(
@@ -438,52 +401,27 @@ def _order(values: Label) -> list[tuple[int, float, str]]:
     return [(1, 0.0, n) if isinstance(n := number(text), str) else (0, n, text) for text in values]
 
 
-def _difference_text(cell: Cell) -> str:
-    if cell.against is None:
-        return MISSING
-    n = decimals(cell.against.stderr, 4)
-    return f"{cell.against.difference:+.{n}f}{WITHIN * bool(cell.against.within)}"
-
-
-def _gap_text(cell: Cell) -> str:
-    gap = cell.mean("gap_q")
-    return "" if gap is None else measured(gap, cell.mean("gap_q_stderr"))
-
-
 def _range(values: Sequence[float], form: str) -> str:
     return " to ".join(dict.fromkeys((form.format(min(values)), form.format(max(values)))))
 
 
-def _published_text(cell: Cell) -> str:
-    return "" if cell.published is None else f"{cell.published}{OTHERWISE if cell.deviations else ''}"
+def _error(name: str, error: float | None) -> Field:
+    return _number(name, error, f"{{:.{decimals(error)}f}}")
 
 
-def _published_notes(cells: Sequence[Cell]) -> list[str]:
-    notes = []
-    if cells:
-        sources = dict.fromkeys(cell.published.source for cell in cells if cell.published)
-        notes.append(f"paper: NLL_5000 / active units; {'; '.join(sources)}")
+def _number(name: str, value: float | None, form: str) -> Field:
+    return Field(name, value, MISSING if value is None else form.format(value))
+
+
+def _published_notes(cells: Sequence[Cell]) -> Iterator[str]:
+    if not cells:
+        return
+    sources = dict.fromkeys(cell.published.source for cell in cells if cell.published)
+    yield f"paper: NLL_5000 / active units; {'; '.join(sources)}"
     if any(RECALLED in str(cell.published) for cell in cells):
-        notes.append(f"{RECALLED} quoted from memory of the paper")
-    ways = Counter(way for cell in cells for way in cell.deviations)
-    if ways:
-        parts = [way if n == len(cells) else f"{way} in {n} of {len(cells)} cells" for way, n in ways.most_common(WAYS)]
-        parts += [f"and in {len(ways) - WAYS} more ways"] if len(ways) > WAYS else []
-        notes.append(f"{OTHERWISE} trained otherwise than in the paper: {', '.join(parts)}")
-    return notes
-
-
-def _paired(key: str) -> Callable[[Cell], float | None]:
-    return lambda cell: None if cell.against is None else getattr(cell.against, key)
-
-
-def _error_field(name: str, value: Callable[[Cell], float | None]) -> Field:
-    return Field(name, lambda cell: MISSING if (x := value(cell)) is None else f"{x:.{decimals(x)}f}", value)
-
-
-def _number_field(name: str, form: str, value: Callable[[Cell], float | None]) -> Field:
-    def text(cell: Cell) -> str:
-        found = value(cell)
-        return MISSING if found is None else form.format(found)
-
-    return Field(name, text, value)
+        yield f"{RECALLED} quoted from memory of the paper"
+    ways = Counter(way for cell in cells for way in cell.deviations).most_common()
+    named = [way if n == len(cells) else f"{way} in {n} of {len(cells)} cells" for way, n in ways[:WAYS]]
+    named += [f"and in {len(ways) - WAYS} more ways"] if len(ways) > WAYS else []
+    if named:
+        yield f"{OTHERWISE} trained otherwise than in the paper: {', '.join(named)}"

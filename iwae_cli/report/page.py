@@ -20,9 +20,9 @@ from iwae_cli import __version__
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import BOUND, COLOURS, DASHES, Curve, ess_curve, k_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
-from iwae_cli.record.summary import reliability_warning
+from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
 from iwae_cli.record.units import layer_sizes, units_text
-from iwae_cli.report.cells import PLUS_MINUS, WITHIN, Cell, Table
+from iwae_cli.report.cells import WITHIN, Cell, Table
 from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
 from iwae_cli.report.reader import MALFORMED, Estimate
 from iwae_cli.report.selection import MISSING, Scored, by_refined

@@ -6,7 +6,7 @@ import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Float64
@@ -16,53 +16,38 @@ from iwae_cli.record.summary import decimals, measured
 from iwae_cli.report.reader import Run, Score
 from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, mean, telling_apart, typed, unrefined
 
-ENOUGH_SEEDS = 3
-"""Fewer seeds on a side are too few for a standard error over seeds."""
-SEEN = 2
-"""Standard errors, over images and over seeds together, from which on a difference is seen."""
+ENOUGH_SEEDS = 3  # fewer on a side are too few for a standard error over seeds
+SEEN = 2  # standard errors, over images and over seeds together, from which on a difference is seen
 BY_Q, BY_REFINED = "the trained q", "the refined proposals"
 INSIDE_GAP, WITHIN_BIAS = "inside gap_q", "below three times the bias of the estimate"
 
 
+@final
 @dataclass(frozen=True)
 class Paired:
-    """The paired difference of two models on the same images.
+    """The paired difference of two models, A and B, on the same images; each side is a mean over its seeds.
 
-    Attributes:
-        a, b: names of the sides.
-        seeds_a, seeds_b: training seeds, one per run.
-        split, k, images: the evaluation both sides share.
-        difference: mean over images of log p^(x) under A minus that under B, nats, each a mean over its seeds;
-            positive: A has the lower NLL.
-        stderr_images: error for other images with the same weights: sd of the differences / sqrt(images).
-        stderr_seeds: error for other seeds with the same images: sqrt(var_A / n_A + var_B / n_B) of the means of each
-            seed; None with one seed on either side.
-        wins_a, wins_b, ties: images on which A, B or neither has the higher log p^(x).
-        bias_mc: the larger of the two biases of the estimates by Jensen's inequality, nats; None where unknown.
-        by: the proposals of the estimates on both sides.
-        gap_q_a, gap_q_b: how much too high NLL_k by the trained q is at least, nats, mean over seeds; None where
-            unknown.
-        unrefined: runs that were not compared by refined values for lack of them, and what gives them; may be empty.
+    ``difference`` is the mean over images of log p^(x) under A minus that under B; positive: A has the lower NLL.
     """
 
     a: str
     b: str
-    seeds_a: tuple[int, ...]
+    seeds_a: tuple[int, ...]  # training seeds, one per run
     seeds_b: tuple[int, ...]
     split: str
     k: int
     images: int
-    difference: float
-    stderr_images: float
-    stderr_seeds: float | None
-    wins_a: int
+    difference: float  # nats
+    stderr_images: float  # for other images with the same weights: sd of the differences / sqrt(images)
+    stderr_seeds: float | None  # for other seeds: sqrt(var_A / n_A + var_B / n_B) of their means; None for one seed
+    wins_a: int  # images on which A has the higher log p^(x)
     wins_b: int
     ties: int
-    bias_mc: float | None
-    by: str
-    gap_q_a: float | None
+    bias_mc: float | None  # the larger of the two biases by Jensen's inequality, nats; None where unknown
+    by: str  # the proposals of the estimates on both sides
+    gap_q_a: float | None  # how much too high NLL_k by the trained q is at least, nats; None where unknown
     gap_q_b: float | None
-    unrefined: str
+    unrefined: str  # runs that lack refined values to compare, and what gives them; may be empty
 
     @property
     def stderr(self) -> float:
@@ -98,11 +83,12 @@ class Paired:
         if self.within:
             inside = self.within == INSIDE_GAP
             size = f"{self.gap_q_a:.2f} nats of A, {self.gap_q_b:.2f} of B" if inside else f"{self.bias_mc:+.4f} nats"
-            found.append("; ".join(filter(None, (f"{self.within} ({size}): {better_fit(self.by)}", self.unrefined))))
+            lacking = f"; {self.unrefined}" if self.unrefined else ""
+            found.append(f"{self.within} ({size}): {better_fit(self.by)}{lacking}")
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all attributes, whether the difference is seen, and the cautions."""
+        """Return all numbers, whether the difference is seen, and the cautions."""
         return {**asdict(self), "stderr": self.stderr, "seen": self.seen, "cautions": self.cautions}
 
     @property
@@ -157,6 +143,7 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
 
 
 def _one_training(name: str, scored: Sequence[Scored]) -> None:
+    """Raise UserError if the runs of a side differ by more than their seed."""
     keys = telling_apart(scored)
     if not keys:
         return
@@ -199,16 +186,16 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
     Both sides are by the refined proposals, or both by the trained q.
 
     Raises:
-        UserError: a file of per-image values is missing or damaged.
+        UserError: a file of per-image values is missing, damaged, or of another evaluation than ``result.json``.
     """
+    both = (*a, *b)
     mine, theirs = (np.stack([log_px(s) for s in group]) for group in (a, b))  # (seeds, images)
     gain = mine.mean(0) - theirs.mean(0)
     n = len(gain)
     spread = None
     if min(len(a), len(b)) > 1:
         spread = math.sqrt(sum(float(v.mean(1).var(ddof=1)) / len(v) for v in (mine, theirs)))
-    biases = [s.numbers["bias_mc"] for s in (*a, *b)]
-    gaps = [mean(s.by_q.get("gap_q") for s in group) for group in (a, b)]
+    biases = [s.numbers["bias_mc"] for s in both]
     refined = a[0].refined
     return Paired(
         a=name_a,
@@ -226,22 +213,17 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
         ties=int((gain == 0).sum()),
         bias_mc=None if None in biases else -max(map(abs, biases)),
         by=BY_REFINED if refined else BY_Q,
-        gap_q_a=gaps[0],
-        gap_q_b=gaps[1],
-        unrefined="" if refined else unrefined((*a, *b)),
+        gap_q_a=mean(s.by_q.get("gap_q") for s in a),
+        gap_q_b=mean(s.by_q.get("gap_q") for s in b),
+        unrefined="" if refined else unrefined(both),
     )
 
 
 def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
-    """Return the per-image log p^(x) of one run, nats, in the order of the data set.
-
-    Raises:
-        UserError: the file is missing, damaged, or from another evaluation than ``result.json``.
-    """
+    """Return the per-image log p^(x) of one run, nats, in the order of the data set; raises as ``difference``."""
     path, numbers = scored.score.arrays, scored.numbers
     name = ("" if scored.split == "test" else f"{scored.split}_") + "refined_" * scored.refined + "log_px"
-    again = "iwae-eval" if path.parent.parent.name == "evaluations" else "the command of the run"
-    again += " writes it again"
+    again = f"{'iwae-eval' if path.parent.parent.name == 'evaluations' else 'the command of the run'} writes it again"
     try:
         # Opened here: numpy does not close a file that is no archive.
         with path.open("rb") as opened, np.load(opened) as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 from iwae_cli.report.reader import Run, Score, class_name
 
@@ -10,33 +11,25 @@ K = 5000
 BURDA = "Burda et al. 2016, arXiv 1509.00519"
 RAINFORTH = "Rainforth et al. 2018, arXiv 1802.04537"
 ROEDER = "Roeder et al. 2017, arXiv 1703.09194"
-RECALLED = "*"
-"""Behind a number that is quoted from memory of the paper."""
+RECALLED = "*"  # behind a number that is quoted from memory of the paper
 
 
+@final
 @dataclass(frozen=True)
 class Published:
-    """The value of a paper for one cell.
+    """The value of a paper for one cell."""
 
-    Attributes:
-        nll: NLL_5000 on the test split, nats.
-        units: active units, nearest to x first, quoted from memory; None where the paper gives none.
-        source: the paper.
-        nll_recalled: whether the NLL is quoted from memory too.
-    """
-
-    nll: float
-    units: tuple[int, ...] | None
+    nll: float  # NLL_5000 on the test split, nats
+    units: tuple[int, ...] | None  # active units, nearest to x first, quoted from memory; None where it gives none
     source: str
-    nll_recalled: bool
+    nll_recalled: bool  # whether the NLL is quoted from memory too
 
     def __str__(self) -> str:
         nll = f"{self.nll:.2f}{RECALLED * self.nll_recalled}"
         return nll if self.units is None else f"{nll} / {'+'.join(map(str, self.units))}{RECALLED}"
 
 
-Key = tuple[str, int, str, int]
-"""Data, stochastic layers, objective, k."""
+Key = tuple[str, int, str, int]  # data, stochastic layers, objective, k
 
 
 def _cells(data: str, table: str, *, recalled: bool) -> dict[Key, Published]:
@@ -137,11 +130,9 @@ def _trained(run: Run) -> str:
         name += f"-{keys['objective.gradient']}"
     if keys.get("objective.analytic_kl"):
         name += "-analytic"
-    ancestor = keys["init_from"]
-    if ancestor is None:
+    if keys["init_from"] is None:
         return name
-    # Folder names say what a run was: <data>-<model>-<objective>-k<k>.
-    models = ("gaussian_mlp_50", "one_layer")  # the second was the name in version 0.2.0
-    names = {f"mnist-{model}-{o}-k{k}": f"{o}{k}" for model in models for o, k in (("elbo", 1), ("iwae", 50))}
-    first = names.get(ancestor, "other")
-    return f"{first}>{name}"
+    # Folder names say what a run was, <data>-<model>-<objective>-k<k>; in 0.2.0 the model was called one_layer.
+    first = keys["init_from"].replace("mnist-one_layer-", "mnist-gaussian_mlp_50-")
+    known = {"mnist-gaussian_mlp_50-elbo-k1": "elbo1", "mnist-gaussian_mlp_50-iwae-k50": "iwae50"}
+    return f"{known.get(first, 'other')}>{name}"

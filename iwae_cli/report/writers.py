@@ -106,11 +106,11 @@ def terminal(report: Report, width: int | None = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=10_000, highlight=False, markup=False, emoji=False, color_system=None)
     for table in report.tables:
-        names = [field.name for field in table.fields]
+        names = table.names
         heads = [f"{' '.join(c) if i == 0 else ''}\n{n}" for c in table.column_labels for i, n in enumerate(names)]
         sheet = _sheet([f"\n{key}" for key in table.rows], heads, table.body)
         if width is not None and console.measure(sheet).maximum > width:
-            rows = [[*cell.column, *cell.row, *(field.text(cell) for field in table.fields)] for cell in table.cells]
+            rows = [[*cell.column, *cell.row, *(field.text for field in table.fields(cell))] for cell in table.cells]
             sheet = _sheet([*table.columns, *table.rows], names, rows)
         console.print(table.title)
         console.print(sheet)
@@ -135,7 +135,7 @@ def markdown(report: Report) -> str:
     """Return tables in GitHub's Markdown."""
     lines = []
     for table in report.tables:
-        names = [" ".join((*column, field.name)) for column in table.column_labels for field in table.fields]
+        names = [" ".join((*column, name)) for column in table.column_labels for name in table.names]
         lines += [f"**{_escaped(table.title)}**", "", _piped([*table.rows, *names])]
         lines.append(_piped([*["---"] * len(table.rows), *["---:"] * len(names)]))
         lines += [_piped(row) for row in table.body]
@@ -199,7 +199,7 @@ def latex(report: Report) -> str:
     """Return a ``tabular`` with the rules of booktabs; everything beside the tables is a comment."""
     lines = []
     for table in report.tables:
-        keys, columns, width = len(table.rows), table.column_labels, len(table.fields)
+        keys, columns, width = len(table.rows), table.column_labels, len(table.names)
         lines.append(f"% {table.title}")
         lines += [r"\begin{tabular}{" + "l" * keys + "r" * width * len(columns) + "}", r"\toprule"]
         if any(columns):
@@ -207,7 +207,7 @@ def latex(report: Report) -> str:
             lines.append(" & ".join([""] * keys + spans).strip() + r" \\")
             starts = [keys + 1 + i * width for i in range(len(columns))]
             lines.append(" ".join(rf"\cmidrule(lr){{{start}-{start + width - 1}}}" for start in starts))
-        names = [rf"NLL$_{{{table.k}}}$", *(_tex(field.name) for field in table.fields[1:])]
+        names = [rf"NLL$_{{{table.k}}}$", *map(_tex, table.names[1:])]
         lines += [_tex_row([*map(_tex, table.rows), *names * len(columns)]), r"\midrule"]
         lines += [_tex_row(map(_tex, row)) for row in table.body]
         lines += [r"\bottomrule", r"\end{tabular}", *(f"% {line}" for line in table.notes_below)]
