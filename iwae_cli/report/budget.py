@@ -65,7 +65,7 @@ def _curve(run: Run, cost: float) -> tuple[list[float], list[float]]:
 
 def _cautions(runs: Sequence[Run], unit: str) -> Iterator[str]:
     """Yield what is not equal although the budget is."""
-    if any(class_name(str(run.keys["schedule._target_"])) != "Constant" for run in runs):
+    if any(class_name(run.keys["schedule._target_"]) != "Constant" for run in runs):
         yield "learning rates fall with the schedule: a training that is scheduled for less ends better"
     if len({run.keys["validation.every"] for run in runs}) > 1:
         yield "validation.every differs: interpolation between distant validations is too low, since curves bend"
@@ -89,5 +89,5 @@ def _cautions(runs: Sequence[Run], unit: str) -> Iterator[str]:
 
 def _has_two_losses(run: Run) -> bool:
     """Return whether both networks have a loss of their own; of objectives from outside that is not known."""
-    name, gradient = class_name(str(run.keys["objective._target_"])), run.keys.get("objective.gradient")
+    name, gradient = class_name(run.keys["objective._target_"]), run.keys.get("objective.gradient")
     return name in ("PIWAE", "RWS", "VIMCO", "REINFORCE") or gradient in ("dreg", "covariance")

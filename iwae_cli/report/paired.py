@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import decimals, measured
-from iwae_cli.report.reader import Run, Score
+from iwae_cli.report.reader import Run
 from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, mean, telling_apart, typed, unrefined
 
 ENOUGH_SEEDS = 3  # fewer on a side are too few for a standard error over seeds
@@ -132,8 +132,8 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
     both = {run.identity for run in a} & {run.identity for run in b}
     if both:
         raise UserError(f"--compare {name_a} {name_b}: both hold {min(both)}")
-    scores = _shared(name_a, a, name_b, b, split)
-    scored_a, scored_b = ([Scored(run, scores[run.identity], split) for run in group] for group in (a, b))
+    shared = _shared(name_a, a, name_b, b, split)
+    scored_a, scored_b = ([shared[run.identity] for run in group] for group in (a, b))
     _one_training(name_a, scored_a)
     _one_training(name_b, scored_b)
     refined = by_refined((*scored_a, *scored_b))
@@ -156,13 +156,13 @@ def _one_training(name: str, scored: Sequence[Scored]) -> None:
     )
 
 
-def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> dict[str, Score]:
-    """Return for every run the evaluation of the kind that all runs have; of several, the one with the largest k."""
-    kinds: dict[Kind, dict[str, Score]] = {}
+def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> dict[str, Scored]:
+    """Return every run with the evaluation of the kind that all runs have; of several, the one with the largest k."""
+    kinds: dict[Kind, dict[str, Scored]] = {}
     for run in (*a, *b):
-        for kind, score in by_kind(run, split).items():
-            if score.splits[split]["nll"] is not None:
-                kinds.setdefault(kind, {})[run.identity] = score
+        for kind, scored in by_kind(run, split).items():
+            if scored.by_q["nll"] is not None:
+                kinds.setdefault(kind, {})[run.identity] = scored
     shared = [kind for kind, scores in kinds.items() if len(scores) == len(a) + len(b)]
     if shared:
         return kinds[max(shared)]

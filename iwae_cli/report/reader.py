@@ -22,11 +22,8 @@ from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock"}
 """A folder with one of these files is a run folder, complete or not."""
 SWEEP = "sweep.json"
-"""File of a sweep folder: ``jobs``, each with ``identity`` or ``folder``, ``status``, ``error``."""
-NOT_RECORDED = "not recorded"
-"""Value of a key that nothing shows an evaluation was made with."""
-GROUPS = ("model", "objective", "optimizer", "schedule")
-"""Groups whose chosen name is in ``result.json``."""
+NOT_RECORDED = "not recorded"  # value of a key that nothing shows an evaluation was made with
+GROUPS = ("model", "objective", "optimizer", "schedule")  # whose chosen name is in result.json
 FORMER = {
     "training.backward": "all",
     "training.kl_warmup": 0,
@@ -47,85 +44,49 @@ MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexErro
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation of a run by L_k.
+    """One evaluation of a run by L_k."""
 
-    Attributes:
-        name: folder in ``evaluations/``.
-        k: samples per image.
-        weights: ``last`` or ``best``.
-        precision: of the weights.
-        sha256: hash of the images by split.
-        splits: numbers by split, nats, as in ``result.json``; None for a missing number.
-        reasons: reason for each missing number, by ``"<split>.<name>"``.
-        active_units: one number per layer, nearest to x first; None where they are not defined.
-        arrays: path of the per-image values.
-        keys: keys ``evaluation.*`` of the configuration that it was made with.
-    """
-
-    name: str
-    k: int
-    weights: str
-    precision: str
-    sha256: Mapping[str, str]
-    splits: Mapping[str, Mapping[str, Any]]
-    reasons: Mapping[str, str]
-    active_units: tuple[int, ...] | None
-    arrays: Path
-    keys: Mapping[str, Any]
+    name: str  # folder in evaluations/
+    k: int  # samples per image
+    weights: str  # last or best
+    precision: str  # of the weights
+    sha256: Mapping[str, str]  # of the images by split
+    splits: Mapping[str, Mapping[str, Any]]  # numbers by split, nats, as in result.json
+    reasons: Mapping[str, str]  # for each number that is None, by "<split>.<name>"
+    active_units: tuple[int, ...] | None  # of each layer, nearest to x first; None where they are not defined
+    arrays: Path  # of the per-image values
+    keys: Mapping[str, Any]  # evaluation.* of the configuration that it was made with
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One evaluation of a run by another estimator than L_k.
+    """One evaluation of a run by another estimator than L_k."""
 
-    Attributes:
-        name: folder in ``evaluations/``.
-        estimator: name of the estimator.
-        weights: ``last`` or ``best``.
-        numbers: by dotted key of ``result.json``.
-        columns: headings of the columns of numbers.
-        lines: for every label its numbers as printed, one per column.
-    """
-
-    name: str
+    name: str  # folder in evaluations/
     estimator: str
-    weights: str
-    numbers: Mapping[str, Any]
-    columns: Sequence[str]
-    lines: Mapping[str, Sequence[str]]
+    weights: str  # last or best
+    numbers: Mapping[str, Any]  # by dotted key of result.json
+    columns: Sequence[str]  # headings of the columns of numbers
+    lines: Mapping[str, Sequence[str]]  # for every label its numbers as printed, one per column
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that is in no table.
+    """A run that is in no table."""
 
-    Attributes:
-        path: run folder; for a job that has not started, where it would be.
-        state: one or two words, such as ``interrupted``, ``failed``, ``damaged``, ``not comparable``.
-        why: one line.
-    """
-
-    path: Path
-    state: str
-    why: str
+    path: Path  # for a job that has not started, where it would be
+    state: str  # one or two words, such as interrupted, failed, damaged
+    why: str  # one line
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
-
-    Attributes:
-        path: run folder.
-        config: resolved configuration.
-        result: content of ``result.json``.
-        scores: evaluations by L_k, the one in ``result.json`` first.
-        estimates: evaluations by other estimators.
-    """
+    """A finished run."""
 
     path: Path
-    config: Mapping[str, Any]
-    result: Mapping[str, Any]
-    scores: tuple[Score, ...]
+    config: Mapping[str, Any]  # resolved
+    result: Mapping[str, Any]  # content of result.json
+    scores: tuple[Score, ...]  # evaluations by L_k, the one in result.json first
     estimates: tuple[Estimate, ...] = ()
 
     @property
@@ -172,13 +133,6 @@ class Run:
         keys["init_from.training"] = source and _training_hash(source)
         return keys
 
-    @property
-    def unused(self) -> set[str]:
-        """Keys that have no effect beside the others."""
-        return {
-            f"model.{key}" for key in unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
-        }
-
     @cached_property
     def training(self) -> dict[str, Any]:
         """The part of ``keys`` that decides the trained weights, without the seed: equal for seeds of one setting."""
@@ -186,24 +140,19 @@ class Run:
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
         names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision", "data.sha256"}
-        # Older runs have no node ``training``, and there is one class of it.
-        names = (names | FORMER.keys() - self.unused) - {"training._target_"}
+        without_effect = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
+        names |= FORMER.keys() - {f"model.{key}" for key in without_effect}
+        names.discard("training._target_")  # older runs have no node ``training``, and there is one class of it
         return {key: value for key, value in self.keys.items() if key in names}
 
 
 @dataclass
 class Found:
-    """Content of some paths.
+    """Content of some paths."""
 
-    Attributes:
-        runs: finished runs, sorted by path.
-        left_out: all other runs.
-        notes: remarks on runs that count, one line each.
-    """
-
-    runs: list[Run] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)  # finished, sorted by path
+    left_out: list[LeftOut] = field(default_factory=list)  # all other runs
+    notes: list[str] = field(default_factory=list)  # on runs that count, one line each
 
 
 def _applies(key: str, config: Mapping[str, Any]) -> bool:
@@ -230,10 +179,7 @@ def read(paths: Sequence[str | Path]) -> Found:
     first: dict[str, Run] = {}
     for folder in sorted(folders):
         run = _read_run(folder, found)
-        if run is None:
-            continue
-        counted = first.setdefault(run.identity, run)
-        if counted is not run:
+        if run is not None and (counted := first.setdefault(run.identity, run)) is not run:
             found.left_out.append(LeftOut(run.path, "copy", f"the same training as {counted.path}, which counts"))
     found.runs = list(first.values())
     if not found.runs and not found.left_out:
@@ -299,12 +245,11 @@ def _read_run(path: Path, found: Found) -> Run | None:
         config = folder.config()
         others = list(_evaluations(folder, config, result, found))
         scores = (_score(result, config, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
-        run = Run(path, config, result, scores, tuple(x for x in others if isinstance(x, Estimate)))
         status = folder.status_record().get("status")
         if status != "finished":
             what = {"running": "being evaluated again", None: "without status.json"}.get(status, f"{status} since")
-            found.notes.append(f"{run.identity} is {what}; its last result counts")
-        return run
+            found.notes.append(f"{result['identity']} is {what}; its last result counts")
+        return Run(path, config, result, scores, tuple(x for x in others if isinstance(x, Estimate)))
     except UserError as error:
         found.left_out.append(LeftOut(path, "damaged", _within(path, error)))
     return None
@@ -418,9 +363,9 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def class_name(target: str) -> str:
+def class_name(target: Any) -> str:
     """Return the last part of a dotted name."""
-    return target.rpartition(".")[2]
+    return str(target).rpartition(".")[2]
 
 
 def _training_hash(path: str) -> str | None:
@@ -434,5 +379,5 @@ def _training_hash(path: str) -> str | None:
 
 
 def _within(folder: Path, error: UserError) -> str:
-    """Return an error with the names of files relative to their folder."""
+    """Return an error with names of files relative to their folder."""
     return str(error).replace(f"{folder}{os.sep}", "")

@@ -18,8 +18,7 @@ from iwae_cli.record.identity import evaluation_precision
 from iwae_cli.report.reader import NOT_RECORDED, LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
-NAMED = 4
-"""Runs or choices that a message names."""
+NAMED = 4  # runs or choices that a message names
 Label = tuple[str, ...]
 
 
@@ -47,7 +46,7 @@ class Scored:
     @property
     def kind(self) -> Kind:
         """What its table shares."""
-        return kind_of(self.score, self.split)
+        return Kind(self.score.k, self.score.weights, self.score.precision, self.score.sha256[self.split])
 
     @property
     def by_q(self) -> Mapping[str, Any]:
@@ -70,23 +69,20 @@ class Kind(NamedTuple):
     images: str
 
 
-def kind_of(score: Score, split: str) -> Kind:
-    """Return the kind of an evaluation of a split."""
-    return Kind(score.k, score.weights, score.precision, score.sha256[split])
-
-
-def by_kind(run: Run, split: str) -> dict[Kind, Score]:
+def by_kind(run: Run, split: str) -> dict[Kind, Scored]:
     """Return the evaluations of a split by kind; of several of one kind, the one with the most refined images."""
-    found: dict[Kind, list[Score]] = {}
+    found: dict[Kind, Scored] = {}
     for score in run.scores:
         if split in score.splits and split in score.sha256:
-            found.setdefault(kind_of(score, split), []).append(score)
+            scored = Scored(run, score, split)
+            best = found.setdefault(scored.kind, scored)
+            if _worth(scored) > _worth(best):
+                found[scored.kind] = scored
+    return found
 
-    def worth(score: Score) -> tuple[bool, int]:
-        numbers = score.splits[split]
-        return numbers["nll"] is not None, _images_refined(numbers)
 
-    return {kind: max(scores, key=worth) for kind, scores in found.items()}
+def _worth(scored: Scored) -> tuple[bool, int]:
+    return scored.by_q["nll"] is not None, _images_refined(scored.by_q)
 
 
 def _images_refined(numbers: Mapping[str, Any]) -> int:
@@ -137,11 +133,11 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
         there = ", ".join(run.scores[0].splits) or "none"
         repair = f"iwae-eval {shlex.quote(files.shown(run.path))} evaluation.splits=[{split}]"
         why = LeftOut(run.path, "not evaluated", f"its {split} split was not evaluated (but {there}); {repair}")
-        for kind, score in by_kind(run, split).items():
-            scored = Scored(run, score, split)
-            if score.splits[split]["nll"] is None:
-                reason = score.reasons.get(f"{split}.nll") or score.reasons.get("nll") or "result.json says null"
-                why = LeftOut(run.path, "no number", f"NLL_{score.k} of {split}: {reason}")
+        for kind, scored in by_kind(run, split).items():
+            if scored.by_q["nll"] is None:
+                reasons_of = scored.score.reasons
+                reason = reasons_of.get(f"{split}.nll") or reasons_of.get("nll") or "result.json says null"
+                why = LeftOut(run.path, "no number", f"NLL_{kind.k} of {split}: {reason}")
                 continue
             # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
             key = json.dumps([kind, run.seed, _training(scored)], sort_keys=True, default=str)
@@ -199,15 +195,12 @@ def agrees(keys: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
     """
 
     def same(value: str, given: str) -> bool:
+        given = given.lower() if given.lower() in ("null", "true", "false") else given
         plain = re.sub(r"[\s'\"]", "", given)
         return plain in (value, re.sub(r"\s", "", value)) or number(value) == number(plain)
 
-    def words(text: str) -> str:
-        return text.lower() if text.lower() in ("null", "true", "false") else text
-
     return all(
-        any(same(typed(keys.get(key)), words(choice)) for choice in (value, *choices(value)))
-        for key, value in wanted.items()
+        any(same(typed(keys.get(key)), choice) for choice in (value, *choices(value))) for key, value in wanted.items()
     )
 
 
