@@ -20,7 +20,7 @@ from iwae_cli import __version__
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.figures import BOUND, COLOURS, DASHES, Curve, ess_curve, k_figure, svg, training_figure
 from iwae_cli.record.jsonl import read_history
-from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
+from iwae_cli.record.summary import PLUS_MINUS
 from iwae_cli.record.units import layer_sizes, units_text
 from iwae_cli.report.cells import WITHIN, Cell, Table
 from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
@@ -287,7 +287,7 @@ def _forest(title: str, words: str, rows: Sequence[Interval], line: float | None
 
 def _run(scored: Scored, name: str, k: int) -> dict[str, Any]:
     numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
-    weak = reliability_warning({scored.split: numbers})
+    weak = scored.warning
     refined = by_refined([scored])
     values: dict[str, tuple[float | int | None, str]] = {
         "seed": (scored.run.seed, "{}"),

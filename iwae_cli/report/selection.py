@@ -15,6 +15,7 @@ from iwae_cli.config.guesses import nearest
 from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.identity import evaluation_precision
+from iwae_cli.record.summary import reliability_warning
 from iwae_cli.report.reader import NOT_RECORDED, LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
@@ -58,6 +59,11 @@ class Scored:
         """Those of ``by_q``, or of its ``refined``, which has ``n``, ``k``, ``nll`` and its errors too."""
         found: Mapping[str, Any] = self.by_q["refined"] if self.refined else self.by_q
         return found
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence that says by how much the numbers are not reliable."""
+        return reliability_warning({self.split: self.numbers}, "refined proposals" if self.refined else "q")
 
 
 class Kind(NamedTuple):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +18,25 @@ from rich.text import Text
 
 from iwae_cli.core.files import dump_json
 from iwae_cli.record.schema import GAP, NUMBERS
-from iwae_cli.record.summary import PLUS_MINUS, reliability_warning
+from iwae_cli.record.summary import PLUS_MINUS
 from iwae_cli.record.units import units_text
 from iwae_cli.report.cells import OTHERWISE, UNITS, WITHIN, Cell, Table, stderr
 from iwae_cli.report.paired import Paired
 from iwae_cli.report.published import RECALLED
-from iwae_cli.report.reader import Estimate, Found, LeftOut, Run
+from iwae_cli.report.reader import Estimate, Found, LeftOut, Run, Score
 from iwae_cli.report.selection import MISSING, Scored
 
-ERRORS = ("stderr_images", "stderr_seeds")
-"""Of a paired difference, for other images and for other seeds, nats."""
-LISTED = 20
-"""Runs that a terminal lists one by one; more are counted."""
+LISTED = 20  # runs that a terminal lists one by one; more are counted
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the writers show.
+    """Everything that the writers show."""
 
-    Attributes:
-        found: runs, and remarks on them.
-        left_out: every run that is in no table.
-        tables: all other runs.
-        comparisons: of ``--compare``.
-    """
-
-    found: Found
-    left_out: Sequence[LeftOut]
+    found: Found  # runs, and remarks on them
+    left_out: Sequence[LeftOut]  # every run that is in no table
     tables: Sequence[Table]
-    comparisons: Sequence[Paired]
+    comparisons: Sequence[Paired]  # of --compare
 
     @property
     def scored(self) -> list[Scored]:
@@ -61,13 +52,10 @@ class Report:
     def warnings(self) -> list[str]:
         """Unreliable estimates among those compared: a line with the number of runs, then the warning of the worst."""
         judged = [s for table in self.tables for cell in table.cells for s in table.compared(cell).runs]
-        by = {True: "refined proposals", False: "q"}
-        weak = [(s, words) for s in judged if (words := reliability_warning({s.split: s.numbers}, by[s.refined]))]
+        weak = [(s, s.warning) for s in judged if s.warning]
         if not weak:
             return []
-        worst, words = max(
-            weak, key=lambda pair: max(abs(pair[0].numbers.get(key) or 0) for key in ("gap_q", "bias_mc"))
-        )
+        worst, words = max(weak, key=lambda one: max(abs(one[0].numbers.get(key) or 0) for key in ("gap_q", "bias_mc")))
         count = f"weak estimates of log p(x): {len(weak)} of {len(judged)} runs"
         return [f"{count}; of the worst, {worst.run.identity}:", words]
 
@@ -86,10 +74,8 @@ class Report:
         for run, estimate in self.estimates[:listed]:
             lines.append(f"{run.identity}, {estimate.name}:")
             for name, numbers in estimate.lines.items():
-                cells = (
-                    f"{column} {text}".strip() for column, text in zip(estimate.columns, numbers, strict=True) if text
-                )
-                lines.append(f"  {name.strip()}: {', '.join(cells)}")
+                held = [f"{of} {text}".strip() for of, text in zip(estimate.columns, numbers, strict=True) if text]
+                lines.append(f"  {name.strip()}: {', '.join(held)}")
         lines += more(self.estimates)
         lines += [f"  {line}" if i else f"warning: {line}" for i, line in enumerate(self.warnings)]
         lines += [f"note: {line}" for line in self.found.notes]
@@ -112,13 +98,8 @@ def terminal(report: Report, width: int | None = None) -> str:
         if width is not None and console.measure(sheet).maximum > width:
             rows = [[*cell.column, *cell.row, *(field.text for field in table.fields(cell))] for cell in table.cells]
             sheet = _sheet([*table.columns, *table.rows], names, rows)
-        console.print(table.title)
-        console.print(sheet)
-        for line in table.notes_below:
-            console.print(line)
-        console.print()
-    for line in report.below(LISTED):
-        console.print(line)
+        console.print(table.title, sheet, *table.notes_below, "", sep="\n")
+    console.print(*report.below(LISTED), sep="\n")
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().rstrip().splitlines())
 
 
@@ -168,24 +149,27 @@ def comma_separated(report: Report) -> str:
 
 
 def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
+    """Return the numbers of ``_cell`` side by side."""
     whole, paper, paired = _cell(table, cell), cell.published, cell.against
+    means = ("nll", "stderr_seeds", *NUMBERS)
     memory = {"nll": paper and paper.nll_recalled, "active_units": paper and paper.units is not None}
+    errors = ("stderr_images", "stderr_seeds", "by") if compared else ()
     return {
         **whole["keys"],
         "data": cell.runs[0].run.dataset,
         "split": table.split,
-        "k": cell.runs[0].score.k,
+        "k": table.k,
         "weights": table.weights,
         "images": cell.runs[0].numbers["n"],
         "seeds": len(cell.runs),
-        **{key: whole[key] for key in ("nll", "stderr_seeds", *NUMBERS, *GAP)},
-        **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in ("nll", "stderr_seeds", *NUMBERS)},
+        **{key: whole[key] for key in (*means, *GAP)},
+        **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in means},
         "active_units": cell.units and units_text(cell.units, ()).replace(" ", ""),
         "draws": cell.draws,
         "seconds": cell.seconds,
         **{f"L_{level['k']}_at_{level[unit]:.6g}_{unit}": level["bound"] for unit, level in _levels(table, cell)},
         **({"against": paired and paired.b, "difference": paired and paired.difference} if compared else {}),
-        **{f"difference_{key}": paired and getattr(paired, key) for key in (*ERRORS, "by") if compared},
+        **{f"difference_{key}": paired and getattr(paired, key) for key in errors},
         "paper_nll": paper and paper.nll,
         "paper_active_units": paper and paper.units and "+".join(map(str, paper.units)),
         "paper_from_memory": " ".join(key for key, recalled in memory.items() if recalled),
@@ -214,7 +198,7 @@ def latex(report: Report) -> str:
     return "\n".join([*lines, *(f"% {line}" for line in report.below())]) + "\n"
 
 
-def _tex_row(cells: Sequence[str] | Iterator[str]) -> str:
+def _tex_row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
@@ -222,12 +206,7 @@ def _tex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", f" {PLUS_MINUS} ": r" $\pm$ ", MISSING: "--", OTHERWISE: r"$^\dagger$"}
     special |= {WITHIN: r"$^\ddagger$", PLUS_MINUS: r"$\pm$", "~": r"\textasciitilde{}"}
     special |= {RECALLED: "$^*$", "^": r"\textasciicircum{}", **{mark: rf"\{mark}" for mark in "_%&#${}"}}
-    parts, i = [], 0
-    while i < len(text):
-        mark = next((mark for mark in special if text.startswith(mark, i)), text[i])
-        parts.append(special.get(mark, mark))
-        i += len(mark)
-    return "".join(parts)
+    return re.sub("|".join(map(re.escape, special)), lambda mark: special[mark[0]], text)
 
 
 def json_text(report: Report) -> str:
@@ -245,10 +224,7 @@ def json_text(report: Report) -> str:
         "comparisons": [paired.as_dict() for paired in report.comparisons],
         "estimates": [
             {
-                "identity": run.identity,
-                "path": str(run.path),
-                "seed": run.seed,
-                "evaluation": estimate.name,
+                **_evaluated(run, estimate),
                 "estimator": estimate.estimator,
                 "weights": estimate.weights,
                 "numbers": estimate.numbers,
@@ -286,14 +262,11 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
         "paper": paper,
         "runs": [
             {
-                "identity": s.run.identity,
-                "path": str(s.run.path),
-                "seed": s.run.seed,
-                "evaluation": s.score.name,
+                **_evaluated(s.run, s.score),
                 **{key: s.numbers.get(key) for key in ("nll", *NUMBERS, *GAP)},
                 "refined": (found := s.numbers.get("refined")) and {key: found[key] for key in ("n", "nll", *NUMBERS)},
                 "sha256": s.score.sha256[s.split],
-                "warning": reliability_warning({s.split: s.numbers}),
+                "warning": s.warning,
             }
             for s in cell.runs
         ],
@@ -307,6 +280,10 @@ def _levels(table: Table, cell: Cell) -> Iterator[tuple[str, dict[str, Any]]]:
         bound = {"bound": held and statistics.fmean(held), "stderr_seeds": held and stderr(held)}
         unit = UNITS[table.budget.unit]
         yield unit, {"k": table.budget.k, unit: level, **bound}
+
+
+def _evaluated(run: Run, evaluation: Score | Estimate) -> dict[str, Any]:
+    return {"identity": run.identity, "path": str(run.path), "seed": run.seed, "evaluation": evaluation.name}
 
 
 def _means(cell: Cell) -> dict[str, float | None]:
