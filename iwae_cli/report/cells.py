@@ -205,17 +205,17 @@ class Table:
                 else MISSING
             )
             found.append(Field(f"over {self.against}", paired and paired.difference, text))
-            found.append(_error(f"{PLUS_MINUS} images", paired and paired.stderr_images))
+            found.append(_error_field(f"{PLUS_MINUS} images", paired and paired.stderr_images))
             if any(other.against is not None and other.against.stderr_seeds is not None for other in self.cells):
-                found.append(_error(f"{PLUS_MINUS} seeds", paired and paired.stderr_seeds))
+                found.append(_error_field(f"{PLUS_MINUS} seeds", paired and paired.stderr_seeds))
         if by_row:
-            found += [_error(key, cell.mean(key)) for key in ("stderr_images", "stderr_mc")]
-            found.append(_number("bias_mc", cell.mean("bias_mc"), "{:+.4f}"))
+            found += [_error_field(key, cell.mean(key)) for key in ("stderr_images", "stderr_mc")]
+            found.append(number_field("bias_mc", cell.mean("bias_mc"), "{:+.4f}"))
         if any(other.units for other in self.cells):
             found.append(Field("active units", sum(cell.units) if cell.units else None, cell.units_of_sizes))
         if by_row:
-            found.append(_number("million draws", cell.draws and cell.draws / 1e6, "{:,.4g}"))
-            found.append(_number("training, s", cell.seconds, "{:,.0f}"))
+            found.append(number_field("million draws", cell.draws and cell.draws / 1e6, "{:,.4g}"))
+            found.append(number_field("training, s", cell.seconds, "{:,.0f}"))
         if self.budget is not None:
             for level, held in zip(self.budget.levels, cell.at_budgets, strict=True):
                 amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
@@ -405,11 +405,12 @@ def _range(values: Sequence[float], form: str) -> str:
     return " to ".join(dict.fromkeys((form.format(min(values)), form.format(max(values)))))
 
 
-def _error(name: str, error: float | None) -> Field:
-    return _number(name, error, f"{{:.{decimals(error)}f}}")
+def _error_field(name: str, error: float | None) -> Field:
+    return number_field(name, error, f"{{:.{decimals(error)}f}}")
 
 
-def _number(name: str, value: float | None, form: str) -> Field:
+def number_field(name: str, value: float | None, form: str) -> Field:
+    """Return a number as ``form`` writes it, with a dash where there is none."""
     return Field(name, value, MISSING if value is None else form.format(value))
 
 

@@ -22,16 +22,14 @@ from iwae_cli.record.figures import BOUND, COLOURS, DASHES, Curve, ess_curve, k_
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import PLUS_MINUS
 from iwae_cli.record.units import layer_sizes, units_text
-from iwae_cli.report.cells import WITHIN, Cell, Table
+from iwae_cli.report.cells import WITHIN, Cell, Field, Table, number_field
 from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
 from iwae_cli.report.reader import MALFORMED, Estimate
 from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
 
-PICTURES = 20_000_000
-"""Bytes of pictures in a page."""
-NORMAL = 1.96
-"""Standard errors on each side of a 95% interval over images, of which there are many."""
+PICTURES = 20_000_000  # bytes of pictures in a page
+NORMAL = 1.96  # standard errors on each side of a 95% interval over images, of which there are many
 PAIRED = (
     f"nats of log p(x); thick: 95% over images ({PLUS_MINUS} {NORMAL} standard errors); thin: 95% over seeds, by "
     f"Student's t, where each side has {ENOUGH_SEEDS} or more"
@@ -51,19 +49,18 @@ GALLERIES = {
 """Pictures of a run folder -> title."""
 HTML = Path(__file__).parent / "html"
 Points = Mapping[Any, float | None]
-Named = tuple[str, Cell]
-"""A cell, and the keys and values that tell it from the others."""
+Named = tuple[str, Cell]  # a cell, and the keys and values that tell it from the others
 
 
 class Interval(NamedTuple):
-    """A row of a forest plot: an interval, a point in it, a wider interval, text, the number of a colour."""
+    """A row of a forest plot."""
 
     name: str
     low: float
     high: float
     text: str
-    at: float | None = None
-    wide: tuple[float, float] | None = None
+    at: float | None = None  # a point in it
+    wide: tuple[float, float] | None = None  # a wider interval
     colour: int | None = 0
 
 
@@ -136,8 +133,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
             size = sizes[layer : layer + 1] * (len(sizes) == len(found))
             of_layer = name + f", h_{layer + 1}" * (len(found) > 1)
             units.append(Interval(of_layer, 0.0, n, units_text([n], size), wide=(0.0, sum(size) or n), colour=i))
-    runs = [_run(scored, name, table.k) for name, cell in named for scored in cell.runs]
-    shown = [heading for heading in runs[0]["numbers"] if any(run["numbers"][heading][0] is not None for run in runs)]
+    runs = [(scored, name, _numbers(scored, table.k)) for name, cell in named for scored in cell.runs]
+    known = {field.name for _, _, fields in runs for field in fields if field.value is not None}
     return {
         "table": table,
         "protocols": dict.fromkeys(str(s.run.result["dataset"].get("protocol", "")) for _, c in named for s in c.runs),
@@ -154,8 +151,15 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
         ],
         "damaged": damaged,
         "count": _count(len(runs), "run"),
-        "headings": ["run", *shown],
-        "runs": [{**run, "numbers": [run["numbers"][heading] for heading in shown]} for run in runs],
+        "headings": ["run", *(field.name for field in runs[0][2] if field.name in known)],
+        "runs": [
+            {
+                "identity": s.run.identity,
+                "title": "; ".join(filter(None, (name, str(s.run.path), s.warning))),
+                "numbers": [field for field in fields if field.name in known],
+            }
+            for s, name, fields in runs
+        ],
         "galleries": [_gallery(named, name, room) for name in GALLERIES],
     }
 
@@ -285,34 +289,30 @@ def _forest(title: str, words: str, rows: Sequence[Interval], line: float | None
     }
 
 
-def _run(scored: Scored, name: str, k: int) -> dict[str, Any]:
-    numbers, result, units = scored.numbers, scored.run.result, scored.score.active_units
-    weak = scored.warning
-    refined = by_refined([scored])
-    values: dict[str, tuple[float | int | None, str]] = {
-        "seed": (scored.run.seed, "{}"),
-        f"NLL_{k}": (numbers["nll"], "{:.3f}"),
-        "stderr_images": (numbers["stderr_images"], "{:.3f}"),
-        "stderr_mc": (numbers["stderr_mc"], "{:.4f}"),
-        "bias_mc": (numbers["bias_mc"], "{:+.4f}"),
-        "gap_q": (numbers.get("gap_q"), "{:.2f}"),
-        f"refined NLL_{k}": (refined[0].numbers["nll"] if refined else None, "{:.3f}"),
-        "L_1": (numbers["bounds"].get("1"), "{:.2f}"),
-        "ESS, median": (numbers.get("ess_median"), "{:,.1f}"),
-        "active units": (None if units is None else sum(units), "+".join(map(str, units or ()))),
-        "passes": (result.get("epochs"), "{:,}"),
-        "draws": (scored.run.draws, "{:,}"),
-        "training, s": (scored.run.seconds, "{:,.0f}"),
-        "weak": (None if weak is None else 1, "yes"),
-    }
-    return {
-        "identity": scored.run.identity,
-        "title": "; ".join((name, str(scored.run.path), *([weak] if weak else []))),
-        "numbers": {
-            heading: (value, MISSING if value is None else form.format(value))
-            for heading, (value, form) in values.items()
-        },
-    }
+def _numbers(scored: Scored, k: int) -> list[Field]:
+    """Return the row of a run in the list of all."""
+    numbers, units, refined = scored.numbers, scored.score.active_units, by_refined([scored])
+    return [
+        number_field("seed", scored.run.seed, "{}"),
+        number_field(f"NLL_{k}", numbers["nll"], "{:.3f}"),
+        number_field("stderr_images", numbers["stderr_images"], "{:.3f}"),
+        number_field("stderr_mc", numbers["stderr_mc"], "{:.4f}"),
+        number_field("bias_mc", numbers["bias_mc"], "{:+.4f}"),
+        number_field("gap_q", numbers.get("gap_q"), "{:.2f}"),
+        number_field(f"refined NLL_{k}", refined[0].numbers["nll"] if refined else None, "{:.3f}"),
+        number_field("L_1", numbers["bounds"].get("1"), "{:.2f}"),
+        number_field("ESS, median", numbers.get("ess_median"), "{:,.1f}"),
+        number_field("active units", sum(units) if units else None, "+".join(map(str, units or ()))),
+        number_field("passes", scored.run.result["epochs"], "{:,}"),
+        number_field("draws", scored.run.draws, "{:,}"),
+        number_field("training, s", scored.run.seconds, "{:,.0f}"),
+        number_field("weak", 1 if scored.warning else None, "yes"),
+    ]
+
+
+def _pictures(place: Path, room: list[int]) -> list[dict[str, Any]]:
+    found = [_picture(path, path.name, room) for path in sorted(place.glob("*.png"))]
+    return [picture for picture in found if isinstance(picture, dict)]
 
 
 def _gallery(named: Sequence[Named], name: str, room: list[int]) -> dict[str, Any]:
@@ -326,11 +326,6 @@ def _gallery(named: Sequence[Named], name: str, room: list[int]) -> dict[str, An
     notes = [f"{missing} without figures/{name}.png"] if missing else []
     notes += [f"{full} more in their folders: the page holds {PICTURES // 1_000_000} MB of pictures"] if full else []
     return {"title": GALLERIES[name], "pictures": pictures, "notes": notes if name == "samples" or pictures else []}
-
-
-def _pictures(place: Path, room: list[int]) -> list[dict[str, Any]]:
-    found = [_picture(path, path.name, room) for path in sorted(place.glob("*.png"))]
-    return [picture for picture in found if isinstance(picture, dict)]
 
 
 def _picture(path: Path, name: str, room: list[int]) -> dict[str, Any] | str:
