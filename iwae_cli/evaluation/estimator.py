@@ -20,6 +20,14 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.summary import SPLITS, Row
 
+NOT_FINITE = "a log-weight is not finite"
+ALONE = "one image has no standard error"
+SURE = math.log(1e6)
+ROUNDING = 0.1  # nats of one image that sums of float32 numbers, and products of bfloat16 ones, may be wrong by
+
+PerImage = Float64[np.ndarray, " n"]
+"""A number of every image, in the order of the data set."""
+
 
 def _no_objective(k: int) -> Objective:
     raise UserError("this estimator needs an objective: write objective: null into its yaml")
@@ -29,17 +37,13 @@ def _no_objective(k: int) -> Objective:
 class EstimatorInput:
     """What an estimator computes from.
 
-    Attributes:
-        model: in evaluation mode, on its device; its dtype is the dtype of the computation.
-        data: the data that it was trained on.
-        evaluation: splits, seeds, and the bound on memory.
-        objective: returns the run's objective, with the overrides of ``objective``, at another k; for an estimator
-            whose yaml has the key ``objective``.
+    ``objective`` returns the run's objective, with the overrides of ``objective``, at another k; for an estimator whose
+    yaml has the key ``objective``.
     """
 
-    model: LatentVariableModel
-    data: Data
-    evaluation: Evaluation
+    model: LatentVariableModel  # in evaluation mode, on its device; its dtype is the dtype of the computation
+    data: Data  # what it was trained on
+    evaluation: Evaluation  # splits, seeds, and the bound on memory
     objective: Callable[[int], Objective] = _no_objective
 
     def split(self, name: str, first: int | None = None) -> Split:
@@ -57,29 +61,23 @@ class EstimatorInput:
 class Estimates:
     """What an estimator found, or has found so far.
 
-    Attributes:
-        numbers: for ``result.json``: plain JSON without NaN and infinity.
-        rows: the table: (label, dotted key of a number, format); rows with one label are printed side by side if their
-            keys name different splits.
-        hashes: sha256 of the splits that were used, by name.
-        reasons: why a number is None, by its dotted name.
-        arrays: per-image values, float64, for an npz file.
-        notes: sentences to print below the table.
-        figures: functions that draw a PNG file at a path, by its name; result.json lists those that are drawn.
+    Rows with one label are printed side by side if their keys name different splits.
     """
 
-    numbers: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    hashes: dict[str, str] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)  # for result.json: plain JSON without NaN and infinity
+    rows: list[Row] = field(default_factory=list)  # the table: (label, dotted key of a number, format)
+    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of the splits that were used, by name
+    reasons: dict[str, str] = field(default_factory=dict)  # why a number is None, by its dotted name
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # per-image values, float64, for an npz file
+    notes: list[str] = field(default_factory=list)  # sentences to print below the table
+    figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # draw a PNG file at a path, by its name
 
     def add(
-        self, split: Split, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], broken: str, **why: str
+        self, split: Split, numbers: Mapping[str, Any], arrays: Mapping[str, PerImage], broken: str = NOT_FINITE
     ) -> None:
-        """Add numbers and per-image arrays of a split; ``why[key]``, else ``broken``, says why one is not finite."""
+        """Add numbers and per-image arrays of a split; ``broken`` says why a number is not finite."""
+        errors = [key for key in numbers if "stderr" in key and not key.endswith("stderr_mc")]
+        why = dict.fromkeys(errors, ALONE) if len(split.x) == 1 else {}
         self.numbers[split.name] = without_nan(numbers, f"{split.name}.", self.reasons, broken, **why)
         self.hashes[split.name] = split.sha256
         self.arrays |= {array_name(split.name, key): values for key, values in arrays.items()}
@@ -95,15 +93,10 @@ class Estimates:
 
 
 class Estimator(ABC):
-    """A way to measure a trained model; a yaml of the group ``estimator`` names one, and describes its settings.
+    """A way to measure a trained model; a yaml of the group ``estimator`` names one, and describes its settings."""
 
-    Attributes:
-        file: name of the file of ``Estimates.arrays``.
-        recipe: raised where the same settings report other numbers than before, so that no older result answers.
-    """
-
-    file: ClassVar[str] = "estimates.npz"
-    recipe: ClassVar[int] = 0
+    file: ClassVar[str] = "estimates.npz"  # of Estimates.arrays
+    recipe: ClassVar[int] = 0  # raised where the same settings report other numbers, so that no older result answers
 
     @abstractmethod
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
@@ -142,33 +135,22 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def monte_carlo_variance(ess: Float64[np.ndarray, " n"], k: int) -> Float64[np.ndarray, " n"]:
+def monte_carlo_variance(ess: PerImage, k: int) -> PerImage:
     """Return 1/ESS - 1/k, the squared Monte Carlo error of L_k; a floor where few samples have most of the weight."""
     return np.maximum(0.0, 1 / ess - 1 / k)
 
 
-def stderr_mc(variance: Float64[np.ndarray, " n"]) -> float:
+def stderr_mc(variance: PerImage) -> float:
     """Return the Monte Carlo error of a mean over images from that of each, squared."""
     return math.sqrt(variance.sum()) / len(variance)
 
 
-def share_below_10(ess: Float64[np.ndarray, " n"]) -> float:
+def share_below_10(ess: PerImage) -> float:
     """Return the share of images whose effective sample size is below 10; NaN unless all are known."""
     return math.nan if np.isnan(ess).any() else float((ess < 10).mean())
 
 
-NOT_FINITE = "a log-weight is not finite"
-ALONE = "one image has no standard error"
-"""Reasons that several estimators give for a number that is missing."""
-
-SURE = math.log(1e6)
-ROUNDING = 0.1
-"""Nats of one image that sums of float32 numbers, and products of bfloat16 ones, may be wrong by."""
-
-
-def require_probabilities(
-    name: str, x: Shaped[Tensor, "n pixels"], log_px: Float64[np.ndarray, " n"], error: Float64[np.ndarray, " n"] | None
-) -> None:
+def require_probabilities(name: str, x: Shaped[Tensor, "n pixels"], log_px: PerImage, error: PerImage | None) -> None:
     """Raise RunFailed where estimates of log p(x) say that an observation of integers has a probability above 1.
 
     An estimate p^ of p(x) is a mean of weights, so E[p^] <= 1 for any q, and p^ exceeds e^t with probability e^-t at

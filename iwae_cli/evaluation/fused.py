@@ -34,14 +34,9 @@ from iwae_cli.models.conditionals import GaussianConditional
 from iwae_cli.models.likelihoods import Bernoulli, MLPPixels
 from iwae_cli.models.priors import StandardNormal
 
-CHUNK = 40 * BLOCK
-"""Largest number of samples computed in one call: enough to hide the cost of the calls."""
-
-FIRST_GROUPS, SECOND_GROUPS = 8, 2
-"""Numbers of pixels whose probabilities are multiplied, in two steps, before the logarithm of the product."""
-
-CERTAIN = 100.0
-"""Logit of a padded pixel: sigmoid(100) = 1 in every precision."""
+CHUNK = 40 * BLOCK  # largest number of samples computed in one call: enough to hide the cost of the calls
+FIRST_GROUPS, SECOND_GROUPS = 8, 2  # pixels whose probabilities are multiplied, in two steps, before the logarithm
+CERTAIN = 100.0  # logit of a padded pixel: sigmoid(100) = 1 in every precision
 
 
 def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> None:

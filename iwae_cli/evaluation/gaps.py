@@ -39,11 +39,10 @@ from iwae_cli.core.noise import BLOCK, Noise
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.estimator import (
-    ALONE,
-    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
+    PerImage,
     share_below_10,
     standard_error,
     stderr_mc,
@@ -57,8 +56,7 @@ from iwae_cli.models.conditionals import CholeskyConditional, DiagonalGaussian
 from iwae_cli.models.posteriors import FullGaussian
 from iwae_cli.record.summary import Row
 
-CHOICE = 4 * BLOCK
-"""Draws from which q* is chosen."""
+CHOICE = 4 * BLOCK  # draws from which q* is chosen
 
 
 def _with_errors(label: str, key: str) -> tuple[Row, Row, Row]:
@@ -89,22 +87,14 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Elbos:
-    """Per-image results of one split; arrays are (n,), float64, nats.
+    """Per-image results of one split, nats."""
 
-    Attributes:
-        q: L_1(q).
-        best: L_1(q*).
-        fitted: whether q* is the fitted member, not q.
-        variance_q, variance_best, variance_gap: squared Monte Carlo errors of ``q``, ``best`` and ``best - q``, whose
-            draws share their noise.
-    """
-
-    q: Float64[np.ndarray, " n"]
-    best: Float64[np.ndarray, " n"]
-    fitted: Bool[np.ndarray, " n"]
-    variance_q: Float64[np.ndarray, " n"]
-    variance_best: Float64[np.ndarray, " n"]
-    variance_gap: Float64[np.ndarray, " n"]
+    q: PerImage  # L_1(q)
+    best: PerImage  # L_1(q*)
+    fitted: Bool[np.ndarray, " n"]  # whether q* is the fitted member, not q
+    variance_q: PerImage  # squared Monte Carlo errors of q, best and best - q, whose draws share their noise
+    variance_best: PerImage
+    variance_gap: PerImage
 
 
 def elbos(
@@ -200,8 +190,7 @@ class Gaps(Estimator):
                 chosen = max(by, key=lambda of: _less_its_error(by[of]))
                 numbers = self._numbers(found, by, chosen)
             each = {"log_px": by[chosen].log_px, "elbo": found.q, "elbo_best": found.best}
-            why = {key: ALONE for key in numbers if key.endswith("_stderr_images") and len(found.q) == 1}
-            estimates.add(split, numbers, each, NOT_FINITE, **why)
+            estimates.add(split, numbers, each)
             notes.append(f"{name}: log p^ is L_{self.k} by {'q' if chosen == 'q' else 'refined proposals'}")
         estimates.lay_out(ROWS, self.k)
         return estimates

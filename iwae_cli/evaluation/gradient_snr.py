@@ -33,8 +33,7 @@ from iwae_cli.record.summary import PLUS_MINUS, Row
 
 NETWORKS = ("inference", "generative")
 
-MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)
-"""E|N(0, 1)| = .80: without signal the ratio of M draws is on average this over sqrt(M)."""
+MEAN_OF_ABS_NORMAL = math.sqrt(2 / math.pi)  # .80: without signal the mean ratio of M draws is this over sqrt(M)
 
 GROUPS, HALVES = 10, 20
 """Groups of draws (8 of 8 draws), and how many times one half of them is drawn for an error."""
@@ -44,27 +43,19 @@ GROUPS, HALVES = 10, 20
 class SignalToNoise:
     """Ratios for the gradient of one network, over M draws of the latents with fixed observations.
 
-    Attributes:
-        per_parameter: sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below ``floor``.
-        per_parameter_stderr: its standard error for other draws, from ``halves``; NaN as ``per_parameter``.
-        halves: ``per_parameter`` of random halves of the draws, also below ``floor``. Their standard deviation is that
-            of all draws, also for a median, where leaving out few draws would say too much (Shao and Wu 1989).
-        floor: .80 / sqrt(M), the average ratio without signal.
-        directional: E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient; NaN if not
-            above ``directional_floor``, or if there is one parameter only.
-        directional_stderr: its standard error for other draws and the same direction; NaN as ``directional``.
-        directional_floor: the same along a direction without signal, the difference of two means.
-        parameters: number of parameters whose gradient varies; the others have no ratio and are left out.
+    ``directional`` is E[|g_par| / |g_perp|], the parts of a gradient along and across the mean gradient. The standard
+    deviation over ``halves`` is the standard error of all draws, also for a median, where leaving out few draws would
+    say too much (Shao and Wu 1989).
     """
 
-    per_parameter: float
-    per_parameter_stderr: float
-    halves: tuple[float, ...]
-    floor: float
-    directional: float
-    directional_stderr: float
-    directional_floor: float
-    parameters: int
+    per_parameter: float  # sqrt of the median over parameters of mean^2 / variance - 1/M; NaN if below the floor
+    per_parameter_stderr: float  # for other draws; NaN as the ratio
+    halves: tuple[float, ...]  # the same of random halves of the draws, also below the floor
+    floor: float  # .80 / sqrt(M), the average ratio without signal
+    directional: float  # NaN if not above its floor, or if there is one parameter only
+    directional_stderr: float  # for other draws and the same direction; NaN as the ratio
+    directional_floor: float  # the same along a direction without signal, the difference of two means
+    parameters: int  # whose gradient varies; the others have no ratio and are left out
 
 
 class _Moments:

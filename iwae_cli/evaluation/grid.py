@@ -23,7 +23,7 @@ from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.noise import BLOCK, GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
-from iwae_cli.evaluation.estimator import ALONE, Estimates, Estimator, EstimatorInput, standard_error
+from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, PerImage, standard_error
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.proposals import Refined, mixture_log_prob, refine
 from iwae_cli.evaluation.settings import MAX_K
@@ -33,29 +33,18 @@ from iwae_cli.record.figures import Posterior, plot_posteriors
 from iwae_cli.record.folder import drawable
 from iwae_cli.record.summary import SPLITS
 
-PART = BLOCK
-"""Points scored at once: a fixed number, so that products have one shape however images are batched."""
-
-PRIOR_DRAWS, FARTHEST = 4096, 5.0
-"""Draws of the prior that place the grid, and standard deviations that the farthest of them counts as at least."""
-
-BORDER = 0.9
-"""Points beyond this share of the half side are near the border."""
-
-TOLERANCE, BORDER_TOLERANCE = 1e-3, 1e-4
-"""Error in nats, and share of the mass of an image, above which a note says what to type."""
-
-PICTURED, KS = 3, (5, 50)
-"""Images in the picture, and the numbers of draws that q is resampled from."""
-
-REPEATS = 1000
-"""Sets of k - 1 draws over which the density of the resampled q is averaged."""
-
-OVERVIEW, WINDOW = 281, 101
-"""Points on each side of the grid that finds the posterior of an image and gives KL, and of the one that shows it."""
-
-DEPTH = (6.0, 3.5)
-"""How far below their maxima log p(h|x) and log q(h|x) are shown, nats."""
+PART = BLOCK  # points scored at once: a fixed number, so that products have one shape however images are batched
+PRIOR_DRAWS = 4096  # of the prior, which place the grid
+FARTHEST = 5.0  # standard deviations that the farthest of them counts as at least
+BORDER = 0.9  # points beyond this share of the half side are near the border
+TOLERANCE = 1e-3  # error in nats above which a note says what to type
+BORDER_TOLERANCE = 1e-4  # likewise the share of the mass of an image near the border
+PICTURED = 3  # images in the picture
+KS = (5, 50)  # numbers of draws that q is resampled from
+REPEATS = 1000  # sets of k - 1 draws over which the density of the resampled q is averaged
+OVERVIEW = 281  # points on each side of the grid that finds the posterior of an image and gives KL
+WINDOW = 101  # and of the one that shows it
+DEPTH = (6.0, 3.5)  # how far below their maxima log p(h|x) and log q(h|x) are shown, nats
 
 ROWS = (
     ("NLL by the grid, nats", "nll_grid", "{:.4f}"),
@@ -76,16 +65,11 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Box:
-    """Equally spaced points between two corners of a box, or of a box for each image.
-
-    Attributes:
-        low, high: the corners, (*n, d), float64.
-        points: on each side.
-    """
+    """Equally spaced points between two corners of a box, or of a box for each image."""
 
     low: Float64[Tensor, "*n d"]
     high: Float64[Tensor, "*n d"]
-    points: int
+    points: int  # on each side
 
     def __len__(self) -> int:
         return self.points ** self.low.shape[-1]
@@ -107,17 +91,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Per-image results; arrays are (n,), float64.
+    """Per-image results."""
 
-    Attributes:
-        log_px: log p(x), nats.
-        error: by how much it differs from the same by every other point of each side, nats.
-        border: share of the mass near the border of the grid.
-    """
-
-    log_px: Float64[np.ndarray, " n"]
-    error: Float64[np.ndarray, " n"]
-    border: Float64[np.ndarray, " n"]
+    log_px: PerImage  # log p(x), nats
+    error: PerImage  # by how much it differs from the same by every other point of each side, nats
+    border: PerImage  # share of the mass near the border of the grid
 
 
 @torch.no_grad()
@@ -184,7 +162,7 @@ def log_densities(
     model: LatentVariableModel,
     x: Float[Tensor, "n pixels"],
     h: Float64[Tensor, "m n d"],
-    log_px: Float64[np.ndarray, " n"],
+    log_px: PerImage,
     proposal: Refined,
     *,
     ks: Sequence[int] = KS,
@@ -270,10 +248,8 @@ class Grid(Estimator):
                     by[key] = log_likelihood(model, split, k=self.k, seed=seed, refined=refined, **how)
             found = {"log_px": grid.log_px, "error": grid.error, "border": grid.border}
             found |= {f"log_px_{key}": estimate.log_px for key, estimate in by.items()}
-            broken = "a log-density or a log-weight is not finite"
             with np.errstate(invalid="ignore"):
-                numbers = self._summary(grid, by)
-                estimates.add(split, numbers, found, ALONE if numbers["n"] == 1 else broken)
+                estimates.add(split, self._summary(grid, by), found, "a log-density or a log-weight is not finite")
                 notes += self._notes(name, grid, by)
             if name == pictured and np.isfinite(grid.log_px[:PICTURED]).all():
                 posteriors = _posteriors(subject, split, grid.log_px[:PICTURED], box, check)
@@ -377,7 +353,7 @@ def _window(
 
 
 def _posteriors(
-    subject: EstimatorInput, split: Split, log_px: Float64[np.ndarray, " n"], box: Box, check: Callable[[], None]
+    subject: EstimatorInput, split: Split, log_px: PerImage, box: Box, check: Callable[[], None]
 ) -> list[Posterior]:
     """Return what the picture shows of the first images of a split."""
     model, data, evaluation = subject.model, subject.data, subject.evaluation

@@ -16,7 +16,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from iwae_cli.core.errors import Interrupted, UserError
@@ -30,6 +29,7 @@ from iwae_cli.evaluation.estimator import (
     Estimates,
     Estimator,
     EstimatorInput,
+    PerImage,
     array_name,
     finite,
     monte_carlo_variance,
@@ -48,28 +48,13 @@ from iwae_cli.record.summary import split_rows
 
 log = logging.getLogger("iwae_cli")
 
-CHUNK = 8 * BLOCK
-"""Samples of one image that the model scores at once; the number of images at once fills the remaining rows."""
-
-PIECE = 128 * BLOCK
-"""Samples of one image that ``FusedScorer`` returns at once; it computes them in smaller chunks."""
-
-IMAGES = 8
-"""Images per batch of ``FusedScorer``, which computes one after the other."""
-
-LEAST_ESS = 30
-"""Effective sample size below which the Monte Carlo error is a floor."""
-
-DEFAULT_REFINED = 200
-"""``evaluation.refine`` of conf/evaluation/default.yaml."""
-
-ENOUGH_SECONDS = 0.2
-"""Measured for a forecast."""
-
-COMPARED = 200
-"""Number of images (all, if there are fewer than twice as many) that are also computed without bfloat16."""
-
-
+CHUNK = 8 * BLOCK  # samples of one image that a model scores at once; as many images as fill the remaining rows
+PIECE = 128 * BLOCK  # samples of one image that FusedScorer returns at once; it computes them in smaller chunks
+IMAGES = 8  # images per batch of FusedScorer, which computes one after the other
+LEAST_ESS = 30  # effective sample size below which the Monte Carlo error is a floor
+DEFAULT_REFINED = 200  # evaluation.refine of conf/evaluation/default.yaml
+ENOUGH_SECONDS = 0.2  # measured for a forecast
+COMPARED = 200  # images that are also computed without bfloat16; all, if there are fewer than twice as many
 OF_A_DENSITY = (
     "real values: NLL is of a density, in nats, it changes with their unit, and there are no bits per dimension"
 )
@@ -77,59 +62,43 @@ OF_A_DENSITY = (
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Per-image results of one split, in the order of the data set; arrays are (n,), float64, nats.
+    """Per-image results of one split, in the order of the data set, nats."""
 
-    Attributes:
-        k: samples per image.
-        log_px: L_k.
-        bounds: L_m for every level m up to k (see ``numerics.grid_levels``).
-        ess: effective sample size, between 1 and k.
-        khat: Pareto k-hat; NaN where it is not defined (equal weights, or fewer than five in the tail).
-        top_weight: largest normalized weight.
-        exact: log p(x) in closed form; None if the model has none.
-        jackknife: the jackknife estimate of log p(x); NaN where it has no value; None if it was not asked for.
-        float32: L_k without bfloat16 on the same noise; NaN for images where it was not computed; None without bf16.
-    """
-
-    k: int
-    log_px: Float64[np.ndarray, " n"]
-    bounds: dict[int, Float64[np.ndarray, " n"]]
-    ess: Float64[np.ndarray, " n"]
-    khat: Float64[np.ndarray, " n"]
-    top_weight: Float64[np.ndarray, " n"]
-    exact: Float64[np.ndarray, " n"] | None = None
-    jackknife: Float64[np.ndarray, " n"] | None = None
-    float32: Float64[np.ndarray, " n"] | None = None
+    k: int  # samples per image
+    log_px: PerImage  # L_k
+    bounds: dict[int, PerImage]  # L_m for every level m up to k, see numerics.grid_levels
+    ess: PerImage  # effective sample size, between 1 and k
+    khat: PerImage  # Pareto k-hat; NaN where it is not defined: equal weights, or fewer than five in the tail
+    top_weight: PerImage  # largest normalized weight
+    exact: PerImage | None = None  # log p(x) in closed form; None if the model has none
+    jackknife: PerImage | None = None  # estimate of log p(x); NaN where it has no value; None if not asked for
+    float32: PerImage | None = None  # L_k without bfloat16 on the same noise; NaN where not computed; None without bf16
 
     @property
-    def variance(self) -> Float64[np.ndarray, " n"]:
+    def variance(self) -> PerImage:
         """Squared Monte Carlo error of ``log_px``, see ``monte_carlo_variance``."""
         return monte_carlo_variance(self.ess, self.k)
 
 
 def check_refine(evaluation: Evaluation, model: Architecture, data: Data | None = None) -> None:
-    """Raise UserError if ``evaluation.refine`` is not possible for this model, or has more images than are evaluated.
-
-    Likewise if ``evaluation.images`` is more than those of a split of ``data``.
-    """
+    """Raise UserError if ``evaluation.refine`` is not for this model, or it or ``images`` exceeds a split."""
     refine = evaluation.refine
     if refine == "all" and model.discrete:
         raise UserError(f"evaluation.refine=all: {DISCRETE}; write evaluation.refine=0")
-    if data is not None:
-        for name in evaluation.splits:
-            images = len(getattr(data, name))
-            if evaluation.images is not None and evaluation.images > images:
-                raise UserError(
-                    f"evaluation.images={evaluation.images} is more than the {images:,} images of {name}; "
-                    "write evaluation.images=null, or evaluation.splits without it"
-                )
-            images = evaluation.images or images
-            # The default serves data sets with fewer images, too: it takes a smaller split whole.
-            if refine != "all" and refine > images and refine != DEFAULT_REFINED:
-                raise UserError(
-                    f"evaluation.refine={refine} is more than the {images:,} images of {name}; "
-                    "write evaluation.refine=all, or evaluation.splits without it"
-                )
+    for name in evaluation.splits if data is not None else ():
+        images = len(getattr(data, name))
+        if evaluation.images is not None and evaluation.images > images:
+            raise UserError(
+                f"evaluation.images={evaluation.images} is more than the {images:,} images of {name}; "
+                "write evaluation.images=null, or evaluation.splits without it"
+            )
+        images = evaluation.images or images
+        # The default serves data sets with fewer images, too: it takes a smaller split whole.
+        if refine != "all" and refine > images and refine != DEFAULT_REFINED:
+            raise UserError(
+                f"evaluation.refine={refine} is more than the {images:,} images of {name}; "
+                "write evaluation.refine=all, or evaluation.splits without it"
+            )
 
 
 @final
@@ -174,10 +143,10 @@ class LogLikelihood(Estimator):
             for prefix, values in kept.items():
                 for key in ("log_px", "ess", "khat", "top_weight"):
                     estimates.arrays[array_name(name, f"{prefix}{key}")] = getattr(values, key)
+        how = {"seed": evaluation.seed, "rows": evaluation.rows, "workers": evaluation.workers}
         for key, (of, first_images, draws) in RULES.items():
             x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
-            keyed = {"seed": evaluation.seed, "stream": key, "on_progress": lambda _: check()}
-            numbers[key] = active_units(model, x, draws, rows=evaluation.rows, workers=evaluation.workers, **keyed)
+            numbers[key] = active_units(model, x, draws, stream=key, on_progress=lambda _: check(), **how)
             if numbers[key] is None:
                 reasons[key] = "active units are not defined for discrete layers"
         estimates.rows = split_rows(numbers)
@@ -213,10 +182,9 @@ def _refined(model: LatentVariableModel, split: Split, **how: Any) -> Likelihood
     except Exception as error:  # a class from outside may refuse latents that a Gaussian draws
         log.info("how the refined proposals failed", exc_info=True)
         return f"a Gaussian for h_1 does not serve this model ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
-    lost = int((~np.isfinite(found.log_px)).sum())
-    return (
-        f"L_{found.k} by the refined proposal is not finite for {lost} of {len(found.log_px)} images" if lost else found
-    )
+    if lost := int((~np.isfinite(found.log_px)).sum()):
+        return f"L_{found.k} by the refined proposal is not finite for {lost} of {len(found.log_px)} images"
+    return found
 
 
 def work(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> tuple[int, int]:
@@ -227,11 +195,7 @@ def work(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> tupl
 
 
 def forecast(model: LatentVariableModel, data: Data, evaluation: Evaluation) -> float:
-    """Return how many seconds L_k of all splits will take, from a few images with few samples that are timed now.
-
-    Args:
-        model: in evaluation mode; only the time depends on its weights.
-    """
+    """Return how many seconds L_k of all splits will take, from a few images with few samples that are timed now."""
     images, refined = work(model, data, evaluation)
     device = next(model.parameters()).device
     at_once = threads(evaluation.workers, device) * processes()
@@ -284,8 +248,7 @@ def log_likelihood(
 
     Args:
         model: in evaluation mode, on its device; its dtype is the dtype of the computation.
-        split: the images.
-        k: samples per image.
+        split, k: the images, and samples of each.
         seed, stream: key of the noise; the stream is named as the split by default.
         rows: bound on images x samples computed at once by one worker (at least one block of 64).
         workers: threads that share the images; None is one per core on a CPU, one on another device.
@@ -321,14 +284,16 @@ def log_likelihood(
     # bf16: every so many batches are computed in float32 as well.
     compare_every = max(1, len(split.x) // COMPARED)
 
+    key = stream or split.name
+
     def noise(images: Sequence[int], start: int) -> KeyedNoise:
         check()
-        return KeyedNoise(seed, stream or split.name, images, start, dtype, device)
+        return KeyedNoise(seed, key, images, start, dtype, device)
 
     def score(images: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         # L_m by level m, and the other results by name; (images,) each.
         x = split.x[images[0] : images[-1] + 1].to(device=device, dtype=dtype)
-        proposal = refine(model, x, images, seed, stream or split.name, check) if refined else None
+        proposal = refine(model, x, images, seed, key, check) if refined else None
         sums = StreamingLogWeights(k, len(images), block=BLOCK, device=accumulator_device(device))
         compare = bf16 and images[0] // batch % compare_every == 0
         sums_float32 = StreamingLogWeights(k, len(images), block=BLOCK) if compare else None
@@ -433,8 +398,7 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
 def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the numbers of refined proposals on the first images of a split, and why any of them is missing.
 
-    Both L_k are lower bounds on log p(x), so NLL_k by q is too high by ``gap_q`` at least. ``refined`` is what
-    ``summarize`` returns of the refined proposal; ``nll_refined`` is its ``nll``, where the images are the whole split.
+    Both L_k are lower bounds on log p(x), so NLL_k by q is too high by ``gap_q`` at least.
     """
     numbers, missing = summarize(refined, pixels)
     reasons = {f"refined.{key}": reason for key, reason in missing.items()}
@@ -454,7 +418,7 @@ def summarize_gap(by_q: Likelihood, refined: Likelihood, pixels: int | None) -> 
     return found, reasons
 
 
-def _not_finite(m: int, bound: Float64[np.ndarray, " n"]) -> str:
+def _not_finite(m: int, bound: PerImage) -> str:
     """Return which images have an L_m that is not finite; empty if none has."""
     at = np.flatnonzero(~np.isfinite(bound))
     if not len(at):

@@ -24,22 +24,15 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 from iwae_cli.models.networks import full_normal_log_prob
 
-GROUP = 20
-"""Images fitted together, by their index: the shape of a product may change its last bits, which 200 steps amplify."""
-
-SHARE = 0.1
-"""Share of q(h_1|x) in the mixture."""
-
-WIDEN = 1.1
-"""Factor on the fitted scale: a proposal wider than its target has weights of smaller variance."""
-
+GROUP = 20  # images fitted together, by their index: a product's shape may change its last bits, which steps amplify
+SHARE = 0.1  # of q(h_1|x) in the mixture
+WIDEN = 1.1  # factor on the fitted scale: a proposal wider than its target has weights of smaller variance
+STEPS, BETAS = 200, (0.9, 0.99)  # of Adam
+DRAWS = 8  # for each image and step
+RATE_LOC = 0.1  # of the mean, in units of the scale that the fit begins with
+MOMENT_DRAWS = 256  # for the moments of q and p
+LEAST_SCALE = 0.2  # that a fit begins with, as a share of the spread of h_1 under p
 DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
-
-STEPS, DRAWS, RATE_LOC, BETAS = 200, 8, 0.1, (0.9, 0.99)
-"""Of Adam; DRAWS is for each image and step, RATE_LOC of the mean in units of the scale that the fit begins with."""
-
-MOMENT_DRAWS, LEAST_SCALE = 256, 0.2
-"""Draws for the moments of q and p; least scale that a fit begins with, as a share of the spread of h_1 under p."""
 
 
 @runtime_checkable
@@ -54,17 +47,11 @@ class Proposal(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A Gaussian for h_1 of every image, with q(h_2|h_1), q(h_3|h_2), ... above it.
+    """A Gaussian for h_1 of every image, with q(h_2|h_1), q(h_3|h_2), ... above it."""
 
-    Attributes:
-        inference: the trained q.
-        loc: means, (batch, d_1).
-        cholesky: factors of the covariances, (batch, d_1, d_1), lower triangular with a positive diagonal.
-    """
-
-    inference: InferenceChain
-    loc: Float[Tensor, "batch d"]
-    cholesky: Float[Tensor, "batch d d"]
+    inference: InferenceChain  # the trained q
+    loc: Float[Tensor, "batch d"]  # means of h_1
+    cholesky: Float[Tensor, "batch d d"]  # factors of its covariances, lower triangular with a positive diagonal
 
     def sample(
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise

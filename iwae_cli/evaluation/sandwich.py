@@ -41,6 +41,7 @@ from iwae_cli.evaluation.estimator import (
     Estimates,
     Estimator,
     EstimatorInput,
+    PerImage,
     monte_carlo_variance,
     share_below_10,
     standard_error,
@@ -56,21 +57,13 @@ from iwae_cli.record.summary import Row
 
 @dataclass(frozen=True)
 class Bounds:
-    """Per-observation results; arrays are (n,), float64, nats.
+    """Results of every simulated observation, nats."""
 
-    Attributes:
-        lower: L_m for every level m up to k (see ``numerics.grid_levels``), from k draws of q.
-        upper: U_m, from the exact draw and the first m - 1 of the same draws of q.
-        ess: effective sample size of the k draws of q.
-        forward_ess: that of the exact draw and k - 1 draws of q.
-        exact: log p(x) in closed form; None if the model has none.
-    """
-
-    lower: dict[int, Float64[np.ndarray, " n"]]
-    upper: dict[int, Float64[np.ndarray, " n"]]
-    ess: Float64[np.ndarray, " n"]
-    forward_ess: Float64[np.ndarray, " n"]
-    exact: Float64[np.ndarray, " n"] | None
+    lower: dict[int, PerImage]  # L_m for every level m up to k, see numerics.grid_levels, from k draws of q
+    upper: dict[int, PerImage]  # U_m, from the exact draw and the first m - 1 of the same draws of q
+    ess: PerImage  # effective sample size of the k draws of q
+    forward_ess: PerImage  # that of the exact draw and k - 1 draws of q
+    exact: PerImage | None  # log p(x) in closed form; None if the model has none
 
 
 @final

@@ -8,12 +8,9 @@ from typing import Literal
 
 from iwae_cli.core.errors import check_range
 
-MAX_K = 100_000_000
-"""Samples of one image, which take hours."""
-MAX_ROWS = 10_000_000
-"""Values of one layer of 200 units for so many rows are 8 GB."""
-MAX_WORKERS = 1024
-"""Threads; no machine has so many cores."""
+MAX_K = 100_000_000  # samples of one image, which take hours
+MAX_ROWS = 10_000_000  # values of one layer of 200 units for so many rows are 8 GB
+MAX_WORKERS = 1024  # threads; no machine has so many cores
 
 
 @dataclass

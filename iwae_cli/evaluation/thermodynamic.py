@@ -26,7 +26,6 @@ from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.estimator import (
-    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
@@ -73,7 +72,7 @@ class Thermodynamic(Estimator):
         check_range("images", self.images, 1)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
-        """Return the sums of every split, with per-image arrays."""
+        """Return both sums of every split and the L_k between them."""
         estimates = Estimates()
         for name in subject.evaluation.splits:
             split = subject.split(name, self.images)
@@ -82,7 +81,7 @@ class Thermodynamic(Estimator):
             with np.errstate(invalid="ignore"):
                 errors = np.sqrt(monte_carlo_variance(found["ess"], self.k))
                 require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
-                estimates.add(split, self._summary(found), found, NOT_FINITE)
+                estimates.add(split, self._summary(found), found)
         estimates.lay_out(ROWS, self.k)
         estimates.notes = [
             f"L_{self.k} lies between the sums of its draws; so does log p(x) with many draws, but where the effective "

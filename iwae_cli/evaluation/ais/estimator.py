@@ -14,18 +14,18 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.progress import Progress, announce
 from iwae_cli.evaluation.ais.paths import WARM_UP, Paths, Start, Tally
 from iwae_cli.evaluation.estimator import (
-    ALONE,
     NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
+    PerImage,
     monte_carlo_variance,
     require_probabilities,
     standard_error,
@@ -50,38 +50,23 @@ SIMULATED_ROWS = (
 
 @dataclass(frozen=True)
 class Annealed:
-    """Per-image results; arrays are (n,), float64, nats.
+    """Per-image results, nats."""
 
-    Attributes:
-        temperatures: transitions from the start to the posterior.
-        log_px: log-mean-exp over the chains of their log-weights; a lower bound on log p(x) in expectation.
-        ess: effective sample size of the chains' weights, between 1 and the number of chains.
-        stderr: Monte Carlo error of ``log_px``: sqrt(1/ESS - 1/chains), a floor if few chains have most of the weight.
-        acceptance: mean acceptance of HMC; for bits the share that changed.
-    """
-
-    temperatures: int
-    log_px: Float64[np.ndarray, " n"]
-    ess: Float64[np.ndarray, " n"]
-    stderr: Float64[np.ndarray, " n"]
-    acceptance: Float64[np.ndarray, " n"]
+    temperatures: int  # transitions from the start to the posterior
+    log_px: PerImage  # log-mean-exp over the chains of their log-weights; a lower bound on log p(x) in expectation
+    ess: PerImage  # effective sample size of the chains' weights, between 1 and the number of chains
+    stderr: PerImage  # Monte Carlo error of log_px: sqrt(1/ESS - 1/chains), a floor if few chains have the weight
+    acceptance: PerImage  # mean acceptance of HMC; for bits the share that changed
 
 
 @dataclass(frozen=True)
 class Sandwich:
-    """Bounds on log p(x) of simulated observations, in expectation; arrays are (n,), float64, nats.
+    """Bounds on log p(x) of simulated observations, in expectation, nats."""
 
-    Attributes:
-        temperatures: as for the data.
-        lower: annealing from the start to the posterior.
-        upper: annealing backwards from the h that generated x.
-        exact: log p(x) in closed form; None if the model has none.
-    """
-
-    temperatures: int
-    lower: Float64[np.ndarray, " n"]
-    upper: Float64[np.ndarray, " n"]
-    exact: Float64[np.ndarray, " n"] | None
+    temperatures: int  # as for the data
+    lower: PerImage  # annealing from the start to the posterior
+    upper: PerImage  # annealing backwards from the h that generated x
+    exact: PerImage | None  # log p(x) in closed form; None if the model has none
 
 
 @final
@@ -202,9 +187,7 @@ class AIS(Estimator):
                 require_probabilities(f"log p(x) by AIS of {split.name}", split.x, levels[-1].log_px, unsure)
                 each = {key: getattr(levels[-1], key) for key in ("log_px", "stderr", "ess", "acceptance")}
                 each["log_px_q"] = by_q[split.name]
-                summary = self._summary(model, split.x, levels, by_q[split.name])
-                alone = dict.fromkeys(("stderr_images", "above_ais_stderr"), ALONE) if len(split.x) == 1 else {}
-                estimates.add(split, summary, each, NOT_FINITE, **alone)
+                estimates.add(split, self._summary(model, split.x, levels, by_q[split.name]), each)
             numbers = estimates.numbers
             if self.simulated:
                 longest = max(numbers[name]["temperatures"] for name in images)
@@ -251,7 +234,7 @@ class AIS(Estimator):
         model: LatentVariableModel,
         x: Shaped[Tensor, "n pixels"],
         levels: Sequence[Annealed],
-        by_q: Float64[np.ndarray, " n"],
+        by_q: PerImage,
     ) -> dict[str, Any]:
         last = levels[-1]
         nll, variance = -float(last.log_px.mean()), last.stderr**2

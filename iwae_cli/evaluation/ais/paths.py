@@ -21,16 +21,11 @@ from iwae_cli.evaluation.ais.moves import Chains, Scores, gibbs_sweep, hamiltoni
 from iwae_cli.evaluation.workers import map_batches, processes, threads
 from iwae_cli.models.base import LatentVariableModel
 
-SIGMOID_SPAN = 4.0
-"""The schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most."""
-
-TARGET_ACCEPTANCE = 0.65
-"""Near the optimum of HMC in many dimensions (Neal 2011, arXiv 1206.1901)."""
-
-FIRST_STEP = 0.1
-ADAPTATION = 0.2
-WARM_UP = 30
-"""Step sizes begin at 0.1 and move by exp(0.2 (acceptance - 0.65)); 30 times before the path begins."""
+SIGMOID_SPAN = 4.0  # the schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most
+TARGET_ACCEPTANCE = 0.65  # near the optimum of HMC in many dimensions (Neal 2011, arXiv 1206.1901)
+FIRST_STEP = 0.1  # where step sizes begin
+ADAPTATION = 0.2  # they move by exp(0.2 (acceptance - 0.65))
+WARM_UP = 30  # times before the path begins
 
 Start = Literal["prior", "inference"]
 
@@ -105,29 +100,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class Paths:
-    """Annealing of batches of images along f_beta = start^(1-beta) p(x, h)^beta.
+    """Annealing of batches of images along f_beta = start^(1-beta) p(x, h)^beta."""
 
-    Args:
-        model: in evaluation mode, on its device.
-        chains: per image.
-        leapfrog_steps: of every HMC transition.
-        start: distribution at beta = 0.
-        key: of the noise, to which the purpose and the image are added.
-        rows: bound on chains x images computed at once by one worker.
-        workers: threads that share the images; None is one per core on a CPU, one on another device.
-        check: called by every worker whenever p is evaluated; may raise to stop.
-        tally: counts the transitions.
-    """
-
-    model: LatentVariableModel
-    chains: int
-    leapfrog_steps: int
-    start: Start
-    key: tuple[int | str, ...]
-    rows: int = 2000
-    workers: int | None = None
-    check: Callable[[], None] = lambda: None
-    tally: Tally = field(default_factory=Tally)
+    model: LatentVariableModel  # in evaluation mode, on its device
+    chains: int  # per image
+    leapfrog_steps: int  # of every HMC transition
+    start: Start  # distribution at beta = 0
+    key: tuple[int | str, ...]  # of the noise, to which the purpose and the image are added
+    rows: int = 2000  # bound on chains x images computed at once by one worker
+    workers: int | None = None  # threads that share the images; None is one per core on a CPU, one on another device
+    check: Callable[[], None] = lambda: None  # called by every worker whenever p is evaluated; may raise to stop
+    tally: Tally = field(default_factory=Tally)  # counts the transitions
 
     def share(self, work: Callable[[Sequence[int]], np.ndarray], n: int) -> np.ndarray:
         """Return ``work`` of ``n`` images by threads, joined along its last axis."""
