@@ -25,7 +25,7 @@ Source: Cremer, Li, Duvenaud 2018, "Inference Suboptimality in Variational Autoe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError, check_range
-from iwae_cli.core.noise import BLOCK, Noise
+from iwae_cli.core.noise import BLOCK
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.estimator import (
@@ -48,7 +48,7 @@ from iwae_cli.evaluation.estimator import (
     stderr_mc,
 )
 from iwae_cli.evaluation.likelihood import CHUNK, Likelihood, in_pieces, log_likelihood
-from iwae_cli.evaluation.proposals import GROUP, Proposal, fit, why_not
+from iwae_cli.evaluation.proposals import GROUP, fit, why_not
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.models.base import LatentVariableModel
@@ -117,22 +117,19 @@ def elbos(
     diagonal = is_diagonal(model)
     piece = min(max(1, rows // GROUP // BLOCK) * BLOCK, CHUNK)
 
-    def log_weights(
-        proposals: Sequence[Proposal], x: Tensor, n: int, noise: Noise
-    ) -> Float[Tensor, "proposals n batch"]:
-        drawn = (proposal.sample(x, n, noise) for proposal in proposals)
-        return torch.stack([(model.generative(x, h) - log_q).double() for h, log_q in drawn])
-
     def score(images: Sequence[int]) -> Float64[np.ndarray, "values batch"]:
         x = split.x[images[0] : images[-1] + 1].to(parameter)
         proposals = (model.inference, fit(model, x, images, seed, stream, check, diagonal))
-        # Pieces of the choice too: rows bounds the memory.
-        pieces = in_pieces(CHOICE, piece, seed, f"{stream}, choice", images, x, check)
-        by_q, by_fit = torch.cat([log_weights(proposals, x, *of_piece) for of_piece in pieces], 1).mean(1)
+
+        def log_weights(draws: int, stream: str) -> Iterator[Float[Tensor, "proposals n batch"]]:
+            for n, noise in in_pieces(draws, piece, seed, stream, images, x, check):
+                drawn = [proposal.sample(x, n, noise) for proposal in proposals]
+                yield torch.stack([(model.generative(x, h) - log_q).double() for h, log_q in drawn])
+
+        by_q, by_fit = torch.cat([*log_weights(CHOICE, f"{stream}, choice")], 1).mean(1)
         fitted = by_fit > by_q
         sums = torch.zeros(2, 3, len(images), dtype=torch.float64, device=x.device)
-        for number, of_piece in enumerate(in_pieces(k, piece, seed, stream, images, x, check)):
-            of_q, of_fit = log_weights(proposals, x, *of_piece)
+        for number, (of_q, of_fit) in enumerate(log_weights(k, stream)):
             best = torch.where(fitted, of_fit, of_q)
             values = torch.stack([of_q, best, best - of_q])
             if number == 0:
@@ -218,16 +215,16 @@ class Gaps(Estimator):
             "elbo_best": (found.best, found.variance_best),
             "elbo": (found.q, found.variance_q),
         }
-        numbers: dict[str, Any] = {"n": len(log_px), "log_px_by": chosen, "fitted": float(found.fitted.mean())}
-        numbers |= {f"log_px_{proposal}": float(likelihood.log_px.mean()) for proposal, likelihood in by.items()}
+        numbers: dict[str, Any] = {"n": len(log_px), "log_px_by": chosen, "fitted": found.fitted.mean()}
+        numbers |= {f"log_px_{proposal}": likelihood.log_px.mean() for proposal, likelihood in by.items()}
         for key, (of_image, squared_error) in values.items():
-            numbers[key] = float(of_image.mean())
+            numbers[key] = of_image.mean()
             numbers[f"{key}_stderr_images"] = standard_error(of_image)
             numbers[f"{key}_stderr_mc"] = stderr_mc(squared_error)
-        numbers |= {"bias_mc": -float(variance.mean()) / 2, "ess_median": float(np.median(ess))}
+        numbers |= {"bias_mc": -variance.mean() / 2, "ess_median": np.median(ess)}
         numbers["ess_share_below_10"] = share_below_10(ess)
         if by["q"].exact is not None:
-            numbers["exact"] = float(by["q"].exact.mean())
+            numbers["exact"] = by["q"].exact.mean()
         return numbers
 
 

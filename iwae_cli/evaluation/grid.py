@@ -24,7 +24,7 @@ from iwae_cli.core.noise import BLOCK, GeneratorNoise, KeyedNoise, generator
 from iwae_cli.core.progress import Progress
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, PerImage, standard_error
-from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
+from iwae_cli.evaluation.likelihood import Likelihood, in_pieces, log_likelihood
 from iwae_cli.evaluation.proposals import Refined, mixture_log_prob, refine
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches
@@ -179,17 +179,9 @@ def log_densities(
     ``x`` are the first images of their split, ``h`` points for each, ``log_px`` is log p(x) in nats, ``proposal`` was
     fitted to them, ``ks`` are numbers of draws, and ``rows`` bounds images x points, and images x draws, at once.
     """
-    n = len(x)
-    at_once = max(BLOCK, rows // n // BLOCK * BLOCK)
-    per_set = max(ks) - 1
-
-    def noise(start: int) -> KeyedNoise:
-        check()
-        return KeyedNoise(seed, "resampled", range(n), start, x.dtype, x.device)
-
-    starts = range(0, REPEATS * per_set, at_once)
-    drawn = torch.cat([model(x, min(at_once, REPEATS * per_set - s), noise(s)).double() for s in starts])
-    sets = drawn.view(REPEATS, per_set, n)
+    n, per_set = len(x), max(ks) - 1
+    pieces = in_pieces(REPEATS * per_set, max(BLOCK, rows // n // BLOCK * BLOCK), seed, "resampled", range(n), x, check)
+    sets = torch.cat([model(x, *piece).double() for piece in pieces]).view(REPEATS, per_set, n)
     others = {k: sets[:, : k - 1].logsumexp(1) for k in ks}
     of_x = torch.from_numpy(log_px).to(x.device)
     parts = []
@@ -260,21 +252,21 @@ class Grid(Estimator):
 
     def _summary(self, grid: Quadrature, by: Mapping[str, Likelihood]) -> dict[str, Any]:
         numbers: dict[str, Any] = {
-            "nll_grid": -float(grid.log_px.mean()),
+            "nll_grid": -grid.log_px.mean(),
             "n": len(grid.log_px),
             "stderr_images": standard_error(grid.log_px),
-            "grid_error": float(grid.error.max()),
-            "grid_border": float(grid.border.max()),
+            "grid_error": grid.error.max(),
+            "grid_border": grid.border.max(),
             "k": self.k,
         }
         for key, estimate in by.items():
             above = grid.log_px - estimate.log_px
             nll, prefix = ("nll", "") if key == "q" else (f"nll_{key}", f"{key}_")
             numbers |= {
-                nll: -float(estimate.log_px.mean()),
-                f"{prefix}above_grid": float(above.mean()),
+                nll: -estimate.log_px.mean(),
+                f"{prefix}above_grid": above.mean(),
                 f"{prefix}above_grid_stderr": standard_error(above),
-                f"{prefix}above_grid_max": float(above.max()),
+                f"{prefix}above_grid_max": above.max(),
             }
         return numbers
 

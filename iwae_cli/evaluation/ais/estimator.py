@@ -119,8 +119,9 @@ class AIS(Estimator):
         paths.tally.start(f"annealing {stream}, step sizes")
         steps = paths.share(lambda i: paths.tune(i, paths.observed(x, i), self.temperatures), len(x))
         levels: list[Annealed] = []
-        temperatures = self.temperatures
-        while temperatures <= self.max_temperatures and not self.converged(levels):
+        for temperatures in self.doubled:
+            if self.converged(levels):
+                break
 
             def forward(images: Sequence[int], temperatures: int = temperatures) -> np.ndarray:
                 return paths.forward(images, paths.observed(x, images), temperatures, steps[:, images])
@@ -130,13 +131,19 @@ class AIS(Estimator):
             log_px, ess, acceptance = paths.share(forward, len(x))
             stderr = np.sqrt(monte_carlo_variance(ess, self.chains))
             levels.append(Annealed(temperatures, log_px, ess, stderr, acceptance))
-            temperatures *= 2
         return levels
 
+    @property
+    def doubled(self) -> list[int]:
+        """The numbers of temperatures that may be tried."""
+        tried = [self.temperatures]
+        while 2 * tried[-1] <= self.max_temperatures:
+            tried.append(2 * tried[-1])
+        return tried
+
     def converged(self, levels: Sequence[Annealed]) -> bool:
-        """Whether the last doubling changed the mean by less than ``tolerance``."""
-        means = [level.log_px.mean() for level in levels[-2:]]
-        return len(means) == 2 and bool(abs(means[1] - means[0]) < self.tolerance)
+        """Return whether the last doubling changed the mean by less than ``tolerance``."""
+        return len(levels) > 1 and bool(abs(levels[-1].log_px.mean() - levels[-2].log_px.mean()) < self.tolerance)
 
     def sandwich(self, model: LatentVariableModel, temperatures: int | None = None, **how: Any) -> Sandwich:
         """Return bounds from bidirectional Monte Carlo on ``simulated`` observations x, each with the h it came from.
@@ -165,22 +172,20 @@ class AIS(Estimator):
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return log p(x) for every split of the evaluation beside L_k, and the sandwich for simulated observations."""
-        model, estimates, shared = subject.model, Estimates(), subject.how(check)
+        model, estimates, how = subject.model, Estimates(), subject.how(check)
         _require_movable(model)
         whole = [subject.split(name) for name in subject.evaluation.splits]
         splits = [replace(split, x=split.x[: self.images], labels=None) for split in whole]
         images = {split.name: len(split.x) for split in splits}
-        least, most = self._transitions(sum(images.values()), model.inference.reparameterized)
-        announce(self._plan(images, least, most, model.inference.reparameterized))
+        n, real = sum(images.values()), model.inference.reparameterized
+        least, most = (self._transitions(n, tried, real) for tried in (self.doubled[:2], self.doubled))
+        announce(self._plan(images, least, most, real))
         by_q = {}
         for split in splits:
             with Progress(f"evaluating {split.name}", total=len(split.x), unit="image") as progress:
-                found = log_likelihood(model, split, k=self.k, on_progress=progress.update, **shared)
-            by_q[split.name] = found.log_px
-        bar = Progress("annealing", total=least, unit="transition", may_grow=most > least)
-        with bar as progress:
-            tally = Tally(progress, least)
-            how = {**shared, "tally": tally}
+                by_q[split.name] = log_likelihood(model, split, k=self.k, on_progress=progress.update, **how).log_px
+        with Progress("annealing", total=least, unit="transition", may_grow=most > least) as progress:
+            how["tally"] = tally = Tally(progress, least)
             for split in splits:
                 levels = self.anneal(model, split.x, stream=split.name, **how)
                 unsure = np.full(len(split.x), math.nan)  # a handful of chains cannot tell their error
@@ -204,16 +209,10 @@ class AIS(Estimator):
         estimates.notes = self._notes(numbers)
         return estimates
 
-    def _transitions(self, images: int, real: bool) -> tuple[int, int]:
-        """Return the number of transitions of all images: the least, and with every doubling."""
-        paths = [self.temperatures]
-        while 2 * paths[-1] <= self.max_temperatures:
-            paths.append(2 * paths[-1])
+    def _transitions(self, images: int, tried: Sequence[int], real: bool) -> int:
+        """Return the number of transitions of all images with these numbers of temperatures."""
         tuning = WARM_UP + self.temperatures if real else 0
-        least, most = (
-            images * (tuning + sum(some)) + self.simulated * (tuning + 2 * some[-1]) for some in (paths[:2], paths)
-        )
-        return least, most
+        return images * (tuning + sum(tried)) + self.simulated * (tuning + 2 * tried[-1])
 
     def _plan(self, images: Mapping[str, int], least: int, most: int, real: bool) -> str:
         subjects = [f"{n:,} images of {name}" for name, n in images.items()]
@@ -297,12 +296,12 @@ def _simulated(found: Sandwich, reasons: dict[str, str]) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "n": len(gap),
         "temperatures": found.temperatures,
-        "lower": float(found.lower.mean()),
-        "upper": float(found.upper.mean()),
-        "gap": float(gap.mean()),
+        "lower": found.lower.mean(),
+        "upper": found.upper.mean(),
+        "gap": gap.mean(),
         "stderr_gap": standard_error(gap),
     }
     if found.exact is not None:
-        numbers["exact"] = float(found.exact.mean())
+        numbers["exact"] = found.exact.mean()
     reason = "one observation has no standard error" if len(gap) == 1 else NOT_FINITE
     return without_nan(numbers, "simulated.", reasons, reason)
