@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from iwae_cli.record.jsonl import read_history
 from iwae_cli.record.summary import PLUS_MINUS
 from iwae_cli.record.units import layer_sizes, units_text
 from iwae_cli.report.cells import WITHIN, Cell, Field, Table, number_field
-from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, Paired
-from iwae_cli.report.reader import MALFORMED, Estimate
+from iwae_cli.report.paired import BY_Q, BY_REFINED, ENOUGH_SEEDS, UNREADABLE, Paired, per_image
+from iwae_cli.report.reader import Estimate
 from iwae_cli.report.selection import MISSING, Scored, by_refined
 from iwae_cli.report.writers import Report
 
@@ -167,21 +168,17 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
 def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterator[tuple[str, str, list[Curve], Any]]:
     """Yield title, words, curves and figure of every chart."""
     band = "; band: from the lowest to the highest seed" * any(len(cell.runs) > 1 for _, cell in drawn)
-    bounds, shares, ratios = [], [], []
+    bounds: list[Curve] = []
+    shares: list[Curve] = []
+    ratios: list[Curve] = []
     for i, (name, cell) in enumerate(drawn):
         bounds.append(_over_seeds(name, [s.numbers["bounds"] for s in cell.runs], i))
         try:
-            shares.append(ess_curve(name, np.concatenate([_ess(s) for s in cell.runs]), cell.runs[0].score.k, i))
-        except MALFORMED as error:
+            ess = np.concatenate([per_image(s, "ess") for s in cell.runs])
+            shares.append(ess_curve(name, ess, table.k, i))
+        except UNREADABLE as error:
             damaged.append(f"effective sample sizes of {name}: {error}")
-        snr: dict[tuple[int, str], list[Points]] = {}
-        for e in (e for s in cell.runs for e in s.run.estimates if e.estimator == "gradient_snr"):
-            for dash, network in enumerate(("inference", "generative")):
-                parts = [(key.split("."), value) for key, value in e.numbers.items() if key.endswith("per_parameter")]
-                snr.setdefault((dash, f"{network}, {e.name}"), []).append(
-                    {k[2]: y for k, y in parts if k[1] == network}
-                )
-        ratios += [_over_seeds(f"{name}, {what}", seeds, i, dash) for (dash, what), seeds in snr.items()]
+        ratios += _ratios(name, cell, i)
     words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined + band
     yield "Bound against k", words, bounds, k_figure(bounds, BOUND)
     words = f"of {table.k:,} draws of q, {table.split} images of all seeds; an estimate from fewer than 10 is weak"
@@ -192,10 +189,18 @@ def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterato
         yield title, words + band, curves, training_figure(curves, MEASURED.get(title, ("", "nats"))[1])
 
 
-def _ess(scored: Scored) -> np.ndarray:
-    """Return the effective sample size of each image; raise an error of ``MALFORMED`` where it cannot be read."""
-    with scored.score.arrays.open("rb") as opened, np.load(opened) as file:
-        return np.asarray(file[("" if scored.split == "test" else f"{scored.split}_") + "ess"], dtype=np.float64)
+def _ratios(name: str, cell: Cell, colour: int) -> Iterator[Curve]:
+    """Yield the signal-to-noise ratios of both networks by k, for every evaluation by ``gradient_snr``."""
+    estimates = [e for s in cell.runs for e in s.run.estimates if e.estimator == "gradient_snr"]
+    for evaluation in dict.fromkeys(e.name for e in estimates):
+        for dash, network in enumerate(("inference", "generative")):
+            key = re.compile(rf"gradient_snr\.{network}\.(\d+)\.per_parameter")
+            seeds = [
+                {found[1]: value for name, value in e.numbers.items() if (found := key.fullmatch(name))}
+                for e in estimates
+                if e.name == evaluation
+            ]
+            yield _over_seeds(f"{name}, {network}, {evaluation}", seeds, colour, dash)
 
 
 def _over_seeds(name: str, seeds: Sequence[Points], colour: int, dash: int = 0) -> Curve:

@@ -20,6 +20,8 @@ ENOUGH_SEEDS = 3  # fewer on a side are too few for a standard error over seeds
 SEEN = 2  # standard errors, over images and over seeds together, from which on a difference is seen
 BY_Q, BY_REFINED = "the trained q", "the refined proposals"
 INSIDE_GAP, WITHIN_BIAS = "inside gap_q", "below three times the bias of the estimate"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile)
+"""Errors of ``per_image`` where a file is not what an evaluation writes."""
 
 
 @final
@@ -219,18 +221,22 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
     )
 
 
+def per_image(scored: Scored, key: str) -> Float64[np.ndarray, " images"]:
+    """Return values of every image that an evaluation wrote; raise an error of ``UNREADABLE`` where it did not."""
+    # Opened here: numpy does not close a file that is no archive.
+    with scored.score.arrays.open("rb") as opened, np.load(opened) as file:
+        return np.asarray(file[scored.array_name(key)], dtype=np.float64)
+
+
 def log_px(scored: Scored) -> Float64[np.ndarray, " images"]:
     """Return the per-image log p^(x) of one run, nats, in the order of the data set; raises as ``difference``."""
-    path, numbers = scored.score.arrays, scored.numbers
-    name = ("" if scored.split == "test" else f"{scored.split}_") + "refined_" * scored.refined + "log_px"
+    path, numbers, name = scored.score.arrays, scored.numbers, scored.array_name("log_px")
     again = f"{'iwae-eval' if path.parent.parent.name == 'evaluations' else 'the command of the run'} writes it again"
     try:
-        # Opened here: numpy does not close a file that is no archive.
-        with path.open("rb") as opened, np.load(opened) as file:
-            values = np.asarray(file[name], dtype=np.float64)
+        values = per_image(scored, "log_px")
     except FileNotFoundError:
         raise UserError(f"{path} is not there, and a paired comparison needs it; {again}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         raise UserError(f"{path} is damaged: it holds no {name}; remove it, {again}") from None
     if values.shape != (numbers["n"],) or not np.isfinite(values).all():
         raise UserError(f"{path} is damaged: {name} should hold {numbers['n']} finite values, one per image")

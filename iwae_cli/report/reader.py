@@ -38,8 +38,6 @@ FORMER = {
     "model.prior_components": 500,
 }
 """Keys that older versions did not have, with what they did."""
-MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""Errors from reading arrays that do not hold what they should."""
 
 
 @dataclass(frozen=True)

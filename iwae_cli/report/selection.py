@@ -60,6 +60,10 @@ class Scored:
         found: Mapping[str, Any] = self.by_q["refined"] if self.refined else self.by_q
         return found
 
+    def array_name(self, key: str) -> str:
+        """Return the name of values of every image in the file of the evaluation."""
+        return ("" if self.split == "test" else f"{self.split}_") + ("refined_" if self.refined else "") + key
+
     @property
     def warning(self) -> str | None:
         """One sentence that says by how much the numbers are not reliable."""
