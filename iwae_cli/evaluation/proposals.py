@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,16 +34,6 @@ LEAST_SCALE = 0.2  # that a fit begins with, as a share of the spread of h_1 und
 DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
 
 
-@runtime_checkable
-class Proposal(Protocol):
-    """What the draws of an estimate come from; q itself is one."""
-
-    def sample(
-        self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
-    ) -> tuple[Latents, Float[Tensor, "k batch"]]:
-        """Return ``k`` draws h for every x, and the log-density of each in nats."""
-
-
 @dataclass(frozen=True)
 class Fitted:
     """A Gaussian for h_1 of every image, with q(h_2|h_1), q(h_3|h_2), ... above it."""
@@ -56,7 +45,7 @@ class Fitted:
     def sample(
         self, x: Float[Tensor, "batch pixels"], k: int, noise: Noise
     ) -> tuple[Latents, Float[Tensor, "k batch"]]:
-        """Return ``k`` draws h for every x, and the log-density of the proposal in nats."""
+        """Return ``k`` draws h for every x, as q does, and their log-density in nats."""
         h = self.draw(k, noise)
         above, log_q = _above(self.inference, h, noise)
         return (h, *above), self.gaussian_log_prob(h) + log_q
@@ -171,9 +160,8 @@ def _maximize_elbo(
     loc, scale = _moments(model, x, noise)
     n, size = loc.shape
     # In units of these: h = loc + scale (shift + triangle eps).
-    shift, log_diagonal = torch.zeros(2, n, size, dtype=loc.dtype, device=loc.device)
-    below = torch.zeros(n, size, size, dtype=loc.dtype, device=loc.device)
-    shift, log_diagonal, below = (part.requires_grad_() for part in (shift.clone(), log_diagonal.clone(), below))
+    shift, log_diagonal = (torch.zeros_like(loc).requires_grad_() for _ in range(2))
+    below = loc.new_zeros(n, size, size).requires_grad_()
     trained = [shift, log_diagonal] if diagonal else [shift, log_diagonal, below]
     # More latents, more noise in every entry of the triangle.
     rates = (RATE_LOC, 1 / max(size, 50), 1 / max(size, 50))

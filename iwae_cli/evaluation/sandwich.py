@@ -126,13 +126,8 @@ class Sandwich(Estimator):
         batch = max(1, rows // piece)
         parts = map_batches(weigh, self.simulated, batch, workers, parameter.device, on_progress)
         *found, ess, forward_ess, exact = np.concatenate(parts, axis=1)
-        return Bounds(
-            lower=dict(zip(levels, found, strict=False)),
-            upper=dict(zip(levels, found[len(levels) :], strict=True)),
-            ess=ess,
-            forward_ess=forward_ess,
-            exact=None if np.isnan(exact).all() else exact,
-        )
+        lower, upper = (dict(zip(levels, half, strict=True)) for half in (found[: len(levels)], found[len(levels) :]))
+        return Bounds(lower, upper, ess, forward_ess, None if np.isnan(exact).all() else exact)
 
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
         """Return the bounds with their difference, and the effective sample sizes without and with the exact draw."""
@@ -163,22 +158,19 @@ class Sandwich(Estimator):
         numbers: dict[str, Any] = {
             "n": self.simulated,
             "k": self.k,
-            "gap": float(gap.mean()),
+            "gap": gap.mean(),
             "stderr_gap": standard_error(gap),
             "stderr_upper": standard_error(found.upper[self.k]),
             "stderr_images": standard_error(found.lower[self.k]),
             "stderr_mc": stderr_mc(monte_carlo_variance(found.ess, self.k)),
         }
         if found.exact is not None:
-            numbers["exact"] = float(found.exact.mean())
+            numbers["exact"] = found.exact.mean()
         for prefix, ess in (("", found.ess), ("forward_", found.forward_ess)):
-            numbers |= {
-                f"{prefix}ess_median": float(np.median(ess)),
-                f"{prefix}ess_min": float(ess.min()),
-                f"{prefix}ess_share_below_10": share_below_10(ess),
-            }
+            numbers |= {f"{prefix}ess_median": np.median(ess), f"{prefix}ess_min": ess.min()}
+            numbers[f"{prefix}ess_share_below_10"] = share_below_10(ess)
         for name, bounds in (("upper_bounds", found.upper), ("bounds", found.lower)):
-            numbers[name] = {str(m): float(values.mean()) for m, values in bounds.items()}
+            numbers[name] = {str(m): values.mean() for m, values in bounds.items()}
         return numbers
 
     def _rows(self, numbers: Mapping[str, Any]) -> list[Row]:

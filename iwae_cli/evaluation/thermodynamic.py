@@ -29,6 +29,7 @@ from iwae_cli.evaluation.estimator import (
     Estimates,
     Estimator,
     EstimatorInput,
+    PerImage,
     monte_carlo_variance,
     require_probabilities,
     share_below_10,
@@ -91,7 +92,7 @@ class Thermodynamic(Estimator):
 
     def _sums(
         self, subject: EstimatorInput, split: Split, check: Callable[[], None], on_progress: Callable[[int], None]
-    ) -> dict[str, Float64[np.ndarray, " n"]]:
+    ) -> dict[str, PerImage]:
         """Return the results of every image by name."""
         model, evaluation = subject.model, subject.evaluation
         parameter, sums = next(model.parameters()), TVO(self.k, self.partitions, "moments")
@@ -112,15 +113,15 @@ class Thermodynamic(Estimator):
         found = dict(zip(names, np.concatenate(parts, axis=1), strict=True))
         return {name: values for name, values in found.items() if name != "exact" or not np.isnan(values).all()}
 
-    def _summary(self, found: dict[str, Float64[np.ndarray, " n"]]) -> dict[str, Any]:
+    def _summary(self, found: dict[str, PerImage]) -> dict[str, Any]:
         ess = found["ess"]
-        numbers: dict[str, Any] = {key: float(values.mean()) for key, values in found.items() if key != "ess"}
+        numbers: dict[str, Any] = {key: values.mean() for key, values in found.items() if key != "ess"}
         numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right", "log_px")}
         return numbers | {
             "stderr_mc": stderr_mc(monte_carlo_variance(ess, self.k)),
-            "difference": float((found["right"] - found["left"]).mean()),
+            "difference": (found["right"] - found["left"]).mean(),
             "difference_stderr": standard_error(found["right"] - found["left"]),
-            "ess_median": float(np.median(ess)),
+            "ess_median": np.median(ess),
             "ess_share_below_10": share_below_10(ess),
             "k": self.k,
             "partitions": self.partitions,

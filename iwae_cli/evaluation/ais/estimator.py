@@ -236,7 +236,7 @@ class AIS(Estimator):
         by_q: PerImage,
     ) -> dict[str, Any]:
         last = levels[-1]
-        nll, variance = -float(last.log_px.mean()), last.stderr**2
+        nll, variance = -last.log_px.mean(), last.stderr**2
         numbers: dict[str, Any] = {
             "nll_ais": nll,
             "n": len(x),
@@ -245,22 +245,22 @@ class AIS(Estimator):
             "converged": self.converged(levels),
             "stderr_images": standard_error(last.log_px),
             "stderr_mc": stderr_mc(variance),
-            "bias_mc": -float(variance.mean()) / 2,
-            "nll_q": {str(self.k): -float(by_q.mean())},
-            "above_ais": float((last.log_px - by_q).mean()),
+            "bias_mc": -variance.mean() / 2,
+            "nll_q": {str(self.k): -by_q.mean()},
+            "above_ais": (last.log_px - by_q).mean(),
             "above_ais_stderr": standard_error(last.log_px - by_q),
-            "by_temperatures": {str(level.temperatures): float(level.log_px.mean()) for level in levels},
-            "ess_median": float(np.median(last.ess)),
-            "ess_min": float(last.ess.min()),
-            "acceptance": float(last.acceptance.mean()),
-            "acceptance_min": float(last.acceptance.min()),
+            "by_temperatures": {str(level.temperatures): level.log_px.mean() for level in levels},
+            "ess_median": np.median(last.ess),
+            "ess_min": last.ess.min(),
+            "acceptance": last.acceptance.mean(),
+            "acceptance_min": last.acceptance.min(),
         }
         if not x.is_floating_point():
             numbers["bits_per_dim"] = nll / (x.shape[1] * math.log(2))
         with torch.no_grad():
             exact = model.generative.exact_log_px(x.to(next(model.parameters())))
         if exact is not None:
-            numbers["exact_nll"] = -float(exact.double().cpu().numpy().mean())
+            numbers["exact_nll"] = -exact.double().cpu().numpy().mean()
         return numbers
 
     def _notes(self, numbers: Mapping[str, Any]) -> list[str]:
