@@ -66,9 +66,7 @@ def check_bf16(evaluation: Evaluation, model: Architecture, device: Device) -> N
 class FusedScorer:
     """Computes the log-weights of one model that ``fits``, whose weights must not change meanwhile.
 
-    Args:
-        rows: largest number of samples computed together.
-        bf16: use products of bfloat16 numbers, for a model in float32.
+    It takes at most ``rows`` samples together; ``bf16`` is for a model in float32.
     """
 
     def __init__(self, model: LatentVariableModel, rows: int = CHUNK, bf16: bool = False) -> None:
@@ -125,8 +123,8 @@ class FusedScorer:
         sign = F.pad(2 * x - 1, (0, self._padding), value=1)  # (batch, padded)
         for b in range(len(x)):
             head = self._head.times(sign[b])
-            of_first = _OfQ(loc[b], log_scale[b])
-            draw = of_first if refined is None else _OfMixture(of_first, refined.loc[b], refined.cholesky[b])
+            q = (loc[b], log_scale[b])
+            draw = _by_q(*q) if refined is None else _by_mixture(q, refined.loc[b], refined.cholesky[b])
             for start in range(0, k, chunk):
                 n = min(chunk, k - start)
                 draws = noise(images[b : b + 1], first + start)
@@ -148,38 +146,41 @@ class FusedScorer:
         return log_w
 
 
-class _OfQ:
-    """Draws h_1 of one image, (n, d_1), with twice their log-density without d log 2 pi, (n,); here by q."""
-
-    def __init__(self, loc: Float[Tensor, " d"], log_scale: Float[Tensor, " d"]) -> None:
-        self.loc, self.scale, self._sum_log_scale = loc, log_scale.exp(), log_scale.sum()
-
-    def __call__(self, draws: Noise, n: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
-        eps = draws.normal(1, n, 1, len(self.loc))[:, 0]
-        return torch.addcmul(self.loc, eps, self.scale), self.density(eps)
-
-    def density(self, standardized: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Return twice the log-density, less its constant, of (h - loc) / scale."""
-        return -2 * self._sum_log_scale - torch.linalg.vecdot(standardized, standardized)
+Draw = Callable[[Noise, int], tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]]
+"""Returns n draws h_1 of one image, with twice their log-density without d log 2 pi."""
 
 
-class _OfMixture:
-    """As ``_OfQ``, by the mixture of ``Refined``."""
+def _by_q(loc: Float[Tensor, " d"], log_scale: Float[Tensor, " d"]) -> Draw:
+    scale, log_det = log_scale.exp(), log_scale.sum()
 
-    def __init__(self, of_q: _OfQ, loc: Float[Tensor, " d"], cholesky: Float[Tensor, "d d"]) -> None:
-        self._of_q, self._loc, self._cholesky = of_q, loc, cholesky
-        self._log_det = cholesky.diagonal().log().sum()
-        self._inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(loc)).to(cholesky), upper=False)
+    def draw(noise: Noise, n: int) -> tuple[Tensor, Tensor]:
+        eps = noise.normal(1, n, 1, len(loc))[:, 0]
+        return torch.addcmul(loc, eps, scale), _twice_log_density(eps, log_det)
 
-    def __call__(self, draws: Noise, n: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
-        q = self._of_q
-        eps = draws.normal(1, n, 1, len(q.loc))[:, 0]
-        fitted = torch.addmm(self._loc, eps, self._cholesky.T)
-        h = torch.where(from_q(draws, n, 1)[:, 0], torch.addcmul(q.loc, eps, q.scale), fitted)
-        standardized = (h - self._loc) @ self._inverse.T
-        log_fitted = -2 * self._log_det - torch.linalg.vecdot(standardized, standardized)
-        log_of_q = q.density((h - q.loc) / q.scale)
-        return h, 2 * mixture_log_prob(log_fitted / 2, log_of_q / 2)
+    return draw
+
+
+def _by_mixture(
+    q: tuple[Float[Tensor, " d"], Float[Tensor, " d"]], loc: Float[Tensor, " d"], cholesky: Float[Tensor, "d d"]
+) -> Draw:
+    """As ``_by_q``, whose arguments are ``q``, by the mixture of ``Refined``."""
+    q_loc, q_scale, q_log_det = q[0], q[1].exp(), q[1].sum()
+    log_det = cholesky.diagonal().log().sum()
+    inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(loc)).to(cholesky), upper=False)
+
+    def draw(noise: Noise, n: int) -> tuple[Tensor, Tensor]:
+        eps = noise.normal(1, n, 1, len(loc))[:, 0]
+        fitted = torch.addmm(loc, eps, cholesky.T)
+        h = torch.where(from_q(noise, n, 1)[:, 0], torch.addcmul(q_loc, eps, q_scale), fitted)
+        log_fitted = _twice_log_density((h - loc) @ inverse.T, log_det)
+        log_q = _twice_log_density((h - q_loc) / q_scale, q_log_det)
+        return h, 2 * mixture_log_prob(log_fitted / 2, log_q / 2)
+
+    return draw
+
+
+def _twice_log_density(standardized: Float[Tensor, "n d"], log_det: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+    return -2 * log_det - torch.linalg.vecdot(standardized, standardized)
 
 
 def _log_likelihood(

@@ -281,9 +281,7 @@ def log_likelihood(
         # The images of one batch are fitted together, in groups that are the same for any rows.
         batch = GROUP
         piece = piece if fused else min(piece, max(BLOCK, rows // GROUP // BLOCK * BLOCK))
-    # bf16: every so many batches are computed in float32 as well.
-    compare_every = max(1, len(split.x) // COMPARED)
-
+    compare_every = max(1, len(split.x) // COMPARED)  # bf16: so many batches, of which one is in float32 as well
     key = stream or split.name
 
     def noise(images: Sequence[int], start: int) -> KeyedNoise:

@@ -150,7 +150,7 @@ class Paths:
         chains = self._begin(scores, x, noise)
         betas = sigmoid_schedule(temperatures)[1:]
         for t, beta in enumerate([betas[0]] * WARM_UP + betas):
-            step = self._steps(np.exp(log_step))
+            step = torch.from_numpy(np.exp(log_step)).to(self._parameter)
             chains, probability = hamiltonian_move(scores, chains, beta, step, self.leapfrog_steps, noise)
             self.tally.add(len(images))
             log_step += ADAPTATION * (probability.mean(0).double().cpu().numpy() - TARGET_ACCEPTANCE)
@@ -169,12 +169,7 @@ class Paths:
         return torch.stack([log_mean_exp(log_w), effective_sample_size(log_w), acceptance]).cpu().numpy()
 
     def backward(
-        self,
-        images: Sequence[int],
-        x: Float[Tensor, "batch pixels"],
-        h: Latents,
-        temperatures: int,
-        steps: np.ndarray,
+        self, images: Sequence[int], x: Float[Tensor, "batch pixels"], h: Latents, temperatures: int, steps: np.ndarray
     ) -> Float64[np.ndarray, " n"]:
         """Return log p(x) from paths back to the start that begin at ``h``, an exact draw of the posterior.
 
@@ -187,13 +182,7 @@ class Paths:
         return -log_mean_exp(-log_w).cpu().numpy()
 
     def _walk(
-        self,
-        scores: Scores,
-        chains: Chains,
-        temperatures: int,
-        steps: np.ndarray,
-        noise: Noise,
-        backwards: bool,
+        self, scores: Scores, chains: Chains, temperatures: int, steps: np.ndarray, noise: Noise, backwards: bool
     ) -> tuple[Float64[Tensor, "chains batch"], Float64[Tensor, " batch"]]:
         """Return log-weights and acceptance of the chains along the path; ``backwards`` is the exact reversal."""
         betas = sigmoid_schedule(temperatures)
@@ -204,7 +193,7 @@ class Paths:
             if not backwards:
                 log_w += width * chains.gap.double()
             # Finer paths use each step size of the coarsest one several times.
-            step = self._steps(steps[(t - 1) * len(steps) // temperatures])
+            step = torch.from_numpy(steps[(t - 1) * len(steps) // temperatures]).to(self._parameter)
             if self.model.inference.reparameterized:
                 chains, probability = hamiltonian_move(scores, chains, betas[t], step, self.leapfrog_steps, noise)
             else:
@@ -214,9 +203,6 @@ class Paths:
             if backwards:
                 log_w += width * chains.gap.double()
         return log_w, accepted / temperatures
-
-    def _steps(self, values: np.ndarray) -> Float[Tensor, " batch"]:
-        return torch.from_numpy(values).to(self._parameter)
 
     def _scores(self, x: Float[Tensor, "batch pixels"]) -> Scores:
         generative, inference = self.model.generative, self.model.inference
