@@ -73,21 +73,21 @@ class Estimates:
     figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # draw a PNG file at a path, by its name
 
     def add(
-        self, split: Split, numbers: Mapping[str, Any], arrays: Mapping[str, PerImage], broken: str = NOT_FINITE
+        self, name: str, numbers: Mapping[str, Any], arrays: Mapping[str, PerImage], broken: str = NOT_FINITE
     ) -> None:
-        """Add numbers and per-image arrays of a split; ``broken`` says why a number is not finite."""
+        """Add numbers and arrays of a split, or of ``simulated`` data; ``broken`` says why a number is not finite."""
         errors = [key for key in numbers if "stderr" in key and not key.endswith("stderr_mc")]
-        why = dict.fromkeys(errors, ALONE) if len(split.x) == 1 else {}
-        self.numbers[split.name] = without_nan(numbers, f"{split.name}.", self.reasons, broken, **why)
-        self.hashes[split.name] = split.sha256
-        self.arrays |= {array_name(split.name, key): values for key, values in arrays.items()}
+        alone = "one observation has no standard error" if name == "simulated" else ALONE
+        why = dict.fromkeys(errors, alone) if numbers["n"] == 1 else {}
+        self.numbers[name] = without_nan(numbers, f"{name}.", self.reasons, broken, **why)
+        self.arrays |= {array_name(name, key): values for key, values in arrays.items()}
 
     def lay_out(self, layout: Sequence[Row], k: int) -> None:
-        """Make the rows of ``layout`` for every split that holds their keys; ``{k}`` in a label becomes ``k``."""
+        """Make the rows of ``layout`` for all data whose numbers hold their keys; ``{k}`` in a label becomes ``k``."""
         self.rows += [
             (label.format(k=k), f"{name}.{key}", form)
             for label, key, form in layout
-            for name in SPLITS
+            for name in (*SPLITS, "simulated")
             if key in self.numbers.get(name, {})
         ]
 

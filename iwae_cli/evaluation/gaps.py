@@ -187,7 +187,8 @@ class Gaps(Estimator):
                 chosen = max(by, key=lambda of: _less_its_error(by[of]))
                 numbers = self._numbers(found, by, chosen)
             each = {"log_px": by[chosen].log_px, "elbo": found.q, "elbo_best": found.best}
-            estimates.add(split, numbers, each)
+            estimates.add(name, numbers, each)
+            estimates.hashes[name] = split.sha256
             notes.append(f"{name}: log p^ is L_{self.k} by {'q' if chosen == 'q' else 'refined proposals'}")
         estimates.lay_out(ROWS, self.k)
         return estimates

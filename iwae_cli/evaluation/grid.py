@@ -241,8 +241,9 @@ class Grid(Estimator):
             found = {"log_px": grid.log_px, "error": grid.error, "border": grid.border}
             found |= {f"log_px_{key}": estimate.log_px for key, estimate in by.items()}
             with np.errstate(invalid="ignore"):
-                estimates.add(split, self._summary(grid, by), found, "a log-density or a log-weight is not finite")
+                estimates.add(name, self._summary(grid, by), found, "a log-density or a log-weight is not finite")
                 notes += self._notes(name, grid, by)
+            estimates.hashes[name] = split.sha256
             if name == pictured and np.isfinite(grid.log_px[:PICTURED]).all():
                 posteriors = _posteriors(subject, split, grid.log_px[:PICTURED], box, check)
                 estimates.figures["posteriors.png"] = partial(plot_posteriors, posteriors=posteriors)

@@ -37,7 +37,6 @@ from iwae_cli.core.noise import BLOCK, KeyedNoise
 from iwae_cli.core.numerics import StreamingLogWeights, grid_levels
 from iwae_cli.core.progress import Progress
 from iwae_cli.evaluation.estimator import (
-    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
@@ -46,7 +45,6 @@ from iwae_cli.evaluation.estimator import (
     share_below_10,
     standard_error,
     stderr_mc,
-    without_nan,
 )
 from iwae_cli.evaluation.likelihood import piece_size
 from iwae_cli.evaluation.settings import MAX_K
@@ -133,15 +131,10 @@ class Sandwich(Estimator):
         """Return the bounds with their difference, and the effective sample sizes without and with the exact draw."""
         with Progress("sandwich", total=self.simulated, unit="observation") as progress:
             found = self.bounds(subject.model, **subject.how(check), on_progress=progress.update)
-        reasons: dict[str, str] = {}
-        alone = "one observation has no standard error" if self.simulated == 1 else NOT_FINITE
-        why = dict.fromkeys(("stderr_gap", "stderr_upper", "stderr_images"), alone)
-        with np.errstate(invalid="ignore"):
-            numbers = without_nan(self._numbers(found), "simulated.", reasons, NOT_FINITE, **why)
-        arrays = {f"simulated_L_{m}": values for m, values in found.lower.items()}
-        arrays |= {f"simulated_U_{m}": values for m, values in found.upper.items()}
-        arrays |= {"simulated_ess": found.ess, "simulated_forward_ess": found.forward_ess}
-        arrays |= {} if found.exact is None else {"simulated_exact": found.exact}
+        arrays = {f"L_{m}": values for m, values in found.lower.items()}
+        arrays |= {f"U_{m}": values for m, values in found.upper.items()}
+        arrays |= {"ess": found.ess, "forward_ess": found.forward_ess}
+        arrays |= {} if found.exact is None else {"exact": found.exact}
         notes = [
             f"in expectation L_{self.k} is at most and U_{self.k} at least log p(x) of the model's own draws: their "
             f"difference bounds the bias of NLL_{self.k} on simulated data, not on the test data",
@@ -151,7 +144,11 @@ class Sandwich(Estimator):
             "forward: with an exact draw of the posterior among the samples; where this effective sample size is much "
             "smaller than that of q's own draws, q misses a part of the posterior",
         ]
-        return Estimates({"simulated": numbers}, self._rows(numbers), {}, reasons, arrays, notes)
+        estimates = Estimates(notes=notes)
+        with np.errstate(invalid="ignore"):
+            estimates.add("simulated", self._numbers(found), arrays)
+        estimates.rows = self._rows(estimates.numbers["simulated"])
+        return estimates
 
     def _numbers(self, found: Bounds) -> dict[str, Any]:
         gap = found.upper[self.k] - found.lower[self.k]

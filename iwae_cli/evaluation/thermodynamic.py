@@ -82,7 +82,8 @@ class Thermodynamic(Estimator):
             with np.errstate(invalid="ignore"):
                 errors = np.sqrt(monte_carlo_variance(found["ess"], self.k))
                 require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
-                estimates.add(split, self._summary(found), found)
+                estimates.add(name, self._summary(found), found)
+            estimates.hashes[name] = split.sha256
         estimates.lay_out(ROWS, self.k)
         estimates.notes = [
             f"L_{self.k} lies between the sums of its draws; so does log p(x) with many draws, but where the effective "

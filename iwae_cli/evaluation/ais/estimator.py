@@ -21,7 +21,6 @@ from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.progress import Progress, announce
 from iwae_cli.evaluation.ais.paths import WARM_UP, Paths, Start, Tally
 from iwae_cli.evaluation.estimator import (
-    NOT_FINITE,
     Estimates,
     Estimator,
     EstimatorInput,
@@ -31,7 +30,6 @@ from iwae_cli.evaluation.estimator import (
     standard_error,
     stderr_mc,
     with_cheaper,
-    without_nan,
 )
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.settings import MAX_K
@@ -40,11 +38,11 @@ from iwae_cli.models.priors import OneHotPrior
 from iwae_cli.record.summary import SPLITS, split_rows
 
 SIMULATED_ROWS = (
-    ("lower", "lower", "{:.2f}"),
-    ("upper", "upper", "{:.2f}"),
-    ("exact", "exact", "{:.2f}"),
-    ("upper - lower", "gap", "{:.2f}"),
-    ("stderr_gap", "stderr_gap", "± {:.3f}"),
+    ("simulated: lower, nats", "lower", "{:.2f}"),
+    ("simulated: upper, nats", "upper", "{:.2f}"),
+    ("simulated: exact, nats", "exact", "{:.2f}"),
+    ("simulated: upper - lower, nats", "gap", "{:.2f}"),
+    ("simulated: stderr_gap, nats", "stderr_gap", "± {:.3f}"),
 )
 
 
@@ -192,20 +190,17 @@ class AIS(Estimator):
                 require_probabilities(f"log p(x) by AIS of {split.name}", split.x, levels[-1].log_px, unsure)
                 each = {key: getattr(levels[-1], key) for key in ("log_px", "stderr", "ess", "acceptance")}
                 each["log_px_q"] = by_q[split.name]
-                estimates.add(split, self._summary(model, split.x, levels, by_q[split.name]), each)
+                estimates.add(split.name, self._summary(model, split.x, levels, by_q[split.name]), each)
+                estimates.hashes[split.name] = split.sha256
             numbers = estimates.numbers
             if self.simulated:
                 longest = max(numbers[name]["temperatures"] for name in images)
                 more = 2 * (longest - min(longest, 2 * self.temperatures)) * self.simulated
                 tally.start(f"annealing simulated, {longest:,} temperatures", more)
                 bounds = self.sandwich(model, longest, **how)
-                numbers["simulated"] = _simulated(bounds, estimates.reasons)
-                estimates.arrays |= {"simulated_lower": bounds.lower, "simulated_upper": bounds.upper}
-        estimates.rows = split_rows(numbers) + [
-            (f"simulated: {label}, nats", f"simulated.{key}", form)
-            for label, key, form in SIMULATED_ROWS
-            if key in numbers.get("simulated", {})
-        ]
+                estimates.add("simulated", _simulated(bounds), {"lower": bounds.lower, "upper": bounds.upper})
+        estimates.rows = split_rows(numbers)
+        estimates.lay_out(SIMULATED_ROWS, self.k)
         estimates.notes = self._notes(numbers)
         return estimates
 
@@ -291,7 +286,7 @@ def _require_movable(model: LatentVariableModel) -> None:
         )
 
 
-def _simulated(found: Sandwich, reasons: dict[str, str]) -> dict[str, Any]:
+def _simulated(found: Sandwich) -> dict[str, Any]:
     gap = found.upper - found.lower
     numbers: dict[str, Any] = {
         "n": len(gap),
@@ -303,5 +298,4 @@ def _simulated(found: Sandwich, reasons: dict[str, str]) -> dict[str, Any]:
     }
     if found.exact is not None:
         numbers["exact"] = found.exact.mean()
-    reason = "one observation has no standard error" if len(gap) == 1 else NOT_FINITE
-    return without_nan(numbers, "simulated.", reasons, reason)
+    return numbers
