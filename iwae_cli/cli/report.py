@@ -24,7 +24,7 @@ from iwae_cli.config.guesses import nearest
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import write_text
 from iwae_cli.report.reader import NOT_RECORDED, Found, Run, read
-from iwae_cli.report.selection import NAMED, agrees, choices, comparable, known_key, narrowed, typed
+from iwae_cli.report.selection import agrees, choices, comparable, first, known_key, narrowed, typed
 
 if TYPE_CHECKING:
     from iwae_cli.report.cells import Table
@@ -222,9 +222,8 @@ def _values(keys: Mapping[str, str], found: Found) -> str:
     words = ""
     for key, value in keys.items():
         there = sorted({typed(of.get(key)) for of in held})
-        more = f" and {len(there) - NAMED} more" * (len(there) > NAMED)
         hint = "" if any(agrees(of, {key: value}) for of in held) else nearest(value, there, f"{key}=")
-        words += f"; {key} is {', '.join(there[:NAMED])}{more}{hint}"
+        words += f"; {key} is {first(there)}{hint}"
     return words
 
 

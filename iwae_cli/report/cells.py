@@ -200,7 +200,7 @@ class Table:
             found.append(Field("seeds", len(cell.runs), f"{len(cell.runs)}"))
         if self.against is not None:
             text = (
-                f"{paired.difference:+.{decimals(paired.stderr, 4)}f}{WITHIN * bool(paired.within)}"
+                f"{paired.difference:+.{decimals(paired.stderr, 4)}f}{WITHIN if paired.within else ''}"
                 if paired
                 else MISSING
             )
@@ -222,7 +222,7 @@ class Table:
                 text = measured(statistics.fmean(held), stderr(held)) if held else MISSING
                 found.append(Field(f"L_{self.budget.k} at {amount}", mean(held or (None,)), text))
         if any(other.published for other in self.cells):
-            text = f"{paper}{OTHERWISE * bool(cell.deviations)}" if paper else ""
+            text = f"{paper}{OTHERWISE if cell.deviations else ''}" if paper else ""
             found.append(Field("paper", paper and paper.nll, text))
         return found
 
@@ -325,7 +325,8 @@ def tables(
     hashes: dict[str, list[str]] = {}
     for s in scored:
         known = hashes.setdefault(s.run.dataset, [])
-        known += [s.kind.images] * (s.kind.images not in known)
+        if s.kind.images not in known:
+            known.append(s.kind.images)
         # By number, since every data set of a table has other images; two binarizations of one are never mixed.
         kind = s.kind._replace(images=str(known.index(s.kind.images)))
         name = "" if "data" in (*rows, *columns) else s.run.dataset

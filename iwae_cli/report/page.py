@@ -93,16 +93,17 @@ def page(report: Report, command: str = "", date: str = "") -> str:
 
 
 def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _sources(scored: Sequence[Scored]) -> list[str]:
     """Return with which versions and commits the runs were evaluated."""
     found: Counter[str] = Counter()
     for s in scored:
-        version, git = (s.run.result.get("versions") or {}).get("iwae-cli"), s.run.result.get("git") or {}
-        commit = f", commit {git.get('commit')}{' with changes' * bool(git.get('changed'))}" * bool(git)
-        found[f"iwae-cli {version or 'of an unknown version'}{commit}"] += 1
+        name = f"iwae-cli {s.run.result.get('versions', {}).get('iwae-cli', 'of an unknown version')}"
+        if git := s.run.result.get("git"):
+            name += f", commit {git['commit']}{' with changes' if git['changed'] else ''}"
+        found[name] += 1
     return [f"{_count(n, 'run')} evaluated by {name}" for name, n in found.items()]
 
 
@@ -131,8 +132,8 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
     for i, (name, cell) in enumerate(drawn):
         found, sizes = cell.units or (), layer_sizes(cell.runs[0].run.config["model"])
         for layer, n in enumerate(found):
-            size = sizes[layer : layer + 1] * (len(sizes) == len(found))
-            of_layer = name + f", h_{layer + 1}" * (len(found) > 1)
+            size = sizes[layer : layer + 1] if len(sizes) == len(found) else []
+            of_layer = f"{name}, h_{layer + 1}" if len(found) > 1 else name
             units.append(Interval(of_layer, 0.0, n, units_text([n], size), wide=(0.0, sum(size) or n), colour=i))
     runs = [(scored, name, _numbers(scored, table.k)) for name, cell in named for scored in cell.runs]
     known = {field.name for _, _, fields in runs for field in fields if field.value is not None}
@@ -167,7 +168,7 @@ def _section(index: int, table: Table, room: list[int]) -> dict[str, Any]:
 
 def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterator[tuple[str, str, list[Curve], Any]]:
     """Yield title, words, curves and figure of every chart."""
-    band = "; band: from the lowest to the highest seed" * any(len(cell.runs) > 1 for _, cell in drawn)
+    band = "; band: from the lowest to the highest seed" if any(len(cell.runs) > 1 for _, cell in drawn) else ""
     bounds: list[Curve] = []
     shares: list[Curve] = []
     ratios: list[Curve] = []
@@ -179,7 +180,7 @@ def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterato
         except UNREADABLE as error:
             damaged.append(f"effective sample sizes of {name}: {error}")
         ratios += _ratios(name, cell, i)
-    words = f"mean over {table.split} images and seeds" + ", by the trained q" * table.refined + band
+    words = f"mean over {table.split} images and seeds{', by the trained q' if table.refined else ''}{band}"
     yield "Bound against k", words, bounds, k_figure(bounds, BOUND)
     words = f"of {table.k:,} draws of q, {table.split} images of all seeds; an estimate from fewer than 10 is weak"
     yield "Effective sample sizes", words, shares, k_figure(shares, "share of images", "effective sample size", 0)
@@ -223,23 +224,24 @@ def _training(drawn: Sequence[Named], damaged: list[str]) -> Iterator[tuple[str,
                 on_same.setdefault((run.dataset, int(run.keys["validation.k"])), []).append((i, rows))
             except (UserError, OSError, ValueError, TypeError) as error:
                 damaged.append(f"{run.identity}: {error}")
-    charts = {
-        f"Validation{f' on {dataset}' * (len({name for name, _ in on_same}) > 1)}, L_{k}":
-        ("validation/bound", "the same images and noise for all", on_same[dataset, k])
-        for dataset, k in sorted(on_same)
-    }  # fmt: skip
+    several = len({dataset for dataset, _ in on_same}) > 1
+    charts = {}
+    for dataset, k in sorted(on_same):
+        title = f"Validation on {dataset}, L_{k}" if several else f"Validation, L_{k}"
+        charts[title] = ("validation/bound", "the same images and noise for all", on_same[dataset, k])
     every = [run for runs in on_same.values() for run in runs]
     charts["Training"] = ("train/bound", "every run's own bound: not comparable between objectives", every)
     charts |= {title: (prefix, words, every) for title, (prefix, _, words) in MEASURED.items()}
     for title, (prefix, words, runs) in charts.items():
         keys = sorted({key for _, rows in runs for row in rows for key in row if key.startswith(prefix)})
         parts = [key.removeprefix(prefix) for key in keys]
-        words += "".join(f"; {DASHES[i % len(DASHES)]}: {part}" for i, part in enumerate(parts) if len(parts) > 1)
+        if len(parts) > 1:
+            words += "".join(f"; {DASHES[i % len(DASHES)]}: {part}" for i, part in enumerate(parts))
         curves = []
         for dash, (key, part) in enumerate(zip(keys, parts, strict=True)):
             for i, (name, _) in enumerate(drawn):
                 seeds = [{row["pass"]: row.get(key) for row in rows} for of, rows in runs if of == i]
-                curves.append(_over_seeds(name + f", {part}" * bool(part), seeds, i, dash))
+                curves.append(_over_seeds(f"{name}, {part}" if part else name, seeds, i, dash))
         yield title, words, [curve for curve in curves if curve.points]
 
 
@@ -250,7 +252,7 @@ def _paired(name: str, pair: Paired, colour: int | None = 0) -> Interval:
         # With the degrees of freedom of the smaller side, the fewest that Welch's formula can give.
         over_seeds = float(stdtrit(seeds - 1, 0.975)) * pair.stderr_seeds
         wide = (at - over_seeds, at + over_seeds)
-    text = f"{at:+.3f}{WITHIN * bool(pair.within)} {PLUS_MINUS} {pair.stderr_images:.3f}"
+    text = f"{at:+.3f}{WITHIN if pair.within else ''} {PLUS_MINUS} {pair.stderr_images:.3f}"
     return Interval(name, at - reach, at + reach, text, at, wide, colour)
 
 
@@ -276,7 +278,7 @@ def _forest(title: str, words: str, rows: Sequence[Interval], line: float | None
     """Return rows with all positions in percent of the width, and a vertical line; None without a row."""
     if not rows:
         return None
-    ends = [x for row in rows for x in (row.low, row.high, *(row.wide or ()))] + [line] * (line is not None)
+    ends = [x for row in rows for x in (row.low, row.high, *(row.wide or ()))] + ([] if line is None else [line])
     margin = 0.03 * (max(ends) - min(ends)) or 1.0
     first, width = min(ends) - margin, max(ends) - min(ends) + 2 * margin
 

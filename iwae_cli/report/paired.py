@@ -97,14 +97,15 @@ class Paired:
     def lines(self) -> list[str]:
         """The comparison in words."""
         sides = (("A", self.a, self.seeds_a), ("B", self.b, self.seeds_b))
-        lines = [f"{x}: {name} (seed{'s' * (len(s) > 1)} {', '.join(map(str, s))})" for x, name, s in sides]
+        lines = [f"{x}: {name} (seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))})" for x, name, s in sides]
         errors = {"images": self.stderr_images, "seeds": self.stderr_seeds}
         known = [f"{error:.{decimals(error)}f} over {name}" for name, error in errors.items() if error is not None]
         lines.append(
             f"A - B = {self.difference:+.{decimals(self.stderr, 4)}f} nats of log p(x) by {self.by}, paired on "
             f"{self.images:,} {self.split} images, k = {self.k}; standard error {', '.join(known)}"
         )
-        lower = f"{'A' if self.difference > 0 else 'B'} has the lower {'refined ' * (self.by == BY_REFINED)}NLL"
+        nll = "refined NLL" if self.by == BY_REFINED else "NLL"
+        lower = f"{'A' if self.difference > 0 else 'B'} has the lower {nll}"
         sized = measured(self.difference, self.stderr, "+")
         ties = f", {self.ties:,} neither" if self.ties else ""
         lines.append(
@@ -112,12 +113,12 @@ class Paired:
             f"A wins {self.wins_a:,} images, B {self.wins_b:,}{ties}"
         )
         lines += [f"caution: {caution}" for caution in self.cautions]
-        return lines + [f"note: {self.unrefined}"] * bool(self.unrefined and not self.within)
+        return lines + ([f"note: {self.unrefined}"] if self.unrefined and not self.within else [])
 
 
 def better_fit(by: str) -> str:
     """Return what a difference within the error of its estimates may be, and what tells."""
-    refine = "evaluation.refine=all or " * (by == BY_Q)
+    refine = "evaluation.refine=all or " if by == BY_Q else ""
     return f"a better fit of {by} may be all of it; {refine}estimator=ais tells p and q apart"
 
 

@@ -112,13 +112,16 @@ def unrefined(scored: Iterable[Scored]) -> str:
     lacking: dict[str, list[str]] = {}
     for s in scored:
         if by_refined([s]) is None:
-            discrete = "refined proposals are for real latents" * ("active_units" in s.score.reasons)
+            discrete = "refined proposals are for real latents" if "active_units" in s.score.reasons else None
             way = s.score.reasons.get(f"{s.split}.gap_q") or discrete or _refining(s)
             lacking.setdefault(way, []).append(shlex.quote(files.shown(s.run.path)))
-    more = {way: f" and {len(names) - NAMED} more" * (len(names) > NAMED) for way, names in lacking.items()}
-    return "; ".join(
-        f"no refined values of {', '.join(names[:NAMED])}{more[way]}: {way}" for way, names in lacking.items()
-    )
+    return "; ".join(f"no refined values of {first(names)}: {way}" for way, names in lacking.items())
+
+
+def first(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def _refining(s: Scored) -> str:
@@ -151,8 +154,8 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
                 continue
             # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
             key = json.dumps([kind, run.seed, _training(scored)], sort_keys=True, default=str)
-            first = kept.setdefault(key, scored).run
-            why = LeftOut(run.path, "repeated", f"same training and seed as {first.path.name}")
+            counted = kept.setdefault(key, scored).run
+            why = LeftOut(run.path, "repeated", f"same training and seed as {counted.path.name}")
         reasons[run.identity] = why
     for scored in kept.values():
         reasons.pop(scored.run.identity, None)
