@@ -229,7 +229,7 @@ class Table:
     def _nll_text(self, cell: Cell) -> str:
         if cell.stderr is None and not self.columns:  # the error over images stands beside it
             return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
-        return measured(cell.nll, cell.stderr)
+        return measured(cell.nll, cell.mean("stderr_images") if self._seeds == {1} else cell.stderr)
 
     @property
     def _seeds(self) -> set[int]:
@@ -250,7 +250,9 @@ class Table:
         seeds, by = self._seeds, BY_REFINED if self.refined else BY_Q
         of_data = [f"{n:,} images" + (f" of {name}" if len(self.images) > 1 else "") for name, n in self.images.items()]
         number = f"{min(seeds)} " if len(seeds) == 1 else ""
-        errors = "one seed each" if seeds == {1} else f"mean and standard error over {number}seeds"
+        errors = f"mean and standard error over {number}seeds"
+        if seeds == {1}:
+            errors = "one seed each" + (f", {PLUS_MINUS} over images" if self.columns else "")
         where = f"{self.split} ({', '.join(of_data)})"
         yield f"NLL_{self.k} in nats on {where}, lower is better; {self.weights} weights; {errors}"
         yield from _published_notes([cell for cell in self.cells if cell.published is not None])
