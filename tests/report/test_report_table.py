@@ -49,11 +49,11 @@ def test_one_seed_each_has_its_error_over_images(tmp_path: Path) -> None:
     write(tmp_path, config(objective="elbo"), values(86.0), names=("one_layer", "elbo"))
     error = float(np.std(log_px, ddof=1)) / len(log_px) ** 0.5
     made = table(tmp_path)
-    assert made.body[0][-len(made.fields)] == measured(85.0, error)
+    assert made.body[0][-len(made.names)] == measured(85.0, error)
     assert "one seed each, ± over images" in made.notes_below[0]
     write(tmp_path, config(objective="elbo", seed=1), values(86.4), names=("one_layer", "elbo"))
     made = table(tmp_path)
-    texts = [made.fields[0].text(cell) for cell in made.cells]
+    texts = [made.fields(cell)[0].text for cell in made.cells]
     assert texts == ["86.20 ± 0.20", "85.00"] and "± over images" not in made.notes_below[0]
 
 
