@@ -38,7 +38,10 @@ def at_equal(table: Table, unit: str) -> Table:
             return None
         return tuple(float(np.interp(level, costs, bounds)) for costs, bounds in held)
 
-    budget = Budget(unit, int(runs[0].keys["validation.k"]), levels, tuple(_cautions(runs, unit)))
+    cautions = [*_cautions(runs, unit)]
+    if any(len(cell.runs) == 1 for cell in table.cells):
+        cautions.append("bounds of one seed have no error: a validation keeps the mean over images alone")
+    budget = Budget(unit, int(runs[0].keys["validation.k"]), levels, tuple(cautions))
     cells = tuple(replace(cell, at_budgets=tuple(at(cell, level) for level in levels)) for cell in table.cells)
     return replace(table, budget=budget, cells=cells)
 
@@ -76,7 +79,12 @@ def _cautions(runs: Sequence[Run], unit: str) -> Iterator[str]:
             yield f"objectives with a second backward pass for every draw: {TWO_LOSSES}"
         if any(run.keys.get("training.backward") == "roulette" for run in runs):
             yield "training.backward=roulette scores all draws and differentiates some"
+        if len({run.keys.get("objective.gradient") == "stl" for run in runs}) > 1:
+            yield "objective.gradient=stl scores every draw under q a second time"
+        if any(run.keys.get("model.prior") == "vamp" for run in runs):
+            yield "model.prior=vamp passes its images through q in every step, which draws do not count"
     else:
+        yield "seconds of training include its validations"
         devices = [run.result.get("device") or {} for run in runs]
         if (
             len({tuple(str(device.get(key)) for key in ("kind", "name", "machine", "threads")) for device in devices})

@@ -287,9 +287,9 @@ class Table:
                 "interpolation"
             )
             if any(None in cell.at_budgets for cell in self.cells):
-                yield (
-                    f"{MISSING}: this budget ends before the first validation of a run; validation.every=1 is earliest"
-                )
+                late = any(scored.run.keys["validation.every"] > 1 for cell in self.cells for scored in cell.runs)
+                earlier = "; validation.every=1 is earliest" if late else ""
+                yield f"{MISSING}: this budget ends before the first validation of a run{earlier}"
             yield from (f"caution: {caution}" for caution in self.budget.cautions)
         passes = {s.run.result["epochs"] for cell in self.cells for s in cell.runs}
         if self.against is not None and len(passes) > 1:

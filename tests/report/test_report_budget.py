@@ -108,3 +108,20 @@ def test_unequal_backward_passes_are_said(runs: Path, command: Command) -> None:
     assert "second backward pass" not in command(runs, "--budget", "evaluations")[1]
     trained(runs, "iwae", 40_000, 1.0, objective__gradient="dreg")
     assert "second backward pass for every draw: dreg" in command(runs, "--budget", "evaluations")[1]
+
+
+def test_what_draws_and_seconds_count_is_said(runs: Path, command: Command) -> None:
+    trained(runs, "iwae", 10_000, 1.0, objective__gradient="stl", model__prior="vamp")
+    draws, seconds = (command(runs, "--budget", unit)[1] for unit in ("evaluations", "seconds"))
+    assert "caution: objective.gradient=stl scores every draw under q a second time" in draws
+    assert "caution: model.prior=vamp passes its images through q in every step, which draws do not count" in draws
+    assert "caution: seconds of training include its validations" in seconds and "include" not in draws
+    assert all("caution: bounds of one seed have no error" in text for text in (draws, seconds))
+
+
+def test_an_earlier_validation_is_advised_where_there_is_one(tmp_path: Path, command: Command) -> None:
+    for every, advice in ((5, "; validation.every=1 is earliest"), (1, "")):
+        folder = trained(tmp_path / str(every), "elbo", 1_000, 1.0, validation__every=every)
+        rows = (folder / "metrics.jsonl").read_text().splitlines()[2:]
+        (folder / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+        assert f"ends before the first validation of a run{advice}\n" in command(folder, "--budget", "evaluations")[1]
