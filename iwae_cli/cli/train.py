@@ -83,7 +83,7 @@ def _train(argv: list[str]) -> bool:
         print("\n".join(group_help(group, own) for group in groups) or train_help(own), end="")
         return False
     asked = _parser().parse_intermixed_args(argv)
-    if asked.shell_completion and not re.fullmatch(r"(un)?install=\w+|query=\w+", " ".join(asked.overrides)):
+    if asked.shell_completion and not re.fullmatch(r"((un)?install|query)=(bash|zsh|fish)", " ".join(asked.overrides)):
         raise UserError("-sc wants install=SHELL or uninstall=SHELL, SHELL one of bash, zsh, fish")
     from iwae_cli.cli import compose, launch
 

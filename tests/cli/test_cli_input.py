@@ -251,6 +251,7 @@ def test_paths_that_no_file_can_have(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_hydras_own_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "output_dir" in refused(capsys, "--cfg", "hydra", "--resolve")
+    assert "bash, zsh, fish" in refused(capsys, "-sc", "install=x")
     for arguments in (["--hydra-help"], ["--cfg", "job", "--resolve"], ["--cfg", "job", f"output_dir={'x' * 5000}"]):
         assert train(arguments) == 0
 
