@@ -25,12 +25,9 @@ Serial = Callable[[Work[Any], list[range], int, OnProgress], list[Any]]
 
 @final
 class Ranks:
-    """The processes that share a run, this one among them.
+    """The processes that share a run, this one among them; ``serial`` computes batches by this process alone.
 
     Create it before torch looks for GPUs: afterwards this process sees one of them.
-
-    Args:
-        serial: computes batches of an evaluation by this process alone.
     """
 
     def __init__(self, serial: Serial) -> None:

@@ -100,9 +100,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:
-        """Return everything that goes into the record.
-
-        ``check`` is to be called often and may raise to stop.
+        """Return everything that goes into the record; call ``check`` often, which may raise to stop.
 
         Raises:
             UserError: the model has no such number.
@@ -151,20 +149,16 @@ def share_below_10(ess: PerImage) -> float:
 
 
 def require_probabilities(name: str, x: Shaped[Tensor, "n pixels"], log_px: PerImage, error: PerImage | None) -> None:
-    """Raise RunFailed where estimates of log p(x) say that an observation of integers has a probability above 1.
+    """Raise RunFailed where estimates of log p(x), nats, say that an observation of integers has a probability above 1.
 
     An estimate p^ of p(x) is a mean of weights, so E[p^] <= 1 for any q, and p^ exceeds e^t with probability e^-t at
     most (Markov's inequality). The images have independent noise, so the product of all p^ does the same. A right
     model is thus refused twice in a million evaluations at most, and where six standard errors are less than that
     bound, still less often.
 
-    Args:
-        name: of the estimate and the split, for the message.
-        x: the observations; of real numbers log p(x) may be positive.
-        log_px: estimates of every image, nats.
-        error: their Monte Carlo standard errors, nats; NaN where too few samples have the weight; None: exact.
+    ``error`` is the Monte Carlo standard error, NaN where too few samples have the weight; None: exact values.
     """
-    if x.is_floating_point():
+    if x.is_floating_point():  # a density may be above 1
         return
     n = len(log_px)
     slack = ROUNDING + (0.0 if error is None else np.fmin(6 * error, SURE + math.log(n)))

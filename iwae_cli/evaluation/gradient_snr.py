@@ -143,11 +143,8 @@ def gradient_snr(
 ) -> dict[str, SignalToNoise]:
     """Return the ratios of the gradients that a training step on ``x`` would use, for ``inference`` and ``generative``.
 
-    Args:
-        x: one batch, the same for every draw, so that the noise is that of the latents alone.
-        draws: M, at least 8.
-        check: called before every gradient; may raise to stop.
-        on_draw: called with the number of finished draws.
+    The batch is the same for each of the M ``draws``, 8 at least, so that the noise is that of the latents alone.
+    ``check`` is called before every gradient and may raise to stop; ``on_draw`` gets the number of finished draws.
     """
     moments = {name: _Moments(draws) for name in NETWORKS}
     # As a training step draws: a mixture takes its components in turn.

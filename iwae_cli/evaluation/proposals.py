@@ -51,7 +51,7 @@ class Fitted:
         return (h, *above), self.gaussian_log_prob(h) + log_q
 
     def draw(self, k: int, noise: Noise) -> Float[Tensor, "k batch d"]:
-        """Return ``k`` draws of the Gaussian for every image."""
+        """Return ``k`` draws of h_1 for every image."""
         return self.loc + torch.einsum("bij,kbj->kbi", self.cholesky, noise.normal(1, k, *self.loc.shape))
 
     def gaussian_log_prob(self, h: Float[Tensor, "k batch d"]) -> Float[Tensor, "k batch"]:
@@ -96,14 +96,13 @@ def fit(
     check: Callable[[], None] = lambda: None,
     diagonal: bool = False,
 ) -> Fitted:
-    """Return the Gaussian of every image with the best ELBO, fitted to it alone.
+    """Return the Gaussian of every image with the best ELBO, fitted to it alone; ``diagonal``: without covariances.
 
     Args:
         model: with ``why_not`` None; its dtype and device are those of x.
         images: indices of x within their split, consecutive, from a multiple of ``GROUP`` on.
         seed, stream: of the noise of the fit; the stream must not be that of the evaluation.
         check: called often; may raise to stop.
-        diagonal: fit a diagonal covariance.
     """
     if images[0] % GROUP:
         raise ValueError(f"images must begin at a multiple of {GROUP}, got {images[0]}")

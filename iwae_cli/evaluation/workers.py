@@ -56,13 +56,9 @@ def map_batches(
 ) -> list[T]:
     """Return ``work(indices)`` for consecutive batches of ``n`` images, in the order of the batches.
 
-    Every batch is computed by one worker with one intra-op thread, so that the results do not depend on the number of
-    workers.
-
-    Args:
-        work: takes the image indices of one batch, ``batch`` of them but for the last; called without gradients.
-        workers, device: see ``threads``.
-        on_progress: called in the calling thread with the number of finished images; may raise to stop.
+    Every batch is computed by one worker (see ``threads``) with one intra-op thread, so that the results do not depend
+    on the number of workers. ``work`` is called without gradients. ``on_progress`` is called in the calling thread with
+    the number of finished images, and may raise to stop.
     """
     batches = [range(start, min(start + batch, n)) for start in range(0, n, batch)]
     # The other ranks are assumed to be as far as this one.

@@ -18,12 +18,7 @@ TWO_LOSSES = "dreg, piwae, rws, vimco, reinforce and tvo with gradient=covarianc
 
 
 def at_equal(table: Table, unit: str) -> Table:
-    """Return the table with the validation bounds of its cells at equal budgets; with a note if that cannot be.
-
-    Args:
-        table: see ``cells.tables``.
-        unit: what is equal, one of ``UNITS``.
-    """
+    """Return the table with the validation bounds of its cells at equal ``UNITS``; with a note if that cannot be."""
     runs = [scored.run for cell in table.cells for scored in cell.runs]
     try:
         costs = _costs(runs, unit)

@@ -245,11 +245,11 @@ def telling_apart(scored: Sequence[Scored], keys: Label = ()) -> Label:
         differing = next((found for group in cells.values() if (found := _varying(group))), None)
         if differing is None:
             return added
-        # A name says more than the sizes behind it, and k more than a constant of the optimizer.
         added += (min(differing, key=_rank),)
 
 
 def _rank(key: str) -> tuple[bool, ...]:
+    """Sort a name before the sizes behind it, and k before a constant of the optimizer."""
     return ("." in key, not key.startswith("objective"), not key.startswith("model"), key.endswith("._target_"))
 
 

@@ -62,8 +62,7 @@ class Report:
     def below(self, listed: int | None = None) -> list[str]:
         """Return the lines below the tables, indented where they belong to the line before.
 
-        Comparisons, estimates, warnings, notes, and why each run is in no table; of estimates and runs at most
-        ``listed`` each.
+        Of estimates and of runs that are in no table at most ``listed`` each are named.
         """
 
         def more(there: Sequence[object]) -> list[str]:

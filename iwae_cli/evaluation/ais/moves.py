@@ -44,10 +44,8 @@ def hamiltonian_move(
     """Make one transition of Hamiltonian Monte Carlo over all layers at once (Neal 2011, arXiv 1206.1901).
 
     It leaves f_beta invariant, and is its own reversal, if ``step``, the size of a leapfrog step for each image, does
-    not depend on ``chains``. A trajectory has ``leapfrog`` steps; one that diverges is rejected.
-
-    Returns:
-        The chains after it, and the acceptance probability of each proposal.
+    not depend on ``chains``. A trajectory has ``leapfrog`` steps; one that diverges is rejected. The acceptance
+    probability of each proposal is returned with the chains.
     """
 
     def force(latents: Latents) -> tuple[Chains, Latents]:
@@ -86,10 +84,7 @@ def gibbs_sweep(
 ) -> tuple[Chains, Float[Tensor, "chains batch"]]:
     """Draw every bit of every layer in turn given all others, which leaves f_beta invariant.
 
-    The sweep ``backwards`` is the reversal of the forward one.
-
-    Returns:
-        The chains after it, and the share of bits that changed.
+    The sweep ``backwards`` is the reversal of the forward one. The share of bits that changed is returned too.
     """
     order = [(layer, unit) for layer, h in enumerate(chains.latents) for unit in range(h.shape[-1])]
     uniform = [noise.uniform(layer, *h.shape) for layer, h in enumerate(chains.latents, start=1)]
