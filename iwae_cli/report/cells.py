@@ -78,14 +78,10 @@ class Cell:
         return stderr([scored.numbers["nll"] for scored in self.runs])
 
     @property
-    def draws(self) -> float | None:
-        """Draws of q that the training has scored, mean over seeds; None if a run lacks it."""
-        return mean(scored.run.draws for scored in self.runs)
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of training, mean over seeds; None if a run lacks it."""
-        return mean(scored.run.seconds for scored in self.runs)
+    def cost(self) -> dict[str, float | None]:
+        """Draws of q and seconds of the training, means over seeds; None if a run lacks it."""
+        runs = [scored.run for scored in self.runs]
+        return {"draws": mean(run.draws for run in runs), "seconds": mean(run.seconds for run in runs)}
 
     def mean(self, key: str) -> float | None:
         """Return the mean over seeds of a number in ``result.json``, such as ``bias_mc``; None if a run lacks it."""
@@ -214,8 +210,9 @@ class Table:
         if any(other.units for other in self.cells):
             found.append(Field("active units", sum(cell.units) if cell.units else None, cell.units_of_sizes))
         if by_row:
-            found.append(number_field("million draws", cell.draws and cell.draws / 1e6, "{:,.4g}"))
-            found.append(number_field("training, s", cell.seconds, "{:,.0f}"))
+            draws, seconds = cell.cost.values()
+            found.append(number_field("million draws", draws and draws / 1e6, "{:,.4g}"))
+            found.append(number_field("training, s", seconds, "{:,.0f}"))
         if self.budget is not None:
             for level, held in zip(self.budget.levels, cell.at_budgets, strict=True):
                 amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
