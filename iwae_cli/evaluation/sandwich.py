@@ -172,18 +172,19 @@ class Sandwich(Estimator):
 
     def _rows(self, numbers: Mapping[str, Any]) -> list[Row]:
         """Return the rows of the table: the difference, the bounds from the highest to the lowest, the sample sizes."""
-        upper, lower = ({"1": f"{side}_1 ({name}), nats"} for side, name in (("U", "EUBO"), ("L", "ELBO")))
         levels = list(numbers["bounds"])
-        rows = [(f"U_{self.k} - L_{self.k}, nats", "gap", "{:.4f}"), ("  paired: stderr_gap", "stderr_gap", "± {:.4f}")]
-        rows += [(upper.get(m, f"U_{m}, nats"), f"upper_bounds.{m}", "{:.3f}") for m in levels]
-        rows += [(f"  U_{self.k}, other observations: stderr_upper", "stderr_upper", "± {:.2f}")]
-        rows += [("exact log p(x), nats", "exact", "{:.3f}")] if "exact" in numbers else []
-        bounds = [(lower.get(m, f"L_{m}, nats"), f"bounds.{m}", "{:.3f}") for m in reversed(levels)]
-        rows += [
-            bounds[0],
+        upper = [(f"U_{m}{' (EUBO)' if m == '1' else ''}, nats", f"upper_bounds.{m}", "{:.3f}") for m in levels]
+        lower = [(f"L_{m}{' (ELBO)' if m == '1' else ''}, nats", f"bounds.{m}", "{:.3f}") for m in levels]
+        rows = [
+            (f"U_{self.k} - L_{self.k}, nats", "gap", "{:.4f}"),
+            ("  paired: stderr_gap", "stderr_gap", "± {:.4f}"),
+            *upper,
+            (f"  U_{self.k}, other observations: stderr_upper", "stderr_upper", "± {:.2f}"),
+            *([("exact log p(x), nats", "exact", "{:.3f}")] if "exact" in numbers else []),
+            lower[-1],
             (f"  L_{self.k}, other observations: stderr_images", "stderr_images", "± {:.2f}"),
             (f"  L_{self.k}, other noise: stderr_mc", "stderr_mc", "± {:.4f}"),
-            *bounds[1:],
+            *reversed(lower[:-1]),
             ("simulated observations", "n", "{:,}"),
             ("effective sample size, median", "ess_median", "{:,.1f}"),
             ("effective sample size, least", "ess_min", "{:,.1f}"),

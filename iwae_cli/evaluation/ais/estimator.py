@@ -35,7 +35,7 @@ from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.priors import OneHotPrior
-from iwae_cli.record.summary import SPLITS, split_rows
+from iwae_cli.record.summary import LIMIT, SPLITS, split_rows
 
 SIMULATED_ROWS = (
     ("simulated: lower, nats", "lower", "{:.2f}"),
@@ -212,13 +212,12 @@ class AIS(Estimator):
     def _plan(self, images: Mapping[str, int], least: int, most: int, real: bool) -> str:
         subjects = [f"{n:,} images of {name}" for name, n in images.items()]
         subjects += [f"{self.simulated:,} simulated"] if self.simulated else []
-        doubled = f" (doubled up to {self.max_temperatures:,})" if self.max_temperatures > self.temperatures else ""
-        plan = (
-            f"annealing: {', '.join(subjects)}; {self.chains} chains each, "
-            f"{self.temperatures:,} temperatures{doubled}: "
-            f"{least:,} {f'to {most:,} ' if most > least else ''}transitions of all chains of an image, "
-            f"{f'{self.leapfrog_steps} leapfrog steps' if real else 'one Gibbs sweep'} each"
-        )
+        path = f"{self.chains} chains each, {self.temperatures:,} temperatures"
+        if self.max_temperatures > self.temperatures:
+            path += f" (doubled up to {self.max_temperatures:,})"
+        transitions = f"{least:,} to {most:,} transitions" if most > least else f"{least:,} transitions"
+        moves = f"{self.leapfrog_steps} leapfrog steps" if real else "one Gibbs sweep"
+        plan = f"annealing: {', '.join(subjects)}; {path}: {transitions} of all chains of an image, {moves} each"
         few = {"simulated": 20, "chains": 4, "temperatures": 100, "max_temperatures": 400}
         asked = {name: (getattr(self, name), value) for name, value in few.items()}
         return with_cheaper(plan, {"images": (max(images.values()), 20), **asked})
@@ -268,7 +267,7 @@ class AIS(Estimator):
                     f"the mean by {self.tolerance:g} nats or more, or was not tried): NLL_AIS is probably too high; "
                     f"write estimator.max_temperatures={4 * split['temperatures']}"
                 )
-            if (bias := abs(split["bias_mc"] or 0)) > 0.05:
+            if (bias := abs(split["bias_mc"] or 0)) > LIMIT:
                 notes.append(
                     f"{name}: log p(x) is at least {bias:.2f} nats higher than estimated (bias_mc); more "
                     "temperatures or chains help"
