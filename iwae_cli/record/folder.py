@@ -75,8 +75,10 @@ class RunFolder:
             return self.status_record().get("status")
         return None
 
-    def config(self) -> dict[str, Any]:
+    def config(self, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the resolved configuration, that of a run of 0.2.0 with the class paths and keys of this version.
+
+        ``result`` is what ``result()`` returns, where that has been read already.
 
         Raises:
             UserError: this is not a run folder, or its ``result.json`` is of another configuration.
@@ -92,7 +94,7 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         config = schema.check(former.translated(config), schema.Config, path)
         try:
-            result = self.result()
+            result = result or self.result()
         except UserError:
             return config
         if result is not None:

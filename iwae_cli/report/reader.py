@@ -240,7 +240,7 @@ def _read_run(path: Path, found: Found) -> Run | None:
         if result is None:
             found.left_out.append(_unfinished(folder))
             return None
-        config = folder.config()
+        config = folder.config(result)
         others = list(_evaluations(folder, config, result, found))
         scores = (_score(result, config, path / "log_likelihood.npz"), *(x for x in others if isinstance(x, Score)))
         status = folder.status_record().get("status")
