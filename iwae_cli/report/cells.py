@@ -177,7 +177,7 @@ class Table:
             for row, cells in self.grid
         ]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Headings of the fields, which all cells share."""
         return [field.name for field in self.fields(self.cells[0])]
@@ -186,6 +186,7 @@ class Table:
         """Return the numbers that are printed of a cell."""
         by_row = not self.columns  # a row of several cells has no room for the errors of each
         refined, paired, paper = self.compared(cell), cell.against, cell.published
+        of_seeds, units, papers = self._any
         found = [Field(f"NLL_{self.k}", cell.nll, self._nll_text(cell))]
         if self._gaps and by_row:
             gap = cell.mean("gap_q")
@@ -195,19 +196,17 @@ class Table:
         if self._seeds != {1}:
             found.append(Field("seeds", len(cell.runs), f"{len(cell.runs)}"))
         if self.against is not None:
-            text = (
-                f"{paired.difference:+.{decimals(paired.stderr, 4)}f}{WITHIN if paired.within else ''}"
-                if paired
-                else MISSING
-            )
+            text = MISSING
+            if paired:
+                text = f"{paired.difference:+.{decimals(paired.stderr, 4)}f}{WITHIN if paired.within else ''}"
             found.append(Field(f"over {self.against}", paired and paired.difference, text))
             found.append(_error_field(f"{PLUS_MINUS} images", paired and paired.stderr_images))
-            if any(other.against is not None and other.against.stderr_seeds is not None for other in self.cells):
+            if of_seeds:
                 found.append(_error_field(f"{PLUS_MINUS} seeds", paired and paired.stderr_seeds))
         if by_row:
             found += [_error_field(key, cell.mean(key)) for key in ("stderr_images", "stderr_mc")]
             found.append(number_field("bias_mc", cell.mean("bias_mc"), "{:+.4f}"))
-        if any(other.units for other in self.cells):
+        if units:
             found.append(Field("active units", sum(cell.units) if cell.units else None, cell.units_of_sizes))
         if by_row:
             draws, seconds = cell.cost.values()
@@ -218,7 +217,7 @@ class Table:
                 amount = f"{level / 1e6:,.3g}M draws" if self.budget.unit == "evaluations" else f"{level:,.3g} s"
                 text = measured(statistics.fmean(held), stderr(held)) if held else MISSING
                 found.append(Field(f"L_{self.budget.k} at {amount}", mean(held or (None,)), text))
-        if any(other.published for other in self.cells):
+        if papers:
             text = f"{paper}{OTHERWISE if cell.deviations else ''}" if paper else ""
             found.append(Field("paper", paper and paper.nll, text))
         return found
@@ -228,9 +227,16 @@ class Table:
             return f"{cell.nll:.{decimals(cell.mean('stderr_images'))}f}"
         return measured(cell.nll, cell.mean("stderr_images") if self._seeds == {1} else cell.stderr)
 
-    @property
+    @cached_property
     def _seeds(self) -> set[int]:
         return {len(cell.runs) for cell in self.cells}
+
+    @cached_property
+    def _any(self) -> tuple[bool, bool, bool]:
+        """Whether any cell has a paired error over seeds, active units, a published value."""
+        paired = [cell.against for cell in self.cells if cell.against is not None]
+        of_seeds = any(pair.stderr_seeds is not None for pair in paired)
+        return of_seeds, any(cell.units for cell in self.cells), any(cell.published for cell in self.cells)
 
     @cached_property
     def _gaps(self) -> list[tuple[float, int]]:
