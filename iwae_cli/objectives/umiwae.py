@@ -12,6 +12,9 @@ from iwae_cli.core.noise import numpy_generator
 from iwae_cli.objectives.base import Gradient
 from iwae_cli.objectives.miwae import MIWAE
 
+MAX_PLACES = 1_000_000
+"""Permutations times draws: a step holds as many log-weights for every image."""
+
 
 class UMIWAE(MIWAE):
     """The mean of MIWAE over several orders of the same m k draws (Burroni et al. 2023, arXiv 2302.13918).
@@ -34,6 +37,11 @@ class UMIWAE(MIWAE):
         check_range("permutations", permutations, 1)
         self.permutations = permutations
         n = self.num_samples
+        if permutations * n > MAX_PLACES:
+            raise ValueError(
+                f"permutations={permutations:,} of m x k = {n:,} draws are {permutations * n:,} log-weights of an "
+                f"image, more than {MAX_PLACES:,}"
+            )
         generator = numpy_generator(0, "orders of draws")
         orders = np.stack([np.arange(n), *(generator.permutation(n) for _ in range(permutations - 1))])
         # Lists, since a compiled step takes no tensor from outside.

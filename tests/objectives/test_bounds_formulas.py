@@ -452,6 +452,8 @@ def test_float32_is_close_to_float64(objective):
         (lambda: TVO(5, beta_1=math.nan), "beta_1 must be between 0 and 1"),
         (lambda: TVO(5, schedule="moments", gradient="dreg"), "schedule=moments needs gradient=total or"),
         (lambda: UMIWAE(2, 5, 0), "permutations must be >= 1, got 0"),
+        (lambda: UMIWAE(2, 5, 10**8), "permutations=100,000,000 of m x k = 10 draws are 1,000,000,000 log-weights"),
+        (lambda: UMIWAE(2, 10**9, 1), "permutations=1 of m x k = 2,000,000,000 draws are 2,000,000,000 log-weights"),
         (lambda: RWS(5, "sleep", "dreg"), "gradient=dreg has a meaning with phi=wake or phi=both only"),
         (lambda: REINFORCE(1), "k must be >= 2, got 1"),
     ],
