@@ -47,7 +47,11 @@ class Objective(ABC):
     one_loss: bool = False
     """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
     stratified: bool = False
-    """Whether k draws that are taken in turn from the components of q serve its value as k independent ones do."""
+    """Whether k draws that are taken in turn from the components of q serve its value and gradient as independent ones.
+
+    Not where the mean score of every single draw must be 0, as for ``dreg`` and baselines of score functions: that of q
+    is 0 over q, and not over one of its components.
+    """
     takes_kl_weight: bool = False
     """Whether its losses stay right where log p(h) and log q(h|x) are both multiplied by a number."""
     through_latents: bool = False
@@ -108,8 +112,7 @@ class Objective(ABC):
                 "objective.gradient=total"
             )
         strata = model.inference.strata
-        # The score of a component is not that of q, which the identities behind dreg and the score function need.
-        if strata > 1 and not (self.stratified and getattr(self, "gradient", "total") in ("total", "stl", "score")):
+        if strata > 1 and not self.stratified:
             return (
                 f"{type(self).__name__} as chosen needs independent draws, and this q takes them from its {strata} "
                 "components in turn: use objective=iwae, elbo or miwae with objective.gradient=total, or another "
@@ -147,6 +150,8 @@ class BoundObjective(Objective, ABC):
             raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
         self.gradient: str = gradient
         self.one_loss = gradient == "total"
+        if gradient == "dreg":
+            self.stratified = False
         # The coefficient b of ``dreg``, and a score, stand for a log q of weight one.
         self.takes_kl_weight = gradient in ("total", "stl") and type(self).losses is BoundObjective.losses
 

@@ -15,21 +15,19 @@ class ELBO(BoundObjective):
     """E_q[log w] (Kingma and Welling 2014, arXiv 1312.6114), averaged over k draws: "VAE-k" in Burda et al. 2016.
 
     More draws lower the variance of the estimate and leave the bound where it is; not to be confused with IWAE-k.
-    ``dreg`` equals ``stl`` here (b = a = 1/k), and both are unbiased.
+    ``dreg`` is ``stl`` here, since b = a = 1/k: it is unbiased, and holds wherever ``stl`` does.
 
     Args:
         analytic_kl: E_q[log p(x|h)] - KL(q || p) with the KL in closed form instead of sampled; for models of one
             layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
     """
 
-    stratified = True
-
     def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:
         super().__init__(k, gradient)
         if analytic_kl and gradient != "total":
             raise ValueError(f"analytic_kl has a meaning with gradient=total only, got gradient={gradient}")
         self.analytic_kl = analytic_kl
-        self.takes_kl_weight = gradient in ("total", "stl") and not analytic_kl
+        self.stratified, self.takes_kl_weight = True, not analytic_kl
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         return log_w.mean(0)

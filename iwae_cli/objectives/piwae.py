@@ -21,7 +21,6 @@ class PIWAE(Objective):
     ``gradient`` is that of phi; ``stl`` is biased for k >= 2.
     """
 
-    stratified = True
     through_latents = True
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
@@ -29,7 +28,7 @@ class PIWAE(Objective):
         self.inference = MIWAE(m, k, gradient)
         self.generative = IWAE(m * k)
         self.gradient = gradient
-        self.takes_kl_weight = self.inference.takes_kl_weight
+        self.takes_kl_weight, self.stratified = self.inference.takes_kl_weight, self.inference.stratified
 
     @property
     def num_samples(self) -> int:

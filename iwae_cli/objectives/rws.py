@@ -34,8 +34,6 @@ class RWS(Objective):
     compare them.
     """
 
-    stratified = True
-
     def __init__(
         self,
         k: int,
@@ -54,6 +52,7 @@ class RWS(Objective):
         self.phi = phi
         self.gradient = gradient
         self.through_latents = gradient == "dreg"
+        self.stratified = gradient == "score"  # an average over all draws: it needs no score of mean 0
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         return log_mean_exp(log_w)

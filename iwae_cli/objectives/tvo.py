@@ -48,8 +48,6 @@ class TVO(BoundObjective):
             first and the last only, since the two others would be biased by points that depend on the draws.
     """
 
-    stratified = True
-
     def __init__(
         self,
         k: int,
@@ -63,6 +61,7 @@ class TVO(BoundObjective):
         self.one_loss = gradient == "total"
         self.through_latents = gradient != "covariance"
         self.takes_kl_weight = gradient in ("total", "stl")
+        self.stratified = gradient in ("total", "stl")
         if gradient == "covariance" and k < 2:
             raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
         check_range("partitions", partitions, 1)

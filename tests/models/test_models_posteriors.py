@@ -234,7 +234,10 @@ def test_the_estimate_agrees_with_quadrature_for_every_family(settings: dict[str
 
 def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
     model = built(posterior="mixture", posterior_size=4)
-    for fine in (IWAE(8), IWAE(4, "stl"), ELBO(4), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4), RWS(4)):
+    for fine in (
+        IWAE(8), IWAE(4, "stl"), ELBO(4), ELBO(4, "dreg"), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4),
+        RWS(4),
+    ):  # fmt: skip
         assert fine.check_networks(model) is None
     for wrong in (
         IWAE(4, "dreg"), PIWAE(2, 4, "dreg"), UMIWAE(2, 4), JVI(4), VIMCO(4), REINFORCE(4),

@@ -54,7 +54,7 @@ def test_the_kl_is_weighted_inside_log_w() -> None:
     kl = 0.5 * (loc**2 + variance - 1 - 2 * log_scale)
     value = fit - BETA * kl
     truth = torch.autograd.grad(value, (loc, log_scale, slope))
-    for objective in (ELBO(1), ELBO(1, "stl"), IWAE(1)):
+    for objective in (ELBO(1), ELBO(1, "stl"), ELBO(1, "dreg"), IWAE(1)):
         found = expected(objective)
         assert found["bound"] == pytest.approx(value.item(), abs=1e-9)
         for name, gradient in zip(("inference.loc", "inference.log_scale", "generative.slope"), truth, strict=True):
@@ -89,7 +89,7 @@ REFUSED = (
 def test_a_warm_up_is_refused_where_it_would_be_another_gradient(objective: Objective) -> None:
     assert "training.kl_warmup=0" in (Training(kl_warmup=3).check(objective) or "")
     assert Training().check(objective) is None
-    for fine in (IWAE(3), IWAE(3, "stl"), PIWAE(2, 2), TVO(3), ELBO()):
+    for fine in (IWAE(3), IWAE(3, "stl"), PIWAE(2, 2), TVO(3), ELBO(), ELBO(3, "dreg")):
         assert Training(kl_warmup=3).check(fine) is None
     assert "roulette" in (Training("roulette", kl_warmup=3).check(IWAE(3)) or "")
 
