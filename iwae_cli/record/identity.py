@@ -45,8 +45,11 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     evaluation. Training precision and validation are part of it.
     """
     return {
-        **{key: config[key] for key in ("objective", "optimizer", "schedule", "seed", "batch_size")},
-        "model": {key: value for key, value in config["model"].items() if key not in unused(config["model"])},
+        **{key: config[key] for key in ("optimizer", "schedule", "seed", "batch_size")},
+        **{
+            group: {key: value for key, value in config[group].items() if key not in unused(config[group])}
+            for group in ("objective", "model")
+        },
         "data": {key: value for key, value in config["data"].items() if key not in path_keys(config["data"])},
         "precision": config["device"]["precision"],
         "validation": {key: config["validation"][key] for key in ("k", "every")},
@@ -56,10 +59,11 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     }
 
 
-def unused(model: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a model that its choices leave without effect."""
-    unused = {"posterior_size"} if model.get("posterior") in ("diagonal", "full") else set()
-    return unused | ({"prior_components"} if model.get("prior") == "standard" else set())
+def unused(node: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a model or an objective that its choices leave without effect."""
+    unused = {"posterior_size"} if node.get("posterior") in ("diagonal", "full") else set()
+    unused |= {"beta_1"} if node.get("schedule") in ("linear", "moments") and _is_own(node) else set()
+    return unused | ({"prior_components"} if node.get("prior") == "standard" else set())
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:

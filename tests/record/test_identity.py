@@ -82,6 +82,10 @@ def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
     )
     assert identity("schedule=constant", "schedule.passes=5") == identity("schedule=smoke", "schedule.passes=5")
     assert identity("optimizer.lr=1", "optimizer.weight_decay=0") == identity("optimizer.lr=1.0")
+    for schedule in ("linear", "moments"):  # beta_1 is of schedule=log alone
+        tvo = identity("objective=tvo", f"objective.schedule={schedule}", "objective.beta_1=0.3")
+        assert tvo == identity("objective=tvo", f"objective.schedule={schedule}")
+    assert identity("objective=tvo", "objective.beta_1=0.3") != identity("objective=tvo")
     node = yaml.safe_load((conf_folder() / "model" / "one_layer.yaml").read_text())
     short = {key: value for key, value in node.items() if key != "likelihood"}
     (tmp_path / "model" / "mine").mkdir(parents=True)
