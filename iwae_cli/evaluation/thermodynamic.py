@@ -7,7 +7,10 @@ the sums differ by (f(1) - f(0)) / J.
 
 Here every f(beta) is estimated by the same k draws of q with weights w^beta. L_k of these draws lies between the two
 sums for any k; log p(x) does where the weights at beta = 1 are well estimated. Their effective sample size says
-whether: where it is small, f(1) is too low, and so may the right sum be.
+whether: where it is small, f(1) is too low, and so is the right sum (docs/numbers.md has measurements).
+
+Their Monte Carlo error is from the sums of two halves of the draws, of a and b draws: v = (S_a - S_b)^2 ab/k^2 for each
+image has as its mean the variance of S_k, but for terms of order 1/k^2. It includes the points, which the draws place.
 """
 
 from __future__ import annotations
@@ -41,19 +44,27 @@ from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.evaluation.workers import map_batches
 from iwae_cli.objectives.tvo import TVO
 
+ENOUGH = 5
+"""Effective draws for each interval from which on the right sum of linear-Gaussian models is above log p(x) in the
+mean. More intervals bring it nearer to L_k, which lies below.
+"""
+
 ROWS = (
-    ("right sum, nats", "right", "{:.3f}"),
+    ("right sum, an upper bound where the ESS is large, nats", "right", "{:.3f}"),
     ("  other images: stderr_images of right", "right_stderr_images", "± {:.2f}"),
+    ("  other noise: stderr_mc of right", "right_stderr_mc", "± {:.4f}"),
     ("L_{k}, nats", "log_px", "{:.3f}"),
     ("  other images: stderr_images of L_{k}", "log_px_stderr_images", "± {:.2f}"),
     ("  other noise: stderr_mc of L_{k}", "stderr_mc", "± {:.4f}"),
     ("left sum, nats", "left", "{:.3f}"),
     ("  other images: stderr_images of left", "left_stderr_images", "± {:.2f}"),
+    ("  other noise: stderr_mc of left", "left_stderr_mc", "± {:.4f}"),
     ("right - left, nats", "difference", "{:.3f}"),
     ("  paired: stderr of right - left", "difference_stderr", "± {:.3f}"),
     ("exact log p(x), nats", "exact", "{:.3f}"),
     ("effective sample size at beta = 1, median", "ess_median", "{:,.1f}"),
     ("  images below 10", "ess_share_below_10", "{:.1%}"),
+    (f"  images below {ENOUGH} x partitions", "ess_share_below_enough", "{:.1%}"),
     ("images", "n", "{:,}"),
 )
 
@@ -62,6 +73,8 @@ ROWS = (
 @dataclass(frozen=True)
 class Thermodynamic(Estimator):
     """Left and right sum and L_k for every split of the evaluation; all log-weights of an image are in memory."""
+
+    recipe = 1  # Monte Carlo errors of both sums
 
     k: int
     partitions: int = 20
@@ -86,8 +99,9 @@ class Thermodynamic(Estimator):
             estimates.hashes[name] = split.sha256
         estimates.lay_out(ROWS, self.k)
         estimates.notes = [
-            f"L_{self.k} lies between the sums of its draws; so does log p(x) with many draws, but where the effective "
-            "sample size at beta = 1 is small the right sum, too, may lie below log p(x)"
+            f"L_{self.k} lies between the sums of its draws; so does log p(x) in the mean where the effective sample "
+            f"size (ESS) at beta = 1 is large, {ENOUGH} x partitions in linear-Gaussian models; where it is small the "
+            "right sum is too low"
         ]
         return estimates
 
@@ -106,24 +120,31 @@ class Thermodynamic(Estimator):
             exact = model.generative.exact_log_px(x)
             absent = torch.full_like(log_w[0], math.nan)
             values = [sums.bound(log_w), sums.right_sum(log_w), log_mean_exp(log_w), effective_sample_size(log_w)]
-            return torch.stack([*values, absent if exact is None else exact]).cpu().numpy()
+            first, second = log_w.chunk(2)
+            share = len(first) * len(second) / self.k**2
+            variances = [share * (of(first) - of(second)).square() for of in (sums.bound, sums.right_sum)]
+            return torch.stack([*values, *variances, absent if exact is None else exact]).cpu().numpy()
 
         batch, workers = max(1, evaluation.rows // piece), evaluation.workers
         parts = map_batches(score, len(split.x), batch, workers, parameter.device, on_progress)
-        names = ("left", "right", "log_px", "ess", "exact")
+        names = ("left", "right", "log_px", "ess", "left_variance", "right_variance", "exact")
         found = dict(zip(names, np.concatenate(parts, axis=1), strict=True))
         return {name: values for name, values in found.items() if name != "exact" or not np.isnan(values).all()}
 
     def _summary(self, found: dict[str, PerImage]) -> dict[str, Any]:
         ess = found["ess"]
-        numbers: dict[str, Any] = {key: values.mean() for key, values in found.items() if key != "ess"}
+        means = [key for key in ("left", "right", "log_px", "exact") if key in found]
+        numbers: dict[str, Any] = {key: found[key].mean() for key in means}
         numbers |= {f"{key}_stderr_images": standard_error(found[key]) for key in ("left", "right", "log_px")}
         return numbers | {
             "stderr_mc": stderr_mc(monte_carlo_variance(ess, self.k)),
+            "left_stderr_mc": stderr_mc(found["left_variance"]),
+            "right_stderr_mc": stderr_mc(found["right_variance"]),
             "difference": (found["right"] - found["left"]).mean(),
             "difference_stderr": standard_error(found["right"] - found["left"]),
             "ess_median": np.median(ess),
             "ess_share_below_10": share_below_10(ess),
+            "ess_share_below_enough": math.nan if np.isnan(ess).any() else (ess < ENOUGH * self.partitions).mean(),
             "k": self.k,
             "partitions": self.partitions,
             "n": len(ess),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from small_runs import TINY, finished, read_json
 
@@ -16,23 +17,29 @@ from iwae_cli.evaluation.thermodynamic import Thermodynamic
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 
 
-def test_the_exact_value_lies_between_the_sums_and_they_meet() -> None:
+def subject(k: int, images: int = 30, wide: float = 0.3, seed: int = 0) -> EstimatorInput:
+    """A linear-Gaussian model and observations; the wider q is, the smaller is the variance of the weights."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(30, 4, generator=random)
+    x = torch.randn(images, 4, generator=random)
     data = Data("real", "", x, x, x, None, "none", (4,))
     model = LinearGaussianModel([2]).build((4,), data.mean(), random).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn(p.shape, generator=random, dtype=p.dtype)
-        model.inference.layers[0].log_diagonal.fill_(0.3)  # wide: weights of small variance
-    how = {"k": 5000, "seed": 0, "binarization_seed": 0, "rows": 2000, "workers": 1, "weights": "last"}
-    subject = EstimatorInput(model, data, Evaluation(**how, splits=["test"], jackknife=False))
+        model.inference.layers[0].log_diagonal.fill_(wide)
+    how = {"k": k, "seed": seed, "binarization_seed": 0, "rows": 2000, "workers": 1, "weights": "last"}
+    return EstimatorInput(model, data, Evaluation(**how, splits=["test"], jackknife=False))
+
+
+def test_the_exact_value_lies_between_the_sums_and_they_meet() -> None:
+    chosen = subject(5000)
+    x, generative = chosen.data.test, chosen.model.generative
     gaps = []
     for partitions in (2, 20):
-        found = Thermodynamic(5000, partitions).estimate(subject, lambda: None)
+        found = Thermodynamic(5000, partitions).estimate(chosen, lambda: None)
         names = ("left", "right", "exact", "log_px", "ess")
         left, right, exact, log_px, ess = (found.arrays[array_name("test", name)] for name in names)
-        np.testing.assert_allclose(exact, model.generative.exact_log_px(x.double()).detach().numpy())
+        np.testing.assert_allclose(exact, generative.exact_log_px(x.double()).detach().numpy())
         assert (left < log_px).all() and (log_px < right).all() and (left < exact).all()
         # Where few draws have most of the weight, the right sum may lie below.
         assert (exact < right)[ess > 100].all() and (ess > 100).sum() >= 20
@@ -40,6 +47,27 @@ def test_the_exact_value_lies_between_the_sums_and_they_meet() -> None:
         assert found.numbers["test"]["difference"] == float(gaps[-1])
     # By equal steps of the moments the difference is at most the rise over J.
     assert gaps[1] < gaps[0] / 5
+
+
+def test_the_monte_carlo_errors_are_the_spread_over_other_draws() -> None:
+    found = [
+        Thermodynamic(101, 4).estimate(subject(101, 20, 0.8, seed), lambda: None).numbers["test"] for seed in range(40)
+    ]
+    for key in ("left", "right"):
+        spread = np.std([one[key] for one in found], ddof=1)
+        stated = np.sqrt(np.mean([one[f"{key}_stderr_mc"] ** 2 for one in found]))
+        # 40 seeds know the spread within 11%.
+        assert stated == pytest.approx(spread, rel=0.3), key
+
+
+def test_few_effective_draws_are_counted_where_the_right_sum_is_no_upper_bound() -> None:
+    found = Thermodynamic(50).estimate(subject(50, wide=0.0), lambda: None)
+    numbers = found.numbers["test"]
+    assert numbers["right"] + 3 * numbers["right_stderr_mc"] < numbers["exact"]
+    assert numbers["ess_share_below_enough"] == 1  # below 5 for each of 20 intervals
+    rows = dict((key, label) for label, key, _ in found.rows)
+    assert "upper bound where the ESS is large" in rows["test.right"]
+    assert rows["test.right_stderr_mc"] == "  other noise: stderr_mc of right"
 
 
 def test_iwae_eval_prints_them(tmp_path: Path, capsys) -> None:
