@@ -18,6 +18,7 @@ from iwae_cli.data.linear_gaussian import LinearGaussian
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.gradient_snr import GradientSNR, gradient_snr
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE
@@ -159,6 +160,32 @@ def test_the_same_seed_gives_the_same_and_parameters_stay() -> None:
     assert runs[0] == runs[1] != runs[2]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_mixture_takes_its_components_in_turn_as_in_training() -> None:
+    class Recording(Known):
+        """It keeps the draws."""
+
+        num_samples = 6
+
+        def losses(self, model: Any, x: Tensor, particles: Any, noise: Any) -> Losses:
+            drawn.append(particles.latents[0].detach())
+            return super().losses(model, x, particles, noise)
+
+    drawn: list[Tensor] = []
+    architecture = GaussianMLP([2], [[4]], posterior="mixture", posterior_size=3)
+    model = architecture.build((4,), np.full(4, 0.4), torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for name, p in model.inference.named_parameters():
+            p.zero_()
+            if name.endswith("loc.bias"):
+                p.copy_(torch.tensor([-50.0, -50, 0, 0, 50, 50]))
+    gradient_snr(model, Recording([1.0]), torch.zeros(2, 4), draws=8, seed=0)
+    in_turn = torch.tensor([-50.0, 0.0, 50.0]).repeat(2)[:, None, None].expand(6, 2, 2)
+    assert len(drawn) == 8
+    for h in drawn:
+        torch.testing.assert_close((h / 50).round() * 50, in_turn)
+    assert not model.training and not model.inference.training
 
 
 def subject(**changed: Any) -> EstimatorInput:
