@@ -19,8 +19,10 @@ from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.chain import GenerativeChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
@@ -134,33 +136,40 @@ def test_stratified_draws_take_the_components_in_turn() -> None:
     assert (w @ weights).mean().item() == pytest.approx(1, abs=1e-4)
 
 
-def elbo(q: Conditional, target: Tensor, steps: int = 800) -> float:
-    """The best E_q[log N(h; (1, -1), target) - log q(h)] that training finds: 0 is the most."""
-    x, loc = torch.ones(1, INPUTS, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
-    p = torch.distributions.MultivariateNormal(loc, target)
+def elbo(q: Conditional, p: GenerativeChain, x: Tensor, steps: int = 600) -> float:
+    """The best E_q[log p(x, h) - log q(h|x)] that training of q finds."""
     q.train()
     optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         h, log_q = q.sample(x, 30, 1, 1, noise(step))
         optimizer.zero_grad()
-        (-(p.log_prob(h) - log_q).mean()).backward()
+        (-(p(x, (h,)) - log_q).mean()).backward()
         optimizer.step()
         schedule.step()
     q.eval()
     with torch.no_grad():
         h, log_q = q.sample(x, 100_000, 1, 1, noise(-1 % 2**32))
-        return float((p.log_prob(h) - log_q).mean())
+        return float((p(x, (h,)) - log_q).mean())
 
 
 def test_nested_families_come_closer_to_a_correlated_posterior() -> None:
-    target = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    """p(h|x) of x | h ~ N(W h, I/4) and h ~ N(0, I) has the precision I + 4 W^T W, here a correlation of 0.86."""
+    weight = torch.tensor([[2.0, -2.0], [1.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
+    built = LinearGaussianModel([2]).build((INPUTS,), np.zeros(INPUTS), torch.Generator().manual_seed(0)).double()
+    p, x = built.generative.requires_grad_(False), torch.tensor([[1.0, -0.5, 2.0]], dtype=torch.float64)
+    p.observation.linear.weight.copy_(weight)
+    p.observation.linear.bias.zero_()
+    p.observation.log_scale.fill_(-math.log(2))
     torch.manual_seed(0)
-    found = {name: elbo(DENSE[name](2).double(), target) for name in DENSE}
-    # The best diagonal Gaussian has the precisions 1/(1 - 0.81) of the target: -KL = log(1 - 0.81) / 2 = -0.830.
-    assert found["diagonal"] == pytest.approx(0.5 * math.log(1 - 0.81), abs=0.02)
+    exact = float(p.exact_log_px(x))
+    found = {name: elbo(DENSE[name](2).double(), p, x) - exact for name in DENSE}
+    # The best diagonal Gaussian has the mean of the posterior, and the diagonal of its precision as its precisions.
+    precision = torch.eye(2, dtype=torch.float64) + 4 * weight.T @ weight
+    kl = 0.5 * float(precision.diagonal().log().sum() - precision.logdet())
+    assert kl > 0.6 and found["diagonal"] == pytest.approx(-kl, abs=0.02)
     assert found["full"] == pytest.approx(0, abs=0.005)
-    assert found["coupling"] == pytest.approx(0, abs=0.02)  # b exp(s) + t(a) with t linear in a is this target
+    assert found["coupling"] == pytest.approx(0, abs=0.02)  # b exp(s) + t(a) with t linear in a is this posterior
     assert found["diagonal"] + 0.2 < found["mixture"] < 0
 
 
