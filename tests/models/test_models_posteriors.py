@@ -26,6 +26,7 @@ from iwae_cli.models.chain import GenerativeChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
+from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.ciwae import CIWAE
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
@@ -256,6 +257,27 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
         assert wrong.check_networks(built(posterior="coupling")) is None
     for k in (MIWAE(4, 6), IWAE(2)):  # groups, too, must hold every component equally often
         assert "objective.k=" in (k.check_networks(model) or "")
+
+
+def test_in_turn_the_path_derivative_of_the_elbo_is_unbiased_and_baselines_are_not() -> None:
+    model, x = built(posterior="mixture", posterior_size=3), torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    with torch.no_grad():
+        model.inference.layers[0].loc.bias += torch.tensor([1.5, 0.0, -1.5, 0.0, 0.0, 1.5])  # apart from each other
+
+    def gradient(objective: Objective, in_turn: bool, n: int = 50) -> tuple[Tensor, Tensor]:
+        """Mean and squared error of the gradient of the locations of the components."""
+        model.train(in_turn)
+        losses = (objective.drawn_losses(model, x.expand(300, 4), noise(seed + 1000 * in_turn)) for seed in range(n))
+        bias = model.inference.layers[0].loc.bias
+        found = torch.stack([torch.autograd.grad(one.inference, bias)[0] for one in losses])
+        return found.mean(0), found.var(0) / n
+
+    mean, error = gradient(ELBO(3), False, 100)
+    off = {}
+    for name, objective in {"dreg": ELBO(3, "dreg"), "reinforce": REINFORCE(3)}.items():
+        of_turns, its_error = gradient(objective, True)
+        off[name] = float(((of_turns - mean).square() / (error + its_error)).mean().sqrt())
+    assert off["dreg"] < 1.6 and off["reinforce"] > 2.5, off
 
 
 def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_components() -> None:
