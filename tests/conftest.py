@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shape_checks
 import torch
-from jaxtyping import install_import_hook
 from matplotlib.figure import Figure
 
-# Before the package is imported: annotations, shapes included, are then checked at every call.
-install_import_hook("iwae_cli", "shape_checks.checked")
+# Before the package is imported.
+shape_checks.install("iwae_cli")
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("IWAE_DATA_DIR") or ROOT / "data").resolve()
@@ -80,8 +80,9 @@ def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Seed torch's global generator, for tests without ``generator``."""
+    """Seed torch's global generator, for tests without ``generator``; check the first calls of each function."""
     torch.manual_seed(0)
+    shape_checks.calls.clear()
 
 
 @pytest.fixture

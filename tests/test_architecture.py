@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 from shape_checks import checked
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def test_importing_is_light(module: str) -> None:
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
-@jaxtyped(typechecker=checked)
+@checked
 def first_row(x: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:
     """Wrong: it is a column."""
     return x.T[0]
