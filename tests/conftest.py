@@ -85,6 +85,12 @@ def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", _savefig)
 
 
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refined proposals that are worse and take a fifth of the time, for tests of other things than how good they are."""
+    monkeypatch.setattr("iwae_cli.evaluation.proposals.STEPS", 30)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Seed torch's global generator, for tests without ``generator``; check the first calls of each function."""

@@ -17,8 +17,9 @@ LINE = last_of_each(
 )
 COUNTING = """
 import os, signal, sys
-from iwae_cli.evaluation import workers
+from iwae_cli.evaluation import proposals, workers
 from iwae_cli.cli import train as cli
+proposals.STEPS = 30
 before = workers.map_here
 def counted(work, batches, workers, on_progress=None):
     if os.environ["RANK"] == "1" and "dies" in sys.argv[0]:
@@ -38,7 +39,9 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("alone"), *LINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iwae_cli.evaluation.proposals.STEPS", 30)
+        return finished(tmp_path_factory.mktemp("alone"), *LINE)
 
 
 def test_two_ranks_give_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
@@ -53,6 +56,7 @@ def test_two_ranks_give_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
     assert all(0 <= first - second <= 1 for first, second in zip(*shares, strict=True))
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_a_killed_rank_ends_the_run_with_a_message_and_the_run_resumes(alone: Path, tmp_path: Path) -> None:
     Path("dies.py").write_text(COUNTING)
     done = torchrun("dies.py", *LINE, f"output_dir={tmp_path / 'two'}")

@@ -19,7 +19,8 @@ DISCRETE = ("model=discrete", "model.latent_sizes=[3]", "objective=vimco", "obje
 def asked(refine: str, *overrides: str) -> tuple[str, ...]:
     kept = [item for item in TINY if not item.startswith(("model.", "evaluation.refine", "evaluation.splits"))]
     model = () if DISCRETE[0] in overrides else TINY[:2]
-    return (*model, *kept, "evaluation.splits=[test,validation]", f"evaluation.refine={refine}", *overrides)
+    few = "evaluation.images=50"
+    return (*model, *kept, few, "evaluation.splits=[test,validation]", f"evaluation.refine={refine}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def test_with_all_the_whole_split_has_its_refined_number_and_nll_stays_what_it_w
     [
         ("-1", (), "evaluation.refine must be >= 0, got -1"),
         ("some", (), "evaluation.refine must be an integer or all, got some"),
-        ("251", (), "evaluation.refine=251 is more than the 250 images of test; write evaluation.refine=all"),
-        ("1000", ("evaluation.splits=[train,validation]",), "=1000 is more than the 250 images of validation"),
+        ("51", (), "evaluation.refine=51 is more than the 50 images of test; write evaluation.refine=all"),
+        ("1000", ("evaluation.splits=[train,validation]",), "=1000 is more than the 50 images of train"),
         ("all", DISCRETE, "evaluation.refine=all: a Gaussian is fitted to real latents"),
     ],
 )
@@ -107,6 +108,7 @@ def test_the_default_serves_data_with_fewer_images() -> None:
     assert default["refine"] == likelihood.DEFAULT_REFINED
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_an_interruption_while_refining_harms_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished run stays as it was; the same command then evaluates it."""
     before = snapshot(trained)
