@@ -87,7 +87,7 @@ def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refined proposals that are worse and take a fifth of the time, for tests of other things than how good they are."""
+    """Refined proposals that are worse and take a fifth of the time, where a test does not ask how good they are."""
     monkeypatch.setattr("iwae_cli.evaluation.proposals.STEPS", 30)
 
 
