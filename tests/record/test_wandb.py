@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import small_runs
 import yaml
-from small_runs import TINY, finished, last_of_each, read_json, run_folders, snapshot, wandb_records
+from small_runs import TINY, finished, read_json, run_folders, snapshot, wandb_records
 from wandb_server import Server, wandb_server
 
 from iwae_cli.record.figures import plot_samples
@@ -316,26 +316,35 @@ def command(server: Server, *arguments: str, **environment: str) -> subprocess.C
     )
 
 
+THREE_TIMES = """
+import json, sys
+from small_runs import run
+line = sys.argv[1:]
+print(json.dumps([run(*line), run(*line), run(*line, "logger.wandb.project=other")]))
+"""
+
+
 def test_online_a_finished_run_is_uploaded_and_the_id_of_a_deleted_one_is_replaced(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server
 ) -> None:
     folder = finished(tmp_path / "out", *TINY)
-    online = [sys.executable, "-m", "iwae_cli", *last_of_each(*TINY, "logger=online", "output_dir=out")]
-    assert "wandb sync" not in command(server, *online).stdout
-    first = read_json(folder / "wandb.json")["id"]
-    assert server.runs[first]["exitcode"] == 0
-    assert server.summary(first)["test/nll"] == read_json(folder / "result.json")["test"]["nll"]
-    with monkeypatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        assert small_runs.run(*online[3:])[::2] == (0, ""), "uploaded once"
-
-    server.deleted.add(first)
-    done = command(server, *online, "logger.wandb.project=other", WANDB_INIT_TIMEOUT="8")
-    [warning] = [line for line in done.stderr.splitlines() if "refuses" in line]
-    second = read_json(folder / "wandb.json")["id"]
+    server.forgetful = True
+    done = command(
+        *(server, sys.executable, "-c", THREE_TIMES, *TINY, "logger=online", "output_dir=out"),
+        PYTHONPATH=os.pathsep.join((str(ROOT / "tests" / "support"), os.environ["PYTHONPATH"])),
+        WANDB_INIT_TIMEOUT="4",
+    )
+    online, again, replaced = json.loads(done.stdout)
+    (first, second), nll = server.runs, read_json(folder / "result.json")["test"]["nll"]
+    assert online[0] == 0 and "wandb sync" not in online[1] and server.runs[first]["exitcode"] == 0
+    assert [server.summary(run_id)["test/nll"] for run_id in server.runs] == [nll, nll]
+    assert again[::2] == [0, ""], "uploaded once"
+    [warning] = [line for line in replaced[2].splitlines() if "refuses" in line]
     assert first in warning and second in warning and "deleted" in warning and len(warning) <= 300
-    assert server.runs[second]["sent"]["project"] == "other" and len(server.runs) == 2
+    assert server.runs[second]["sent"]["project"] == "other" and read_json(folder / "wandb.json")["id"] == second
+
+
+FAST = ("model.hidden_sizes=[[8]]", "evaluation.k=50", "evaluation.refine=0")
 
 
 def test_the_sweep_of_the_page_under_an_agent(tmp_path: Path, server: Server) -> None:
@@ -368,7 +377,7 @@ def test_the_sweep_of_the_page_under_an_agent(tmp_path: Path, server: Server) ->
             "WANDB_ENTITY": "me",
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         }
-        errors.append(command(server, *line, **of_agent).stderr)
+        errors.append(command(server, *line, *FAST, **of_agent).stderr)
         sent = server.runs[run_id]["sent"]
         config = {key: node["value"] for key, node in json.loads(sent["config"]).items()}
         assert (sent["sweep"], sent["project"], server.runs[run_id]["exitcode"]) == ("s1", "sweeps", 0)

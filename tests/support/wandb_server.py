@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes: ``runs``, what each id was sent; ``deleted``, the ids that are refused with status 409."""
+    """Attributes: ``runs``, what each id was sent; ``forgetful``: a run that ends is deleted, and its id refused (409)."""
 
     daemon_threads = True
 
@@ -22,7 +22,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs: dict[str, dict[str, Any]] = {}
-        self.deleted: set[str] = set()
+        self.forgetful = False
 
     def environment(self) -> dict[str, str]:
         """Return the variables that send wandb here."""
@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         stream = re.search(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", self.path)
         if stream:
             run, sent = self.server.runs[stream[3]], json.loads(body)
-            run["exitcode"] = sent.get("exitcode", run.get("exitcode"))
+            if "exitcode" in sent:
+                run["exitcode"] = sent["exitcode"]
             for name, lines in sent.get("files", {}).items():
                 run["files"].setdefault(name, {}).update(enumerate(lines["content"], lines["offset"]))
             return self.answer({})
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def graphql(self, query: str, variables: dict[str, Any]) -> None:
         name = variables.get("name")
         if "upsertBucket" in query and name is not None:
-            if name in self.server.deleted:
+            if self.server.forgetful and "exitcode" in self.server.runs.get(name, ()):
                 said = f"run me/{variables['project']}/{name} was previously created and deleted; try a new run name"
                 return self.answer({"errors": [{"message": said}]}, 409)
             run = self.server.runs.setdefault(name, {"files": {}, "sent": {}})
