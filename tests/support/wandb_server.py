@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes: ``runs``, what each id was sent; ``forgetful``: a run that ends is deleted, and its id refused (409)."""
+    """Attributes: ``runs``, what each id was sent; ``forgetful``: runs that end are deleted, and refused (409)."""
 
     daemon_threads = True
 

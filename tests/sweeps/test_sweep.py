@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Fault, terminate
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, wandb_records
+from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders
 
 from iwae_cli.cli.report import report
 from iwae_cli.cli.train import train
@@ -244,17 +245,17 @@ def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(composed) == 3
 
 
-def test_a_token_of_a_logger_reaches_the_job_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_has_its_token_and_its_sweep_which_no_file_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "hunter2")
-    seen: list[tuple[int, str]] = []
+    seen: list[tuple[int, str, str]] = []
 
     def pretend(experiment: Any) -> dict[str, Any]:
-        seen.append((experiment.seed, experiment.loggers[0].name))
+        seen.append((experiment.seed, experiment.loggers[0].name, experiment.group))
         return {"validation": {"nll": 0.0}}
 
     monkeypatch.setattr("iwae_cli.runs.runner.run", pretend)
     assert train(["-m", "seed=0,1", "logger=offline", "logger.wandb.name=x${oc.env:TOKEN}"]) == 0
-    assert seen == [(0, "xhunter2"), (1, "xhunter2")]
+    assert seen == [(seed, "xhunter2", sweep_of(Path("outputs"))["group"]) for seed in range(2)]
     assert not [path for path in Path().rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
@@ -296,70 +297,68 @@ def test_the_same_sweep_twice_at_the_same_time(tmp_path: Path, runs: Any) -> Non
         assert train(["-m", "seed=0,1"]) == 3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_launcher_gives_the_same_numbers(engine: list[str], tmp_path: Path) -> None:
-    """Also where one job fails: the command reports it, and the other jobs finish."""
-    reference = finished(tmp_path / "one", *QUICK, "logger=offline")
-    place = tmp_path / "many"
-    process = start("seed=0", "optimizer.lr=0.001,1e30", *QUICK, "logger=offline", *engine, f"output_dir={place}")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
-    sweep = sweep_of(place)
-    assert [job["status"] for job in sweep["jobs"]] == ["finished", "failed"], err
-    assert "1 finished, 1 failed" in out and err.count("diverged in pass 1") == 1
-    assert "job 1 (optimizer.lr=1e+30) failed" in err and "job 0 (optimizer.lr=0.001) finished: NLL_5 test" in err
-    assert all(line.startswith(("job ", "iwae-train: ")) for line in err.splitlines()), err
-    assert bits(sweep["jobs"][0]["path"]) == bits(reference)
-    for job in sweep["jobs"]:
-        records = wandb_records(*job["path"].glob("wandb/offline-run-*"))
-        assert sweep["group"] in json.dumps(records)
-        (ended,) = (entry["exit"] for entry in records if entry["type"] == "exit")
-        assert (ended.get("exit_code", 0) == 0) == (job["status"] == "finished")
-
-
 def saved_step(folder: Path) -> int:
     path = folder / "checkpoint.pt"
     return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
 
 
-@pytest.mark.parametrize("engine", [pytest.param([], id="basic"), *ENGINES])
-def test_killed_and_stopped_a_sweep_resumes_by_the_same_command(engine: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_and_stopped_a_sweep_is_finished_by_the_same_command(engine: list[str], tmp_path: Path) -> None:
     """First SIGKILL takes one job, where it is not the sweep itself; then SIGTERM comes to what is left.
 
-    What was killed is then known to resume, and every launcher to finish: only the sweep that was not goes to its end.
+    One job fails: the command reports it, and the others finish, with the numbers of a run alone.
     """
     # Side by side, the first has to last until the second has begun.
-    passes = 30 if engine else 15
-    line = ["seed=0,1", *QUICK, f"schedule.passes={passes}", "batch_size=20", "validation.every=40"]
-    line += [*engine, f"output_dir={tmp_path}"]
+    alone = ["seed=0", *QUICK, "schedule.passes=30", "batch_size=20", "validation.every=40"]
+    place = tmp_path / "many"
+    line = [*alone, "optimizer.lr=0.001,0.002,1e30", *engine, f"output_dir={place}"]
     process, since, left = start(*line), 0.0, 2
-    began: dict[Path, int] = {}
-    if engine and "ray" not in engine[0]:
-        os.kill(wait_for(process, tmp_path, 1)[0]["pid"], signal.SIGKILL)
+    killed: dict[Path, int] = {}
+    if "ray" not in engine[0]:
+        os.kill(wait_for(process, place, 1)[0]["pid"], signal.SIGKILL)
         out, err = process.communicate(timeout=300)
-        left = 2 - statuses(tmp_path).count("finished")
-        assert process.returncode == 1 and "killed" in statuses(tmp_path), (out, err)
+        left = 2 - statuses(place).count("finished")
+        assert process.returncode == 1 and "killed" in statuses(place), (out, err)
         assert "the launcher gave up" in err and "Traceback" not in err
         assert left == 1 or "submitit" not in engine[0], "jobs of submitit stand alone"
-        began = {folder: saved_step(folder) for folder in run_folders(tmp_path)}
+        killed = {folder: saved_step(folder) for folder in run_folders(place)}
         since, process = time.time(), start(*line)
-    jobs = wait_for(process, tmp_path, left if engine else 1, since)
+    jobs = wait_for(process, place, left, since)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, (out, err)
     assert "Traceback" not in err and "interrupted" in out
-    stopped = [tmp_path / Path(record["folder"]).name for record in jobs]
+    stopped = {place / Path(record["folder"]).name: 0 for record in jobs}
     assert all(read_json(folder / "status.json")["status"] == "interrupted" for folder in stopped)
-    steps = {folder: saved_step(folder) for folder in stopped}
-    assert all(0 < step < passes * 65 for step in steps.values())
-    began = {folder: began.get(folder, 0) for folder in stopped} if began else {}
-    if not began:
-        again = start(*line)
-        out, err = again.communicate(timeout=300)
-        assert again.returncode == 0 and statuses(tmp_path) == ["finished", "finished"], err
-        began = {folder: steps.get(folder, 0) for folder in run_folders(tmp_path)}
-    for folder, step in began.items():
-        assert f"begin at step {step} of" in (folder / "train.log").read_text()
+    stopped = {folder: saved_step(folder) for folder in stopped}
+    assert all(0 < step < 30 * 65 for step in stopped.values())
+    # In this process: workers are known to begin.
+    code, out, err = run("-m", *line, *(["hydra.launcher.n_jobs=1"] if "joblib" in engine[0] else []))
+    sweep = sweep_of(place)
+    assert code == 1 and statuses(place) == ["finished", "finished", "failed"], err
+    assert "2 finished, 1 failed" in out and err.count("diverged in pass 1") == 1
+    assert "job 2 (optimizer.lr=1e+30) failed" in err and "job 0 (optimizer.lr=0.001) finished: NLL_5 test" in err
+    assert all(line.startswith(("job ", "iwae-train: ")) for line in err.splitlines()), err
+    for folder, step in [*killed.items(), *stopped.items()]:
+        if folder in stopped:
+            assert f"begin at step {step} of" in (folder / "train.log").read_text()
+    assert bits(sweep["jobs"][0]["path"]) == bits(finished(tmp_path / "one", *alone))
+
+
+def test_stopped_a_sweep_in_one_process_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iwae_cli.training.trainer.SAVE_EVERY_SECONDS", -1.0)
+    line = ["-m", "seed=0,1", *QUICK, f"output_dir={tmp_path}"]
+    with Fault(terminate, ["checkpoint.pt", "checkpoint.pt"], tmp_path):
+        code, out, err = run(*line)
+    assert code == 143 and "Traceback" not in err and "interrupted" in out
+    assert statuses(tmp_path) == ["interrupted", "pending"]
+    (folder,) = run_folders(tmp_path)
+    step = saved_step(folder)
+    code, out, err = run(*line)
+    assert code == 0 and statuses(tmp_path) == ["finished", "finished"], err
+    assert 0 < step < 13 and f"begin at step {step} of" in (folder / "train.log").read_text()
 
 
 @needs("hydra_ray_launcher")
