@@ -86,9 +86,11 @@ def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refined proposals that are worse and take a fifth of the time, where a test does not ask how good they are."""
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refined proposals and grids of a fraction of the work, where a test does not ask how good they are."""
     monkeypatch.setattr("iwae_cli.evaluation.proposals.STEPS", 30)
+    for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 50}.items():
+        monkeypatch.setattr(f"iwae_cli.evaluation.grid.{name}", fewer)
 
 
 @pytest.fixture(autouse=True)

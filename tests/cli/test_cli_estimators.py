@@ -44,7 +44,7 @@ DOUBLED = (
 SANDWICH = ("estimator=sandwich", "estimator.k=50", "estimator.simulated=4", "evaluation.workers=1")
 GRID = (
     "estimator=grid",
-    "estimator.points=141",
+    "estimator.points=61",
     "estimator.images=4",
     "evaluation.splits=[test]",
     "evaluation.workers=1",
@@ -167,6 +167,7 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
     assert list(results[own.name]["gradient_snr"]["generative"]) == ["2", "4", "slope", "slope_stderr"]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_grid_with_its_picture(
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -174,8 +175,6 @@ def test_a_grid_with_its_picture(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 100}.items():
-        monkeypatch.setattr(f"iwae_cli.evaluation.grid.{name}", fewer)
     folder = finished(tmp_path, *TINY, "model.latent_sizes=[2]")
     capsys.readouterr()
     blank = Figure.savefig
@@ -277,6 +276,7 @@ def test_the_work_is_announced_and_counted(
     assert str(least) in first and f" {most}/{most}" in last
 
 
+@pytest.mark.usefixtures("coarse")
 def test_gaps_are_printed_and_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [str(run_folder), "estimator=gaps", "estimator.k=50", "estimator.images=3", "evaluation.workers=1"]
     assert evaluate([*line, "evaluation.splits=[test,validation]"]) == 0

@@ -56,7 +56,7 @@ def test_two_ranks_give_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
     assert all(0 <= first - second <= 1 for first, second in zip(*shares, strict=True))
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_a_killed_rank_ends_the_run_with_a_message_and_the_run_resumes(alone: Path, tmp_path: Path) -> None:
     Path("dies.py").write_text(COUNTING)
     done = torchrun("dies.py", *LINE, f"output_dir={tmp_path / 'two'}")

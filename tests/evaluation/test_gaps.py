@@ -229,7 +229,7 @@ def test_the_monte_carlo_errors_of_the_gaps_are_what_varies() -> None:
     assert numbers["elbo_best_stderr_mc"] < 0.2 * numbers["approximation_gap_stderr_mc"]
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("higher", "error", "by"),
     [(0.1, 0.2, "refined"), (0.1, 0.05, "q"), (-0.1, 0.0, "refined"), (math.nan, 0.0, "refined")],
@@ -254,7 +254,7 @@ def test_log_px_is_not_the_higher_one_by_noise(
         assert numbers["log_px_q"] is None and set(found.reasons) == {"test.log_px_q"}
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_an_image_depends_on_nothing_else() -> None:
     """Neither on rows and workers nor on the images after it."""
     model = one_layer(GaussianConditional(PIXELS, [8], LATENTS))
@@ -290,7 +290,7 @@ def test_other_models_are_refused_before_any_work(q: str) -> None:
     assert "estimator=gaps" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_what_has_no_error_has_a_reason() -> None:
     model = one_layer(LinearConditional(PIXELS, LATENTS))
     found = estimated(model, drawn(model, 1), k=10)

@@ -78,7 +78,7 @@ def test_its_bounds_are_below_log_p_in_expectation() -> None:
     assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(200)
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_the_fit_and_the_estimate_share_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proposal fitted to the draws that it is scored on would exceed log p(x)."""
     keys: list[tuple[object, ...]] = []
@@ -131,7 +131,7 @@ def test_a_q_that_is_too_sure_is_left_behind() -> None:
     assert (np.abs(refined.log_px - exact) < 5 * np.sqrt(1 / refined.ess)).all()
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_no_weight_exceeds_that_of_q_alone_divided_by_its_share() -> None:
     model = two_dimensional()
     x = drawn(model, 5)
@@ -149,7 +149,7 @@ MODELS = {
 }
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_fit_depends_on_its_image_alone(name: str) -> None:
     """Bit for bit, for every model with real latents."""
@@ -167,7 +167,7 @@ def test_a_fit_depends_on_its_image_alone(name: str) -> None:
         assert torch.equal(part.cholesky[unchanged], whole.cholesky[unchanged])
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_neither_rows_nor_workers_change_the_estimate() -> None:
     model = two_dimensional()
     x = drawn(model, GROUP + 3)
@@ -178,7 +178,7 @@ def test_neither_rows_nor_workers_change_the_estimate() -> None:
     np.testing.assert_allclose(few.log_px, many.log_px, rtol=1e-9)
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_the_fused_scorer_and_the_model_agree() -> None:
     model = built(GaussianMLP([5, 3], [[8], [6]]), scale=2.0)
     x = drawn(model, 23)

@@ -108,7 +108,7 @@ def test_the_default_serves_data_with_fewer_images() -> None:
     assert default["refine"] == likelihood.DEFAULT_REFINED
 
 
-@pytest.mark.usefixtures("short_fits")
+@pytest.mark.usefixtures("coarse")
 def test_an_interruption_while_refining_harms_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished run stays as it was; the same command then evaluates it."""
     before = snapshot(trained)

@@ -63,7 +63,7 @@ def made(name: str, size: int) -> Conditional:
     return conditional
 
 
-def grid(points: int = 601, reach: float = 25.0) -> tuple[Tensor, float]:
+def grid(points: int = 401, reach: float = 25.0) -> tuple[Tensor, float]:
     axis = torch.linspace(-reach, reach, points, dtype=torch.float64)
     h = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
     return h, 2 * math.log(2 * reach / (points - 1))
@@ -329,13 +329,17 @@ CHOICES = {
     "prior=vamp": ("sandwich",),
 }
 SMALL = {
-    "ais": ("estimator.images=2", "estimator.temperatures=20", "estimator.chains=2", "estimator.simulated=0"),
+    "ais": (
+        *("estimator.images=2", "estimator.temperatures=4", "estimator.max_temperatures=4"),
+        *("estimator.leapfrog_steps=1", "estimator.chains=2", "estimator.simulated=0"),
+    ),
     "gaps": ("estimator.images=3",),
     "sandwich": ("estimator.simulated=4",),
-    "grid": ("estimator.images=4", "estimator.points=101"),
+    "grid": ("estimator.images=2", "estimator.points=41", "estimator.k=20"),
 }
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("choice", CHOICES)
 def test_runs_and_their_estimators(tmp_path: Path, choice: str) -> None:
     asked = ("model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4")

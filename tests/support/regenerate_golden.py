@@ -14,7 +14,7 @@ from typing import Any
 FILE = Path(__file__).with_name("golden.json")
 SHORT = (
     *("schedule=constant", "schedule.passes=2", "batch_size=50", "optimizer=burda", "device=cpu", "logger=disabled"),
-    *("validation=smoke", "evaluation=smoke", "evaluation.k=50", "evaluation.splits=[test]"),
+    *("validation=smoke", "evaluation=smoke", "evaluation.k=50", "evaluation.splits=[test]", "evaluation.refine=0"),
 )
 RUNS = {
     "one layer, IWAE-5": ("model=one_layer", "objective=iwae", "objective.k=5"),
