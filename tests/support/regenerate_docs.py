@@ -33,12 +33,12 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
 
 
-def executed(folder: str | Path) -> Any:
+def executed(folder: str | Path, env: dict[str, str]) -> Any:
     """Return the notebook with what its cells print and draw in a folder; a cell that raises is an error."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     settings = {"timeout": 300, "record_timing": False, "coalesce_streams": True}
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
-    client.execute(env=environment())
+    client.execute(env=env)
     return notebook
 
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
         text = page.read_text(encoding="utf-8")
         page.write_text(BLOCK.sub(lambda found: f"{found[1]}{output(found[2], found[3])}\n```", text), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        nbformat.write(executed(folder), NOTEBOOK)
+        nbformat.write(executed(folder, environment()), NOTEBOOK)
