@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from faults import Fault, terminate
@@ -240,6 +241,7 @@ def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -
         return load(self, *arguments, **how)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    monkeypatch.setattr(hydra, "compose", hydra.compose.__wrapped__)
     assert train(["-m", "objective=elbo,iwae", "seed=0,1,2"]) == 0 and len(runs[0]) == 6
     # What all share, and each choice; values are set without Hydra.
     assert len(composed) == 3
