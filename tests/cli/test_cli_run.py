@@ -199,14 +199,6 @@ def test_the_same_sweep_has_the_same_name() -> None:
     assert first == again == restarted != other
 
 
-def test_a_signal_ends_the_whole_sweep(runs, capsys) -> None:
-    seen, raising = runs
-    raising[1] = Interrupted(2)
-    assert train(["-m", "seed=0,1,2"]) == 130
-    assert [e.seed for e in seen] == [0, 1]
-    assert "1 finished, 1 interrupted, 1 pending" in capsys.readouterr().out
-
-
 def test_a_preset_can_hold_a_sweep(runs, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "seeds.yaml").write_text(

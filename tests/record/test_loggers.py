@@ -64,10 +64,14 @@ def test_a_resumed_record_is_exactly_its_history_and_what_follows(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "row", ["x", "[]", '{"step": "2"}', '{"step": 2.5}', '{"step": 2, "a": "x"}', '{"step": 2, "a": NaN}']
+    "row",
+    [
+        *("x", "[]", "{}", "\udcff", '{"step": 2, "a"', '{"step": "2"}', '{"step": 2.5}', '{"step": 2, "a": "x"}'),
+        *('{"step": 2, "a": NaN}', '{"step": 2, "a": true}', '{"step": 2, "a": [1]}'),
+    ],
 )
 def test_a_row_that_is_none_is_named_with_what_to_do(tmp_path: Path, row: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{row}\n', errors="surrogateescape")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
         read_history(tmp_path, up_to_step=5)
 
