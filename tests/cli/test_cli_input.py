@@ -103,31 +103,19 @@ MEANT = {
     "device=gpu": "cuda",
     "device=cuda:1": "CUDA_VISIBLE_DEVICES=1 iwae-train device=cuda",
     "logger=none": "disabled",
-    "logger=off": "disabled",
     "objective=vae": "elbo",
     "objective=IWAE": "iwae",
-    "objective=iwae_dreg": "dreg",
-    "data=MNIST": "mnist",
     "data=binarized_mnist": "mnist_fixed",
-    "data=fashion-mnist": "fashion_mnist",
     "model=two-layer": "two_layer",
     "lr=0.1": "optimizer.lr",
     "optimizer.learning_rate=0.1": "optimizer.lr",
     "epochs=3": "schedule.passes",
     "schedule=burda epochs=3": "schedule.stages",
     "k=50": "objective.k or evaluation.k",
-    "threads=2": "device.threads",
     "seed=0..3": "-m 'seed=range(0,4)'",
     "-m seed=1-4": "-m 'seed=range(1,5)'",
     "warmup=3": "training.kl_warmup",
-    "kl_annealing=3": "training.kl_warmup",
-    "grad_clip=3": "training.clip",
-    "early_stopping=3": "schedule.patience",
-    "loss=iwae": "objective",
-    "random_seed=1": "seed",
-    "logger.project=x": "logger.wandb.project",
     "--data mnist": "data=mnist",
-    "--data=MNIST": "data=mnist",
     "--epochs 5": "schedule.passes=5",
     "-k=3": "objective.k=3 or evaluation.k=3",
     "data mnist": "data=mnist",
@@ -136,17 +124,7 @@ MEANT = {
     "seed = 3": "seed=..., without blanks",
 }
 """First guesses of people who know other programs -> what the line must suggest."""
-NOTHING_LIKE_IT = (
-    "data=cifar10",
-    "optimizer=sgd",
-    "resume=true",
-    "validation=none",
-    "steps=5",
-    "objective.m=4",
-    "data.validation=100",
-    "data.val=100",
-    "--x 3",
-)
+NOTHING_LIKE_IT = ("data=cifar10", "optimizer=sgd", "resume=true", "objective.m=4", "data.val=100", "--x 3")
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -199,15 +177,10 @@ def test_values_of_the_environment_are_never_printed(
             "seed=${oc.env:'TOKEN'}",
             "seed=${variable:TOKEN,x}",
             "seed=${ oc.env : TOKEN }",
-            "seed=${oc.env:TOKEN}",
-            "objective.gradient=x${oc.env:TOKEN}",
             "init_from=${oc.env:TOKEN}",
         ),
-        *(
-            "optimizer._target_=torch.optim.${oc.env:TOKEN}",
-            "on_error=${oc.env:TOKEN}",
-            "seed=${oc.env:${oc.env:TOKEN}}",
-        ),
+        *("objective.gradient=x${oc.env:TOKEN}", "on_error=${oc.env:TOKEN}", "seed=${oc.env:${oc.env:TOKEN}}"),
+        *("optimizer._target_=torch.optim.${oc.env:TOKEN}", "init_from=${oc.env:TOKEN}"),
         *("'seed=${oc.decode:${oc.env:NUMBER}}'", "seed='${oc.decode:${oc.env:NUMBER}}'"),
         *("model.latent_sizes='${oc.decode:${oc.env:LISTED}}'", "seed='${oc.decode:${oc.env:LISTED}}'"),
     ):

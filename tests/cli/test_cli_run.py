@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -166,29 +165,6 @@ def test_a_run_gets_what_was_asked_for(runs) -> None:
 
 
 # A sweep.
-
-
-def test_a_sweep_runs_every_combination(runs, capsys, monkeypatch) -> None:
-    # A library that an earlier test has loaded may hold that test's closed standard error.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    assert train(["-m", "seed=0,1", "objective=elbo,iwae", "objective.k=2", "output_dir=there"]) == 0
-    assert [(e.seed, e.names["objective"], e.objective.num_samples) for e in runs[0]] == [
-        (0, "elbo", 2),
-        (0, "iwae", 2),
-        (1, "elbo", 2),
-        (1, "iwae", 2),
-    ]
-    assert runs[0][2].overrides == ["seed=1", "objective=elbo", "objective.k=2", "output_dir=there"]
-    (group,) = {e.group for e in runs[0]}
-    assert group.startswith("seed+objective-")
-    assert {p.parts[:3] for p in Path().rglob("*") if p.is_file()} == {("there", "sweeps", group)}
-    assert "sweep.json" in {p.name for p in Path("there", "sweeps", group).iterdir()}
-    out, err = capsys.readouterr()
-    assert "4 finished" in out
-    lines = [
-        f"job {n} (seed={n // 2} objective={('elbo', 'iwae')[n % 2]}) finished; {n + 1} of 4 jobs" for n in range(4)
-    ]
-    assert err.splitlines() == lines
 
 
 def test_the_same_sweep_has_the_same_name() -> None:

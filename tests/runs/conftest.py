@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from faults import Forks
-from small_runs import TINY, finished, run_folders
 
 
 @pytest.fixture(scope="session")
@@ -18,16 +17,7 @@ def forks() -> Iterator[Forks]:
     server.close()
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
-def folder(template: Path, tmp_path: Path) -> Path:
+def folder(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy, for each test, of a finished run of ``TINY``."""
-    if not run_folders(template):
-        finished(template, *TINY)
-    shutil.copytree(template, tmp_path / "outputs")
-    (found,) = run_folders(tmp_path / "outputs")
-    return found
+    return Path(shutil.copytree(tiny_run, tmp_path / "outputs" / tiny_run.name))

@@ -245,6 +245,9 @@ def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -
     assert train(["-m", "objective=elbo,iwae", "seed=0,1,2"]) == 0 and len(runs[0]) == 6
     # What all share, and each choice; values are set without Hydra.
     assert len(composed) == 3
+    (sweep,) = Path("outputs/sweeps").glob("objective+seed-*/sweep.json")
+    asked = [job["overrides"] for job in read_json(sweep)["jobs"]]
+    assert asked == [[f"objective={name}", f"seed={seed}"] for name in ("elbo", "iwae") for seed in range(3)]
 
 
 def test_a_logger_has_its_token_and_its_sweep_which_no_file_has(monkeypatch: pytest.MonkeyPatch) -> None:
