@@ -85,8 +85,7 @@ def exact(model: LatentVariableModel, x: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "start"),
-    [("one layer", "prior"), ("two layers", "inference"), ("bits", "prior"), ("bits", "inference")],
+    ("name", "start"), [("one layer", "prior"), ("two layers", "inference"), ("bits", "prior"), ("bits", "inference")]
 )
 def test_the_estimate_lies_within_its_error_of_the_truth(name: str, start: str) -> None:
     model, x = FIXTURES[name]()

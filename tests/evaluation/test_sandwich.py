@@ -307,8 +307,7 @@ def test_a_run_can_be_stopped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
-    [({"k": 1}, "k must be >= 2, got 1"), ({"simulated": 0}, "simulated must be >= 1, got 0")],
+    ("changed", "message"), [({"k": 1}, "k must be >= 2, got 1"), ({"simulated": 0}, "simulated must be >= 1, got 0")]
 )
 def test_wrong_settings_are_named(changed: dict[str, int], message: str) -> None:
     node = {"_target_": "iwae_cli.evaluation.sandwich.Sandwich", "k": 5, "simulated": 3} | changed

@@ -53,9 +53,7 @@ def grid(points: int = 321, reach: float = 16.0) -> tuple[Tensor, float]:
     return h, 2 * math.log(2 * reach / (points - 1))
 
 
-def test_the_density_of_a_mixture_prior_is_that_of_its_draws(
-    mixture: LatentVariableModel,
-) -> None:
+def test_the_density_of_a_mixture_prior_is_that_of_its_draws(mixture: LatentVariableModel) -> None:
     h, log_cell = grid()
     prior = mixture.generative.prior
     with torch.no_grad():

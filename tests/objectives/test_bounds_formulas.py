@@ -331,11 +331,7 @@ EXTREME_VALUES = {
     "vimco": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
     "piwae2x3": (math.log(ALIVE / 6), 1e4 - LOG3, -math.log(6)),
     "vr0.5": (2 * math.log(ROOTS / 6), 1e4 - 2 * LOG3, -2 * math.log(6)),
-    "vr-0.7": (
-        math.log(sum(math.exp(1.7 * v) for v in FINITE) / 6) / 1.7,
-        1e4 - LOG3 / 1.7,
-        -math.log(6) / 1.7,
-    ),
+    "vr-0.7": (math.log(sum(math.exp(1.7 * v) for v in FINITE) / 6) / 1.7, 1e4 - LOG3 / 1.7, -math.log(6) / 1.7),
     "vr2.5": (-INF, -1e4 + math.log(6) / 1.5, -INF),
     "vr-max": (1.1, 1e4, 0.0),
     "ciwae0.3": (-INF, 0.3 * 1e4 / 6 + 0.7 * (1e4 - LOG3), -INF),

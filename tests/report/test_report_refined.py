@@ -232,10 +232,7 @@ NUMBERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "none": (lambda test: test.pop("refined"), "refined"),
     "no gap": (lambda test: test.pop("gap_q"), "gap_q"),
     "no error": (lambda test: test["refined"].pop("stderr_images"), "stderr_images"),
-    "words": (
-        lambda test: test["refined"].update(bias_mc="small"),
-        "test.refined.bias_mc must be a number",
-    ),
+    "words": (lambda test: test["refined"].update(bias_mc="small"), "test.refined.bias_mc must be a number"),
     "NaN": (lambda test: test.update(gap_q=float("nan")), 'test.gap_q must be a number, got "NaN"'),
     "infinite": (lambda test: test["refined"].update(nll=float("inf")), "refined"),
     "another k": (lambda test: test["refined"].update(k=3), "test.refined is of k = 3"),

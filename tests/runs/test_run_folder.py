@@ -76,8 +76,7 @@ def too_long(place: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "sweep"),
-    [(below_a_file, ()), (dangling, ()), (too_long, ()), (a_file, ("-m", "seed=7,8"))],
+    ("make", "sweep"), [(below_a_file, ()), (dangling, ()), (too_long, ()), (a_file, ("-m", "seed=7,8"))]
 )
 def test_an_output_dir_that_cannot_be_created(
     tmp_path: Path, make: Callable[[Path], Path], sweep: tuple[str, ...]

@@ -277,10 +277,7 @@ class Abstract(Conditional):
 
 @pytest.mark.parametrize(
     ("cls", "expected"),
-    [
-        (Unfinished, "Unfinished.sample raised NotImplementedError: "),
-        (Abstract, "OwnModel.build raised TypeError: "),
-    ],
+    [(Unfinished, "Unfinished.sample raised NotImplementedError: "), (Abstract, "OwnModel.build raised TypeError: ")],
 )
 def test_errors_in_code_of_a_user_are_one_line(cls: type[nn.Module], expected: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -25,9 +25,7 @@ def built(architecture: Architecture, seed: int, dtype: torch.dtype) -> LatentVa
 
 
 def alone_steps(
-    models: Sequence[LatentVariableModel],
-    objectives: Sequence[Objective],
-    optimizers: Sequence[torch.optim.Optimizer],
+    models: Sequence[LatentVariableModel], objectives: Sequence[Objective], optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[PlainStep]:
     return [PlainStep(*each) for each in zip(models, objectives, optimizers, strict=True)]
 

@@ -269,10 +269,7 @@ def test_patience_ends_the_training_and_a_finished_one_stays_so() -> None:
     # The passes of a warm-up do not count.
     falling = iter([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     warmed = Training(
-        IWAE(2),
-        Constant(6, patience=2),
-        lambda: next(falling),
-        settings=settings_module.Training(kl_warmup=3),
+        IWAE(2), Constant(6, patience=2), lambda: next(falling), settings=settings_module.Training(kl_warmup=3)
     )
     assert warmed.run() and warmed.hooks.saved[-1].step == 15
 
