@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import re
 import shutil
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_runs import TINY, arrays, finished, last_of_each, read_json, run, run_folders, snapshot
+from small_runs import TINY, arrays, evaluate, finished, last_of_each, read_json, run, run_folders, snapshot
 
 import iwae_cli
-from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.evaluation.likelihood import log_likelihood
 
 COMMAND = last_of_each(*TINY, "logger=offline", "evaluation.splits=[train,validation,test]", "seed=4")
@@ -213,13 +210,6 @@ def test_load_gives_the_model_of_the_result(folder: Path, result: Any) -> None:
     np.testing.assert_array_equal(again.log_px, arrays(folder / "log_likelihood.npz")["log_px"])
     assert -again.log_px.mean() == result["test"]["nll"]
     assert iwae_cli.load(str(folder))[1] == config
-
-
-def evaluate(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = command(list(arguments))
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_iwae_eval_keeps_its_result_beside_and_touches_nothing_else(copy: Path, result: Any) -> None:

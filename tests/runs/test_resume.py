@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from faults import RELEASE, Fault, Forks, fill_disk, interrupt, remove, rename, terminate
-from small_runs import TINY_TWO_LAYERS, bits, finished, last_of_each, read_json, run, run_folders, snapshot
+from small_runs import TINY_TWO_LAYERS, bits, finished, last_of_each, read_json, run, run_folders, saved_step, snapshot
 
 from iwae_cli.training import checkpoint, trainer
 
@@ -55,13 +55,9 @@ def only_folder(output_dir: Path) -> Path:
     return folder
 
 
-def saved_step(folder: Path) -> int:
-    return int(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])
-
-
 def finish(output_dir: Path, *overrides: str) -> Path:
     """The run folder after the same command has run to its end."""
-    step = saved_step(only_folder(output_dir)) if list(output_dir.glob("*/checkpoint.pt")) else 0
+    step = saved_step(only_folder(output_dir)) if run_folders(output_dir) else 0
     code, _, err = command(output_dir, *overrides)
     assert code == 0, err
     assert (f"from step {step}" in err) == (0 < step < 39)

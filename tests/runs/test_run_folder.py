@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import numpy as np
 import pytest
 from faults import Fault
 from scipy.io import savemat
-from small_runs import TINY, bits, finished, read_json, run
+from small_runs import TINY, bits, evaluate, finished, read_json, run
 
-from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.folder import RunFolder
 
@@ -32,13 +30,6 @@ def refused(output_dir: Path, *overrides: str, code: int = 2) -> str:
     lines = [line for line in err.splitlines() if not line.startswith(("training  ", "evaluating "))]
     assert (ended, out, len(lines)) == (code, "", 1), err
     return lines[0]
-
-
-def evaluate(folder: Path, *overrides: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = iwae_eval([str(folder), *overrides])
-    return code, out.getvalue(), err.getvalue()
 
 
 def nothing_computed(folder: Path) -> ExitStack:

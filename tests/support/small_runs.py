@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from iwae_cli.cli import train as cli
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 
 TINY = (
     "model.latent_sizes=[3]",
@@ -43,9 +45,18 @@ def last_of_each(*overrides: str) -> tuple[str, ...]:
 
 def run(*overrides: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``iwae-train`` in this process."""
+    return _called(cli.train, last_of_each(*overrides))
+
+
+def evaluate(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``iwae-eval`` in this process."""
+    return _called(iwae_eval, map(str, arguments))
+
+
+def _called(command: Callable[[list[str]], int], arguments: Iterable[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.train(list(last_of_each(*overrides)))
+        code = command([*arguments])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -60,6 +71,12 @@ def finished(output_dir: Path, *overrides: str) -> Path:
 
 def run_folders(output_dir: Path) -> list[Path]:
     return sorted(path.parent for path in output_dir.glob("*/config.yaml"))
+
+
+def saved_step(folder: Path) -> int:
+    """The step of a run's checkpoint; 0 where there is none."""
+    path = folder / "checkpoint.pt"
+    return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
 
 
 def read_json(path: Path) -> Any:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from faults import Fault, terminate
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders
+from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, saved_step
 
 from iwae_cli.cli.report import report
 from iwae_cli.cli.train import train
@@ -300,11 +300,6 @@ def test_the_same_sweep_twice_at_the_same_time(tmp_path: Path, runs: Any) -> Non
     (folder,) = Path("outputs/sweeps").iterdir()
     with RunLock(folder):
         assert train(["-m", "seed=0,1"]) == 3
-
-
-def saved_step(folder: Path) -> int:
-    path = folder / "checkpoint.pt"
-    return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
