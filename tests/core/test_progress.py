@@ -70,6 +70,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\r" in file.getvalue()
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_training_that_lasts_says_how_long_its_evaluation_will_take_and_keeps_its_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
