@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from regenerate_docs import NOTEBOOK, executed, groups
-from small_runs import finished, read_json, run_folders
+from small_runs import TINY, finished, read_json, run_folders
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.help import choices, conf_folder
@@ -34,10 +34,7 @@ PAGES["README.md"] = README
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 CHOICES = choices([conf_folder()])
 CONFIG = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
-SMALL = (
-    *("model.latent_sizes=[3]", "model.hidden_sizes=[[8]]", "evaluation.k=50", "evaluation.refine=0"),
-    "logger=disabled",
-)
+SMALL = (*TINY[:2], "evaluation.k=50", "evaluation.refine=0", "logger=disabled")
 PLUGINS = {"ray": "ray", "submitit_local": "submitit", "sweeps/search": "optuna"}
 """Choices that need an extra -> the module that the extra brings."""
 

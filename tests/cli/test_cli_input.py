@@ -12,12 +12,10 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-import iwae_cli
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
-from iwae_cli.core.errors import UserError
 
 WRONG = {
     # Groups and choices.
@@ -354,10 +352,3 @@ def test_what_only_cuda_can_do_is_refused_elsewhere(
     assert "optimizer.capturable=true is refused by Adam" in refused(capsys, *asked, "device=cpu")
     monkeypatch.setattr("iwae_cli.core.device.Device.resolve", lambda self: torch.device(self.kind))
     assert "nowhere is not a run folder" in refused(capsys, *asked, "device=cuda"), "checked after the optimizer"
-
-
-def test_python_is_not_answered_by_options_of_the_command_line() -> None:
-    for override, way in {"seed=1,2": "call iwae_cli.train once for each", "-m": "options are for the command"}.items():
-        with pytest.raises(UserError, match=way) as refusal:
-            iwae_cli.train(override)
-        assert "add -m" not in str(refusal.value)
