@@ -15,6 +15,8 @@ from typing import Any
 
 from iwae_cli.core.errors import UserError
 
+VAMP_START = 1
+"""Of the images of a VampPrior: raise it where they begin otherwise, so that no older training answers."""
 RECIPE = 1
 """Of refined proposals: raise it where their fit or their mixture changes, so that no older result answers."""
 
@@ -56,6 +58,7 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
         "fingerprints": dict(fingerprints),
         **{key: config[key] for key in ("with_optimizer", "train")},
         **_training(config),
+        **({"vamp_start": VAMP_START} if config["model"].get("prior") == "vamp" else {}),
     }
 
 

@@ -75,6 +75,12 @@ def test_the_readable_part_names_the_objects(tmp_path: Path) -> None:
     assert evaluation("evaluation.splits=[test]").startswith("k5000-test-last-")
 
 
+def test_a_training_whose_images_began_otherwise_does_not_answer(tmp_path: Path) -> None:
+    """In version 0.6 the images of a VampPrior began partly outside of [0, 1], where they stayed."""
+    (job,) = plan(["model.prior=vamp", "model.prior_components=3", f"output_dir={tmp_path}"], False, None).jobs
+    assert not job.experiment().identity().endswith("-f7877bd2")
+
+
 def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
     assert identity("objective=dreg") == identity("objective.gradient=dreg") != identity()
     assert identity("model.latent_sizes=[100,50]", "model.hidden_sizes=[[200,200],[100,100]]") == identity(
