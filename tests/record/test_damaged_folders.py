@@ -30,9 +30,10 @@ NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with an evaluation by AIS."""
+    """A finished run with another evaluation by L_k and one by AIS."""
     made = finished(tmp_path_factory.mktemp("runs"), *OPTIONS)
-    assert evaluate([str(made), *AIS]) == 0
+    for options in (AIS, ("evaluation.k=20", "evaluation.workers=1")):
+        assert evaluate([str(made), *options]) == 0
     return made
 
 
@@ -74,7 +75,7 @@ def numbers(text: str) -> set[str]:
     return set(NUMBER.findall("\n".join(line for line in text.splitlines() if not line.startswith("seconds"))))
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "result.json", "status.json", "evaluations/ais*"])
+@pytest.mark.parametrize("file", ["config.yaml", "result.json", "status.json", "evaluations/ais*", "evaluations/k20*"])
 def test_a_report_names_the_key_or_shows_the_same_numbers(
     folder: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,3 +292,12 @@ def test_a_damaged_sweep_is_one_line(tmp_path: Path, words: str) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(SWEEPS[words]))
     (left,) = read([tmp_path]).left_out
     assert left.state == "damaged" and left.why.startswith(f"sweep.json is damaged: {words}")
+
+
+def test_a_first_run_may_have_moved(folder: Path) -> None:
+    change = {"init_from": "/then/first-run-seed0-01234567"}
+    (folder / "result.json").write_text(json.dumps(load(folder / "result.json") | change))
+    set_key(folder / "config.yaml", "init_from", "/now/first-run-seed0-01234567")
+    assert not read([folder]).left_out
+    set_key(folder / "config.yaml", "init_from", "/now/another-seed0-01234567")
+    assert "init_from must be" in read([folder]).left_out[0].why
