@@ -229,6 +229,15 @@ def test_values_that_cannot_be_read_are_named_on_the_page_and_by_differences(
     assert f"{folder.name}/log_likelihood.npz" in (out + err).replace(f"{tmp_path}/outputs/", "")
 
 
+def test_a_training_bound_with_part_of_the_kl_is_not_drawn(tmp_path: Path) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    rows = [{"step": n, "pass": n, "train/bound": -70.0 - n, "train/kl_weight": min(1, n / 3)} for n in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,) = tables(comparable(read([tmp_path]).runs, "test")[0])
+    curves = {title: curves for title, _, curves in _training([("", table.cells[0])], [])}
+    assert [x for x, _ in curves["Training"][0].points] == [3, 4, 5]
+
+
 def test_hostile_metrics_are_no_traceback(tmp_path: Path) -> None:
     folder = write(tmp_path / "o", config(), values(85.0))
     row = {"step": 1, "pass": 1, "train/bound": "high", "train/kl/1": None, "train/ess": [1]}
