@@ -222,6 +222,25 @@ def test_the_report() -> None:
     )
 
 
+def test_a_gradient_that_varies_in_few_draws_has_no_error() -> None:
+    class Rare(Known):
+        """One draw of all differs."""
+
+        def losses(self, model: Any, x: Tensor, particles: Any, noise: Any) -> Losses:
+            self.calls = getattr(self, "calls", 0) + 1
+            theta = torch.cat([p.flatten() for p in model.generative.parameters()])
+            phi = torch.cat([p.flatten() for p in model.inference.parameters()])
+            return Losses((theta * (1 + (self.calls == 7))).sum(), phi.sum(), particles.log_w[0].detach())
+
+    chosen = subject()
+    rare = EstimatorInput(chosen.model, chosen.data, chosen.evaluation, lambda k: Rare([1.0]))
+    found = GradientSNR(ks=[1, 2], draws=40).estimate(rare, lambda: None)
+    numbers = found.numbers["gradient_snr"]["generative"]
+    assert numbers["1"]["per_parameter"] > 1 and numbers["1"]["per_parameter_stderr"] is None
+    assert found.reasons["generative.1.per_parameter_stderr"] == "in half of the draws no gradient varies"
+    assert found.reasons["generative.slope_stderr"] == "half of the draws have no ratio, or 0"
+
+
 def test_a_ratio_below_the_floor_is_null_with_its_reason() -> None:
     chosen = subject()
     silent = EstimatorInput(chosen.model, chosen.data, chosen.evaluation, lambda k: Known([0.0]))

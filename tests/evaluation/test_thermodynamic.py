@@ -65,6 +65,9 @@ def test_few_effective_draws_are_counted_where_the_right_sum_is_no_upper_bound()
     numbers = found.numbers["test"]
     assert numbers["right"] + 3 * numbers["right_stderr_mc"] < numbers["exact"]
     assert numbers["ess_share_below_enough"] == 1  # below 5 for each of 20 intervals
+    some = Thermodynamic(50, 4).estimate(subject(50, wide=0.0), lambda: None)
+    share = float((some.arrays[array_name("test", "ess")] < 5 * 4).mean())
+    assert some.numbers["test"]["ess_share_below_enough"] == share and 0.05 < share < 0.95
     rows = dict((key, label) for label, key, _ in found.rows)
     assert "upper bound where the ESS is large" in rows["test.right"]
     assert rows["test.right_stderr_mc"] == "  other noise: stderr_mc of right"
