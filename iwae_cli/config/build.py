@@ -266,7 +266,7 @@ def _complaint(errors: list[Any], hint: Any, path: str) -> str:
     if "a list" in wanted and not place and isinstance(got, str | int | float):
         return f"{line}: write {shlex.quote(f'{path}=[{closest(got, _literals(hint)) or show(got)}]')}"
     span = re.fullmatch(r"(\d{1,9})(?:\.\.|-|:)(\d{1,9})", str(got))
-    if "an integer" in wanted and span:
+    if "an integer" in wanted and span and int(span[1]) < int(span[2]):
         return f"{line}; for several runs write -m {shlex.quote(f'{path}=range({span[1]},{int(span[2]) + 1})')}"
     return line + nearest(got, _literals(hint))
 

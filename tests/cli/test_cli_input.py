@@ -12,16 +12,19 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import iwae_cli
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
+from iwae_cli.core.errors import UserError
 
 WRONG = {
     # Groups and choices.
     "objektive=elbo": "objektive objective",
     "objective=iwea": "objective iwae",
     "'objective={k: 3}'": "objective",
+    "seed=3-1": "seed",
     "objective=[iwae,elbo]": "objective",
     "logger=[offline,onlin]": "logger online",
     "+objective=elbo": "objective=elbo",
@@ -225,6 +228,13 @@ def test_hydras_own_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) 
     assert "bash, zsh, fish" in refused(capsys, "-sc", "install=x")
     for arguments in (["--hydra-help"], ["--cfg", "job", "--resolve"], ["--cfg", "job", f"output_dir={'x' * 5000}"]):
         assert train(arguments) == 0
+
+
+def test_python_is_not_answered_by_options_of_the_command_line() -> None:
+    for override, way in {"seed=1,2": "call iwae_cli.train once for each", "-m": "options are for the command"}.items():
+        with pytest.raises(UserError, match=way) as refusal:
+            iwae_cli.train(override)
+        assert "add -m" not in str(refusal.value)
 
 
 def test_windows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
