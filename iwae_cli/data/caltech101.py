@@ -23,8 +23,13 @@ class Caltech101Silhouettes(MatImages):
     """``caltech101_silhouettes_28_split1.mat``: keys train_data, val_data, test_data, (n, 784), column by column.
 
     Marlin, Swersky, Chen, de Freitas 2010, Inductive Principles for Restricted Boltzmann Machine Learning. In the file
-    an object is 0 and what surrounds it 1; with ``invert`` they are 1 - x, as in the papers on VampPrior and Sylvester
-    flows, and called ``caltech101_silhouettes_inverted``.
+    an object is 0 and what surrounds it 1; the papers on VampPrior and Sylvester flows take 1 - x.
+
+    Args:
+        data_dir: ``<data_dir>/Caltech101Silhouettes/<file>`` is read, and downloaded if it is not there.
+        path: another file of the same layout and any size.
+        invert: take 1 - x; then the data set is called ``caltech101_silhouettes_inverted``.
+        limit: training images that are used, from the first; None is all.
     """
 
     name = "caltech101_silhouettes"

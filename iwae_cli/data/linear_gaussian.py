@@ -29,8 +29,15 @@ class LinearGaussian(Dataset):
     ``facts["generator_nll"]`` is the mean of -log N(x; mean, W W' + noise_std^2 I) over the test split, nats:
     a floor for the NLL of any model, up to chance.
 
-    x has ``pixels`` values and h ``latent_size``. A longer split begins with the shorter one. ``seed`` is that of the
-    generator, not of a run.
+    Args:
+        pixels: size of x.
+        latent_size: size of h.
+        noise_std: standard deviation of the observation noise.
+        n_train, n_validation, n_test: observations in each split; a longer split begins with the shorter one.
+        seed: of the generator; not the seed of any run.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     name = "linear_gaussian"

@@ -24,6 +24,12 @@ class Omniglot(MatImages):
     Lake, Salakhutdinov, Tenenbaum 2015; resized and split by Burda, Grosse, Salakhutdinov 2016 (1509.00519).
     The training images are in the authors' order, numpy's ``RandomState(123).permutation``; the last of them are the
     validation split. Grey values become the bytes 0 to 255 from which they were made.
+
+    Args:
+        data_dir: ``<data_dir>/OMNIGLOT/chardata.mat`` is read, and downloaded if it is not there.
+        path: another file of the same layout and any size.
+        binarization: ``dynamic`` or ``none``.
+        limit: training images that are used, from the first; None is all.
     """
 
     name = "omniglot"

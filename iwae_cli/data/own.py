@@ -93,8 +93,15 @@ class _Own(GreyDataset, ABC):
 class ArrayFile(_Own):
     """One file with arrays ``train``, ``validation`` and ``test``, or with one array.
 
-    Shapes are (n, pixels), (n, height, width) or (n, channels, height, width). With 3 to 256 ``levels`` values are
-    integers 0 to ``levels`` - 1, or these divided by ``levels`` - 1. Nothing is unpickled.
+    Shapes are (n, pixels), (n, height, width) or (n, channels, height, width). Nothing is unpickled.
+
+    Args:
+        path: ``.npz``, ``.npy``, ``.pt`` (a tensor or a dict of them) or ``.mat`` (up to version 7).
+        levels: 2: values are 0 and 1. 3 to 256: integers 0 to ``levels`` - 1, or these divided by ``levels`` - 1.
+            ``real``: floating point numbers.
+        splits: shares of train, validation and test, for one array.
+        binarization: of 3 to 256 levels: ``dynamic`` or ``none``.
+        limit: training images that are used, from the first; None is all.
     """
 
     name = "file"
@@ -248,8 +255,13 @@ def _integers(arrays: Mapping[str, np.ndarray], levels: int) -> dict[str, np.nda
 class ImageFolder(_Own):
     """The images of a folder, with 8 bits a channel, in natural order: 2.png comes before 10.png.
 
-    They are in the subfolders train, validation and test or, with ``splits``, at any depth. ``size`` is the height and
-    width to which they are stretched.
+    Args:
+        path: a folder with subfolders train, validation and test, or, with ``splits``, with images at any depth.
+        size: height and width to which images are stretched; None: all have one size already.
+        colour: three channels; otherwise one.
+        splits: shares of train, validation and test.
+        binarization: ``dynamic`` or ``none``.
+        limit: training images that are used, from the first; None is all.
     """
 
     name = "folder"
