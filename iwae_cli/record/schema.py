@@ -196,12 +196,10 @@ def check_same(config: Mapping[str, Any], result: Mapping[str, Any], path: Path)
     """Raise ``Damaged`` if ``config``, the content of ``path``, is not the configuration of the result beside it."""
     for key, recorded in (("seed", "seed"), ("train", "trained")):
         _require_same(path, key, result.get(recorded, config[key]), config[key])
-    # Both runs may have moved: the name of the first one decides.
-    first = [
-        Path(value).name if value else None
-        for value in (result.get("init_from", config["init_from"]), config["init_from"])
-    ]
-    _require_same(path, "init_from", *first)
+    # The first run may have moved, under another name too; its weights are part of the identity.
+    first, now = result.get("init_from", config["init_from"]), config["init_from"]
+    if (first is None) != (now is None):
+        _require_same(path, "init_from", first, now)
     if (images := result["dataset"].get("sizes", {}).get("train")) is not None:
         passes = result["steps"] // -(-images // config["batch_size"])
         fault = f"batch_size must be one of which {result['steps']:,} steps are {result['epochs']:,} passes, as in "

@@ -297,7 +297,8 @@ def test_a_damaged_sweep_is_one_line(tmp_path: Path, words: str) -> None:
 def test_a_first_run_may_have_moved(folder: Path) -> None:
     change = {"init_from": "/then/first-run-seed0-01234567"}
     (folder / "result.json").write_text(json.dumps(load(folder / "result.json") | change))
-    set_key(folder / "config.yaml", "init_from", "/now/first-run-seed0-01234567")
-    assert not read([folder]).left_out
-    set_key(folder / "config.yaml", "init_from", "/now/another-seed0-01234567")
+    for place in ("/now/first-run-seed0-01234567", "/now/renamed"):
+        set_key(folder / "config.yaml", "init_from", place)
+        assert not read([folder]).left_out
+    set_key(folder / "config.yaml", "init_from", None)
     assert "init_from must be" in read([folder]).left_out[0].why
