@@ -27,7 +27,15 @@ from iwae_cli.models.base import Architecture
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record.folder import RunFolder, folder_ending, folders_recording
 from iwae_cli.record.former import MARK
-from iwae_cli.record.identity import one_spelling, path_keys, paths_fingerprint, recorded_as, training_name, words
+from iwae_cli.record.identity import (
+    one_spelling,
+    path_keys,
+    paths_fingerprint,
+    recorded_as,
+    training_name,
+    unused,
+    words,
+)
 from iwae_cli.record.loggers import Logger
 from iwae_cli.training import checkpoint
 from iwae_cli.training.check import check_outside
@@ -151,7 +159,8 @@ class Experiment:
         except UserError as error:
             raise UserError(f"init_from: {error}") from error
         for group in ("model", "optimizer") if self.with_optimizer else ("model",):
-            here, there = one_spelling(self.config[group]), one_spelling(config[group])
+            nodes = (self.config[group], config[group])
+            here, there = (one_spelling({k: v for k, v in n.items() if k not in unused(n)}) for n in nodes)
             if here != there if group == "model" else here["_target_"] != there.get("_target_"):
                 raise UserError(
                     f"init_from={source.path} was run with another {group}: {_differences(group, there, here)}"

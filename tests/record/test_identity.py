@@ -81,6 +81,15 @@ def test_a_training_whose_images_began_otherwise_does_not_answer(tmp_path: Path)
     assert not job.experiment().identity().endswith("-f7877bd2")
 
 
+def test_a_key_without_effect_makes_no_other_model_of_a_first_run(tiny_run: Path, tmp_path: Path) -> None:
+    asked = (*TINY, f"init_from={tiny_run}", f"output_dir={tmp_path}")
+    (job,) = plan([*asked, "model.prior_components=9", "model.posterior_size=9"], False, None).jobs
+    job.experiment().check()
+    (job,) = plan([*asked, "model.prior=mixture"], False, None).jobs
+    with pytest.raises(UserError, match="was run with another model"):
+        job.experiment().check()
+
+
 def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
     assert identity("objective=dreg") == identity("objective.gradient=dreg") != identity()
     assert identity("model.latent_sizes=[100,50]", "model.hidden_sizes=[[200,200],[100,100]]") == identity(
