@@ -190,9 +190,9 @@ class GradientSNR(Estimator):
         """Return the ratios for every k, and the slope of log ratio against log k."""
         model, seed = subject.model, subject.evaluation.seed
         objectives = {k: subject.objective(k) for k in self.ks}
-        for objective in objectives.values():
+        for k, objective in objectives.items():
             if (refusal := objective.check_networks(model)) is not None:
-                raise UserError(refusal)
+                raise UserError(f"estimator.ks holds {k}: {refusal}")
         split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}

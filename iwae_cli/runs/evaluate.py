@@ -75,7 +75,7 @@ def evaluate_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     node = config.get("estimator", {}).get("objective")
     if node is not None:
         asked = build(node, Objective, "objective")
-        refusal = asked.check(objects["model"]) or asked.check_networks(model)
+        refusal = asked.check(objects["model"])  # its k is the estimator's, which checks the networks
         if refusal is not None:
             raise UserError(refusal)
     data = objects["data"].load()

@@ -168,6 +168,15 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 
 
 @pytest.mark.usefixtures("coarse")
+def test_gradients_of_another_objective_have_the_k_of_the_estimator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished(tmp_path, *TINY, "model.posterior=mixture", "model.posterior_size=2", "objective.k=2")
+    assert evaluate([str(folder), *SNR, "objective=iwae"]) == 0
+    assert evaluate([str(folder), SNR[0], "estimator.ks=[2,3]", *SNR[2:], "objective=iwae"]) == 2
+    assert "estimator.ks holds 3" in capsys.readouterr().err
+
+
 def test_a_grid_with_its_picture(
     tmp_path: Path,
     request: pytest.FixtureRequest,
