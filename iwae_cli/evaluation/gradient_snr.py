@@ -286,5 +286,5 @@ def _slope(ratios: Mapping[int, float]) -> float:
 
 
 def _named(objective: Objective) -> str:
-    gradient = getattr(objective, "gradient", None)
-    return type(objective).__name__ + (f", gradient={gradient}" if gradient else "")
+    choices = ((key, getattr(objective, key, None)) for key in ("gradient", "baseline", "m"))
+    return ", ".join([type(objective).__name__, *(f"{key}={value}" for key, value in choices if value is not None)])

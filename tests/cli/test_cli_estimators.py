@@ -168,6 +168,11 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 
 
 @pytest.mark.usefixtures("coarse")
+def test_the_choices_of_the_objective_are_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(run_folder), *SNR, "objective=miwae", "objective.m=3"]) == 0
+    assert "of the gradients of MIWAE, gradient=total, m=3\n" in capsys.readouterr().out
+
+
 def test_gradients_of_another_objective_have_the_k_of_the_estimator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
