@@ -56,8 +56,9 @@ class Caltech101Silhouettes(MatImages):
         sha256 = hashlib.sha256(content).hexdigest()
         of = "not the published split"
         if tuple(map(len, splits)) == SIZES:
-            # Another split of the same images may have the same sizes.
-            of = "which need not be " * (self._path is not None) + "split 1 of Marlin et al. 2010"
+            of = "split 1 of Marlin et al. 2010"
+            if self._path is not None:  # another split of the same images may have the same sizes
+                of = f"which need not be {of}"
         if self._invert:
             splits = [1 - x for x in splits]
         return self.data(

@@ -62,7 +62,8 @@ class _Moments:
     """Moments of a stream of gradients.
 
     The direction is the mean of the first half of the draws, and the parts along and across it are those of the second
-    half: draws that make up the mean point along it by construction.
+    half: draws that make up the mean point along it by construction. Each group of draws has sums of its own: 20
+    float64 numbers for every parameter.
     """
 
     def __init__(self, draws: int) -> None:
