@@ -25,6 +25,7 @@ _jaxtyped = jaxtyping.jaxtyped
 
 def install(package: str) -> None:
     """Check the functions of ``package``, which is not imported yet."""
+    # The import hook puts jaxtyping.jaxtyped(typechecker=...) above every definition.
     jaxtyping.jaxtyped = lambda typechecker: checked  # type: ignore[assignment]
     jaxtyping.install_import_hook(package, "shape_checks.checked")
 
@@ -36,7 +37,7 @@ def checked(what: Any) -> Any:
     """
     if inspect.isclass(what):
         if is_dataclass(what) and "__init__" in vars(what):
-            what.__init__ = checked(what.__init__)  # type: ignore[method-assign]
+            what.__init__ = checked(what.__init__)  # type: ignore[method-assign]  # that of the dataclass, replaced
         return what
     if "<locals>" in what.__qualname__:
         return what
