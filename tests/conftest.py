@@ -109,7 +109,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refined proposals and grids of a fraction of the work, where a test does not ask how good they are."""
     monkeypatch.setattr("iwae_cli.evaluation.proposals.STEPS", 30)
     for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 50}.items():
-        monkeypatch.setattr(f"iwae_cli.evaluation.grid.{name}", fewer)
+        monkeypatch.setattr(f"iwae_cli.evaluation.grid.picture.{name}", fewer)
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from iwae_cli.config.build import build
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Data
-from iwae_cli.evaluation import grid
 from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
-from iwae_cli.evaluation.grid import Box, Grid, log_densities, prior_box, quadrature
+from iwae_cli.evaluation.grid import Grid, estimator, picture
+from iwae_cli.evaluation.grid.picture import log_densities
+from iwae_cli.evaluation.grid.quadrature import Box, prior_box, quadrature
 from iwae_cli.evaluation.proposals import refine
 from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -76,7 +77,7 @@ def toy(x: Tensor) -> Data:
 @pytest.fixture
 def coarse_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fewer in {"OVERVIEW": 101, "WINDOW": 41, "REPEATS": 200}.items():
-        monkeypatch.setattr(grid, name, fewer)
+        monkeypatch.setattr(picture, name, fewer)
 
 
 @pytest.mark.parametrize("latents", [1, 2])
@@ -254,7 +255,7 @@ def test_the_density_of_the_resampled_q_is_that_of_simulated_draws() -> None:
 @pytest.mark.usefixtures("coarse_picture")
 def test_the_picture_shows_what_is_near_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Posterior] = []
-    monkeypatch.setattr(grid, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
+    monkeypatch.setattr(estimator, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
     model = nonlinear()
     found = estimate(model, drawn(model, 5))
     found.figures["posteriors.png"]("anywhere")  # type: ignore[arg-type]
@@ -273,7 +274,7 @@ def test_the_picture_shows_what_is_near_the_posterior(monkeypatch: pytest.Monkey
 def test_kl_is_not_cut_off_at_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """KL(q || p(h|x)) = log p(x) - L_1 of two Gaussians in closed form; some of q lies beyond the frame."""
     shown: list[Posterior] = []
-    monkeypatch.setattr(grid, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
+    monkeypatch.setattr(estimator, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
     model = linear_gaussian(2, log_scale=-0.5)
     q: Any = model.inference.layers[0]
     with torch.no_grad():
