@@ -327,6 +327,14 @@ def test_links_lead_somewhere_and_the_readme_is_short() -> None:
             assert not anchor or anchor in slugs, (page, target)
 
 
+def test_names_on_the_page_of_the_code_exist() -> None:
+    walk = PAGES["docs/code.md"].partition("\n## From")[2]
+    linked = {(ROOT / "docs" / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((\S+\.py)\)", walk)}
+    names = re.findall(r"`(\w+)`", walk)
+    assert len(names) > 20
+    assert not [name for name in names if not any(re.search(rf"\b(def|class) {name}\b", text) for text in linked)]
+
+
 def test_every_promise_names_its_tests() -> None:
     text = PAGES["docs/promises.md"]
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
