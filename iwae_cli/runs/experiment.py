@@ -16,7 +16,7 @@ import torch
 from iwae_cli.config.build import build
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
-from iwae_cli.core.errors import UserError
+from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.files import absolute
 from iwae_cli.data.base import Data, Dataset
 from iwae_cli.data.files import DOWNLOADS
@@ -99,10 +99,8 @@ class Experiment:
     group: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        check_range("seed", self.seed, 0)
+        check_range("batch_size", self.batch_size, 1)
         if self.batch_size * self.objective.num_samples > MAX_DRAWS:
             raise ValueError(
                 f"batch_size={self.batch_size:,} with {self.objective.num_samples:,} draws for each image "

@@ -34,12 +34,8 @@ class Validation:
     every: int
 
     def __post_init__(self) -> None:
-        for name, most in (("k", 100_000_000), ("every", sys.maxsize)):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-            if value > most:
-                raise ValueError(f"{name} must be <= {most:,}, got {value:,}")
+        check_range("k", self.k, 1, 100_000_000)
+        check_range("every", self.every, 1, sys.maxsize)
 
 
 @dataclass(frozen=True)
