@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -249,17 +250,20 @@ def test_a_missing_number_is_left_out_with_its_reason(tmp_path: Path) -> None:
     assert "validation split was not evaluated" in left.why
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/rainforth/*.yaml")), ids=lambda path: path.stem)
-def test_a_preset_has_the_published_value_that_its_yaml_quotes(tmp_path: Path, path: Path) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"experiment=rainforth/{path.stem}"], return_hydra_config=True)
-    names = (cfg.hydra.runtime.choices.model, cfg.hydra.runtime.choices.objective)
-    plain = {key: value for key, value in cfg.items() if key != "hydra"}
-    settings: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
-    write(tmp_path, settings, values(100.0), data="mnist", names=names)
-    (cell,) = table(tmp_path).cells
-    quoted = path.read_text().split("NLL_5000 ")[1].split(" ")[0]
-    assert cell.published is not None and f"{cell.published.nll:.2f}" == quoted and not cell.deviations
+def test_commands_of_the_docs_have_the_published_values_that_they_quote(tmp_path: Path) -> None:
+    page = (CONF.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^iwae-train (.+?) +# paper: (\S+)$", page, re.MULTILINE)
+    assert len(quoted) == 5
+    for number, (command, value) in enumerate(quoted):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", command.split(), return_hydra_config=True)
+        chosen = cfg.hydra.runtime.choices
+        plain = OmegaConf.create({key: node for key, node in cfg.items() if key != "hydra"})
+        settings: Any = OmegaConf.to_container(plain, resolve=True)
+        place = tmp_path / str(number)
+        write(place, settings, values(100.0), data=chosen.data, names=(chosen.model, chosen.objective))
+        (cell,) = table(place).cells
+        assert cell.published is not None and f"{cell.published.nll:.2f}" == value and not cell.deviations, command
 
 
 @pytest.mark.parametrize("data", ["mnist", "omniglot", "mnist_fixed"])

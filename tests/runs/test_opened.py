@@ -193,4 +193,4 @@ def test_train_refuses_what_the_command_refuses(
 
 def test_train_refuses_a_sweep() -> None:
     with pytest.raises(UserError, match="a sweep"):
-        iwae_cli.train("experiment=sweeps/seeds")
+        iwae_cli.train("experiment=sweeps/table1")
