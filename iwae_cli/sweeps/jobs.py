@@ -7,7 +7,8 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,8 +144,10 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
     loaded: dict[str, Data] = {}
     seen: set[str] = set()
     for job in plan.jobs:
-        experiment = job.experiment(plan.name)
-        experiment.check()
+        name = job_name(len(found), job.overrides, plan.varied) if len(plan.jobs) > 1 else ""
+        with _refused(name):
+            experiment = job.experiment(plan.name)
+            experiment.check()
         if not plan.is_grid and "validation" not in experiment.evaluation.splits:
             why = "a search minimizes the NLL of the validation split"
             raise UserError(f"{why}: evaluation.splits must hold validation")
@@ -162,9 +165,19 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
         if data not in loaded:
             loaded[data] = experiment.data.load()
         if parts not in seen:
-            experiment.check_with(loaded[data])
+            with _refused(name):
+                experiment.check_with(loaded[data])
             seen.add(parts)
     return list(found.values())
+
+
+@contextmanager
+def _refused(job: str) -> Iterator[None]:
+    """Begin errors of input with the name of the job that they refuse."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{job}: {error}" if job else str(error)) from error
 
 
 def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:
