@@ -39,17 +39,17 @@ class GaussianArchitecture(Architecture):
         self.observation = OBSERVATIONS[likelihood]
         check_size("posterior_size", self.posterior_size, 2 if self.posterior == "mixture" else 1)
         if self.posterior == "coupling" and min(latent_sizes) < 2:
-            raise ValueError("posterior=coupling needs at least two latents in every layer, got 1; use posterior=full")
+            raise ValueError(
+                "posterior=coupling needs two latents or more in every layer, got 1: write model.posterior=full"
+            )
         check_size("prior_components", self.prior_components)
-        if self.prior == "vamp" and likelihood == "gaussian":
-            raise ValueError(
-                "prior=vamp is for pixels in [0, 1], as its images are, not for likelihood=gaussian: use mixture"
-            )
-        if self.prior == "vamp" and (self.layers > 1 or self.posterior != "diagonal"):
-            raise ValueError(
-                "prior=vamp needs one stochastic layer and posterior=diagonal, "
-                f"got {self.layers} and posterior={self.posterior}; use prior=mixture"
-            )
+        for is_wrong, needs in (
+            (self.layers > 1, f"one stochastic layer, got {self.layers}"),
+            (self.posterior != "diagonal", f"model.posterior=diagonal, got {self.posterior}"),
+            (likelihood == "gaussian", "pixels in [0, 1], as its images have, got model.likelihood=gaussian"),
+        ):
+            if self.prior == "vamp" and is_wrong:
+                raise ValueError(f"prior=vamp needs {needs}: write model.prior=mixture")
 
     def _rich_posterior(self, body: nn.Module, features: int, outputs: int, first: bool) -> Conditional:
         """Return q(h|given) of a family other than ``diagonal``, on the features of ``body``; ``first``: given x."""

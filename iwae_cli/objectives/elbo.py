@@ -22,12 +22,14 @@ class ELBO(BoundObjective):
             layer that have one, with ``gradient=total`` (the closed form has no score term to drop).
     """
 
+    stratified = True
+
     def __init__(self, k: int = 1, gradient: Gradient = "total", analytic_kl: bool = False) -> None:
         super().__init__(k, gradient)
         if analytic_kl and gradient != "total":
             raise ValueError(f"analytic_kl has a meaning with gradient=total only, got gradient={gradient}")
         self.analytic_kl = analytic_kl
-        self.stratified, self.takes_kl_weight = True, not analytic_kl
+        self.takes_kl_weight = not analytic_kl
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         return log_w.mean(0)
@@ -57,7 +59,7 @@ class ELBO(BoundObjective):
     def check_networks(self, model: Model) -> str | None:
         if self.analytic_kl and not model.has_kl:
             return (
-                "objective.analytic_kl=true needs a q and a prior whose KL has a closed form, and none is known for "
-                "those of this model; use objective.analytic_kl=false"
+                "objective.analytic_kl=true needs KL(q || p) in closed form, and none is known for q and prior of this "
+                "model: write objective.analytic_kl=false"
             )
         return super().check_networks(model)

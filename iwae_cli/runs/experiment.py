@@ -306,7 +306,7 @@ class Experiment:
         model = check_outside(self.objective, self.model, data)
         refusal = self.objective.check_networks(model)
         if refusal is None and self.train == "inference" and model.shared:
-            refusal = f"train=inference keeps p, but p and q of this model share parameters ({model.shared[0]})"
+            refusal = "train=inference keeps p, but p and q of this model share parameters: write train=all"
         if refusal is not None:
             raise UserError(refusal)
 

@@ -246,11 +246,11 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
     model = built(posterior="mixture", posterior_size=4)
     for fine in (
         IWAE(8), IWAE(4, "stl"), ELBO(4), ELBO(4, "dreg"), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4),
-        RWS(4),
+        RWS(4), CIWAE(4, 1, "dreg"), TVO(4, 1, gradient="dreg"),
     ):  # fmt: skip
         assert fine.check_networks(model) is None
     for wrong in (
-        IWAE(4, "dreg"), PIWAE(2, 4, "dreg"), UMIWAE(2, 4), JVI(4), VIMCO(4), REINFORCE(4),
+        IWAE(4, "dreg"), CIWAE(4, 0.9, "dreg"), PIWAE(2, 4, "dreg"), UMIWAE(2, 4), JVI(4), VIMCO(4), REINFORCE(4),
         TVO(4, gradient="covariance"), RWS(4, gradient="dreg"),
     ):  # fmt: skip
         assert "independent draws" in (wrong.check_networks(model) or ""), wrong
@@ -303,16 +303,19 @@ def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_co
     [
         (
             {"posterior": "coupling", "latent_sizes": [1]},
-            "posterior=coupling needs at least two latents in every layer",
+            "posterior=coupling needs two latents or more in every layer",
         ),
         ({"posterior": "mixture", "posterior_size": 1}, "posterior_size must be >= 2, got 1"),
-        ({"prior": "vamp", "posterior": "full"}, "prior=vamp needs one stochastic layer and posterior=diagonal"),
+        (
+            {"prior": "vamp", "posterior": "full"},
+            "prior=vamp needs model.posterior=diagonal, got full: write model.prior=mixture",
+        ),
         (
             {"prior": "vamp", "latent_sizes": [3, 2], "hidden_sizes": [[4], [4]]},
             "prior=vamp needs one stochastic layer",
         ),
         ({"prior": "mixture", "prior_components": 0}, "prior_components must be >= 1, got 0"),
-        ({"prior": "vamp", "likelihood": "gaussian"}, "prior=vamp is for pixels in [0, 1]"),
+        ({"prior": "vamp", "likelihood": "gaussian"}, "prior=vamp needs pixels in [0, 1]"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], message: str) -> None:
