@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from inspect import signature
 from typing import ClassVar, Literal, final, get_args
 
 import torch
@@ -47,10 +48,10 @@ class Objective(ABC):
     one_loss: bool = False
     """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
     stratified: bool = False
-    """Whether k draws that are taken in turn from the components of q serve its value and gradient as independent ones.
+    """Whether k draws that are taken in turn from the components of q serve it as independent ones do.
 
-    Not where the mean score of every single draw must be 0, as for ``dreg`` and baselines of score functions: that of q
-    is 0 over q, and not over one of its components.
+    Not its gradient where ``needs_score``, nor baselines of score functions: the mean score of q is 0 over q, and not
+    over one of its components. Of a class, whether it does with some gradient.
     """
     takes_kl_weight: bool = False
     """Whether its losses stay right where log p(h) and log q(h|x) are both multiplied by a number."""
@@ -87,6 +88,11 @@ class Objective(ABC):
         return self.losses(model, x, model.draw(x, self.num_samples, noise), noise)
 
     @property
+    def needs_score(self) -> bool:
+        """Whether its gradient is right for a log q of weight one alone, whose score has mean 0 for every draw."""
+        return False
+
+    @property
     def caveats(self) -> tuple[str, ...]:
         """Warnings to print before the training, one line each; empty for most objectives."""
         if self.lower_bound:
@@ -106,25 +112,33 @@ class Objective(ABC):
     def check_networks(self, model: Model) -> str | None:
         """Return why this objective cannot train these built networks; None if it can."""
         if model.shared and not self.one_loss:
+            what, instead = self._blamed(type(self).one_loss)
             return (
-                f"{type(self).__name__} as chosen does not train p and q by the whole derivative of one loss, but they "
-                f"share parameters ({model.shared[0]}): use objective=iwae or another bound with "
-                "objective.gradient=total"
+                f"{what} gives p and q different gradients, and in this model they share parameters "
+                f"({model.shared[0]}): write {instead}"
             )
         strata = model.inference.strata
-        if strata > 1 and not self.stratified:
+        k = -(-self.k // strata) * strata
+        if strata > 1 and (self.needs_score or not self.stratified):
+            what, instead = self._blamed(type(self).stratified)
             return (
-                f"{type(self).__name__} as chosen needs independent draws, and this q takes them from its {strata} "
-                "components in turn: use objective=iwae, elbo or miwae with objective.gradient=total, or another "
-                "model.posterior"
+                f"{what} needs independent draws, and this q takes them from its {strata} components in turn: write "
+                f"{instead}{f' objective.k={k}' if k > self.k else ''}, or model.posterior=full"
             )
-        if strata > 1 and self.k % strata:
+        if k > self.k:
             fewer = f", or model.posterior_size={self.k}" if self.k > 1 else ""
             return (
                 f"objective.k={self.k} is not a multiple of the {strata} components of q, from which draws are taken "
-                f"in turn: write objective.k={-(-self.k // strata) * strata}{fewer}"
+                f"in turn: write objective.k={k}{fewer}"
             )
         return None
+
+    def _blamed(self, gradient: bool) -> tuple[str, str]:
+        """Return what of this objective is refused, its gradient or all of it, and what to write instead."""
+        if not gradient:
+            return type(self).__name__, "objective=iwae"
+        default = signature(type(self)).parameters["gradient"].default
+        return f"objective.gradient={vars(self)['gradient']}", f"objective.gradient={default}"
 
 
 class BoundObjective(Objective, ABC):
@@ -142,6 +156,7 @@ class BoundObjective(Objective, ABC):
     -inf, its bound is -inf and its gradient is finite; -inf beside finite ones counts as a weight of zero.
     """
 
+    one_loss = True
     through_latents = True
 
     def __init__(self, k: int, gradient: Gradient = "total") -> None:
@@ -150,10 +165,17 @@ class BoundObjective(Objective, ABC):
             raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}, got {gradient}")
         self.gradient: str = gradient
         self.one_loss = gradient == "total"
-        if gradient == "dreg":
-            self.stratified = False
-        # The coefficient b of ``dreg``, and a score, stand for a log q of weight one.
-        self.takes_kl_weight = gradient in ("total", "stl") and type(self).losses is BoundObjective.losses
+        self.takes_kl_weight = type(self).losses is BoundObjective.losses
+
+    @property
+    def needs_score(self) -> bool:
+        """True of ``dreg``, whose coefficient b stands for the score, but where b = a and it is ``stl``."""
+        return self.gradient == "dreg" and not self._is_linear()
+
+    def _is_linear(self) -> bool:
+        """Return whether a = b: where the bound is linear in log w, that is the ELBO."""
+        log_w = torch.linspace(0, 1, self.num_samples, dtype=torch.float64)[:, None]
+        return torch.allclose(self.weights(log_w), self.doubly_weights(log_w))
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """Return a = dB/dlog w; by autograd, unless the closed form is there."""
@@ -190,16 +212,14 @@ class BoundObjective(Objective, ABC):
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """STL is unbiased where a = b, that is where the bound is linear in log w: then it is the ELBO."""
-        caveats = super().caveats
-        if self.gradient == "stl":
-            log_w = torch.linspace(0, 1, self.num_samples, dtype=torch.float64)[:, None]
-            if not torch.allclose(self.weights(log_w), self.doubly_weights(log_w)):
-                caveats += (
-                    "objective.gradient=stl is biased for every bound but the ELBO: it omits part of the score term; "
-                    "objective.gradient=dreg is not",
-                )
-        return caveats
+        """STL is unbiased where a = b."""
+        if self.gradient != "stl" or self._is_linear():
+            return super().caveats
+        return (
+            *super().caveats,
+            "objective.gradient=stl is biased for every bound but the ELBO: it omits part of the score term; "
+            "objective.gradient=total is not, nor is dreg, which is for a q that is no mixture",
+        )
 
 
 def weighted_sum(weights: Float[Tensor, "k batch"], values: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:

@@ -21,14 +21,17 @@ class PIWAE(Objective):
     ``gradient`` is that of phi; ``stl`` is biased for k >= 2.
     """
 
-    through_latents = True
+    stratified = takes_kl_weight = through_latents = True
 
     def __init__(self, m: int, k: int, gradient: Gradient = "total") -> None:
         super().__init__(k)
         self.inference = MIWAE(m, k, gradient)
         self.generative = IWAE(m * k)
         self.gradient = gradient
-        self.takes_kl_weight, self.stratified = self.inference.takes_kl_weight, self.inference.stratified
+
+    @property
+    def needs_score(self) -> bool:
+        return self.inference.needs_score
 
     @property
     def num_samples(self) -> int:

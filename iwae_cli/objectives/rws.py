@@ -34,6 +34,8 @@ class RWS(Objective):
     compare them.
     """
 
+    stratified = True
+
     def __init__(
         self,
         k: int,

@@ -48,6 +48,8 @@ class TVO(BoundObjective):
             first and the last only, since the two others would be biased by points that depend on the draws.
     """
 
+    stratified = True
+
     def __init__(
         self,
         k: int,
@@ -60,8 +62,7 @@ class TVO(BoundObjective):
         self.gradient = gradient
         self.one_loss = gradient == "total"
         self.through_latents = gradient != "covariance"
-        self.takes_kl_weight = gradient in ("total", "stl")
-        self.stratified = gradient in ("total", "stl")
+        self.takes_kl_weight = self.stratified = gradient != "covariance"
         if gradient == "covariance" and k < 2:
             raise ValueError(f"k must be >= 2 with gradient=covariance, got {k}")
         check_range("partitions", partitions, 1)

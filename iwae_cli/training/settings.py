@@ -79,7 +79,7 @@ class Training:
             )
         if self.kl_warmup and self.backward == "roulette":
             return "training.kl_warmup cannot be combined with training.backward=roulette: leave one of them out"
-        if self.kl_warmup and not objective.takes_kl_weight:
+        if self.kl_warmup and (objective.needs_score or not objective.takes_kl_weight):
             return (
                 f"training.kl_warmup changes what the gradient of {name} as chosen rests on: use training.kl_warmup=0, "
                 "or for real latents a bound with objective.gradient=total or stl and a sampled KL, as objective=iwae"

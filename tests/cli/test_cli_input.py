@@ -18,6 +18,7 @@ from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
 from iwae_cli.core.errors import UserError
+from tests.support.small_runs import last_of_each
 
 WRONG = {
     # Groups and choices.
@@ -76,7 +77,7 @@ WRONG = {
     "'seed=1 batch_size=2'": "without quotes",
     # Sweeps.
     "objective.k=1,5": "objective.k -m",
-    "-m objective.k=1,2,0": "objective.k 1",
+    "-m objective.k=1,2,0": "job 2 (objective.k=0): objective.k must be >= 1",
     "-m seed=range(1000000000)": "10,000",
     "-m seed=range(9,3)": "seed=range(9,3)",
     # Options.
@@ -125,6 +126,16 @@ MEANT = {
     "seed = 3": "seed=..., without blanks",
 }
 """First guesses of people who know other programs -> what the line must suggest."""
+ADVISED = (
+    *("objective=elbo model.posterior=mixture", "objective=iwae model.posterior=mixture model.posterior_size=3"),
+    *(f"objective={name} model.posterior=mixture" for name in ("dreg", "jvi", "umiwae", "vimco", "reinforce")),
+    "objective=tvo model.posterior=mixture objective.gradient=covariance objective.k=7",
+    "objective=rws model.posterior=mixture objective.gradient=dreg",
+    *(f"objective={name} model.prior=vamp model.prior_components=3" for name in ("dreg", "stl", "rws", "piwae")),
+    "objective=elbo model.prior=vamp objective.analytic_kl=true",
+    *(f"{choice} model.prior=vamp" for choice in ("model=two_layer", "model.posterior=full")),
+)
+"""Combinations that are refused with what to write instead."""
 NOTHING_LIKE_IT = ("data=cifar10", "optimizer=sgd", "resume=true", "objective.m=4", "data.val=100", "--x 3")
 
 
@@ -140,6 +151,19 @@ def test_first_guesses_are_answered_by_what_is_meant(capsys: pytest.CaptureFixtu
         assert re.search(rf"(did you mean |write |variable: ){re.escape(meant)}[? \n,]", err), err
     for line in NOTHING_LIKE_IT:
         assert "did you mean" not in (err := refused(capsys, *shlex.split(line))), err
+
+
+@pytest.mark.parametrize("line", ADVISED)
+def test_what_a_refusal_says_to_write_is_accepted(line: str) -> None:
+    def check(*overrides: str) -> None:
+        experiment = plan(last_of_each(*overrides), False, None).jobs[0].experiment()
+        experiment.check()
+        experiment.load()
+
+    with pytest.raises(UserError, match=": write ") as refusal:
+        check(*line.split())
+    for instead in str(refusal.value).rpartition(": write ")[2].split(", or "):
+        check(*line.split(), *instead.split())
 
 
 @pytest.mark.parametrize("place", ["/a=b", "/a(1)", "/[x]", "/zwölf", "a{b}", "c,d", '/quote"s=', "/back\\sl=ash"])

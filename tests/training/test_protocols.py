@@ -21,6 +21,7 @@ from small_runs import TINY, finished, read_json, run
 from iwae_cli.objectives.base import Objective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
+from iwae_cli.objectives.miwae import MIWAE
 from iwae_cli.objectives.piwae import PIWAE
 from iwae_cli.objectives.reinforce import REINFORCE
 from iwae_cli.objectives.rws import RWS
@@ -89,7 +90,16 @@ REFUSED = (
 def test_a_warm_up_is_refused_where_it_would_be_another_gradient(objective: Objective) -> None:
     assert "training.kl_warmup=0" in (Training(kl_warmup=3).check(objective) or "")
     assert Training().check(objective) is None
-    for fine in (IWAE(3), IWAE(3, "stl"), PIWAE(2, 2), TVO(3), ELBO(), ELBO(3, "dreg")):
+    for fine in (
+        IWAE(3),
+        IWAE(3, "stl"),
+        PIWAE(2, 2),
+        TVO(3),
+        ELBO(),
+        ELBO(3, "dreg"),
+        IWAE(1, "dreg"),
+        MIWAE(2, 1, "dreg"),
+    ):
         assert Training(kl_warmup=3).check(fine) is None
     assert "roulette" in (Training("roulette", kl_warmup=3).check(IWAE(3)) or "")
 
