@@ -23,6 +23,14 @@ RECIPE = 1
 LONGEST_PART = 40
 """Characters of one readable part of a folder's name."""
 
+_USED_WITH = (
+    ("posterior_size", "posterior", ("diagonal", "full"), "coupling or mixture"),
+    ("prior_components", "prior", ("standard",), "mixture or vamp"),
+    ("beta_1", "schedule", ("linear", "moments"), "log"),
+    ("beta_1", "partitions", (1,), "2 or more"),
+    ("schedule", "partitions", (1,), "2 or more"),
+)
+"""A key, a choice, its values that leave the key without effect, and those that do not."""
 _OWN = __name__.partition(".")[0]
 _OF_NUMBERS = ("data", "model", "objective", "optimizer", "schedule", "estimator")
 """Groups whose classes decide numbers."""
@@ -62,11 +70,13 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     }
 
 
-def unused(node: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a model or an objective that its choices leave without effect."""
-    unused = {"posterior_size"} if node.get("posterior") in ("diagonal", "full") else set()
-    unused |= {"beta_1"} if node.get("schedule") in ("linear", "moments") and _is_own(node) else set()
-    return unused | ({"prior_components"} if node.get("prior") == "standard" else set())
+def unused(node: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the keys of a model or an objective without effect: the choice that uses each, and values with which."""
+    return {
+        key: (choice, using)
+        for key, choice, leaving, using in _USED_WITH
+        if node.get(choice) in leaving and (choice in ("posterior", "prior") or _is_own(node))
+    }
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
         tvo = identity("objective=tvo", f"objective.schedule={schedule}", "objective.beta_1=0.3")
         assert tvo == identity("objective=tvo", f"objective.schedule={schedule}")
     assert identity("objective=tvo", "objective.beta_1=0.3") != identity("objective=tvo")
+    one = ("objective=tvo", "objective.partitions=1")  # which is the ELBO with any schedule
+    assert identity(*one) == identity(*one, "objective.schedule=linear") == identity(*one, "objective.beta_1=0.3")
     node = yaml.safe_load((conf_folder() / "model" / "one_layer.yaml").read_text())
     short = {key: value for key, value in node.items() if key != "likelihood"}
     (tmp_path / "model" / "mine").mkdir(parents=True)
