@@ -35,6 +35,7 @@ from iwae_cli.config.build import BASES, convert, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
 from iwae_cli.record.folder import RunFolder
+from iwae_cli.record.identity import unused
 from iwae_cli.sweeps.jobs import Job, Plan
 
 ESTIMATOR = "estimator"
@@ -76,6 +77,22 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         jobs = [composer.job(composer.parse(texts)) for texts in grid]
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper, base)
+
+
+def require_effect(plan: Plan) -> None:
+    """Refuse a key that was typed and that no job uses; none of a search, whose other jobs may use it."""
+    if not plan.is_grid or "WANDB_SWEEP_ID" in os.environ:
+        return
+    typed = {line.lstrip("+").partition("=")[0] for line in plan.jobs[0].overrides}
+    for group in ("model", "objective"):
+        without = [unused(job.config[group]) for job in plan.jobs]
+        for key, (choice, using) in without[0].items():
+            if f"{group}.{key}" in typed and all(key in keys for keys in without):
+                value = show(plan.jobs[0].config[group][choice])
+                raise UserError(
+                    f"{group}.{key} has no effect with {group}.{choice}={value}: leave it out, or write "
+                    f"{group}.{choice}={using}"
+                )
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -39,7 +39,7 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         UserError: where the command would end with an exit code: its message.
         Interrupted: by a signal; the state is saved and the same call resumes.
     """
-    from iwae_cli.cli.compose import plan
+    from iwae_cli.cli.compose import plan, require_effect
     from iwae_cli.runs.opened import open_run
     from iwae_cli.runs.runner import run
 
@@ -49,6 +49,7 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         planned = plan(overrides, False, config_dir, in_python=True)
         if planned.multirun:
             raise UserError("hydra.mode asks for a sweep: type iwae-train -m ..., or train one run at a time")
+        require_effect(planned)
         experiment = planned.jobs[0].experiment()
         run(experiment)
         return open_run(experiment.folder().path)
@@ -99,7 +100,9 @@ def _train(argv: list[str]) -> bool:
             launch.run_hydra([*flags, "--", *compose.checked(asked.overrides, asked.config_dir)])
         print(without_hidden(printed.getvalue()), end="")
     else:
-        _run(compose.plan(asked.overrides, asked.multirun, asked.config_dir), argv)
+        plan = compose.plan(asked.overrides, asked.multirun, asked.config_dir)
+        compose.require_effect(plan)
+        _run(plan, argv)
         return True
     return False
 

@@ -345,7 +345,7 @@ SMALL = {
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("choice", CHOICES)
 def test_runs_and_their_estimators(tmp_path: Path, choice: str) -> None:
-    asked = ("model.latent_sizes=[2]", f"model.{choice}", "model.prior_components=4")
+    asked = ("model.latent_sizes=[2]", f"model.{choice}", *["model.prior_components=4"] * choice.startswith("prior"))
     folder = finished(tmp_path, *TINY[1:], *asked, "evaluation.refine=20")
     result = read_json(folder / "result.json")
     assert result["test"]["nll"] > 0 and result["test"]["refined"]["n"] == 20 and len(result["active_units"]) == 1
