@@ -7,6 +7,7 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -193,28 +194,33 @@ class GradientSNR(Estimator):
         objectives = {k: subject.objective(k) for k in self.ks}
         for k, objective in objectives.items():
             if (refusal := objective.check_networks(model)) is not None:
-                raise UserError(f"estimator.ks holds {k}: {refusal}")
+                strata = model.inference.strata
+                whole = str(sorted({-(-k // strata) * strata for k in self.ks})).replace(" ", "")
+                refusal = re.sub(r"^(objective\.k=.*: write ).*", rf"\1estimator.ks={whole}", refusal)
+                # The model is trained, its choices stay.
+                raise UserError(f"estimator.ks holds {k}: {re.sub(', or model.*', '', refusal)}")
         split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}
         # The cost of a gradient is proportional to its samples.
-        total, done = self.draws * sum(self.ks) * len(x), 0
-        announce(self._plan(len(x)))
+        draws = {k: objective.num_samples for k, objective in objectives.items()}
+        total, done = self.draws * sum(draws.values()) * len(x), 0
+        announce(self._plan(len(x), total))
         with Progress("gradients", total=total, unit="sample") as progress:
             for k, objective in objectives.items():
                 progress.change(f"gradients, k = {k}", total)
 
                 def on_draw(draw: int, k: int = k, done: int = done) -> None:
-                    progress.update(done + draw * k * len(x))
+                    progress.update(done + draw * draws[k] * len(x))
 
                 found[k] = gradient_snr(model, objective, x, draws=self.draws, seed=seed, check=check, on_draw=on_draw)
-                done += self.draws * k * len(x)
+                done += self.draws * draws[k] * len(x)
         reasons: dict[str, str] = {}
         floor = MEAN_OF_ABS_NORMAL / math.sqrt(self.draws)
         numbers = {name: self._numbers(name, {k: found[k][name] for k in self.ks}, reasons) for name in NETWORKS}
         return Estimates(
             {"gradient_snr": {"images": len(x), "draws": self.draws, "floor": floor, **numbers}},
-            self._rows(),
+            self._rows({k: f"{n // k} groups of k = {k}" if n > k else f"k = {k}" for k, n in draws.items()}),
             {"train": split.sha256},
             reasons,
             notes=[
@@ -253,16 +259,16 @@ class GradientSNR(Estimator):
         lost = "half of the draws have no ratio, or 0" if math.isfinite(slope) else reason
         return numbers | without_nan(held, f"{network}.", reasons, "", slope=reason, slope_stderr=lost)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self, draws: Mapping[int, str]) -> list[Row]:
         """Return the rows of the table: five for each k, side by side for the two networks, and the slopes."""
         labels = {
-            "{k}.per_parameter": "k = {k}",
-            "{k}.per_parameter_stderr": "  other draws: stderr, k = {k}",
-            "{k}.directional": "  directional, k = {k}",
-            "{k}.directional_stderr": "    other draws: stderr, directional, k = {k}",
-            "{k}.directional_floor": "  directional without signal, k = {k}",
+            "{k}.per_parameter": "{draws}",
+            "{k}.per_parameter_stderr": "  other draws: stderr, {draws}",
+            "{k}.directional": "  directional, {draws}",
+            "{k}.directional_stderr": "    other draws: stderr, directional, {draws}",
+            "{k}.directional_floor": "  directional without signal, {draws}",
         }
-        every = [(label.format(k=k), key.format(k=k)) for k in self.ks for key, label in labels.items()]
+        every = [(label.format(draws=draws[k]), key.format(k=k)) for k in self.ks for key, label in labels.items()]
         every += [("slope", "slope"), ("  other draws: stderr, slope", "slope_stderr")]
         return [
             (label, f"gradient_snr.{network}.{key}", f"{PLUS_MINUS} {{:.3f}}" if "stderr" in key else "{:.3f}")
@@ -270,10 +276,10 @@ class GradientSNR(Estimator):
             for network in NETWORKS
         ]
 
-    def _plan(self, images: int) -> str:
+    def _plan(self, images: int, samples: int) -> str:
         plan = (
             f"gradients: {self.draws:,} draws at each k of {', '.join(map(str, self.ks))}, on {images} images: "
-            f"{self.draws * sum(self.ks) * images:,} samples, each with its gradient"
+            f"{samples:,} samples, each with its gradient"
         )
         shorter = [f"estimator.ks={self.ks[:-1]}".replace(" ", "")] if len(self.ks) > 2 else []
         return with_cheaper(plan, {"draws": (self.draws, 50), "images": (self.images, 5)}, *shorter)

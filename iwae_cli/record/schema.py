@@ -64,7 +64,8 @@ LISTS = {"active_units": list[Whole] | None, "rows": list[list[str]], **dict.fro
 Result = _keys(
     "Result",
     {
-        **dict.fromkeys(("optimizer", "schedule", "estimator"), Named),
+        **dict.fromkeys(("optimizer", "schedule"), Named),
+        "estimator": _keys("Asked", {"objective": Node | None}, name=str),
         **dict.fromkeys(SPLITS, SPLIT),
         **LISTS,
         **{"figures": list[str], "reasons": Text | None, "seconds": Seconds},

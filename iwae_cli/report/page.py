@@ -193,13 +193,13 @@ def _charts(table: Table, drawn: Sequence[Named], damaged: list[str]) -> Iterato
 def _ratios(name: str, cell: Cell, colour: int) -> Iterator[Curve]:
     """Yield the signal-to-noise ratios of both networks by k, for every evaluation by ``gradient_snr``."""
     estimates = [e for s in cell.runs for e in s.run.estimates if e.estimator == "gradient_snr"]
-    for evaluation in dict.fromkeys(e.name for e in estimates):
+    for evaluation in dict.fromkeys(e.heading for e in estimates):
         for dash, network in enumerate(("inference", "generative")):
             key = re.compile(rf"gradient_snr\.{network}\.(\d+)\.per_parameter")
             seeds = [
                 {found[1]: value for name, value in e.numbers.items() if (found := key.fullmatch(name))}
                 for e in estimates
-                if e.name == evaluation
+                if e.heading == evaluation
             ]
             yield _over_seeds(f"{name}, {network}, {evaluation}", seeds, colour, dash)
 

@@ -61,11 +61,17 @@ class Estimate:
     """One evaluation of a run by another estimator than L_k."""
 
     name: str  # folder in evaluations/
+    objective: str  # whose gradients it is about, with its choices; empty where it is about none
     estimator: str
     weights: str  # last or best
     numbers: Mapping[str, Any]  # by dotted key of result.json
     columns: Sequence[str]  # headings of the columns of numbers
     lines: Mapping[str, Sequence[str]]  # for every label its numbers as printed, one per column
+
+    @property
+    def heading(self) -> str:
+        """Its name, and what it is about."""
+        return f"{self.name} of {self.objective}" if self.objective else self.name
 
 
 @dataclass(frozen=True)
@@ -300,8 +306,11 @@ def _evaluations(
             continue
         if "estimator" in result:
             numbers = {key: number_at(result, key) for _, key, _ in result.get("rows") or split_rows(result)}
-            name, estimator, weights = path.parent.name, result["estimator"]["name"], result["weights"]
-            yield Estimate(name, estimator, weights, numbers, *table_of(result))
+            asked, node = result["estimator"], result["estimator"].get("objective")
+            chosen = [f"{k}={v}" for k, v in node.items() if k not in ("_target_", "k", *unused(node))] if node else []
+            objective = " ".join([class_name(node["_target_"]), *chosen]) if node else ""
+            name, weights = path.parent.name, result["weights"]
+            yield Estimate(name, objective, asked["name"], weights, numbers, *table_of(result))
         else:
             yield _score(result, config, path.with_name("log_likelihood.npz"))
 

@@ -71,7 +71,7 @@ class Report:
 
         lines = [line for paired in self.comparisons for line in paired.lines]
         for run, estimate in self.estimates[:listed]:
-            lines.append(f"{run.identity}, {estimate.name}:")
+            lines.append(f"{run.identity}, {estimate.heading}:")
             for name, numbers in estimate.lines.items():
                 held = [f"{of} {text}".strip() for of, text in zip(estimate.columns, numbers, strict=True) if text]
                 lines.append(f"  {name.strip()}: {', '.join(held)}")
@@ -224,6 +224,7 @@ def json_text(report: Report) -> str:
             {
                 **_evaluated(run, estimate),
                 "estimator": estimate.estimator,
+                "objective": estimate.objective or None,
                 "weights": estimate.weights,
                 "numbers": estimate.numbers,
             }

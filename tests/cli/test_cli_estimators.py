@@ -170,7 +170,11 @@ def test_gradients_of_the_runs_objective_and_of_another(run_folder: Path, capsys
 @pytest.mark.usefixtures("coarse")
 def test_the_choices_of_the_objective_are_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate([str(run_folder), *SNR, "objective=miwae", "objective.m=3"]) == 0
-    assert "of the gradients of MIWAE, gradient=total, m=3\n" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "of the gradients of MIWAE, gradient=total, m=3\n" in out and "\n3 groups of k = 2 " in out
+    assert f"{8 * 3 * (2 + 4) * 5:,} samples, each" in err
+    assert report([str(run_folder)]) == 0
+    assert " of MIWAE m=3 gradient=total:\n  3 groups of k = 2: inference " in capsys.readouterr().out
 
 
 def test_gradients_of_another_objective_have_the_k_of_the_estimator(
@@ -179,7 +183,10 @@ def test_gradients_of_another_objective_have_the_k_of_the_estimator(
     folder = finished(tmp_path, *TINY, "model.posterior=mixture", "model.posterior_size=2", "objective.k=2")
     assert evaluate([str(folder), *SNR, "objective=iwae"]) == 0
     assert evaluate([str(folder), SNR[0], "estimator.ks=[2,3]", *SNR[2:], "objective=iwae"]) == 2
-    assert "estimator.ks holds 3" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "estimator.ks holds 3" in err and err.endswith(": write estimator.ks=[2,4]\n")
+    assert evaluate([str(folder), *SNR, "objective=dreg"]) == 2
+    assert capsys.readouterr().err.endswith(": write objective.gradient=total\n")
 
 
 def test_a_grid_with_its_picture(

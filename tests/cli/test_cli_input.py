@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from small_runs import last_of_each
 
 import iwae_cli
 from iwae_cli.cli.compose import plan
@@ -18,7 +19,6 @@ from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
 from iwae_cli.core.errors import UserError
-from tests.support.small_runs import last_of_each
 
 WRONG = {
     # Groups and choices.
