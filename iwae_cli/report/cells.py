@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.summary import PLUS_MINUS, decimals, measured
+from iwae_cli.record.summary import PLUS_MINUS, decimals, gap_text, measured
 from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
 from iwae_cli.report.paired import BY_Q, BY_REFINED, SEEN, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
@@ -190,7 +190,7 @@ class Table:
         found = [Field(f"NLL_{self.k}", cell.nll, self._nll_text(cell))]
         if self._gaps and by_row:
             gap = cell.mean("gap_q")
-            found.append(Field("gap_q", gap, "" if gap is None else measured(gap, cell.mean("gap_q_stderr"))))
+            found.append(Field("gap_q", gap, "" if gap is None else gap_text(gap, cell.mean("gap_q_stderr"))))
         if self.refined:
             found.append(Field(f"refined NLL_{self.k}", refined.nll, self._nll_text(refined)))
         if self._seeds != {1}:
@@ -261,6 +261,7 @@ class Table:
         yield from _published_notes([cell for cell in self.cells if cell.published is not None])
         if self._gaps:
             sizes, counts = zip(*self._gaps, strict=True)
+            sizes = tuple(max(0.0, size) for size in sizes)
             error = "" if self.columns else f", {PLUS_MINUS} over those"
             yield (
                 f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "

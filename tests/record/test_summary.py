@@ -115,6 +115,8 @@ def test_a_gap_of_few_images_settles_nothing(error: float | None) -> None:
     """Then the signs of q count; a gap that its error may explain is no warning by itself."""
     gap = {"gap_q": 0.06, "gap_q_stderr": error, "refined": split(n=2)}
     assert "warning" not in table(test=split(**gap))
+    none = table(test=split(**gap | {"gap_q": -0.03}), validation=split(**gap))
+    assert any(line.startswith("too high by at least: gap_q none seen 0.06") for line in squeezed(none))
     assert "an effective sample size below 10 in 60.0% of the images of test" in table(
         test=split(**gap, ess_share_below_10=0.6)
     )
