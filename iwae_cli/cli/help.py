@@ -61,7 +61,7 @@ def summary(names: list[str]) -> list[str]:
 
 
 def group_help(group: str, own: list[Path]) -> str:
-    """Return the text of ``iwae-train --help GROUP``: a line for each choice, from the first comment of its yaml."""
+    """Return the text of ``iwae-train --help GROUP``: each choice with the first comment of its yaml, and its keys."""
     folders = [*reversed(own), conf_folder()]
     found = choices(folders)
     if group not in found:
@@ -72,17 +72,16 @@ def group_help(group: str, own: list[Path]) -> str:
     lines = []
     for name in found[group]:
         path = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
-        lines.append(f"{name:{width}}{textwrap.shorten(_words(path), 118 - width, placeholder=' ...')}")
-    if group not in ("estimator", "experiment"):  # an evaluation has the one, the other is no node of the config
-        lines += ["", f"keys of a choice: iwae-train {group}=CHOICE --cfg job --package {group}"]
+        written = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        top = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), written)]
+        words = " ".join(line for line in top if not line.startswith("@package"))  # that line is for Hydra
+        lines += textwrap.wrap(f"{name:{width}}{words}", 120, subsequent_indent=" " * width, break_on_hyphens=False)
+        for line in written[len(top) :] if group != "experiment" else []:
+            if line != "{}" and "_target_" not in line:
+                lines += textwrap.wrap(f"    {line}", 120, subsequent_indent=" " * 8, break_on_hyphens=False)
+    if group != "experiment":
+        lines += ["", f"a key is typed as {group}.KEY=VALUE; here are the values by default"]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _words(path: Path) -> str:
-    """Return the comment at the top of a yaml, without the line that is for Hydra."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    top = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
-    return " ".join(line for line in top if not line.startswith("@package"))
 
 
 def train_help(own: list[Path]) -> str:
@@ -135,7 +134,7 @@ options:
   --info [WHAT]          Hydra's information: config, defaults, defaults-tree, plugins, searchpath
   --shell-completion, -sc install=bash   completion (also zsh, fish; uninstall=bash)
   --hydra-help           Hydra's own options
-  --help GROUP           what the choices of a group are
+  --help GROUP           the choices of a group, with their keys
   --version, --help, -h
 
 torchrun --nproc-per-node=2 -m iwae_cli ...   shares one run over processes

@@ -206,11 +206,16 @@ def test_help_says_what_the_choices_of_a_group_are(tmp_path: Path, capsys) -> No
     )
     for group, names in choices([conf_folder(), Path("own")]).items():
         assert train(["--help", group, "--config-dir", "own"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines[: len(names)]] == names
-        assert len(lines) <= 24 and not [line for line in lines if len(line) > 120]
-        assert all(len(line.split()) > 2 for line in lines[: len(names)])
-        assert group != "objective" or "mine       Half of the ELBO." in lines
+        out = capsys.readouterr().out
+        heads = [line for line in out.splitlines() if line[:1].strip()][: len(names)]
+        assert [line.split()[0] for line in heads] == names and max(map(len, out.splitlines())) <= 120
+        assert all(len(line.split()) > 2 for line in heads)
+        assert group != "objective" or "mine       Half of the ELBO." in heads
+        for name in names:
+            file = conf_folder() / group / f"{name}.yaml"
+            text = file.read_text() if file.is_file() and group != "experiment" else ""
+            words = " ".join(line for line in text.splitlines() if "_target_" not in line and line != "{}")
+            assert " ".join(words.replace("#", " ").split()) in " ".join(out.replace("#", " ").split()), name
     for wrong, words in (("objectives", "did you mean objective?"), ("iwae", "it is a choice: --help objective")):
         assert train(["--help", wrong]) == 2 and words in capsys.readouterr().err
 
