@@ -123,10 +123,12 @@ class Sweep:
             if value != self._written:
                 write_json(self.folder.path / "sweep.json", value)
                 self._written = value
-            for path, record in records.items():
-                if record["status"] in ("failed", "finished") and path not in self._reported:
-                    self._reported.add(path)
-                    self._report(record, jobs)
+            known = {path: record for path, record in records.items() if path not in self._reported}
+            new = [(path, record) for path, record in known.items() if record["status"] in ("failed", "finished")]
+            before = sum(job["status"] not in ("pending", "running") for job in jobs) - len(new)
+            for ended, (path, record) in enumerate(new, start=before + 1):
+                self._reported.add(path)
+                self._report(record, f"{ended} of {len(jobs)} jobs")
             return jobs
 
     def _jobs(self, records: Mapping[Path, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,15 +146,12 @@ class Sweep:
             jobs.append(job)
         return jobs
 
-    def _report(self, record: Mapping[str, Any], jobs: Sequence[Mapping[str, Any]]) -> None:
+    def _report(self, record: Mapping[str, Any], ended: str) -> None:
         named = job_name(record["number"], record["overrides"], self._varied)
         if record["status"] == "finished":
             name, nll, seconds = table.score(self.folder, record, self._planned is None)
             line = f"{named} finished" if nll is None else f"{named} finished: {name} {nll:.2f}, {seconds:.1f} s"
-            if self._planned is not None:
-                ended = sum(job["status"] not in ("pending", "running") for job in jobs)
-                line += f"; {ended} of {len(jobs)} jobs"
-            announce(one_line(line))
+            announce(one_line(line if self._planned is None else f"{line}; {ended}"))
             return
         error, where = record["error"], ""
         if "folder" in record and Path(record["folder"]).name not in error:

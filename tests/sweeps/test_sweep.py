@@ -28,7 +28,7 @@ from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps.launchers import LAUNCHERS, adapter
-from iwae_cli.sweeps.records import Planned
+from iwae_cli.sweeps.records import Attempt, Planned
 from iwae_cli.sweeps.sweep import Sweep
 
 QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
@@ -149,8 +149,18 @@ def test_the_table_shows_what_is_scored_and_breaks_no_name(
         text = json.dumps({split: {"nll": nll, "k": k}})
         (tmp_path / name / "evaluations" / "e" / "result.json").write_text(text)
     planned = [Planned([f"seed={i}", "batch_size=20"], tmp_path / name, "e") for i, name in enumerate(names)]
-    Sweep(tmp_path / "sweeps" / "s", planned, {}, False).run(lambda: None)
-    out = capsys.readouterr().out
+    sweep = Sweep(tmp_path / "sweeps" / "s", planned, {}, False)
+
+    def work() -> None:
+        """All jobs end between two looks at them, as those of several processes do."""
+        for number, one in enumerate(planned):
+            attempt = Attempt(sweep.folder, number, one.overrides)
+            attempt.begins(one.folder, one.evaluation)
+            attempt.ends("finished")
+
+    sweep.run(work)
+    out, err = capsys.readouterr()
+    assert [line.rpartition("; ")[2] for line in err.splitlines()] == [f"{n} of 3 jobs" for n in (1, 2, 3)]
     for text in (*names, "86.00 (NLL_5000 test)", "85.50 (NLL_5000 validation)", "84.00 (NLL_50 test)"):
         assert text in out
     Sweep(tmp_path / "sweeps" / "t", planned[:1], {}, False).run(lambda: None)
