@@ -12,7 +12,8 @@ from iwae_cli.record.jsonl import read_history
 from iwae_cli.report.cells import UNITS, Budget, Cell, Table
 from iwae_cli.report.reader import Run, class_name
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the budget that every run of a table has
+SHARES = {"an eighth": 1 / 8, "a quarter": 1 / 4, "half": 1 / 2, "all": 1.0}
+"""Of the budget that every run of a table has."""
 ROUNDING = 1e-9  # relative error of a cost, which is a product of a mean and a number of passes
 TWO_LOSSES = "dreg, piwae, rws, vimco, reinforce and tvo with gradient=covariance"
 
@@ -25,20 +26,24 @@ def at_equal(table: Table, unit: str) -> Table:
         curves = {run.identity: _curve(run, costs[run.identity]) for run in runs}
     except (UserError, OSError) as error:
         return replace(table, notes=(*table.notes, f"not compared at equal {unit}: {error}"))
-    levels = tuple(min(costs.values()) * share for share in SHARES)
+    least = min(costs.values())
 
     def at(cell: Cell, level: float) -> tuple[float, ...] | None:
         held = [curves[scored.run.identity] for scored in cell.runs]
-        if any(not costs or costs[0] > level * (1 + ROUNDING) for costs, _ in held):
+        if any(costs[0] > level * (1 + ROUNDING) for costs, _ in held):
             return None
         return tuple(float(np.interp(level, costs, bounds)) for costs, bounds in held)
 
     cautions = [*_cautions(runs, unit)]
     if any(len(cell.runs) == 1 for cell in table.cells):
         cautions.append("bounds of one seed have no error: a validation keeps the mean over images alone")
-    budget = Budget(unit, int(runs[0].keys["validation.k"]), levels, tuple(cautions))
-    cells = tuple(replace(cell, at_budgets=tuple(at(cell, level) for level in levels)) for cell in table.cells)
-    return replace(table, budget=budget, cells=cells)
+    found = {name: [at(cell, least * share) for cell in table.cells] for name, share in SHARES.items()}
+    shares = [name for name, held in found.items() if any(held)]  # others would be columns of dashes
+    levels = tuple(least * SHARES[name] for name in shares)
+    budget = Budget(unit, int(runs[0].keys["validation.k"]), levels, tuple(shares), tuple(cautions))
+    held = [tuple(found[name][i] for name in shares) for i in range(len(table.cells))]
+    cells = (replace(cell, at_budgets=bounds) for cell, bounds in zip(table.cells, held, strict=True))
+    return replace(table, budget=budget, cells=tuple(cells))
 
 
 def _costs(runs: Sequence[Run], unit: str) -> dict[str, float]:
@@ -58,6 +63,8 @@ def _curve(run: Run, cost: float) -> tuple[list[float], list[float]]:
     per_pass = cost / run.result["epochs"]
     rows = [row for _, row in read_history(run.path) if row.get("pass")]
     found = [(per_pass * row["pass"], bound) for row in rows if (bound := row.get("validation/bound")) is not None]
+    if not found:
+        raise UserError(f"{run.identity} has no validation in its metrics.jsonl")
     return [so_far for so_far, _ in found], [bound for _, bound in found]
 
 

@@ -45,7 +45,8 @@ class Budget:
 
     unit: str  # one of UNITS
     k: int  # samples per image of the validation bound
-    levels: tuple[float, ...]  # budgets, the last of which is the whole training of the run with the smallest
+    levels: tuple[float, ...]  # budgets that a run has validated within
+    shares: tuple[str, ...]  # of the training of the run with the smallest, for each level
     cautions: tuple[str, ...]  # what is not equal
 
 
@@ -191,6 +192,9 @@ class Table:
         if self._gaps and by_row:
             gap = cell.mean("gap_q")
             found.append(Field("gap_q", gap, "" if gap is None else gap_text(gap, cell.mean("gap_q_stderr"))))
+        if any(other.mean("exact_nll") is not None for other in self.cells):
+            exact = cell.mean("exact_nll")
+            found.append(number_field("exact NLL", exact, f"{{:.{decimals(cell.mean('stderr_images'))}f}}"))
         if self.refined:
             found.append(Field(f"refined NLL_{self.k}", refined.nll, self._nll_text(refined)))
         if self._seeds != {1}:
@@ -259,6 +263,9 @@ class Table:
         where = f"{self.split} ({', '.join(of_data)})"
         yield f"NLL_{self.k} in nats on {where}, lower is better; {self.weights} weights; {errors}"
         yield from _published_notes([cell for cell in self.cells if cell.published is not None])
+        blocks = {s.run.keys["objective"] for cell in self.cells for s in cell.runs if "objective.m" in s.run.keys}
+        if blocks and "objective.k" in (*self.rows, *self.columns):
+            yield f"objective.k of {', '.join(sorted(blocks))}: draws in each of objective.m groups"
         if self._gaps:
             sizes, counts = zip(*self._gaps, strict=True)
             sizes = tuple(max(0.0, size) for size in sizes)
@@ -275,7 +282,7 @@ class Table:
         if self.against is not None:
             yield (
                 f"over {self.against}: how much higher log p(x) is than there by {by}, paired image by image, nats; "
-                "beside it the standard errors over images and over seeds"
+                f"beside it the standard error over images{' and that over seeds' if self._any[0] else ''}"
             )
         if not self.columns:
             of_seeds = "" if seeds == {1} else "; their mean over seeds"
@@ -286,14 +293,15 @@ class Table:
             draws = "draws of q scored in training, each an evaluation of p and q forward and backward"
             yield (
                 f"L_{self.budget.k} at equal {self.budget.unit}: the bound on the validation split, nats, higher is "
-                "better, at an eighth, a quarter, half and all of the training of the run with the fewest "
+                f"better, at {', '.join(self.budget.shares).replace(', all', ' and all')} of the training of the run "
+                "with the fewest "
                 f"{draws if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
                 "interpolation"
             )
-            if any(None in cell.at_budgets for cell in self.cells):
+            if len(self.budget.shares) < 4 or any(None in cell.at_budgets for cell in self.cells):
                 late = any(scored.run.keys["validation.every"] > 1 for cell in self.cells for scored in cell.runs)
                 earlier = "; validation.every=1 is earliest" if late else ""
-                yield f"{MISSING}: this budget ends before the first validation of a run{earlier}"
+                yield f"{MISSING}, or no column: this budget ends before the first validation of a run{earlier}"
             yield from (f"caution: {caution}" for caution in self.budget.cautions)
         passes = {s.run.result["epochs"] for cell in self.cells for s in cell.runs}
         if self.against is not None and len(passes) > 1:

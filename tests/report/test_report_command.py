@@ -189,6 +189,7 @@ def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
         f"vr 8 89.00 1 {MISSING} {MISSING} {MISSING} 0.00 0.0040 -0.0020 20 of 50 1 1",
     ]
     assert "no difference is seen (below 2 standard errors): iwae 5, iwae 50" in out, "a difference of 1.3 of them"
+    assert "beside it the standard error over images and that over seeds\n" in out
     value = json.loads(command(*asked, "--format", "json")[1])
     cells = {tuple(cell["keys"].values()): cell for cell in value["tables"][0]["cells"]}
     assert cells["iwae", "50"]["against"]["difference"] == pytest.approx(0.3)
@@ -250,7 +251,7 @@ def test_a_difference_within_the_bias_is_marked(tmp_path: Path, command: Command
     asked = (tmp_path, "--rows", "objective", "--against", "objective=elbo")
     code, out, _ = command(*asked)
     assert code == 0 and "+0.0050‡" in out and "‡ below three times the bias" in out
-    assert "caution: one seed on a side" in out
+    assert "caution: one seed on a side" in out and "beside it the standard error over images\n" in out
     assert r"+0.0050$^\ddagger$" in command(*asked, "--format", "latex")[1]
 
 

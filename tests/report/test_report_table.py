@@ -250,6 +250,16 @@ def test_a_missing_number_is_left_out_with_its_reason(tmp_path: Path) -> None:
     assert "validation split was not evaluated" in left.why
 
 
+def test_an_exact_nll_stands_beside_its_estimate(tmp_path: Path) -> None:
+    assert "exact NLL" not in table(write(tmp_path, config(), values(85.0))).names
+    folder = write(tmp_path, config(seed=1), values(86.0))
+    test = json.loads((folder / "result.json").read_text())["test"]
+    change(folder / "result.json", test={**test, "exact_nll": 85.9})
+    made = table(folder)
+    assert [field.text for field in made.fields(made.cells[0])][:2] == ["86.00 ± 0.13", "85.90"]
+    assert made.names[1] == "exact NLL"
+
+
 def test_commands_of_the_docs_have_the_published_values_that_they_quote(tmp_path: Path) -> None:
     page = (CONF.parent / "docs" / "results.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^iwae-train (.+?) +# paper: (\S+)$", page, re.MULTILINE)
