@@ -78,7 +78,7 @@ ROWS = (
     ("L_{k} by q, nats", "log_px_q", "{:.2f}"),
     ("L_{k} by refined proposals, nats", "log_px_refined", "{:.2f}"),
     ("exact log p(x), nats", "exact", "{:.2f}"),
-    ("images", "n", "{:,}"),
+    ("first images", "n", "{:,}"),
     ("  with a q* better than q", "fitted", "{:.1%}"),
     ("effective sample size of log p^, median", "ess_median", "{:,.1f}"),
     ("  images below 10", "ess_share_below_10", "{:.1%}"),

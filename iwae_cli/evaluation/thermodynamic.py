@@ -64,8 +64,8 @@ ROWS = (
     ("exact log p(x), nats", "exact", "{:.3f}"),
     ("effective sample size at beta = 1, median", "ess_median", "{:,.1f}"),
     ("  images below 10", "ess_share_below_10", "{:.1%}"),
-    (f"  images below {ENOUGH} x partitions", "ess_share_below_enough", "{:.1%}"),
-    ("images", "n", "{:,}"),
+    ("  images below {enough}", "ess_share_below_enough", "{:.1%}"),
+    ("first images", "n", "{:,}"),
 )
 
 
@@ -97,10 +97,11 @@ class Thermodynamic(Estimator):
                 require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
                 estimates.add(name, self._summary(found), found)
             estimates.hashes[name] = split.sha256
-        estimates.lay_out(ROWS, self.k)
+        enough = f"{ENOUGH} x {self.partitions} partitions"
+        estimates.lay_out([(label.replace("{enough}", enough), key, form) for label, key, form in ROWS], self.k)
         estimates.notes = [
             f"L_{self.k} lies between the sums of its draws; so does log p(x) in the mean where the effective sample "
-            f"size (ESS) at beta = 1 is large, {ENOUGH} x partitions in linear-Gaussian models; where it is small the "
+            f"size (ESS) at beta = 1 is large, {enough} in linear-Gaussian models; where it is small the "
             "right sum is too low"
         ]
         return estimates

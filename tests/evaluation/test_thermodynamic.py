@@ -70,6 +70,7 @@ def test_few_effective_draws_are_counted_where_the_right_sum_is_no_upper_bound()
     assert some.numbers["test"]["ess_share_below_enough"] == share and 0.05 < share < 0.95
     rows = dict((key, label) for label, key, _ in found.rows)
     assert "upper bound where the ESS is large" in rows["test.right"]
+    assert rows["test.ess_share_below_enough"] == "  images below 5 x 20 partitions"
     assert rows["test.right_stderr_mc"] == "  other noise: stderr_mc of right"
 
 
@@ -85,7 +86,8 @@ def test_iwae_eval_prints_them(tmp_path: Path, capsys) -> None:
     folder = finished(tmp_path, *TINY)
     asked = ["estimator=thermodynamic", "estimator.k=200", "estimator.images=7", "evaluation.splits=[test,validation]"]
     assert iwae_eval([str(folder), *asked]) == 0
-    assert "right - left, nats" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert " nats " in out and "…" not in out and "\nfirst images " in out
     (result,) = (folder / "evaluations").glob("thermodynamic*/result.json")
     held = read_json(result)
     for split in ("test", "validation"):

@@ -42,7 +42,7 @@ ROWS = (
     ("  above the grid, refined", "refined_above_grid", "{:+.4f}"),
     ("  paired: stderr, refined", "refined_above_grid_stderr", "± {:.4f}"),
     ("  in one image, at most, refined", "refined_above_grid_max", "{:+.4f}"),
-    ("images", "n", "{:,}"),
+    ("first images", "n", "{:,}"),
 )
 
 
