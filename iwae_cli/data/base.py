@@ -29,11 +29,18 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Split:
-    """Observations to score, the same for every model."""
+    """Observations to score, the same for every model.
 
-    name: str  # train, validation or test
-    x: Shaped[Tensor, "n pixels"]  # uint8 in {0, 1} for binary data, float32 for real-valued data
-    sha256: str  # of dtype, shape and values of x; two results are comparable if it is equal
+    Attributes:
+        name: train, validation or test.
+        x: (n, pixels); uint8 in {0, 1} for binary data, uint8 grey levels, or float32 for real-valued data.
+        sha256: of dtype, shape and values of ``x``; two results are comparable if it is equal.
+        labels: classes, (n,), or None.
+    """
+
+    name: str
+    x: Shaped[Tensor, "n pixels"]
+    sha256: str
     labels: UInt8[Tensor, " n"] | None = None
 
 
@@ -41,21 +48,28 @@ class Split:
 class Data:
     """A data set in memory.
 
-    Splits hold uint8 grey values 0 to ``levels`` - 1 (2 levels are binary), or float32 if ``levels`` is None.
-    ``binarization`` is ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation), ``fixed``
-    (already binary) or ``none`` (values are used unchanged).
+    Attributes:
+        name: its name in records.
+        protocol: one sentence: splits, binarization, source.
+        train, validation, test: (images, pixels); uint8 grey values 0 to ``levels`` - 1, or float32.
+        levels: number of grey levels, 2 for binary data; None for real values.
+        binarization: ``dynamic`` (redrawn at every access in training; one keyed draw for evaluation), ``fixed``
+            (already binary) or ``none`` (values are used unchanged).
+        image_shape: (height, width), (channels, height, width), or (pixels,) of what is no image.
+        facts: for the record, plain JSON values.
+        labels: classes of each split by its name, (images,) each.
     """
 
     name: str
-    protocol: str  # one sentence: splits, binarization, source
+    protocol: str
     train: Shaped[Tensor, "n pixels"]
     validation: Shaped[Tensor, "m pixels"]
     test: Shaped[Tensor, "l pixels"]
     levels: int | None
     binarization: Binarization
-    image_shape: tuple[int, ...]  # (height, width), (channels, height, width), or (pixels,) of what is no image
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for the record, plain JSON values
-    labels: Mapping[str, UInt8[Tensor, " _"]] = field(default_factory=dict)  # of each split, by its name
+    image_shape: tuple[int, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, UInt8[Tensor, " _"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.binarization == "dynamic" and self.levels is None:
@@ -139,11 +153,17 @@ def _sha256(*splits: Tensor) -> str:
 
 
 class Dataset(ABC):
-    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names."""
+    """The source of a data set; ``load`` reads it. This is what a yaml of ``conf/data`` names.
 
-    name: str  # of the data set, or of its source, for the name of a run
-    observation: Observation  # kind of its pixels, as a model is given them
-    limit: int | None = None  # number of training images that are used, from the first; None is all
+    Attributes:
+        name: of the data set, or of its source, for the name of a run.
+        observation: kind of its pixels, as a model is given them.
+        limit: number of training images that are used, from the first; None is all.
+    """
+
+    name: str
+    observation: Observation
+    limit: int | None = None
 
     @abstractmethod
     def load(self) -> Data:

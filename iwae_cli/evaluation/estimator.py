@@ -37,13 +37,17 @@ def _no_objective(k: int) -> Objective:
 class EstimatorInput:
     """What an estimator computes from.
 
-    ``objective`` returns the run's objective, with the overrides of ``objective``, at another k; for an estimator whose
-    yaml has the key ``objective``.
+    Attributes:
+        model: in evaluation mode, on its device; its dtype is the dtype of the computation.
+        data: what it was trained on.
+        evaluation: splits, seeds, and the bound on memory.
+        objective: returns the run's objective, with the overrides of ``objective``, at another k; for an estimator
+            whose yaml has the key ``objective``.
     """
 
-    model: LatentVariableModel  # in evaluation mode, on its device; its dtype is the dtype of the computation
-    data: Data  # what it was trained on
-    evaluation: Evaluation  # splits, seeds, and the bound on memory
+    model: LatentVariableModel
+    data: Data
+    evaluation: Evaluation
     objective: Callable[[int], Objective] = _no_objective
 
     def split(self, name: str, first: int | None = None) -> Split:
@@ -61,16 +65,24 @@ class EstimatorInput:
 class Estimates:
     """What an estimator found, or has found so far.
 
-    Rows with one label are printed side by side if their keys name different splits.
+    Attributes:
+        numbers: for ``result.json``: plain JSON without NaN and infinity.
+        rows: the table: (label, dotted key of a number, format). Rows with one label are printed side by side if their
+            keys name different splits.
+        hashes: sha256 of the splits that were used, by name.
+        reasons: why a number is None, by its dotted name.
+        arrays: per-image values, float64, for an npz file.
+        notes: sentences to print below the table.
+        figures: functions that draw a PNG file at a path, by its name.
     """
 
-    numbers: dict[str, Any] = field(default_factory=dict)  # for result.json: plain JSON without NaN and infinity
-    rows: list[Row] = field(default_factory=list)  # the table: (label, dotted key of a number, format)
-    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of the splits that were used, by name
-    reasons: dict[str, str] = field(default_factory=dict)  # why a number is None, by its dotted name
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # per-image values, float64, for an npz file
-    notes: list[str] = field(default_factory=list)  # sentences to print below the table
-    figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # draw a PNG file at a path, by its name
+    numbers: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def add(
         self, name: str, numbers: Mapping[str, Any], arrays: Mapping[str, PerImage], broken: str = NOT_FINITE
@@ -93,10 +105,15 @@ class Estimates:
 
 
 class Estimator(ABC):
-    """A way to measure a trained model; a yaml of the group ``estimator`` names one, and describes its settings."""
+    """A way to measure a trained model; a yaml of the group ``estimator`` names one, and describes its settings.
 
-    file: ClassVar[str] = "estimates.npz"  # of Estimates.arrays
-    recipe: ClassVar[int] = 0  # raised where the same settings report other numbers, so that no older result answers
+    Attributes:
+        file: name of the file of ``Estimates.arrays``.
+        recipe: raised where the same settings report other numbers, so that no older result answers.
+    """
+
+    file: ClassVar[str] = "estimates.npz"
+    recipe: ClassVar[int] = 0
 
     @abstractmethod
     def estimate(self, subject: EstimatorInput, check: Callable[[], None]) -> Estimates:

@@ -39,24 +39,27 @@ class Losses:
 class Objective(ABC):
     """A bound on log p(x) and the losses that maximize it. This is what a yaml of ``conf/objective`` names.
 
-    The yaml describes the arguments; ``k`` is the number of draws of q per observation, at least ``least_k``.
+    The yaml describes the arguments.
+
+    Attributes:
+        k: draws of q per observation, at least ``least_k``.
+        lower_bound: whether E[bound] <= log p(x) always; only then may a value be called an NLL.
+        one_loss: whether one loss trains both networks by its whole derivative, so that they may share parameters.
+        stratified: whether k draws that are taken in turn from the components of q serve it as independent ones do. Not
+            its gradient where ``needs_score``, nor baselines of score functions: the mean score of q is 0 over q, and
+            not over one of its components. Of a class, whether it does with some gradient.
+        takes_kl_weight: whether its losses stay right where log p(h) and log q(h|x) are both multiplied by a number,
+            but where ``needs_score``.
+        through_latents: whether it differentiates through the latents: the score of q of discrete ones would be
+            dropped silently.
     """
 
     least_k: ClassVar[int] = 1
     lower_bound: bool = True
-    """Whether E[bound] <= log p(x) always; only then may a value be called an NLL."""
     one_loss: bool = False
-    """Whether one loss trains both networks by its whole derivative, so that they may share parameters."""
     stratified: bool = False
-    """Whether k draws that are taken in turn from the components of q serve it as independent ones do.
-
-    Not its gradient where ``needs_score``, nor baselines of score functions: the mean score of q is 0 over q, and not
-    over one of its components. Of a class, whether it does with some gradient.
-    """
     takes_kl_weight: bool = False
-    """Whether its losses stay right where log p(h) and log q(h|x) are both multiplied by a number."""
     through_latents: bool = False
-    """Whether it differentiates through the latents: the score of q of discrete ones would be dropped silently."""
 
     def __init__(self, k: int) -> None:
         check_range("k", k, self.least_k)

@@ -48,10 +48,12 @@ class Logger(ABC):
     """Receives the record of one run. Steps never decrease; times of day never appear in metrics.
 
     A logger may raise, hang or be slow: it runs in a thread of its own (see ``FanOut``), and the run is the same.
+
+    Attributes:
+        essential: whether a run without this record is no run: its errors are then the run's errors.
     """
 
     essential: ClassVar[bool] = False
-    """Whether a run without this record is no run: its errors are then the run's errors."""
 
     @abstractmethod
     def open(self, run: RunInfo, history: Sequence[tuple[int, Metrics]]) -> None:
