@@ -116,11 +116,6 @@ def measured(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.{n}f}" + ("" if error is None else f" {PLUS_MINUS} {error:.{n}f}")
 
 
-def gap_text(gap: float, error: float | None) -> str:
-    """Return how much too high NLL_k is at least, with its error."""
-    return measured(gap, error) if gap > 0 else NO_GAP
-
-
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     """Return the headings of the columns of a ``result.json``, and for every label its formatted numbers.
 
@@ -141,9 +136,8 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]
         value, error = number_at(result, key), errors.get((label, part), errors.get((next_label.get(label), part)))
         if error and form.endswith("f}"):
             form = re.sub(r"\.\d+f", f".{decimals(error)}f", form)
-        no_gap = key.endswith(".gap_q") and value is not None and value <= 0
-        text = "\N{EN DASH}" if value is None else NO_GAP if no_gap else form.format(value)
-        lines[label][columns.index(part) if part else 0] = text
+        form = NO_GAP if key.endswith(".gap_q") and (value or 0) <= 0 else form
+        lines[label][columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
     return columns, lines
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.summary import PLUS_MINUS, decimals, gap_text, measured
+from iwae_cli.record.summary import NO_GAP, PLUS_MINUS, decimals, measured
 from iwae_cli.record.units import REMEDY, collapsed, layer_sizes, units_text
 from iwae_cli.report.paired import BY_Q, BY_REFINED, SEEN, Paired, better_fit, difference
 from iwae_cli.report.published import RECALLED, Published, deviations, published
@@ -187,14 +187,15 @@ class Table:
         """Return the numbers that are printed of a cell."""
         by_row = not self.columns  # a row of several cells has no room for the errors of each
         refined, paired, paper = self.compared(cell), cell.against, cell.published
-        of_seeds, units, papers = self._any
+        of_seeds, units, papers, exact = self._any
         found = [Field(f"NLL_{self.k}", cell.nll, self._nll_text(cell))]
         if self._gaps and by_row:
             gap = cell.mean("gap_q")
-            found.append(Field("gap_q", gap, "" if gap is None else gap_text(gap, cell.mean("gap_q_stderr"))))
-        if any(other.mean("exact_nll") is not None for other in self.cells):
-            exact = cell.mean("exact_nll")
-            found.append(number_field("exact NLL", exact, f"{{:.{decimals(cell.mean('stderr_images'))}f}}"))
+            text = "" if gap is None else measured(gap, cell.mean("gap_q_stderr")) if gap > 0 else NO_GAP
+            found.append(Field("gap_q", gap, text))
+        if exact:
+            form = f"{{:.{decimals(cell.mean('stderr_images'))}f}}"
+            found.append(number_field("exact NLL", cell.mean("exact_nll"), form))
         if self.refined:
             found.append(Field(f"refined NLL_{self.k}", refined.nll, self._nll_text(refined)))
         if self._seeds != {1}:
@@ -236,17 +237,18 @@ class Table:
         return {len(cell.runs) for cell in self.cells}
 
     @cached_property
-    def _any(self) -> tuple[bool, bool, bool]:
-        """Whether any cell has a paired error over seeds, active units, a published value."""
+    def _any(self) -> tuple[bool, bool, bool, bool]:
+        """Whether any cell has a paired error over seeds, active units, a published value, an exact NLL."""
         paired = [cell.against for cell in self.cells if cell.against is not None]
         of_seeds = any(pair.stderr_seeds is not None for pair in paired)
-        return of_seeds, any(cell.units for cell in self.cells), any(cell.published for cell in self.cells)
+        units, papers = (any(getattr(cell, name) for cell in self.cells) for name in ("units", "published"))
+        return of_seeds, units, papers, any(cell.mean("exact_nll") is not None for cell in self.cells)
 
     @cached_property
     def _gaps(self) -> list[tuple[float, int]]:
-        """Of every run that has it: gap_q and the number of images."""
+        """Of every run that has it: gap_q, at least 0, and the number of images."""
         numbers = [scored.numbers for cell in self.cells for scored in cell.runs]
-        return [(found["gap_q"], found["refined"]["n"]) for found in numbers if found.get("gap_q") is not None]
+        return [(max(0.0, f["gap_q"]), f["refined"]["n"]) for f in numbers if f.get("gap_q") is not None]
 
     @property
     def notes_below(self) -> list[str]:
@@ -268,7 +270,6 @@ class Table:
             yield f"objective.k of {', '.join(sorted(blocks))}: draws in each of objective.m groups"
         if self._gaps:
             sizes, counts = zip(*self._gaps, strict=True)
-            sizes = tuple(max(0.0, size) for size in sizes)
             error = "" if self.columns else f", {PLUS_MINUS} over those"
             yield (
                 f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "

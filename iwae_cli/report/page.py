@@ -303,14 +303,13 @@ def _forest(title: str, words: str, rows: Sequence[Interval], line: float | None
 def _numbers(scored: Scored, k: int) -> list[Field]:
     """Return the row of a run in the list of all."""
     numbers, units, refined = scored.numbers, scored.score.active_units, by_refined([scored])
-    gap = numbers.get("gap_q")
     return [
         number_field("seed", scored.run.seed, "{}"),
         number_field(f"NLL_{k}", numbers["nll"], "{:.3f}"),
         number_field("stderr_images", numbers["stderr_images"], "{:.3f}"),
         number_field("stderr_mc", numbers["stderr_mc"], "{:.4f}"),
         number_field("bias_mc", numbers["bias_mc"], "{:+.4f}"),
-        number_field("gap_q", gap, NO_GAP if gap is not None and gap <= 0 else "{:.2f}"),
+        number_field("gap_q", numbers.get("gap_q"), NO_GAP if (numbers.get("gap_q") or 0) <= 0 else "{:.2f}"),
         number_field(f"refined NLL_{k}", refined[0].numbers["nll"] if refined else None, "{:.3f}"),
         number_field("L_1", numbers["bounds"].get("1"), "{:.2f}"),
         number_field("ESS, median", numbers.get("ess_median"), "{:,.1f}"),

@@ -144,8 +144,8 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
     loaded: dict[str, Data] = {}
     seen: set[str] = set()
     for job in plan.jobs:
-        name = job_name(len(found), job.overrides, plan.varied) if len(plan.jobs) > 1 else ""
-        with _refused(name):
+        name = job_name(len(found), job.overrides, plan.varied)
+        with _naming(name, len(plan.jobs) > 1):
             experiment = job.experiment(plan.name)
             experiment.check()
         if not plan.is_grid and "validation" not in experiment.evaluation.splits:
@@ -165,19 +165,19 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
         if data not in loaded:
             loaded[data] = experiment.data.load()
         if parts not in seen:
-            with _refused(name):
+            with _naming(name, len(plan.jobs) > 1):
                 experiment.check_with(loaded[data])
             seen.add(parts)
     return list(found.values())
 
 
 @contextmanager
-def _refused(job: str) -> Iterator[None]:
-    """Begin errors of input with the name of the job that they refuse."""
+def _naming(job: str, several: bool) -> Iterator[None]:
+    """Begin what is refused with the name of the job, where there are several."""
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{job}: {error}" if job else str(error)) from error
+        raise type(error)(f"{job}: {error}" if several else str(error)) from error
 
 
 def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:
