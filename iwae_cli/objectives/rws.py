@@ -34,6 +34,7 @@ class RWS(Objective):
     compare them.
     """
 
+    plain_gradient = "score"
     stratified = True
 
     def __init__(

@@ -23,6 +23,7 @@ from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import GaussianConditional
 from iwae_cli.models.priors import StandardNormal
+from iwae_cli.objectives.base import BoundObjective
 from iwae_cli.objectives.elbo import ELBO
 from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.piwae import PIWAE
@@ -179,6 +180,16 @@ def test_a_run_on_pictures_in_colour(own: tuple[str, ...], tmp_path: Path) -> No
     assert len(result["active_units"]) == 1
 
 
+class Landing(BoundObjective):
+    """An objective from outside that has no choice of gradients."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k, "stl")
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_w.tanh().mean(0)
+
+
 def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
     vamp, plain = built(VampMLP([2], [[6]])), built(GaussianMLP([2], [[6]]))
     assert "prior.q.loc.weight" in vamp.shared and plain.shared == ()
@@ -187,6 +198,7 @@ def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
     for objective in (IWAE(3, "stl"), IWAE(3, "dreg"), PIWAE(2, 2), TVO(3, gradient="covariance"), RWS(3), VIMCO(3)):
         assert "prior.q.body.0.weight" in (objective.check_networks(vamp) or ""), objective
         assert objective.check_networks(plain) is None
+    assert "write objective=iwae" in (Landing(1).check_networks(vamp) or "") and "biased" in Landing(1).caveats[0]
 
 
 def test_a_shared_parameter_is_trained_by_the_derivative_of_the_bound() -> None:
