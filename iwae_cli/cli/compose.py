@@ -85,14 +85,11 @@ def require_effect(plan: Plan) -> None:
         return
     typed = {line.lstrip("+").partition("=")[0] for line in plan.jobs[0].overrides}
     for group in ("model", "objective"):
-        without = [unused(job.config[group]) for job in plan.jobs]
-        for key, (choice, using) in without[0].items():
-            if f"{group}.{key}" in typed and all(key in keys for keys in without):
-                value = show(plan.jobs[0].config[group][choice])
-                raise UserError(
-                    f"{group}.{key} has no effect with {group}.{choice}={value}: leave it out, or write "
-                    f"{group}.{choice}={using}"
-                )
+        nodes = [job.config[group] for job in plan.jobs]
+        for key, (choice, using) in unused(nodes[0]).items():
+            if f"{group}.{key}" in typed and all(key in unused(node) for node in nodes):
+                why = f"{group}.{key} has no effect with {group}.{choice}={nodes[0][choice]}"
+                raise UserError(f"{why}: leave it out, or write {group}.{choice}={using}")
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,8 +192,8 @@ class Table:
         found = [Field(f"NLL_{self.k}", cell.nll, self._nll_text(cell))]
         if self._gaps and by_row:
             gap = cell.mean("gap_q")
-            text = "" if gap is None else measured(gap, cell.mean("gap_q_stderr")) if gap > 0 else NO_GAP
-            found.append(Field("gap_q", gap, text))
+            text = "" if gap is None else measured(gap, cell.mean("gap_q_stderr"))
+            found.append(Field("gap_q", gap, re.sub(r"^-\S+", NO_GAP, text)))
         if exact:
             form = f"{{:.{decimals(cell.mean('stderr_images'))}f}}"
             found.append(number_field("exact NLL", cell.mean("exact_nll"), form))

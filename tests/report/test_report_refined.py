@@ -84,7 +84,7 @@ def test_the_gap_stands_beside_the_number_of_the_paper(tmp_path: Path, command: 
     below = {"names": NAMES["iwae"], "refined": BY_Q["iwae"][:5] - 0.1}
     write(tmp_path / "below", config(objective="iwae"), BY_Q["iwae"], **below)
     out = command(tmp_path / "below", "--rows", "objective")[1]
-    assert "  none seen  " in out and "by at least so much, 0.000 nats by run; measured on 5 images" in out
+    assert "  none seen ± 0.0" in out and "by at least so much, 0.000 nats by run; measured on 5 images" in out
 
 
 def test_differences_are_of_refined_values_where_all_runs_have_them(tmp_path: Path, command: Command) -> None:
