@@ -26,12 +26,6 @@ WRONG = {
     "objective=iwea": "objective iwae",
     "'objective={k: 3}'": "objective",
     "seed=3-1": "seed",
-    # Keys that the choices leave without effect.
-    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture vamp",
-    "model.posterior=full model.posterior_size=3": "model.posterior_size model.posterior=coupling mixture",
-    "objective=tvo objective.schedule=linear objective.beta_1=0.1": "objective.beta_1 objective.schedule=log",
-    "objective=tvo objective.partitions=1 objective.schedule=linear": "objective.schedule objective.partitions=2",
-    "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
     "objective=[iwae,elbo]": "objective",
     "logger=[offline,onlin]": "logger online",
     "+objective=elbo": "objective=elbo",
@@ -44,6 +38,12 @@ WRONG = {
     "+foo=1": "foo seed",
     "seed.x=3": "seed.x",
     "seed@x=3": "seed@x",
+    # Keys that the choices leave without effect.
+    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture vamp",
+    "model.posterior=full model.posterior_size=3": "model.posterior_size model.posterior=coupling mixture",
+    "objective=tvo objective.schedule=linear objective.beta_1=0.1": "objective.beta_1 objective.schedule=log",
+    "objective=tvo objective.partitions=1 objective.schedule=linear": "objective.schedule objective.partitions=2",
+    "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
     # Types and ranges.
     "seed=true": "seed integer",
     "seed=\"'3'\"": "seed integer",
