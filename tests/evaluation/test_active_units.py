@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 import torch
+from every_architecture import GaussianMLP, LinearGaussianModel
 
 from iwae_cli.evaluation.active_units import active_units
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 

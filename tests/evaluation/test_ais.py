@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import evaluation
+from every_architecture import Categorical, GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
@@ -22,10 +23,6 @@ from iwae_cli.evaluation.ais.estimator import AIS, Annealed, Sandwich
 from iwae_cli.evaluation.ais.moves import Chains, gibbs_sweep, hamiltonian_move
 from iwae_cli.evaluation.ais.paths import ImageNoise, Tally, sigmoid_schedule
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.summary import table_of
 

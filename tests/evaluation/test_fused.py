@@ -9,6 +9,7 @@ import pytest
 import torch
 from draws import binary
 from evaluations import evaluation
+from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 
 from iwae_cli.core.device import Device
 from iwae_cli.core.errors import UserError
@@ -17,9 +18,6 @@ from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer, check_bf16
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
 SIZES = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from draws import drawn
 from evaluations import evaluation
+from every_architecture import LinearGaussianModel, SigmoidBeliefNetwork
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
@@ -19,8 +20,6 @@ from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.gaps import Gaps, elbos
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, Fitted
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import evaluation
+from every_architecture import GaussianMLP, LinearGaussianModel
 from torch import Tensor
 
 from iwae_cli.config.build import build
@@ -17,8 +18,6 @@ from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.linear_gaussian import LinearGaussian
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.gradient_snr import GradientSNR, gradient_snr
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import Losses, Objective
 from iwae_cli.objectives.iwae import IWAE

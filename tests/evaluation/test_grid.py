@@ -11,6 +11,7 @@ import pytest
 import torch
 from draws import drawn
 from evaluations import evaluation
+from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 from scipy.integrate import quad
 from torch import Tensor
 
@@ -23,9 +24,6 @@ from iwae_cli.evaluation.grid import Grid, estimator, picture
 from iwae_cli.evaluation.grid.picture import log_densities
 from iwae_cli.evaluation.grid.quadrature import Box, prior_box, quadrature
 from iwae_cli.evaluation.proposals import refine
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.networks import normal_log_prob

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from draws import binary, drawn, split_of
+from every_architecture import GaussianMLP, LinearGaussianModel
 
 from iwae_cli.core.errors import RunFailed
 from iwae_cli.core.files import dump_json
@@ -23,8 +24,6 @@ from iwae_cli.evaluation.ais.estimator import AIS
 from iwae_cli.evaluation.estimator import EstimatorInput, require_probabilities
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
 from iwae_cli.evaluation.settings import Evaluation
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 
@@ -239,7 +238,6 @@ import numpy as np, torch
 from iwae_cli.data.base import Split
 from iwae_cli.data.digits import Digits
 from iwae_cli.evaluation.likelihood import log_likelihood
-from iwae_cli.models.architectures.mlp import GaussianMLP
 model = GaussianMLP([50], [[1000]]).build((64,), np.full(64, 0.4), torch.Generator().manual_seed(0)).eval()
 split = Split("test", torch.zeros(2, 64, dtype=torch.uint8), "")
 unit = 1 if sys.platform == "darwin" else 1024

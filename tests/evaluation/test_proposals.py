@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 from draws import drawn, split_of
+from every_architecture import GaussianConvolutional, GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 
 from iwae_cli.core import noise as noise_module
 from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.evaluation import proposals
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, SHARE, refine, why_not
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
 PIXELS = 6

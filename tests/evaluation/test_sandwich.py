@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from evaluations import evaluation
+from every_architecture import Categorical, LinearGaussianModel, SigmoidBeliefNetwork
 
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.config.build import build
@@ -19,9 +20,6 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.data.digits import Digits
 from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.sandwich import Bounds, Sandwich
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.record.summary import table_of
 

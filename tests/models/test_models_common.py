@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from draws import noise
+from every_architecture import (
+    Categorical,
+    GaussianConvolutional,
+    GaussianMLP,
+    LinearGaussianModel,
+    SigmoidBeliefNetwork,
+)
 from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Model
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import MEAN_DRAWS
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from draws import noise
+from every_architecture import Categorical, SigmoidBeliefNetwork
 from scipy import stats
 from torch import Tensor
 
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.models import exact as exact_module
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.iwae import IWAE
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from draws import noise
+from every_objective import ELBO, IWAE
 from scipy import stats
 from torch import Tensor, nn
 
@@ -17,8 +18,6 @@ from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
 
 PIXELS = 5
 SIZES = [[1], [3], [3, 2], [4, 3, 2]]

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from every_architecture import GaussianConvolutional, GaussianMLP
 from torch import Tensor
 
 from iwae_cli.config.build import build as build_node
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"

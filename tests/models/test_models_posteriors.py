@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from draws import noise
+from every_architecture import GaussianMLP, LinearGaussianModel
+from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, REINFORCE, RWS, TVO, UMIWAE, VIMCO, VR
 from objective_toys import quadrature
 from small_runs import TINY, finished, read_json
 from torch import Tensor, nn
@@ -19,26 +21,12 @@ from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.data.base import Split
 from iwae_cli.evaluation.fused import FusedScorer
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
 from iwae_cli.objectives.base import Objective
-from iwae_cli.objectives.ciwae import CIWAE
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.jvi import JVI
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.reinforce import REINFORCE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.umiwae import UMIWAE
-from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.objectives.vr import VR
 
 INPUTS, FEATURES = 3, 5
 DENSE = {

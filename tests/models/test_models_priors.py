@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from draws import noise
+from every_objective import ELBO, IWAE, PIWAE, RWS, TVO, VIMCO
 from own_models import Mixture, MixturePrior, VampMLP
 from small_runs import TINY, finished, read_json, run, snapshot
 from torch import Tensor
@@ -24,12 +25,6 @@ from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.conditionals import GaussianConditional
 from iwae_cli.models.priors import StandardNormal
 from iwae_cli.objectives.base import BoundObjective
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.training.steps.plain import PlainStep
 
 

@@ -8,23 +8,13 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from every_objective import CIWAE, ELBO, IWAE, MIWAE, PIWAE, REINFORCE, RWS, TVO, UMIWAE, VIMCO, VR
 from torch import Tensor
 
 from iwae_cli.core.numerics import log_mean_exp, log_mean_exp_of_others
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.objectives.base import BoundObjective, Objective, weighted_sum
-from iwae_cli.objectives.ciwae import CIWAE
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.objectives.jvi import JVI, jackknife
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.reinforce import REINFORCE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.umiwae import UMIWAE
-from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.objectives.vr import VR
 
 K = 6
 INF = math.inf
@@ -51,7 +41,6 @@ EVERY: dict[str, Objective] = {
     "vimco": VIMCO(K),
     "reinforce": REINFORCE(K),
 }
-smooth = pytest.mark.parametrize("objective", SMOOTH.values(), ids=SMOOTH.keys())
 every = pytest.mark.parametrize("objective", EVERY.values(), ids=EVERY.keys())
 
 
@@ -72,13 +61,20 @@ def same(a: BoundObjective, b: BoundObjective, log_w: Tensor) -> None:
 # The derivatives
 
 
-@pytest.mark.parametrize("objective", [*SMOOTH.values(), VR(K, "max")], ids=[*SMOOTH, "vr-max"])
+DIFFERENTIABLE = SMOOTH | {"umiwae": UMIWAE(2, 3, 7)}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [*DIFFERENTIABLE.values(), VR(K, "max"), TVO(K, 4, "moments")],
+    ids=[*DIFFERENTIABLE, "vr-max", "tvo-moments"],
+)
 def test_weights_are_the_derivative_of_the_bound(objective):
     log_w = random_log_w()
     torch.testing.assert_close(objective.weights(log_w), gradient_of(objective.bound, log_w), rtol=1e-10, atol=1e-12)
 
 
-@smooth
+@pytest.mark.parametrize("objective", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 def test_doubly_weights_are_the_weights_less_the_diagonal_of_the_hessian(objective):
     log_w = random_log_w(batch=5)
     hessian = torch.stack(
@@ -92,13 +88,6 @@ def test_doubly_weights_are_the_weights_less_the_diagonal_of_the_hessian(objecti
     assert (hessian.abs().max() > 0.01) == (not isinstance(objective, ELBO))
     expected = objective.weights(log_w) - hessian
     torch.testing.assert_close(objective.doubly_weights(log_w), expected, rtol=1e-9, atol=1e-10)
-
-
-@smooth
-def test_weights_sum_to_one(objective):
-    # Every bound moves by c when log w moves by c.
-    log_w = random_log_w()
-    torch.testing.assert_close(objective.weights(log_w).sum(0), torch.ones(40, dtype=torch.float64))
 
 
 # Identities
@@ -134,10 +123,6 @@ def test_identities(k):
 def test_one_sample_is_the_sampled_elbo(objective):
     log_w = random_log_w(1)
     torch.testing.assert_close(objective.bound(log_w), log_w[0], rtol=1e-12, atol=1e-13)
-    if isinstance(objective, BoundObjective):
-        torch.testing.assert_close(objective.weights(log_w), torch.ones_like(log_w))
-        if objective.alpha != -INF if isinstance(objective, VR) else True:
-            torch.testing.assert_close(objective.doubly_weights(log_w), torch.ones_like(log_w))
 
 
 def test_renyi_bounds_are_ordered_in_alpha_and_meet_the_elbo_and_the_maximum():
@@ -186,7 +171,6 @@ def test_moments_places_the_points_where_the_integrand_rises_by_equal_steps():
     torch.testing.assert_close(steps, ((moments[-1] - moments[0]) / 4).expand(4, -1), rtol=0, atol=1e-3)
     bound = tvo.bound(log_w)
     assert (ELBO(50).bound(log_w) < bound).all() and (bound < IWAE(50).bound(log_w)).all()
-    torch.testing.assert_close(tvo.weights(log_w), gradient_of(tvo.bound, log_w), rtol=1e-10, atol=1e-12)
     same(TVO(50, 1, "moments"), ELBO(50), log_w)
     equal = torch.full((6, 2), -90.0, dtype=torch.float64)
     torch.testing.assert_close(TVO(6, 4, "moments").bound(equal), equal[0])
@@ -202,22 +186,12 @@ def test_regrouped_draws_are_an_incomplete_u_statistic():
     log_w = random_log_w(4, batch=20)
     pairs = list(combinations(range(4), 2))
     complete = torch.stack([log_w[[*pair]].logsumexp(0) - math.log(2) for pair in pairs]).mean(0)
-    error, spread = [], []
-    for permutations in (50, 5000):
-        regrouped = UMIWAE(2, 2, permutations)
-        error.append((regrouped.bound(log_w) - complete).abs().max().item())
-        spread.append((regrouped.weights(log_w) - gradient_of(regrouped.bound, log_w)).abs().max().item())
+    error = [(UMIWAE(2, 2, orders).bound(log_w) - complete).abs().max().item() for orders in (50, 5000)]
     # An order is one of three pairings: the mean over 5,000 of them errs by less than a nat / sqrt(5,000) times 4.
-    assert error[1] < 0.06 < error[0] and max(spread) < 1e-12
+    assert error[1] < 0.06 < error[0]
     same(UMIWAE(2, 2, 1), MIWAE(2, 2), log_w)
     same(UMIWAE(1, 4, 3), IWAE(4), log_w)
     same(UMIWAE(4, 1, 3), ELBO(4), log_w)
-    b = UMIWAE(2, 2, 7).doubly_weights(log_w[:, :3])
-    hessian = [
-        torch.autograd.functional.hessian(lambda w: UMIWAE(2, 2, 7).bound(w[:, None]).sum(), column).diagonal()
-        for column in log_w.T[:3]
-    ]
-    torch.testing.assert_close(b, UMIWAE(2, 2, 7).weights(log_w[:, :3]) - torch.stack(hessian, 1))
     assert UMIWAE(2, 3).bound(EXTREMES).isneginf().tolist() == [False, False, False, True, True]
     assert gradient_of(UMIWAE(2, 3).bound, EXTREMES).isfinite().all()
 
@@ -232,14 +206,10 @@ def direct_jackknife(log_w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [2, 3, 10])
-@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
 def test_jackknife_is_its_formula(k, spread):
     log_w = random_log_w(k, spread=spread)
     torch.testing.assert_close(jackknife(log_w), direct_jackknife(log_w), rtol=1e-10, atol=1e-10)
-
-
-def test_jackknife_of_equal_weights_is_their_logarithm():
-    assert jackknife(torch.full((5, 2), 1e4, dtype=torch.float64)).tolist() == pytest.approx([1e4, 1e4], rel=1e-15)
 
 
 def test_jackknife_removes_the_bias_of_order_one_over_k():

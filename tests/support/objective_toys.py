@@ -111,51 +111,6 @@ def scalar_kl(q, p, x):
     return 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale)
 
 
-class BitsP(GenerativeChain):
-    """Two bits h with prior logits, one binary pixel with logit slope_0 + slope_1 h_1 + slope_2 h_2."""
-
-    def __init__(self, n: int) -> None:
-        nn.Module.__init__(self)
-        self.prior, self.slope = rows([0.3, -0.7], n), rows([-0.4, 1.5, -1.1], n)
-
-    def require_observable(self, x):
-        """All tests give 0 or 1."""
-
-    def log_likelihood(self, x, latents):
-        logit = self.slope[0] + (latents[0] * self.slope[1:].T).sum(-1)
-        return x[:, 0] * logit - nn.functional.softplus(logit)
-
-    def log_prior(self, latents):
-        return (latents[0] * self.prior.T - nn.functional.softplus(self.prior.T)).sum(-1)
-
-    def sample(self, n, noise):
-        h = (noise.uniform(1, 1, n, 2) < torch.sigmoid(self.prior.T)).to(torch.float64)
-        return (h,), (noise.uniform(0, 1, n, 1)[0] < self.mean((h,))[0]).to(torch.float64)
-
-    def mean(self, latents):
-        return torch.sigmoid(self.slope[0] + (latents[0] * self.slope[1:].T).sum(-1))[..., None]
-
-
-class BitsQ(InferenceChain):
-    """Independent bits with logits, cut from the graph as draws of a discrete q are."""
-
-    reparameterized = False
-
-    def __init__(self, n: int) -> None:
-        nn.Module.__init__(self)
-        self.logits = rows([0.5, -0.2], n)
-
-    def sample(self, x, k, noise):
-        h = (noise.uniform(1, k, x.shape[0], 2) < torch.sigmoid(self.logits.T)).to(torch.float64)
-        return (h,), self(x, (h,))
-
-    def forward(self, x, latents):
-        return (latents[0] * self.logits.T - nn.functional.softplus(self.logits.T)).sum(-1)
-
-    def posterior_means(self, x, draws, noise):
-        raise NotImplementedError
-
-
 X_A = 0.9
 POSTERIOR_VARIANCE_A = 1 / (1 + 1.3**2 / 0.5)
 POSTERIOR_MEAN_A = POSTERIOR_VARIANCE_A * 1.3 * X_A / 0.5

@@ -11,6 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_architecture import (
+    Categorical,
+    GaussianConvolutional,
+    GaussianMLP,
+    LinearGaussianModel,
+    SigmoidBeliefNetwork,
+)
+from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, VIMCO, VR
 from own_models import Colours, Mixture, MixturePrior, VampMLP
 from torch import Tensor, nn
 from torch import distributions as D
@@ -19,11 +27,6 @@ import iwae_cli
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.data.base import Data
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Networks
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Bits, Conditional, GaussianConditional
@@ -31,16 +34,6 @@ from iwae_cli.models.likelihoods import Bernoulli, MLPPixels
 from iwae_cli.models.networks import HALF_LOG_2PI
 from iwae_cli.models.priors import Prior, StandardNormal
 from iwae_cli.objectives.base import BoundObjective, Objective
-from iwae_cli.objectives.ciwae import CIWAE
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.jvi import JVI
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.objectives.vr import VR
 from iwae_cli.training.check import check_outside
 
 OURS = [

@@ -9,29 +9,15 @@ import numpy as np
 import pytest
 import torch
 from draws import noise
+from every_architecture import GaussianConvolutional, GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
+from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, REINFORCE, RWS, TVO, UMIWAE, VIMCO, VR
 from own_parts import OwnStandardNormal
 
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import GeneratorNoise, Noise
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Losses, Objective
-from iwae_cli.objectives.ciwae import CIWAE
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.jvi import JVI
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.reinforce import REINFORCE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.umiwae import UMIWAE
-from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.objectives.vr import VR
 from iwae_cli.training.steps.choose import compiling_pays, should_compile
 from iwae_cli.training.steps.compiled import CompiledStep
 from iwae_cli.training.steps.graph import CannotCompileError

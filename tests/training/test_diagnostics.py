@@ -11,27 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_architecture import (
+    Categorical,
+    GaussianConvolutional,
+    GaussianMLP,
+    LinearGaussianModel,
+    SigmoidBeliefNetwork,
+)
+from every_objective import ELBO, IWAE, MIWAE, PIWAE, RWS, TVO, VIMCO
 from small_runs import TINY, finished, last_of_each
 from test_compiled import batch
 from test_shared_parameter import with_shared_bias
 from torch import Tensor, nn
 
 from iwae_cli.core.noise import GeneratorNoise
-from iwae_cli.models.architectures.categorical import Categorical
-from iwae_cli.models.architectures.conv import GaussianConvolutional
-from iwae_cli.models.architectures.discrete import SigmoidBeliefNetwork
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 from iwae_cli.objectives.base import Objective
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.training import trainer
 from iwae_cli.training.diagnostics import diagnostics, kl_of_units, kl_terms
 from iwae_cli.training.steps.plain import PlainStep

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from draws import noise
+from every_objective import IWAE, VIMCO
 from test_compiled import BITS, CASES, ONE, SIDE, Branches, batch
 
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.training.steps.batched import BatchedStep
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep

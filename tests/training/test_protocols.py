@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_objective import ELBO, IWAE, MIWAE, PIWAE, REINFORCE, RWS, TVO, VIMCO
 from objective_toys import (
     POSTERIOR_MEAN_A,
     POSTERIOR_VARIANCE_A,
@@ -19,14 +20,6 @@ from objective_toys import (
 from small_runs import TINY, finished, read_json, run
 
 from iwae_cli.objectives.base import Objective
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.reinforce import REINFORCE
-from iwae_cli.objectives.rws import RWS
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.vimco import VIMCO
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.training.settings import Training
 from iwae_cli.training.warmup import WarmedUp

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, TVO, VIMCO, VR
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
 from iwae_cli.cli.compose import plan
@@ -18,15 +19,6 @@ from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import BoundObjective, Objective
-from iwae_cli.objectives.ciwae import CIWAE
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
-from iwae_cli.objectives.jvi import JVI
-from iwae_cli.objectives.miwae import MIWAE
-from iwae_cli.objectives.piwae import PIWAE
-from iwae_cli.objectives.tvo import TVO
-from iwae_cli.objectives.vimco import VIMCO
-from iwae_cli.objectives.vr import VR
 from iwae_cli.record.identity import training_config
 from iwae_cli.runs import runner
 from iwae_cli.training.settings import Training

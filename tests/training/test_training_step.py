@@ -8,13 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from every_architecture import GaussianMLP, LinearGaussianModel
+from every_objective import ELBO, IWAE
 
 from iwae_cli.core.noise import GeneratorNoise
-from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
-from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.training.steps.plain import PlainStep
 
 MODELS = {
