@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Model
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
-from iwae_cli.data.base import Split
-from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.chain import MEAN_DRAWS
 
@@ -78,7 +76,8 @@ CASES = {
     ),
     "full": Case(GaussianMLP([3], [[7]], posterior="full"), (3, 2), [3]),
     "full, two layers": Case(GaussianMLP([4, 3], [[7], [6]], posterior="full"), (3, 2), [4, 3]),
-    "coupling": Case(GaussianMLP([3], [[7]], posterior="coupling"), (3, 2), [3]),
+    "real": Case(GaussianMLP([3], [[7]], likelihood="gaussian"), (3, 2), [3]),
+    "coupling, two layers": Case(GaussianMLP([4, 3], [[7], [6]], posterior="coupling"), (3, 2), [4, 3]),
     "mixture, two layers": Case(GaussianMLP([4, 3], [[7], [6]], posterior="mixture"), (3, 2), [4, 3]),
     "mixture prior, gated": Case(
         GaussianMLP([4, 3], [[7], [6]], prior="mixture", activation="gated", prior_components=3), (3, 2), [4, 3]
@@ -111,8 +110,6 @@ def test_shapes_and_structure(name: str) -> None:
     assert [tuple(h.shape) for h in latents] == [(1, 9, d) for d in case.latent_sizes]
     assert x.shape == (9, case.pixels)
     assert model.generative.mean(latents).shape == (1, 9, case.pixels)
-    knows_log_px = name in DISCRETE or isinstance(case.architecture, LinearGaussianModel)
-    assert (model.generative.exact_log_px(x) is not None) == knows_log_px
 
 
 @every_model
@@ -266,9 +263,9 @@ def test_initial_weights_are_glorot_and_reproducible(name: str) -> None:
     assert all(bias is None or bias.count_nonzero() == 0 for bias in biases)
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.architecture.observation == "binary"])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.architecture.observation != "grey"])
 def test_pixels_begin_at_the_training_mean(name: str) -> None:
-    """With all weights zero the model knows nothing but the output bias, logit(clip(mean, .001, .999))."""
+    """With all weights zero the model knows nothing but the output bias: for binary pixels, clip(mean, .001, .999)."""
     case = CASES[name]
     mean = np.linspace(0, 1, case.pixels)
     model = case.architecture.build(case.image_shape, mean, torch.Generator().manual_seed(0)).double()
@@ -276,7 +273,8 @@ def test_pixels_begin_at_the_training_mean(name: str) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.zeros_(module.weight)
     latents, _ = model.generative.sample(2, noise())
-    expected = np.broadcast_to(np.clip(mean, 0.001, 0.999), (1, 2, case.pixels))
+    clipped = np.clip(mean, 0.001, 0.999) if case.architecture.observation == "binary" else mean
+    expected = np.broadcast_to(clipped, (1, 2, case.pixels))
     np.testing.assert_allclose(model.generative.mean(latents).detach().numpy(), expected, rtol=1e-5)
 
 
@@ -301,7 +299,7 @@ def test_closed_form_kl(name: str) -> None:
     case, model = CASES[name], CASES[name].build()
     x = case.x(3)
     with torch.no_grad():
-        if name in DISCRETE or len(case.latent_sizes) > 1 or name in ("coupling", "conv, coupling", "vamp"):
+        if name in DISCRETE or len(case.latent_sizes) > 1 or name in ("conv, coupling", "vamp"):
             assert not model.has_kl
             with pytest.raises(TypeError):
                 model.kl(x)
@@ -318,6 +316,8 @@ def test_float32_is_close_to_float64_on_the_same_noise(name: str) -> None:
     x = case.x(4)
     with torch.no_grad():
         double = model(x, 64, KeyedNoise(0, "t", range(4), dtype=torch.float64)).double()
+        # The draws of an image are those of its own noise, for any number of them.
+        torch.testing.assert_close(model(x, 30, KeyedNoise(0, "t", range(4), dtype=torch.float64)), double[:30])
         single = model.float()(x.float(), 64, KeyedNoise(0, "t", range(4))).double()
     # A discrete unit may flip where a probability and its uniform number nearly agree.
     close = torch.isclose(single, double, rtol=1e-4, atol=1e-3)
@@ -342,24 +342,6 @@ def test_float32_is_close_to_float64_on_the_same_noise(name: str) -> None:
 def test_wrong_arguments_are_named(make: Callable[[], Architecture], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument} "):
         make()
-
-
-@pytest.mark.parametrize("name", sorted(DISCRETE))  # linear-Gaussian ones need a q that is not drawn at random
-def test_the_estimate_agrees_with_the_exact_value(name: str) -> None:
-    """-L_k by the evaluation itself, on its own draws, within its own errors of the exact log p(x)."""
-    case, model = CASES[name], CASES[name].build()
-    with torch.no_grad():
-        _, x = model.generative.sample(40, noise(3))
-    split = Split("test", x, "")
-    summary, reasons = summarize(log_likelihood(model.eval(), split, k=5000, seed=0, rows=4000, workers=1), case.pixels)
-    assert reasons == {}
-    assert summary["exact_nll"] is not None
-    assert summary["stderr_mc"] > 0
-    assert abs(summary["nll"] - summary["exact_nll"]) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
-    # Not because the errors are large.
-    assert summary["stderr_mc"] < 0.05
-    assert list(summary["bounds"].values()) == sorted(summary["bounds"].values())
-    assert -summary["bounds"]["1"] - summary["exact_nll"] > 5 * summary["stderr_mc"]
 
 
 def test_which_models_know_log_px_exactly() -> None:

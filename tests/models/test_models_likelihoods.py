@@ -11,14 +11,8 @@ from draws import noise
 from scipy import stats
 from torch import Tensor
 
-from iwae_cli.data.base import Split
-from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.architectures.mlp import GaussianMLP
-from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.chain import GenerativeChain, InferenceChain
-from iwae_cli.models.conditionals import CholeskyConditional
-from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, TanhPixels, make_likelihood
-from iwae_cli.models.priors import StandardNormal
+from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, make_likelihood
 
 
 def values(loc: list[float], log_scale: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -165,34 +159,6 @@ def test_a_gaussian_is_the_normal_of_torch_with_one_scale(noise_std: float | Non
         likelihood.start_at(float(error))
         (slope,) = torch.autograd.grad(likelihood.log_prob(x, at).sum(), parameters)
         assert abs(slope) < 1e-5
-
-
-def test_a_linear_gaussian_model_has_its_exact_density() -> None:
-    """Without hidden layers p(x) is a Gaussian, and with the exact posterior as q every weight is p(x)."""
-    std, pixels = 0.4, 6
-    observation = TanhPixels(2, [], pixels, make_likelihood("gaussian", np.zeros(pixels), None, std))
-    q = CholeskyConditional(pixels, 2)
-    model = LatentVariableModel(
-        GenerativeChain(StandardNormal(2), observation, []), InferenceChain([q], observation.likelihood.white)
-    ).double()
-    weight, bias = observation.head.weight, observation.head.bias
-    posterior = torch.linalg.inv(torch.eye(2) + weight.T @ weight / std**2)
-    cholesky = torch.linalg.cholesky(posterior)
-    with torch.no_grad():
-        q.linear.weight.copy_(posterior @ weight.T / std**2)
-        q.linear.bias.copy_(-q.linear.weight @ bias)
-        q.log_diagonal.copy_(cholesky.diagonal().log())
-        q.below_diagonal.copy_(cholesky.tril(-1))
-    law = torch.distributions.MultivariateNormal(bias, weight @ weight.T + std**2 * torch.eye(pixels))
-    x = law.sample((7,)).detach()
-    exact = law.log_prob(x)
-    log_w = model(x, 5, noise())
-    torch.testing.assert_close(log_w, exact.expand(5, 7), rtol=1e-5, atol=1e-5)
-    found = log_likelihood(model, Split("test", x, ""), k=10, seed=0, rows=1000)
-    np.testing.assert_allclose(found.log_px, exact.detach().numpy(), atol=1e-5)
-    assert "bits_per_dim" not in summarize(found, None)[0]
-    drawn = model.generative.sample(20_000, noise())[1]
-    torch.testing.assert_close(torch.cov(drawn.T), law.covariance_matrix, rtol=0.1, atol=0.1)
 
 
 def test_a_gaussian_scale_is_learned_kept_or_refused(generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Families of q: densities that integrate to one and belong to the draws, gradients, and how good each can become."""
+"""Families of q and of priors: where they begin, their gradients, and how good each can become."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import torch
 from draws import noise
 from every_architecture import GaussianMLP, LinearGaussianModel
 from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, REINFORCE, RWS, TVO, UMIWAE, VIMCO, VR
+from grids import grid, log_px_on_grid
 from objective_toys import quadrature
 from small_runs import TINY, finished, read_json
 from torch import Tensor, nn
 
 from iwae_cli.cli.evaluate import evaluate
-from iwae_cli.core.noise import KeyedNoise
-from iwae_cli.data.base import Split
-from iwae_cli.evaluation.fused import FusedScorer
-from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
@@ -49,51 +46,6 @@ def made(name: str, size: int) -> Conditional:
         for parameter in conditional.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
     return conditional
-
-
-def grid(points: int = 401, reach: float = 25.0) -> tuple[Tensor, float]:
-    axis = torch.linspace(-reach, reach, points, dtype=torch.float64)
-    h = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
-    return h, 2 * math.log(2 * reach / (points - 1))
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_the_density_integrates_to_one_and_is_that_of_the_draws(name: str) -> None:
-    q, x = made(name, 2), torch.randn(2, INPUTS, dtype=torch.float64)
-    h, log_cell = grid()
-    with torch.no_grad():
-        density = (q.log_prob(h.expand(-1, 2, 2), x) + log_cell).exp()  # (points, 2)
-        drawn, log_q = q.sample(x, 40_000, 2, 1, noise())
-        torch.testing.assert_close(q.log_prob(drawn, x), log_q, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(density.sum(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
-        mean = torch.einsum("mn,mnd->nd", density, h.expand(-1, 2, 2))
-        square = torch.einsum("mn,mnd,mne->nde", density, h.expand(-1, 2, 2), h.expand(-1, 2, 2))
-        error = (square.diagonal(dim1=1, dim2=2) - mean.square()).sqrt() / 200
-        assert ((drawn.mean(0) - mean).abs() < 4.5 * error).all()
-        of_draws = torch.einsum("knd,kne->nde", drawn, drawn) / len(drawn)
-        assert (of_draws - square).abs().max() < 0.05 * square.abs().max()
-        closed = q.mean(x)
-        assert (closed is None) == (name == "coupling")
-        if closed is not None:
-            torch.testing.assert_close(closed, mean, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_draws_and_density_given_a_draw_of_the_layer_below_agree(name: str, size: int) -> None:
-    """One ``given`` for every draw, as in the upper layers of a model, and every parameter has a gradient."""
-    q, given = made(name, size), torch.randn(7, 4, INPUTS, dtype=torch.float64)
-    h, log_q = q.sample(given, 7, 4, 2, noise())
-    torch.testing.assert_close(q.log_prob(h, given), log_q, rtol=1e-9, atol=1e-9)
-    one_by_one = torch.stack([q.log_prob(h[i : i + 1], given[i])[0] for i in range(7)])
-    torch.testing.assert_close(one_by_one, log_q, rtol=1e-9, atol=1e-9)
-    gradients = torch.autograd.grad((h.square().sum() + log_q.sum()), list(q.parameters()))
-    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
-    # The draws of an image are those of its own noise, for any number of them.
-    keyed = KeyedNoise(0, "test", range(4), dtype=torch.float64)
-    first, _ = q.sample(given[0], 3, 4, 1, keyed)
-    more, _ = q.sample(given[0], 90, 4, 1, keyed)
-    torch.testing.assert_close(more[:3], first, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["full", "coupling"])
@@ -168,7 +120,7 @@ def test_a_mixture_prior_draws_by_its_weights() -> None:
         prior.logits.copy_(torch.tensor([0.0, 1.0, -1.0]))
         prior.loc.copy_(torch.tensor([[-4.0, 0.0], [0.0, 3.0], [4.0, -2.0]]))
         prior.log_scale.copy_(torch.tensor([[-0.5, 0.0], [0.2, -0.3], [-1.0, 0.3]]))
-        h, log_cell = grid()
+        (h,), log_cell = grid([2], 401, 25.0)
         assert (prior.log_prob(h, None) + log_cell).exp().sum().item() == pytest.approx(1, abs=1e-9)
         drawn, log_p = prior.sample(None, 200, 100, 1, noise())
         torch.testing.assert_close(prior.log_prob(drawn, None), log_p)
@@ -201,33 +153,6 @@ def built(**settings: Any) -> LatentVariableModel:
         for name, p in model.named_parameters():
             p += (0.05 if "blocks" in name else 0.3) * torch.randn(p.shape, generator=random, dtype=p.dtype)
     return model.eval()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"posterior": name} for name in ("full", "coupling", "mixture")),
-        *({"prior": name, "prior_components": 3} for name in ("mixture", "vamp")),
-        {"posterior": "mixture", "prior": "mixture", "prior_components": 3, "activation": "gated"},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_the_estimate_agrees_with_quadrature_for_every_family(settings: dict[str, Any]) -> None:
-    model = built(**settings)
-    h, log_cell = grid(201, 10.0)
-    with torch.no_grad():
-        # A wide q, so that the weights have a finite variance.
-        for name, p in model.inference.named_parameters():
-            if "log_" in name:
-                p.fill_(0.8 if name.endswith("bias") else 0.0)
-        x = model.generative.sample(8, noise(2))[1]
-        exact = torch.logsumexp(model.generative(x, (h.expand(-1, 8, 2),)), 0) + log_cell
-    for refined in (False, True):
-        found = log_likelihood(model, Split("test", x, ""), k=5000, seed=0, rows=4000, workers=1, refined=refined)
-        summary, _ = summarize(found, 4)
-        assert abs(summary["nll"] + exact.mean().item()) < 4 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
-        assert summary["stderr_mc"] < 0.02
-    assert not FusedScorer.fits(model, x)
 
 
 def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
@@ -274,8 +199,7 @@ def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_co
         # Components far from each other.
         model.inference.layers[0].loc.bias += torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0, 2.0, 0.0, -2.0])
         x = model.generative.sample(1, noise(3))[1].expand(40_000, 4)
-        h, log_cell = grid(201, 10.0)
-        exact = torch.logsumexp(model.generative(x[:1], (h,)), 0) + log_cell
+        exact = log_px_on_grid(model, x[:1], [2])
         bounds = {}
         for mode in (True, False):
             model.train(mode)

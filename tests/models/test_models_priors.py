@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,8 @@ from draws import noise
 from every_objective import ELBO, IWAE, PIWAE, RWS, TVO, VIMCO
 from own_models import Mixture, MixturePrior, VampMLP
 from small_runs import TINY, finished, read_json, run, snapshot
-from torch import Tensor
 
 from iwae_cli.cli.evaluate import evaluate
-from iwae_cli.data.base import Split
-from iwae_cli.evaluation.fused import FusedScorer
-from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models import kl
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
@@ -40,43 +35,6 @@ def built(architecture: GaussianMLP, pixels: int = 4) -> LatentVariableModel:
 @pytest.fixture
 def mixture() -> LatentVariableModel:
     return built(GaussianMLP([2], [[6]], prior=MixturePrior(3)))
-
-
-def grid(points: int = 321, reach: float = 16.0) -> tuple[Tensor, float]:
-    """All points of a square as (points^2, 1, 2), and the log of a cell's size."""
-    axis = torch.linspace(-reach, reach, points, dtype=torch.float64)
-    h = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
-    return h, 2 * math.log(2 * reach / (points - 1))
-
-
-def test_the_density_of_a_mixture_prior_is_that_of_its_draws(mixture: LatentVariableModel) -> None:
-    h, log_cell = grid()
-    prior = mixture.generative.prior
-    with torch.no_grad():
-        density = (prior.log_prob(h, None)[:, 0] + log_cell).exp()
-        drawn = mixture.generative.sample(40_000, noise())[0][0][0]
-    assert density.sum().item() == pytest.approx(1, abs=1e-9)
-    mean = density @ h[:, 0]
-    torch.testing.assert_close(mean, prior.mean(None).detach(), rtol=0, atol=1e-9)
-    second = density @ h[:, 0].square()
-    error = (second - mean.square()).sqrt() / 200
-    assert ((drawn.mean(0) - mean).abs() < 4.5 * error).all()
-    assert (drawn.square().mean(0) / second - 1).abs().max() < 0.05
-
-
-def test_the_estimate_with_a_mixture_prior_agrees_with_quadrature(mixture: LatentVariableModel) -> None:
-    h, log_cell = grid()
-    with torch.no_grad():
-        _, x = mixture.generative.sample(20, noise(2))
-        exact = torch.logsumexp(mixture.generative(x, (h.expand(-1, 20, 2),)), 0) + log_cell
-        # A wide q, so that the weights have a finite variance.
-        mixture.inference.layers[0].log_scale.weight.zero_()
-        mixture.inference.layers[0].log_scale.bias.fill_(0.7)
-    assert mixture.generative.exact_log_px(x) is None
-    assert not FusedScorer.fits(mixture, x)
-    summary, _ = summarize(log_likelihood(mixture, Split("test", x, ""), k=5000, seed=0, rows=4000, workers=1), 4)
-    assert abs(summary["nll"] + exact.mean().item()) < 3 * summary["stderr_mc"] + 2 * abs(summary["bias_mc"])
-    assert summary["stderr_mc"] < 0.02
 
 
 class Wide(StandardNormal):
