@@ -22,7 +22,7 @@ from iwae_cli.evaluation.ais import paths
 from iwae_cli.evaluation.ais.estimator import AIS, Annealed, Sandwich
 from iwae_cli.evaluation.ais.moves import Chains, gibbs_sweep, hamiltonian_move
 from iwae_cli.evaluation.ais.paths import ImageNoise, Tally, sigmoid_schedule
-from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.summary import table_of
 
@@ -171,20 +171,6 @@ def test_hmc_leaves_its_target_invariant() -> None:
     assert ((end - h).abs() > 1e-3).float().mean() > 0.9
 
 
-def test_hmc_moves_towards_its_target() -> None:
-    """A chain that never moves is invariant too."""
-    loc, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
-    scores = gaussian_target(loc, scale)
-    noise = GeneratorNoise(torch.Generator().manual_seed(0))
-    latents = (torch.zeros(4000, 1, 1), torch.zeros(4000, 1, 2))
-    chains = Chains(latents, *scores(latents))
-    for _ in range(40):
-        chains, _ = hamiltonian_move(scores, chains, 1.0, torch.tensor([0.4]), 6, noise)
-    end = torch.cat(chains.latents, -1)[:, 0]
-    torch.testing.assert_close(end.mean(0), loc, atol=0.12, rtol=0)
-    torch.testing.assert_close(end.std(0), scale, atol=0, rtol=0.05)
-
-
 def test_a_sweep_leaves_its_target_invariant_and_its_reversal_undoes_its_order() -> None:
     """Probability of every pair of bits before and after, from exact draws of a correlated target."""
     weight = torch.tensor([[0.0, 1.0], [2.0, -1.0]])  # log f of (h_1, h_2), not normalized
@@ -235,30 +221,6 @@ def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pyt
     assert torch.stack(measured).std(0).min() > 0.01
     for t in range(40):
         assert torch.equal(finer[t], measured[t // 2])
-
-
-def test_an_image_has_the_same_numbers_in_any_batch() -> None:
-    model, x = linear_gaussian(3, 2)
-    chosen = settings(temperatures=4, max_temperatures=4)
-    model.double()
-    x = x.double()
-    truth = exact(model, x)
-    (whole,) = anneal(chosen, model, x)
-    (cut,) = chosen.anneal(model, x, seed=0, stream="test", rows=16 * 9, workers=2)
-    np.testing.assert_allclose(whole.log_px, cut.log_px, rtol=1e-9)
-    np.testing.assert_allclose(whole.acceptance, cut.acceptance, rtol=1e-9)
-    (other,) = chosen.anneal(model, x, seed=1, stream="test", workers=1)
-    (named,) = chosen.anneal(model, x, seed=0, stream="validation", workers=1)
-    assert (whole.log_px != other.log_px).all() and (whole.log_px != named.log_px).all()
-    assert np.corrcoef(whole.log_px, truth)[0, 1] > 0.7
-
-
-def test_parameters_and_their_gradients_are_not_changed() -> None:
-    model, x = linear_gaussian(2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    anneal(settings(temperatures=3, max_temperatures=3), model, x)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_noise_of_an_image_depends_on_no_other_image() -> None:
@@ -312,27 +274,6 @@ def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
     assert abs((found.log_px - plain).mean()) < 3 * math.sqrt((found.stderr**2).sum()) / N + 0.03
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"chains": 1}, "chains must be >= 2, got 1"),
-        ({"temperatures": 0}, "temperatures must be >= 1, got 0"),
-        ({"leapfrog_steps": 0}, "leapfrog_steps must be >= 1, got 0"),
-        ({"max_temperatures": 59}, "max_temperatures must be >= temperatures = 60, got 59"),
-        ({"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
-        ({"start": "posterior"}, "start must be one of prior, inference, got posterior"),
-        ({"images": 0}, "images must be >= 1, got 0"),
-        ({"simulated": -1}, "simulated must be >= 0, got -1"),
-    ],
-)
-def test_wrong_settings_are_named(changed: dict[str, object], message: str) -> None:
-    from iwae_cli.config.build import build
-
-    node = {"_target_": "iwae_cli.evaluation.ais.AIS", "temperatures": 60} | changed
-    with pytest.raises(UserError, match=f"^estimator.{message}"):
-        build(node, Estimator, "estimator")
-
-
 def subject(**changed: object) -> EstimatorInput:
     data = LinearGaussian(pixels=4, n_test=N, n_validation=10).load()
     model, _ = linear_gaussian(2)
@@ -370,24 +311,6 @@ def test_the_report_agrees_with_its_arrays_and_with_the_exact_value() -> None:
         found.numbers["simulated"]["gap"], abs=0.051
     )
     assert len(seen) > 12
-
-
-def test_a_run_can_be_stopped_between_transitions() -> None:
-    class Stopped(Exception):
-        pass
-
-    def check() -> None:
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        settings().estimate(subject(), check)
-
-
-def test_a_number_that_is_not_finite_is_null_with_its_reason() -> None:
-    found = settings(images=1, simulated=0, temperatures=2, max_temperatures=2).estimate(subject(), lambda: None)
-    assert found.numbers["test"]["stderr_images"] is None
-    alone = ("test.stderr_images", "test.above_ais_stderr")
-    assert found.reasons == dict.fromkeys(alone, "one image has no standard error")
 
 
 def test_a_tally_displays_nothing_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:

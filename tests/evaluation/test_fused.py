@@ -106,12 +106,15 @@ def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> Non
     torch.testing.assert_close(fast, plain, rtol=1e-5 if dtype == torch.float32 else 1e-11, atol=0)
 
 
-@pytest.mark.parametrize(("k", "rows"), [(1, 64), (63, 5000), (700, 64)])
-def test_results_do_not_depend_on_the_chunks(k: int, rows: int) -> None:
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize(
+    ("k", "rows", "refined"), [(1, 64, False), (63, 5000, False), (700, 64, False), (200, 700, True)]
+)
+def test_results_do_not_depend_on_the_chunks(k: int, rows: int, refined: bool) -> None:
     model, x = built(GaussianMLP(*SIZES["two layers"]), 9).double(), binary(18, 9)
     split = Split("test", x, "")
-    plain = log_likelihood(model, split, k=k, seed=3, rows=2000, workers=1, plain=True)
-    fast = log_likelihood(model, split, k=k, seed=3, rows=rows)
+    plain = log_likelihood(model, split, k=k, seed=3, rows=2000, workers=1, plain=True, refined=refined)
+    fast = log_likelihood(model, split, k=k, seed=3, rows=rows, workers=2, refined=refined)
     for name in ("log_px", "ess", "top_weight", "khat"):
         np.testing.assert_allclose(getattr(fast, name), getattr(plain, name), rtol=1e-9)
     assert list(fast.bounds) == list(plain.bounds)

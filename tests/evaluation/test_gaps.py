@@ -253,19 +253,6 @@ def test_log_px_is_not_the_higher_one_by_noise(
         assert numbers["log_px_q"] is None and set(found.reasons) == {"test.log_px_q"}
 
 
-@pytest.mark.usefixtures("coarse")
-def test_an_image_depends_on_nothing_else() -> None:
-    """Neither on rows and workers nor on the images after it."""
-    model = one_layer(GaussianConditional(PIXELS, [8], LATENTS))
-    split = Split("test", drawn(model, N), "")
-    many = elbos(model, split, k=300, seed=0, rows=10**5, workers=2)
-    few = elbos(model, split, k=300, seed=0, rows=64, workers=1)
-    first = elbos(model, replace(split, x=split.x[: GROUP + 1]), k=300, seed=0, rows=10**5)
-    for name in ("q", "best", "fitted", "variance_q", "variance_best", "variance_gap"):
-        np.testing.assert_allclose(getattr(few, name), getattr(many, name), rtol=1e-9)
-        np.testing.assert_allclose(getattr(first, name), getattr(many, name)[: GROUP + 1], rtol=1e-9)
-
-
 class Laplace(Conditional):
     """A family without a fit."""
 
@@ -290,12 +277,8 @@ def test_other_models_are_refused_before_any_work(q: str) -> None:
 
 
 @pytest.mark.usefixtures("coarse")
-def test_what_has_no_error_has_a_reason() -> None:
+def test_what_is_not_finite_has_a_reason() -> None:
     model = one_layer(LinearConditional(PIXELS, LATENTS))
-    found = estimated(model, drawn(model, 1), k=10)
-    assert found.numbers["test"]["total_gap_stderr_images"] is None
-    assert "one image" in found.reasons["test.total_gap_stderr_images"]
-    assert found.numbers["test"]["total_gap_stderr_mc"] > 0
     with torch.no_grad():
         model.generative.observation.linear.bias.fill_(math.inf)
     broken = estimated(model, torch.zeros(2, PIXELS).double(), k=10)

@@ -15,11 +15,10 @@ from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNe
 from scipy.integrate import quad
 from torch import Tensor
 
-from iwae_cli.config.build import build
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import GeneratorNoise
 from iwae_cli.data.base import Data
-from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput
+from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.grid import Grid, estimator, picture
 from iwae_cli.evaluation.grid.picture import log_densities
 from iwae_cli.evaluation.grid.quadrature import Box, prior_box, quadrature
@@ -194,15 +193,6 @@ def test_a_grid_that_is_too_small_or_too_coarse_says_what_to_type() -> None:
     assert len(estimate(model, x, points=121).notes) == 2
 
 
-@pytest.mark.usefixtures("coarse_picture")
-def test_one_image_has_no_standard_error() -> None:
-    model = nonlinear(1)
-    found = estimate(model, drawn(model, 4), images=1)
-    assert found.numbers["test"]["stderr_images"] is None
-    without = ("stderr_images", "above_grid_stderr", "refined_above_grid_stderr")
-    assert set(found.reasons) == {f"test.{key}" for key in without}
-
-
 @pytest.mark.parametrize("latents", [1, 2])
 def test_densities_integrate_to_one_and_the_resampled_one_tends_to_the_posterior(latents: int) -> None:
     model = nonlinear(latents)
@@ -340,33 +330,6 @@ def test_other_models_are_refused_before_any_work(architecture: Architecture, wo
     model = built(architecture)
     with pytest.raises(UserError, match=f"{words}.*estimator=ais.*model.latent_sizes="):
         estimate(model, drawn(model, 2))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"k": 0}, "k must be >= 1, got 0"),
-        ({"span": 0}, "span must be finite and > 0, got 0"),
-        ({"points": 560}, "points must be odd, got 560"),
-        ({"points": 1}, "points must be >= 3, got 1"),
-        ({"images": 0}, "images must be >= 1, got 0"),
-    ],
-)
-def test_wrong_settings_are_named(changed: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=f"^estimator.{message}"):
-        build({"_target_": "iwae_cli.evaluation.grid.Grid", "k": 5} | changed, Estimator, "estimator")
-
-
-def test_a_run_can_be_stopped_between_points() -> None:
-    class Stopped(Exception):
-        pass
-
-    def check() -> None:
-        raise Stopped
-
-    model = nonlinear()
-    with pytest.raises(Stopped):
-        quadrature(model, drawn(model, 2), prior_box(model, 7, 141, 0), rows=64, check=check)
 
 
 def test_a_box_has_its_corners_and_every_point_between() -> None:

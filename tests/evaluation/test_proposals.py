@@ -164,29 +164,6 @@ def test_a_fit_depends_on_its_image_alone(name: str) -> None:
         assert torch.equal(part.cholesky[unchanged], whole.cholesky[unchanged])
 
 
-@pytest.mark.usefixtures("coarse")
-def test_neither_rows_nor_workers_change_the_estimate() -> None:
-    model = two_dimensional()
-    x = drawn(model, GROUP + 3)
-    few, many = (
-        log_likelihood(model, split_of(x), k=500, seed=0, rows=rows, workers=workers, refined=True, plain=True)
-        for rows, workers in ((64, 1), (10**5, 2))
-    )
-    np.testing.assert_allclose(few.log_px, many.log_px, rtol=1e-9)
-
-
-@pytest.mark.usefixtures("coarse")
-def test_the_fused_scorer_and_the_model_agree() -> None:
-    model = built(GaussianMLP([5, 3], [[8], [6]]), scale=2.0)
-    x = drawn(model, 23)
-    fused, plain = (
-        log_likelihood(model, split_of(x), k=200, seed=0, rows=2000, refined=True, plain=plain)
-        for plain in (False, True)
-    )
-    np.testing.assert_allclose(fused.log_px, plain.log_px, rtol=1e-9)
-    np.testing.assert_allclose(fused.ess, plain.ess, rtol=1e-6)
-
-
 def test_discrete_latents_have_none() -> None:
     assert why_not(two_dimensional()) is None
     assert "discrete" in str(why_not(built(SigmoidBeliefNetwork([4]))))

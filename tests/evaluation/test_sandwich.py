@@ -16,9 +16,8 @@ from every_architecture import Categorical, LinearGaussianModel, SigmoidBeliefNe
 
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.config.build import build
-from iwae_cli.core.errors import UserError
 from iwae_cli.data.digits import Digits
-from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.evaluation.sandwich import Bounds, Sandwich
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.record.summary import table_of
@@ -214,25 +213,6 @@ def test_the_error_of_the_upper_bound_is_over_observations() -> None:
     assert np.std(upper, ddof=1) == pytest.approx(total, rel=0.3)
 
 
-def test_an_observation_depends_neither_on_rows_nor_workers_nor_on_the_others() -> None:
-    model = linear_gaussian(3, 2)
-    whole = bounds(model, k=1000, simulated=12)
-    for other in (
-        bounds(model, k=1000, simulated=12, rows=64),
-        bounds(model, k=1000, simulated=12, rows=300, workers=2),
-        bounds(model, k=1000, simulated=7),
-    ):
-        n = len(other.ess)
-        assert other.exact is not None and whole.exact is not None
-        np.testing.assert_allclose(other.exact, whole.exact[:n], rtol=1e-12)
-        np.testing.assert_allclose(other.forward_ess, whole.forward_ess[:n], rtol=1e-9)
-        np.testing.assert_allclose(other.ess, whole.ess[:n], rtol=1e-9)
-        for m in whole.lower:
-            np.testing.assert_allclose(other.lower[m], whole.lower[m][:n], rtol=1e-9)
-            np.testing.assert_allclose(other.upper[m], whole.upper[m][:n], rtol=1e-9)
-    assert (bounds(model, k=1000, simulated=12, seed=1).lower[1000] != whole.lower[1000]).all()
-
-
 @pytest.mark.parametrize("name", choices([conf_folder()])["model"])
 def test_every_model(name: str) -> None:
     node = yaml.safe_load((conf_folder() / "model" / f"{name}.yaml").read_text())
@@ -279,8 +259,6 @@ def test_the_report_agrees_with_its_arrays() -> None:
 
 
 def test_numbers_that_are_not_finite_have_a_reason() -> None:
-    one = Sandwich(2, 1).estimate(subject(linear_gaussian(2)), lambda: None)
-    assert set(one.reasons) == {f"simulated.stderr_{name}" for name in ("gap", "upper", "images")}
     model = linear_gaussian(2).float()
     with torch.no_grad():
         model.inference.layers[0].log_diagonal.fill_(-60)  # type: ignore[union-attr]
@@ -291,23 +269,3 @@ def test_numbers_that_are_not_finite_have_a_reason() -> None:
     assert {
         key for key in found.reasons if key.startswith("simulated.upper_bounds")
     } and "simulated.gap" in found.reasons
-
-
-def test_a_run_can_be_stopped() -> None:
-    class Stopped(Exception):
-        pass
-
-    def check() -> None:
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        Sandwich(5, 3).estimate(subject(linear_gaussian(2)), check)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"), [({"k": 1}, "k must be >= 2, got 1"), ({"simulated": 0}, "simulated must be >= 1, got 0")]
-)
-def test_wrong_settings_are_named(changed: dict[str, int], message: str) -> None:
-    node = {"_target_": "iwae_cli.evaluation.sandwich.Sandwich", "k": 5, "simulated": 3} | changed
-    with pytest.raises(UserError, match=f"^estimator.{message}"):
-        build(node, Estimator, "estimator")

@@ -74,14 +74,6 @@ def test_few_effective_draws_are_counted_where_the_right_sum_is_no_upper_bound()
     assert rows["test.right_stderr_mc"] == "  other noise: stderr_mc of right"
 
 
-def test_one_image_has_no_standard_error() -> None:
-    found = Thermodynamic(k=50).estimate(subject(50, images=1), lambda: None)
-    assert found.numbers["test"]["left"] < found.numbers["test"]["right"]
-    without = {key for key, reason in found.reasons.items() if reason == "one image has no standard error"}
-    over_images = ("left_stderr_images", "right_stderr_images", "log_px_stderr_images", "difference_stderr")
-    assert without == {f"test.{key}" for key in over_images}
-
-
 def test_iwae_eval_prints_them(tmp_path: Path, capsys) -> None:
     folder = finished(tmp_path, *TINY)
     asked = ["estimator=thermodynamic", "estimator.k=200", "estimator.images=7", "evaluation.splits=[test,validation]"]

@@ -1,0 +1,176 @@
+"""What holds for every estimator: refused settings, a signal, one image, and numbers that nothing else changes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from draws import noise, split_of
+from evaluations import evaluation
+
+from iwae_cli.config.build import build
+from iwae_cli.core.errors import Interrupted, UserError
+from iwae_cli.data.base import Data
+from iwae_cli.evaluation.ais.estimator import AIS
+from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
+from iwae_cli.evaluation.gaps import Gaps
+from iwae_cli.evaluation.gradient_snr import GradientSNR
+from iwae_cli.evaluation.grid import Grid
+from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.sandwich import Sandwich
+from iwae_cli.evaluation.thermodynamic import Thermodynamic
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
+from iwae_cli.objectives.iwae import IWAE
+
+N = 19
+
+
+def subject(**changed: Any) -> EstimatorInput:
+    """Draws of a model whose q is not far from its posterior."""
+    random = torch.Generator().manual_seed(1)
+    model = LinearGaussianModel([2]).build((4,), np.zeros(4), random).double().eval()
+    with torch.no_grad():
+        model.inference.layers[0].log_diagonal.fill_(0.1)
+        x = model.generative.sample(N, noise())[1]
+    data = Data("drawn", "", x, x, x, None, "none", (4,))
+    return EstimatorInput(model, data, evaluation(**{"splits": ["test"], "workers": 1} | changed), IWAE)
+
+
+def ais(**changed: Any) -> AIS:
+    return AIS(**{"temperatures": 4, "max_temperatures": 4, "leapfrog_steps": 2, "simulated": 0} | changed)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "ais": ais(),
+    "gaps": Gaps(300),
+    "grid": Grid(k=100, points=41),
+    "sandwich": Sandwich(1000, N),
+    "thermodynamic": Thermodynamic(300, 4),
+    "gradient_snr": GradientSNR(ks=[1, 4], draws=12, images=5),
+}
+
+
+def flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in numbers.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, str):
+            yield prefix + key, value
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_neither_rows_nor_workers_nor_other_images_change_a_number(name: str) -> None:
+    """And the model, the weights of which need their gradients again, stays as it was."""
+    asked = subject(rows=20_000)
+    before = {key: value.clone() for key, value in asked.model.state_dict().items()}
+    whole = ESTIMATORS[name].estimate(asked, lambda: None)
+    assert all(p.grad is None and p.requires_grad for p in asked.model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in asked.model.state_dict().items())
+    for rows, workers in ((64, 2), (300, 1)):
+        other = ESTIMATORS[name].estimate(subject(rows=rows, workers=workers), lambda: None)
+        assert dict(flat(other.numbers)) == pytest.approx(dict(flat(whole.numbers)), rel=1e-7, abs=1e-9, nan_ok=True)
+        for key, values in whole.arrays.items():
+            np.testing.assert_allclose(other.arrays[key], values, rtol=1e-9, atol=1e-12, err_msg=key)
+    fewer = Sandwich(1000, 7) if name == "sandwich" else ESTIMATORS[name]
+    first = fewer.estimate(subject(images=7), lambda: None)
+    again = ESTIMATORS[name].estimate(subject(seed=1), lambda: None)
+    for key, values in whole.arrays.items():
+        np.testing.assert_allclose(first.arrays[key], values[:7], rtol=1e-9, atol=1e-12, err_msg=key)
+        assert (again.arrays[key] != values).all() or "exact" in key or name == "grid", "other noise"
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "gradient_snr"])
+def test_one_image_has_no_standard_error(name: str) -> None:
+    asked = Sandwich(2, 1) if name == "sandwich" else ESTIMATORS[name]
+    found = asked.estimate(subject(images=1), lambda: None)
+    missing = {key for key, value in flat(found.numbers) if value is None}
+    assert missing == set(found.reasons) and missing
+    assert all("stderr" in key and not key.endswith("stderr_mc") for key in missing)
+    assert {reason.partition(" ")[2] for reason in found.reasons.values()} <= {
+        "image has no standard error",
+        "observation has no standard error",
+    }
+
+
+class Alarm:
+    """Raises Interrupted from its third call on; counts the calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.calls += 1
+            if self.calls >= 3:
+                raise Interrupted(signal.SIGTERM)
+
+
+ENDLESS: dict[str, Estimator] = {
+    **{
+        start: ais(temperatures=1, max_temperatures=1, leapfrog_steps=10**6, start=start)
+        for start in ("prior", "inference")
+    },
+    **{"gaps": Gaps(10**6), "grid": Grid(k=10**6, points=20_001), "sandwich": Sandwich(10**6, N)},
+    **{"thermodynamic": Thermodynamic(10**6), "gradient_snr": GradientSNR(ks=[2], draws=10**6)},
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_signal_ends_an_estimator_after_one_piece_of_work(name: str) -> None:
+    alarm = Alarm()
+    with pytest.raises(Interrupted):
+        ENDLESS[name].estimate(subject(), alarm)
+    assert 3 <= alarm.calls <= 3 + N, "an image that has begun sees it once"
+
+
+def test_a_signal_ends_an_evaluation_in_every_worker() -> None:
+    """40 images of 100,000 samples, one image a batch, would take minutes; it ends after three pieces of 512."""
+    alarm, began = Alarm(), time.monotonic()
+    with pytest.raises(Interrupted):
+        log_likelihood(
+            subject().model, split_of(torch.zeros(40, 4).double()), k=10**5, seed=0, rows=512, workers=2, check=alarm
+        )
+    # Each other worker may begin a piece before it sees the error: few of the 40 x 196 pieces are done.
+    assert 3 <= alarm.calls <= 50
+    assert time.monotonic() - began < 20
+
+
+WRONG: list[tuple[Estimator, dict[str, Any], str]] = [
+    (ais(), {"chains": 1}, "chains must be >= 2, got 1"),
+    (ais(), {"temperatures": 0}, "temperatures must be >= 1, got 0"),
+    (ais(), {"leapfrog_steps": 0}, "leapfrog_steps must be >= 1, got 0"),
+    (ais(), {"max_temperatures": 3}, "max_temperatures must be >= temperatures = 4, got 3"),
+    (ais(), {"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
+    (ais(), {"start": "posterior"}, "start must be one of prior, inference, got posterior"),
+    (ais(), {"images": 0}, "images must be >= 1, got 0"),
+    (ais(), {"simulated": -1}, "simulated must be >= 0, got -1"),
+    (GradientSNR([1]), {"ks": []}, r"ks must hold at least one k, got \[\]"),
+    (GradientSNR([1]), {"ks": [0, 1]}, r"ks must be >= 1 and rise, got \[0, 1\]"),
+    (GradientSNR([1]), {"ks": [5, 1]}, r"ks must be >= 1 and rise, got \[5, 1\]"),
+    (GradientSNR([1]), {"ks": [1], "draws": 7}, "draws must be >= 8, got 7"),
+    (GradientSNR([1]), {"ks": [1], "images": 0}, "images must be >= 1, got 0"),
+    (Grid(5), {"k": 0}, "k must be >= 1, got 0"),
+    (Grid(5), {"k": 5, "span": 0}, "span must be finite and > 0, got 0"),
+    (Grid(5), {"k": 5, "points": 560}, "points must be odd, got 560"),
+    (Grid(5), {"k": 5, "points": 1}, "points must be >= 3, got 1"),
+    (Grid(5), {"k": 5, "images": 0}, "images must be >= 1, got 0"),
+    (Sandwich(5, 3), {"k": 1, "simulated": 3}, "k must be >= 2, got 1"),
+    (Sandwich(5, 3), {"k": 5, "simulated": 0}, "simulated must be >= 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("right", "changed", "message"), WRONG)
+def test_wrong_settings_are_named(right: Estimator, changed: dict[str, Any], message: str) -> None:
+    node = {"_target_": f"{type(right).__module__}.{type(right).__name__}"} | changed
+    with pytest.raises(UserError, match=f"^estimator.{message}"):
+        build(({"temperatures": 4} if isinstance(right, AIS) else {}) | node, Estimator, "estimator")
