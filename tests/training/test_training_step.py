@@ -85,16 +85,3 @@ def test_a_step_is_the_one_written_out(model: str, objective: str, x: torch.Tens
     for (name, parameter), other, begun in zip(trained.named_parameters(), untouched.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-12, atol=1e-14, msg=name)
         assert not torch.equal(parameter, begun), f"{name} is not trained (T12)"
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_nothing_drops_out_and_images_do_not_know_each_other(model: str, x: torch.Tensor) -> None:
-    """No dropout, no layer that couples a batch: training and evaluation mode, with and without neighbours, agree."""
-    trained = built(MODELS[model])
-    with torch.no_grad():
-        latents, _ = trained.train().inference.sample(x, K, noise())
-        training = trained(x, K, noise())
-        assert torch.equal(training, trained.eval()(x, K, noise()))
-        alone = tuple(h[:, :1] for h in latents)
-        for network in (trained.generative, trained.inference):
-            torch.testing.assert_close(network(x[:1], alone), network(x, latents)[:, :1], rtol=1e-12, atol=0)
