@@ -10,8 +10,9 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
+from draws import linear_gaussian, sigmoid_belief_network
 from evaluations import evaluation
-from every_architecture import Categorical, GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
+from every_architecture import Categorical, GaussianMLP
 from torch import Tensor
 
 from iwae_cli.core.errors import UserError
@@ -43,35 +44,17 @@ def sandwich(settings: AIS, model: LatentVariableModel, temperatures: int | None
     return settings.sandwich(model, seed=0, temperatures=temperatures, workers=1)
 
 
-def linear_gaussian(*latent_sizes: int) -> tuple[LatentVariableModel, Tensor]:
-    """A chain whose posteriors are well away from the prior, and draws of it."""
-    model = LinearGaussianModel(list(latent_sizes)).build((4,), np.zeros(4), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
-            layer.log_scale.fill_(-0.7)
-    return observed(model)
-
-
-def sigmoid_belief_network() -> tuple[LatentVariableModel, Tensor]:
-    """Two layers of bits, few enough to enumerate; weights large enough that bits depend on one another."""
-    model = SigmoidBeliefNetwork([3, 2]).build((6,), np.full(6, 0.4), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
-            layer.weight.mul_(6)
-    return observed(model)
-
-
 def observed(model: LatentVariableModel) -> tuple[LatentVariableModel, Tensor]:
-    model.eval()
+    model = model.float().eval()
     with torch.no_grad():
         _, x = model.generative.sample(N, GeneratorNoise(torch.Generator().manual_seed(2)))
     return model, x
 
 
 FIXTURES: dict[str, Callable[[], tuple[LatentVariableModel, Tensor]]] = {
-    "one layer": lambda: linear_gaussian(2),
-    "two layers": lambda: linear_gaussian(3, 2),
-    "bits": sigmoid_belief_network,
+    "one layer": lambda: observed(linear_gaussian(2)),
+    "two layers": lambda: observed(linear_gaussian(3, 2)),
+    "bits": lambda: observed(sigmoid_belief_network()),
 }
 
 
@@ -115,7 +98,7 @@ def test_lower_truth_upper(name: str) -> None:
 
 
 def test_more_temperatures_tighten_both_sides() -> None:
-    model, x = linear_gaussian(3, 2)
+    model, x = observed(linear_gaussian(3, 2))
     truth = exact(model, x).mean()
     ladder = settings(temperatures=2, max_temperatures=32, chains=2, tolerance=1e-9, simulated=60)
     levels = anneal(ladder, model, x)
@@ -128,7 +111,7 @@ def test_more_temperatures_tighten_both_sides() -> None:
 
 
 def test_doubling_ends_where_the_change_is_small() -> None:
-    model, x = linear_gaussian(2)
+    model, x = observed(linear_gaussian(2))
     ladder = settings(temperatures=5, max_temperatures=1280, tolerance=0.1)
     levels = anneal(ladder, model, x)
     means = [level.log_px.mean() for level in levels]
@@ -202,7 +185,7 @@ def test_a_sweep_leaves_its_target_invariant_and_its_reversal_undoes_its_order()
 
 def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured chains use the tuned step sizes and do not adapt them."""
-    model, x = linear_gaussian(2)
+    model, x = observed(linear_gaussian(2))
     used: list[Tensor] = []
     move = hamiltonian_move
 
@@ -247,7 +230,7 @@ def test_the_schedule_rises_from_zero_to_one() -> None:
 
 def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
     """Annealing in a single step is importance sampling: L_16 of the chains' starts."""
-    model, x = linear_gaussian(3, 2)
+    model, x = observed(linear_gaussian(3, 2))
     (found,) = anneal(settings(temperatures=1, max_temperatures=1, start="inference"), model, x)
     noise = ImageNoise((0, "ais", "test", "forward 1"), range(N), torch.float32, CPU)
     with torch.no_grad():
@@ -276,7 +259,7 @@ def test_a_neural_decoder_agrees_with_a_plain_mean_over_the_prior() -> None:
 
 def subject(**changed: object) -> EstimatorInput:
     data = LinearGaussian(pixels=4, n_test=N, n_validation=10).load()
-    model, _ = linear_gaussian(2)
+    model = linear_gaussian(2).float()
     return EstimatorInput(model, data, evaluation(**{"splits": ["test"], "workers": 1} | changed))
 
 

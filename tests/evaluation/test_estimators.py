@@ -126,7 +126,8 @@ ENDLESS: dict[str, Estimator] = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_signal_ends_an_estimator_after_one_piece_of_work(name: str) -> None:
+def test_a_signal_ends_an_estimator_after_one_piece_of_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iwae_cli.evaluation.proposals.STEPS", 10**6)
     alarm = Alarm()
     with pytest.raises(Interrupted):
         ENDLESS[name].estimate(subject(), alarm)

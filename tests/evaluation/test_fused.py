@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from draws import binary
+from draws import binary, built
 from evaluations import evaluation
 from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 
@@ -20,21 +21,18 @@ from iwae_cli.evaluation.fused import FusedScorer, check_bf16
 from iwae_cli.evaluation.likelihood import log_likelihood, summarize
 from iwae_cli.models.base import Architecture, LatentVariableModel
 
+
+def mlp(pixels: int, *sizes: Any, weights: float = 1.0) -> LatentVariableModel:
+    """A model whose weights and biases all matter, its weights ``weights`` times the initial ones."""
+    means = np.linspace(0.1, 0.9, pixels)
+    return built(GaussianMLP(*sizes), pixels, torch.float32, mean=means, times=weights, plus=0.1)
+
+
 SIZES = {
     "one layer": ([3], [[8, 7]]),
     "two layers": ([4, 3], [[8, 7], [6]]),
     "three layers": ([5, 4, 3], [[8], [7, 6], [5]]),
 }
-
-
-def built(architecture: Architecture, pixels: int, weights: float = 1.0) -> LatentVariableModel:
-    """A model whose weights and biases all matter, its weights ``weights`` times the initial ones."""
-    generator = torch.Generator().manual_seed(1)
-    model = architecture.build((pixels,), np.linspace(0.1, 0.9, pixels), generator).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(weights).add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def both(
@@ -53,7 +51,7 @@ def both(
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("pixels", [1, 16, 50])  # groups of 16: mostly padding, none, some
 def test_log_weights_are_those_of_the_model(name: str, pixels: int) -> None:
-    model = built(GaussianMLP(*SIZES[name]), pixels, weights=5.0).double()
+    model = mlp(pixels, *SIZES[name], weights=5.0).double()
     plain, fast = both(model, binary(5, pixels), 300, rows=128)
     assert plain.std() > 0.1
     torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
@@ -61,7 +59,7 @@ def test_log_weights_are_those_of_the_model(name: str, pixels: int) -> None:
 
 def test_in_float32_they_differ_by_rounding() -> None:
     """The error of both against float64 on the same noise: the fused way is as good."""
-    model, x = built(GaussianMLP(*SIZES["two layers"]), 784), binary(5, 784)
+    model, x = mlp(784, *SIZES["two layers"]), binary(5, 784)
     plain, fast = both(model, x, 300)
     exact, _ = both(model.double(), x, 300)
     assert fast.dtype == torch.float32
@@ -72,7 +70,7 @@ def test_in_float32_they_differ_by_rounding() -> None:
 
 def test_bf16_errs_by_the_rounding_of_the_factors() -> None:
     """Eight bits of every weight and every tanh: visible in log w, and almost nothing in L_k."""
-    model, x = built(GaussianMLP(*SIZES["two layers"]), 784), binary(5, 784)
+    model, x = mlp(784, *SIZES["two layers"]), binary(5, 784)
     exact, fast = both(model, x, 2000, bf16=True)
     assert fast.dtype == torch.float32
     assert (fast - exact).std() > 1e-3
@@ -82,7 +80,7 @@ def test_bf16_errs_by_the_rounding_of_the_factors() -> None:
 
 def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
     """Weights of few bits, and every tanh -1 or 1, by steep slopes; products and sums then round nowhere."""
-    model, x = built(GaussianMLP([3], [[8]]), 48), binary(5, 48)
+    model, x = mlp(48, [3], [[8]]), binary(5, 48)
     head, slope = model.generative.observation.head, model.generative.observation.body[0]
     with torch.no_grad():
         slope.weight.mul_(1e6)
@@ -97,7 +95,7 @@ def test_bf16_of_numbers_that_have_eight_bits_is_exact() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> None:
     """Logits of thousands on the wrong side: no product of probabilities is a number above zero."""
-    model, x = built(GaussianMLP([3], [[8]]), 50).to(dtype), binary(4, 50)
+    model, x = mlp(50, [3], [[8]]).to(dtype), binary(4, 50)
     with torch.no_grad():
         for p in model.generative.parameters():
             p.mul_(2000)
@@ -111,7 +109,7 @@ def test_products_out_of_range_are_taken_term_by_term(dtype: torch.dtype) -> Non
     ("k", "rows", "refined"), [(1, 64, False), (63, 5000, False), (700, 64, False), (200, 700, True)]
 )
 def test_results_do_not_depend_on_the_chunks(k: int, rows: int, refined: bool) -> None:
-    model, x = built(GaussianMLP(*SIZES["two layers"]), 9).double(), binary(18, 9)
+    model, x = mlp(9, *SIZES["two layers"]).double(), binary(18, 9)
     split = Split("test", x, "")
     plain = log_likelihood(model, split, k=k, seed=3, rows=2000, workers=1, plain=True, refined=refined)
     fast = log_likelihood(model, split, k=k, seed=3, rows=rows, workers=2, refined=refined)
@@ -130,7 +128,7 @@ def test_results_do_not_depend_on_the_chunks(k: int, rows: int, refined: bool) -
     ],
 )
 def test_other_models_are_left_to_the_plain_way(other: Architecture) -> None:
-    assert FusedScorer.fits(built(GaussianMLP([3], [[8]]), 9), binary(3, 9))
+    assert FusedScorer.fits(mlp(9, [3], [[8]]), binary(3, 9))
     model = other.build((9,), np.full(9, 0.4), torch.Generator().manual_seed(1), levels=17).eval()
     assert not FusedScorer.fits(model, binary(3, 9))
     is_plain(model, binary(3, 9))
@@ -144,7 +142,7 @@ def is_plain(model: LatentVariableModel, x: torch.Tensor) -> None:
 
 def test_the_shift_of_bf16_is_measured_on_some_images() -> None:
     """Every second batch of eight: of 401 images the first eight, not the next, and so on."""
-    model, x = built(GaussianMLP([2], [[4]]), 9), binary(401, 9)
+    model, x = mlp(9, [2], [[4]]), binary(401, 9)
     split = Split("test", x, "")
     rounded = log_likelihood(model, split, k=64, seed=0, rows=640, bf16=True)
     exact = log_likelihood(model, split, k=64, seed=0, rows=640)

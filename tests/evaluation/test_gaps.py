@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from draws import drawn
+from draws import drawn, make_exact, posterior
 from evaluations import evaluation
 from every_architecture import LinearGaussianModel, SigmoidBeliefNetwork
 from torch import Tensor
@@ -59,26 +59,6 @@ def subject(model: LatentVariableModel, x: Tensor, seed: int = 0) -> EstimatorIn
     return EstimatorInput(model, data, evaluation(splits=["test"], workers=1, seed=seed))
 
 
-def posterior(layer: LinearConditional, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, (n, d), and precision, (d, d), of p(h|x) with h ~ N(0, I)."""
-    scaled = layer.linear.weight * (-2 * layer.log_scale).exp()[:, None]
-    precision = torch.eye(scaled.shape[1], dtype=x.dtype) + layer.linear.weight.T @ scaled
-    return torch.linalg.solve(precision, ((x - layer.linear.bias) @ scaled).T).T, precision
-
-
-def make_exact(model: LatentVariableModel) -> None:
-    """Let q, linear with a full covariance, be the posterior."""
-    q: Any = model.inference.layers[0]
-    with torch.no_grad():
-        at_zero, precision = posterior(model.generative.observation, torch.zeros(1, PIXELS).double())
-        at_units, _ = posterior(model.generative.observation, torch.eye(PIXELS).double())
-        cholesky = torch.linalg.cholesky(torch.linalg.inv(precision))
-        q.linear.weight.copy_((at_units - at_zero).T)
-        q.linear.bias.copy_(at_zero[0])
-        q.log_diagonal.copy_(cholesky.diagonal().log())
-        q.below_diagonal.copy_(cholesky)
-
-
 def kl(loc: Tensor, covariance: Tensor, of: Tensor, precision: Tensor) -> Tensor:
     """KL(N(loc, covariance) || N(of, precision^-1)), (n,), nats; ``loc`` and ``of`` are (n, d)."""
     away = loc - of
@@ -99,7 +79,7 @@ def test_both_gaps_of_a_mean_field_q(q: DiagonalGaussian) -> None:
     model = one_layer(q)
     x = drawn(model, N)
     with torch.no_grad():
-        mean, precision = posterior(model.generative.observation, x)
+        mean, precision = posterior(model, x)
         loc, log_scale = q(x)
         of_q = kl(loc, torch.diag_embed((2 * log_scale).exp()), mean, precision)
         of_best = kl(mean, torch.diag(1 / precision.diagonal()), mean, precision)
@@ -129,7 +109,7 @@ def test_a_full_covariance_has_no_approximation_gap() -> None:
     model = one_layer(q)
     x = drawn(model, N)
     with torch.no_grad():
-        mean, precision = posterior(model.generative.observation, x)
+        mean, precision = posterior(model, x)
         of_q = kl(q.mean(x), q.cholesky() @ q.cholesky().T, mean, precision).mean().item()
     found = estimated(model, x)
     assert of_q > 1
@@ -164,7 +144,8 @@ def test_the_layers_above_count_as_approximation() -> None:
         root = torch.linalg.cholesky(torch.linalg.inv(precision))
         eps = torch.randn(20_000, GROUP, 3, generator=torch.Generator().manual_seed(2)).double()
         h = torch.linalg.solve(precision, pull.T).T + eps @ root.T
-        mean, precision = posterior(above, h.flatten(0, 1))
+        upper = LatentVariableModel(GenerativeChain(StandardNormal(2), above, []), model.inference)
+        mean, precision = posterior(upper, h.flatten(0, 1))
         lost = kl(q.mean(h).flatten(0, 1), q.cholesky() @ q.cholesky().T, mean, precision).view(h.shape[:2])
         exact = (math.log(len(h)) - (-lost).logsumexp(0)).mean().item()
     found = estimated(model, x, k=5000)

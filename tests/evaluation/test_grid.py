@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from draws import drawn
+from draws import built, drawn, posterior
 from evaluations import evaluation
 from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 from scipy.integrate import quad
@@ -33,16 +33,8 @@ from iwae_cli.record.summary import table_of
 PIXELS = 6
 
 
-def built(architecture: Architecture, scale: float = 1.0) -> LatentVariableModel:
-    model = architecture.build((PIXELS,), np.full(PIXELS, 0.4), torch.Generator().manual_seed(1)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    return model
-
-
 def linear_gaussian(latents: int, log_scale: float = 0.0) -> LatentVariableModel:
-    model = built(LinearGaussianModel([latents]))
+    model = built(LinearGaussianModel([latents]), PIXELS)
     with torch.no_grad():
         model.generative.observation.log_scale.fill_(log_scale)  # type: ignore[operator, union-attr]
     return model
@@ -50,7 +42,7 @@ def linear_gaussian(latents: int, log_scale: float = 0.0) -> LatentVariableModel
 
 def nonlinear(latents: int = 2) -> LatentVariableModel:
     """Posteriors that q, whose weights are drawn at random, differs from by about a nat."""
-    return built(GaussianMLP([latents], [[8]]))
+    return built(GaussianMLP([latents], [[8]]), PIXELS)
 
 
 def exact(model: LatentVariableModel, x: Tensor) -> np.ndarray:
@@ -119,7 +111,7 @@ def test_a_coarse_grid_reports_an_error_that_bounds_its_own() -> None:
 
 
 def test_it_agrees_with_adaptive_quadrature_under_a_prior_of_distant_parts() -> None:
-    model = built(GaussianMLP([1], [[8]], prior=Distant()), scale=2.5)
+    model = built(GaussianMLP([1], [[8]], prior=Distant()), PIXELS, times=2.5)
     x = drawn(model, 6)
     found = quadrature(model, x, prior_box(model, 7, 4001, 0), rows=10**5)
     for image, log_px in zip(x, found.log_px, strict=True):
@@ -207,11 +199,11 @@ def test_densities_integrate_to_one_and_the_resampled_one_tends_to_the_posterior
         # The resampled one is a mean over ``REPEATS`` sets of draws.
         np.testing.assert_allclose(values.sum(0), 1, atol=0.1 if "resampled" in name else 1e-4)
     np.testing.assert_allclose(found["resampled, k = 1"], found["q(h|x)"], atol=1e-9)
-    posterior = found["exact p(h|x)"]
+    truth = found["exact p(h|x)"]
     kl = {}
     for name, values in mass.items():
         total = values.sum(0)
-        kl[name] = (values * (found[name] - posterior)).sum(0) / total - np.log(total)
+        kl[name] = (values * (found[name] - truth)).sum(0) / total - np.log(total)
     assert (kl["q(h|x)"] > 0.05).all()
     for less, more in (("resampled, k = 5", "q(h|x)"), ("resampled, k = 50", "resampled, k = 5")):
         assert (kl[less] > 0).all() and (kl[less] < 0.5 * kl[more]).all()
@@ -248,13 +240,13 @@ def test_the_picture_shows_what_is_near_the_posterior(monkeypatch: pytest.Monkey
     found = estimate(model, drawn(model, 5))
     found.figures["posteriors.png"]("anywhere")  # type: ignore[arg-type]
     assert len(shown) == 3 and any("posteriors.png" in note for note in found.notes)
-    for posterior in shown:
-        steps = [side[1] - side[0] for side in posterior.sides]
+    for each in shown:
+        steps = [side[1] - side[0] for side in each.sides]
         assert steps[0] == pytest.approx(steps[1]), "a square"
-        assert list(posterior.densities) == list(posterior.divergences)
+        assert list(each.densities) == list(each.divergences)
         for name in ("exact p(h|x)", "q(h|x)", "refined q"):
-            assert 0.95 < posterior.densities[name].sum() * math.prod(steps) < 1.001
-        ordered = [posterior.divergences[name] for name in ("q(h|x)", "resampled, k = 5", "resampled, k = 50")]
+            assert 0.95 < each.densities[name].sum() * math.prod(steps) < 1.001
+        ordered = [each.divergences[name] for name in ("q(h|x)", "resampled, k = 5", "resampled, k = 50")]
         assert ordered == sorted(ordered, reverse=True) and ordered[2] >= 0
 
 
@@ -272,14 +264,11 @@ def test_kl_is_not_cut_off_at_the_frame(monkeypatch: pytest.MonkeyPatch) -> None
         q.below_diagonal.zero_()
     x = drawn(model, 3).float().double()
     estimate(model, x).figures["posteriors.png"]("anywhere")  # type: ignore[arg-type]
-    layer: Any = model.generative.observation
     with torch.no_grad():
-        scaled = layer.linear.weight * (-2 * layer.log_scale).exp()[:, None]
-        precision = torch.eye(2).double() + layer.linear.weight.T @ scaled
-        of = torch.linalg.solve(precision, ((x - layer.linear.bias) @ scaled).T).T
-        posterior = torch.distributions.MultivariateNormal(of, precision_matrix=precision)
+        of, precision = posterior(model, x)
+        truth = torch.distributions.MultivariateNormal(of, precision_matrix=precision)
         approximation = torch.distributions.MultivariateNormal(q.mean(x), torch.diag((2 * q.log_diagonal).exp()))
-        expected = torch.distributions.kl_divergence(approximation, posterior)
+        expected = torch.distributions.kl_divergence(approximation, truth)
     found = [each.divergences["q(h|x)"] for each in shown]
     assert expected.min() > 0.3
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
@@ -327,7 +316,7 @@ def test_a_bounded_support_is_refused_before_any_work(prior: str | None, words: 
     ids=["three latents", "two layers", "bits"],
 )
 def test_other_models_are_refused_before_any_work(architecture: Architecture, words: str) -> None:
-    model = built(architecture)
+    model = built(architecture, PIXELS)
     with pytest.raises(UserError, match=f"{words}.*estimator=ais.*model.latent_sizes="):
         estimate(model, drawn(model, 2))
 

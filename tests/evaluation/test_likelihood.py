@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from draws import binary, drawn, split_of
+from draws import binary, built, drawn, make_exact, split_of
 from every_architecture import GaussianMLP, LinearGaussianModel
 
 from iwae_cli.core.errors import RunFailed
@@ -24,31 +24,21 @@ from iwae_cli.evaluation.ais.estimator import AIS
 from iwae_cli.evaluation.estimator import EstimatorInput, require_probabilities
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood, summarize
 from iwae_cli.evaluation.settings import Evaluation
-from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import InferenceChain
 
 PIXELS = 4
 
 
-def built(architecture: Architecture, pixels: int, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(1)
-    return architecture.build((pixels,), np.full(pixels, 0.4), generator).to(dtype).eval()
-
-
 def posterior_model(off: float) -> LatentVariableModel:
     """p(h) = N(0, I), p(x|h) linear with noise, and q the exact posterior pushed ``off`` it: 0 is the posterior."""
     model = built(LinearGaussianModel([2]), PIXELS)
-    generative, q = model.generative.observation, model.inference.layers[0]
+    q = model.inference.layers[0]
     with torch.no_grad():
-        generative.log_scale.copy_(torch.tensor([-0.5, -0.3, 0.0, 0.2]))
-        weight, precision = generative.linear.weight, torch.diag((-2 * generative.log_scale).exp())
-        covariance = torch.linalg.inv(torch.eye(2, dtype=torch.float64) + weight.T @ precision @ weight)
-        gain = covariance @ weight.T @ precision
-        cholesky = torch.linalg.cholesky(covariance)
-        q.linear.weight.copy_(gain)
-        q.linear.bias.copy_(-gain @ generative.linear.bias + off * cholesky.sum(1))
-        q.log_diagonal.copy_(cholesky.diagonal().log() + 0.5 * off)
-        q.below_diagonal.copy_(torch.tril(cholesky, -1))
+        model.generative.observation.log_scale.copy_(torch.tensor([-0.5, -0.3, 0.0, 0.2]))
+        make_exact(model)
+        q.linear.bias += off * q.cholesky().sum(1)
+        q.log_diagonal += 0.5 * off
     return model
 
 

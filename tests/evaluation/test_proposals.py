@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from draws import drawn, split_of
+from draws import built, drawn, split_of
 from every_architecture import GaussianConvolutional, GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
+from grids import log_px_on_grid
 
 from iwae_cli.core import noise as noise_module
 from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.evaluation import proposals
 from iwae_cli.evaluation.likelihood import log_likelihood
 from iwae_cli.evaluation.proposals import GROUP, SHARE, refine, why_not
-from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.base import LatentVariableModel
 
 PIXELS = 6
 
 
-def built(architecture: Architecture, shape: tuple[int, ...] = (PIXELS,), scale: float = 1.0) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(1)
-    model = architecture.build(shape, np.full(math.prod(shape), 0.4), generator, levels=17).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    return model
-
-
 def two_dimensional() -> LatentVariableModel:
     """Two latents and a posterior that q, drawn at random, is far from."""
-    return built(GaussianMLP([2], [[8]]), scale=2.5)
-
-
-def by_quadrature(model: LatentVariableModel, x: torch.Tensor) -> torch.Tensor:
-    """log p(x) on a grid of [-7, 7]^2, (n,)."""
-    line = torch.linspace(-7, 7, 281, dtype=torch.float64)
-    h = torch.tensor(list(product(line, line)), dtype=torch.float64)[:, None]
-    with torch.no_grad():
-        log_p = torch.cat([model.generative(x, (part.expand(-1, len(x), -1),)) for part in h.split(20_000)])
-    return log_p.logsumexp(0) + 2 * math.log(float(line[1] - line[0]))
+    return built(GaussianMLP([2], [[8]]), PIXELS, times=2.5)
 
 
 def test_on_a_linear_gaussian_model_it_finds_the_posterior() -> None:
     """The posterior is a Gaussian, so nine tenths of the draws have nearly the weight of log p(x)."""
-    model = built(LinearGaussianModel([3]))
+    model = built(LinearGaussianModel([3]), PIXELS)
     x = drawn(model, 30)
     with torch.no_grad():
         model.inference.layers[0].linear.bias.add_(1.0)
@@ -63,7 +45,7 @@ def test_its_bounds_are_below_log_p_in_expectation() -> None:
     """Of 200 fits of one image on other noise each: E[L_k] <= log p(x), nearer than by q; and E[w] = p(x)."""
     model = two_dimensional()
     x = drawn(model, 1)
-    log_px = by_quadrature(model, x).item()
+    log_px = log_px_on_grid(model, x, [2]).item()
     copies = split_of(x.repeat(200, 1))
     refined = log_likelihood(model, copies, k=5, seed=0, rows=10**5, refined=True)
     by_q = log_likelihood(model, copies, k=5, seed=0, rows=10**5)
@@ -81,7 +63,7 @@ def test_the_fit_and_the_estimate_share_no_random_number(monkeypatch: pytest.Mon
     keys: list[tuple[object, ...]] = []
     derive = noise_module.derive
     monkeypatch.setattr(noise_module, "derive", lambda *key: keys.append(key) or derive(*key))
-    model = built(GaussianMLP([4, 3], [[8], [6]]))
+    model = built(GaussianMLP([4, 3], [[8], [6]]), PIXELS)
     x = drawn(model, 5)
     proposal = refine(model, x, range(5), 3, "test")
     of_fit = set(keys)
@@ -107,7 +89,7 @@ def test_where_a_fit_diverges_q_itself_is_the_proposal(monkeypatch: pytest.Monke
 def test_its_estimate_agrees_with_quadrature() -> None:
     model = two_dimensional()
     x = drawn(model, 40)
-    log_px = by_quadrature(model, x).numpy()
+    log_px = log_px_on_grid(model, x, [2]).numpy()
     refined = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5, refined=True)
     error = np.sqrt(1 / refined.ess - 1 / 2000)
     assert (np.abs(refined.log_px - log_px) < 5 * error).all()
@@ -117,7 +99,7 @@ def test_its_estimate_agrees_with_quadrature() -> None:
 
 def test_a_q_that_is_too_sure_is_left_behind() -> None:
     """Its scale is e^-8 of what it was; the fit is not bound to it."""
-    model = built(LinearGaussianModel([3]))
+    model = built(LinearGaussianModel([3]), PIXELS)
     x = drawn(model, 20)
     with torch.no_grad():
         model.inference.layers[0].log_diagonal.sub_(8)
@@ -166,4 +148,4 @@ def test_a_fit_depends_on_its_image_alone(name: str) -> None:
 
 def test_discrete_latents_have_none() -> None:
     assert why_not(two_dimensional()) is None
-    assert "discrete" in str(why_not(built(SigmoidBeliefNetwork([4]))))
+    assert "discrete" in str(why_not(built(SigmoidBeliefNetwork([4]), PIXELS)))

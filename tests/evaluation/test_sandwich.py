@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from draws import built, linear_gaussian, make_exact, posterior, sigmoid_belief_network
 from evaluations import evaluation
-from every_architecture import Categorical, LinearGaussianModel, SigmoidBeliefNetwork
+from every_architecture import Categorical
 
 from iwae_cli.cli.help import choices, conf_folder
 from iwae_cli.config.build import build
@@ -25,29 +26,6 @@ from iwae_cli.record.summary import table_of
 
 def bounds(model: LatentVariableModel, k: int, simulated: int, **how: Any) -> Bounds:
     return Sandwich(k, simulated).bounds(model, **{"seed": 0, "rows": 20_000, "workers": 1} | how)
-
-
-def built(architecture: Architecture, pixels: int, mean: float = 0.4, **how: Any) -> LatentVariableModel:
-    model = architecture.build((pixels,), np.full(pixels, mean), torch.Generator().manual_seed(1), **how)
-    return model.eval().double()
-
-
-def linear_gaussian(*latent_sizes: int) -> LatentVariableModel:
-    """A chain whose posteriors are well away from the prior."""
-    model = built(LinearGaussianModel(list(latent_sizes)), 4, 0.0)
-    with torch.no_grad():
-        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
-            layer.log_scale.fill_(-0.7)
-    return model
-
-
-def sigmoid_belief_network() -> LatentVariableModel:
-    """Two layers of bits, with weights so large that they depend on one another."""
-    model = built(SigmoidBeliefNetwork([3, 2]), 6)
-    with torch.no_grad():
-        for layer in (model.generative.observation, *model.generative.layers):  # type: ignore[union-attr]
-            layer.weight.mul_(6)
-    return model
 
 
 def assert_mean(values: np.ndarray, expected: float, slack: float = 0.0) -> None:
@@ -118,12 +96,6 @@ def test_every_expectation_by_enumeration() -> None:
     assert expected(bound, True) - expected(bound, False) > 0.05 and expected(ess, False) - expected(ess, True) > 0.05
 
 
-def decoder(model: LatentVariableModel) -> list[np.ndarray]:
-    """W, b and precisions of p(x|h) = N(W h + b, diag(precisions)^-1) in a linear-Gaussian model of one layer."""
-    layer: Any = model.generative.observation
-    return [t.detach().numpy() for t in (layer.linear.weight, layer.linear.bias, (-2 * layer.log_scale).exp())]
-
-
 def divergence(a: np.ndarray, b: np.ndarray, moment: np.ndarray) -> float:
     """KL(N(., a) || N(., b)), whose means differ by a vector of this mean outer product."""
     log_det = np.linalg.slogdet(b)[1] - np.linalg.slogdet(a)[1]
@@ -134,35 +106,30 @@ def divergence(a: np.ndarray, b: np.ndarray, moment: np.ndarray) -> float:
 def test_a_gaussian_pair(q_is: str) -> None:
     """EUBO and ELBO differ from log p by the two KL divergences; with q = p(h) the first is a mutual information."""
     model = linear_gaussian(2)
-    weight, bias, precision = decoder(model)
-    # p(h|x) = N(gain x + offset, covariance)
-    covariance = np.linalg.inv(np.eye(2) + weight.T @ (precision[:, None] * weight))
-    gain = covariance @ weight.T * precision
-    offset = -gain @ bias
-    root = np.linalg.cholesky(covariance)
+    make_exact(model)
+    precision = posterior(model, torch.zeros(1, 4, dtype=torch.float64))[1].detach().numpy()
+    covariance = np.linalg.inv(precision)
     q: Any = model.inference.layers[0]
     shift, scale = np.array([0.3, -0.2]), 1.3
-    if q_is == "the prior":
-        gain, offset, cholesky, moment = 0 * gain, 0 * offset, np.eye(2), np.eye(2) - covariance
-        information = np.linalg.slogdet(np.eye(4) + precision[:, None] * (weight @ weight.T))[1] / 2
-        assert divergence(covariance, np.eye(2), moment) == pytest.approx(information)
-    else:
-        offset, cholesky, moment = offset + shift, scale * root, np.outer(shift, shift)
     with torch.no_grad():
-        for parameter, value in (
-            (q.linear.weight, gain),
-            (q.linear.bias, offset),
-            (q.log_diagonal, np.log(np.diag(cholesky))),
-            (q.below_diagonal, np.tril(cholesky, -1)),
-        ):
-            parameter.copy_(torch.from_numpy(value))
+        if q_is == "the prior":
+            for parameter in q.parameters():
+                parameter.zero_()
+            moment = np.eye(2) - covariance
+            # Half of log det(I + W^T D^-1 W) is the mutual information of x and h.
+            assert divergence(covariance, np.eye(2), moment) == pytest.approx(np.linalg.slogdet(precision)[1] / 2)
+        else:
+            q.linear.bias += torch.from_numpy(shift)
+            q.log_diagonal += math.log(scale)
+            q.below_diagonal *= scale
+            moment = np.outer(shift, shift)
     found = bounds(model, k=1000, simulated=600)
     assert found.exact is not None
-    of_q = cholesky @ cholesky.T
+    of_q = (q.cholesky() @ q.cholesky().T).detach().numpy()
     assert_mean(found.upper[1] - found.exact, divergence(covariance, of_q, moment))
     assert_mean(found.exact - found.lower[1], divergence(of_q, covariance, moment))
     if q_is == "wider and moved":
-        standardized = np.linalg.solve(root, shift)
+        standardized = np.linalg.solve(np.linalg.cholesky(covariance), shift)
         rho = scale**4 / (2 * scale**2 - 1) * math.exp(standardized @ standardized / (2 * scale**2 - 1))
         assert rho > 1.3
         for ess in (found.ess, found.forward_ess):

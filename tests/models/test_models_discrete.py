@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from draws import noise
+from draws import built, noise
 from every_architecture import Categorical, SigmoidBeliefNetwork
 from scipy import stats
 from torch import Tensor
@@ -27,13 +27,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
 
-def build(name: str, seed: int = 0, pixels: int = PIXELS) -> LatentVariableModel:
-    draw = torch.Generator().manual_seed(seed)
-    model = ARCHITECTURES[name].build((pixels,), np.linspace(0.2, 0.7, pixels), draw).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.7 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
-    return model
+def build(name: str) -> LatentVariableModel:
+    return built(ARCHITECTURES[name], PIXELS, seed=0, mean=np.linspace(0.2, 0.7, PIXELS), plus=0.7)
 
 
 def bernoulli(value: np.ndarray, logits: np.ndarray) -> float:

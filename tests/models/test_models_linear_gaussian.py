@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from draws import drawn, noise, split_of
+from draws import built, drawn, noise, split_of
 from scipy import stats
 from torch import Tensor
 
@@ -20,13 +20,8 @@ SIZES = [[1], [3], [3, 2], [4, 3, 2]]
 every_chain = pytest.mark.parametrize("sizes", SIZES, ids=str)
 
 
-def build(sizes: list[int], seed: int = 0) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(seed)
-    model = LinearGaussianModel(sizes).build((PIXELS,), np.linspace(-1, 1, PIXELS), generator).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
+def build(sizes: list[int]) -> LatentVariableModel:
+    return built(LinearGaussianModel(sizes), PIXELS, seed=0, mean=np.linspace(-1, 1, PIXELS), plus=0.4)
 
 
 class Joint:

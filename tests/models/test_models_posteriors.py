@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from draws import noise
+from draws import built, noise
 from every_architecture import GaussianMLP, LinearGaussianModel
 from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, REINFORCE, RWS, TVO, UMIWAE, VIMCO, VR
 from grids import grid, log_px_on_grid
@@ -145,18 +145,12 @@ def test_a_vamp_prior_is_the_mixture_of_its_q_given_learned_images() -> None:
     assert gradient[0, 0] == 0 and gradient[1, 1] == 0 and (gradient[2:].abs() > 0).all()
 
 
-def built(**settings: Any) -> LatentVariableModel:
-    """A model of four pixels with arbitrary weights."""
-    random = torch.Generator().manual_seed(0)
-    model = GaussianMLP([2], [[6]], **settings).build((4,), np.full(4, 0.4), random).double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p += (0.05 if "blocks" in name else 0.3) * torch.randn(p.shape, generator=random, dtype=p.dtype)
-    return model.eval()
+def wild(**settings: Any) -> LatentVariableModel:
+    return built(GaussianMLP([2], [[6]], **settings), 4, seed=0, plus=0.3)
 
 
 def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
-    model = built(posterior="mixture", posterior_size=4)
+    model = wild(posterior="mixture", posterior_size=4)
     for fine in (
         IWAE(8), IWAE(4, "stl"), ELBO(4), ELBO(4, "dreg"), MIWAE(3, 4), PIWAE(2, 4), VR(4, 0.5), CIWAE(4, 0.3), TVO(4),
         RWS(4), CIWAE(4, 1, "dreg"), TVO(4, 1, gradient="dreg"),
@@ -167,13 +161,13 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
         TVO(4, gradient="covariance"), RWS(4, gradient="dreg"),
     ):  # fmt: skip
         assert "independent draws" in (wrong.check_networks(model) or ""), wrong
-        assert wrong.check_networks(built(posterior="coupling")) is None
+        assert wrong.check_networks(wild(posterior="coupling")) is None
     for k in (MIWAE(4, 6), IWAE(2)):  # groups, too, must hold every component equally often
         assert "objective.k=" in (k.check_networks(model) or "")
 
 
 def test_in_turn_the_path_derivative_of_the_elbo_is_unbiased_and_baselines_are_not() -> None:
-    model, x = built(posterior="mixture", posterior_size=3), torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    model, x = wild(posterior="mixture", posterior_size=3), torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
     with torch.no_grad():
         model.inference.layers[0].loc.bias += torch.tensor([1.5, 0.0, -1.5, 0.0, 0.0, 1.5])  # apart from each other
 
@@ -194,7 +188,7 @@ def test_in_turn_the_path_derivative_of_the_elbo_is_unbiased_and_baselines_are_n
 
 
 def test_a_stratified_bound_is_a_lower_bound_that_is_tighter_than_with_random_components() -> None:
-    model = built(posterior="mixture", posterior_size=4)
+    model = wild(posterior="mixture", posterior_size=4)
     with torch.no_grad():
         # Components far from each other.
         model.inference.layers[0].loc.bias += torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0, 2.0, 0.0, -2.0])

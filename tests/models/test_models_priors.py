@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from draws import noise
+from draws import built, noise
 from every_objective import ELBO, IWAE, PIWAE, RWS, TVO, VIMCO
 from own_models import Mixture, MixturePrior, VampMLP
 from small_runs import TINY, finished, read_json, run, snapshot
@@ -22,19 +23,12 @@ from iwae_cli.models.priors import StandardNormal
 from iwae_cli.objectives.base import BoundObjective
 from iwae_cli.training.steps.plain import PlainStep
 
-
-def built(architecture: GaussianMLP, pixels: int = 4) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(0)
-    model = architecture.build((pixels,), np.full(pixels, 0.4), generator).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
+wild = partial(built, shape=4, seed=0, plus=0.3)
 
 
 @pytest.fixture
 def mixture() -> LatentVariableModel:
-    return built(GaussianMLP([2], [[6]], prior=MixturePrior(3)))
+    return wild(GaussianMLP([2], [[6]], prior=MixturePrior(3)))
 
 
 class Wide(StandardNormal):
@@ -47,7 +41,7 @@ class Flow(GaussianConditional):
 
 def test_an_unknown_pair_of_q_and_prior_has_no_analytic_kl(mixture: LatentVariableModel) -> None:
     analytic = ELBO(analytic_kl=True)
-    models = [built(GaussianMLP([2], [[6]])) for _ in range(3)]
+    models = [wild(GaussianMLP([2], [[6]])) for _ in range(3)]
     models[1].generative.prior = Wide(2)
     models[2].inference.layers[0] = Flow(4, [6], 2)
     for model, known in zip((*models, mixture), (True, False, False, False), strict=True):
@@ -144,7 +138,7 @@ class Landing(BoundObjective):
 
 
 def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
-    vamp, plain = built(VampMLP([2], [[6]])), built(GaussianMLP([2], [[6]]))
+    vamp, plain = wild(VampMLP([2], [[6]])), wild(GaussianMLP([2], [[6]]))
     assert "prior.q.loc.weight" in vamp.shared and plain.shared == ()
     for objective in (IWAE(3), ELBO(2), TVO(3)):
         assert objective.check_networks(vamp) is None
@@ -156,7 +150,7 @@ def test_shared_parameters_need_the_whole_derivative_of_one_loss() -> None:
 
 def test_a_shared_parameter_is_trained_by_the_derivative_of_the_bound() -> None:
     """Against the difference quotient of the bound on the same noise, which no rule of sharing has touched."""
-    model = built(VampMLP([2], [[6]]))
+    model = wild(VampMLP([2], [[6]]))
     x = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     weight = model.inference.layers[0].loc.weight
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-300)

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from draws import built
 from every_architecture import Categorical, SigmoidBeliefNetwork
 from every_objective import REINFORCE, RWS, TVO, VIMCO
 from torch import Tensor
@@ -33,10 +34,7 @@ NOISE = GeneratorNoise(generator("cpu", 0, "unused"), torch.float64)
 
 def small_model(name: str) -> tuple[LatentVariableModel, Tensor, list[tuple[Tensor, ...]]]:
     architecture, states = MODELS[name]
-    model = architecture.build((3,), np.array([0.3, 0.5, 0.8]), torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.5 * torch.randn(parameter.shape, dtype=torch.float64)
+    model = built(architecture, 3, seed=0, mean=np.array([0.3, 0.5, 0.8]), plus=0.5)
     return model, torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64), states
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -52,9 +53,8 @@ CASES: dict[str, tuple[Architecture, Objective]] = {
 BATCH, SIDE = 4, 4
 
 
-def built(architecture: Architecture, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(3)
-    return architecture.build((SIDE, SIDE), np.full(SIDE**2, 0.3), generator).to(dtype)
+def built(architecture: Architecture, seed: int = 3, dtype: torch.dtype = torch.float64) -> LatentVariableModel:
+    return draws.built(architecture, (SIDE, SIDE), dtype, seed=seed, mean=0.3).train()
 
 
 def sgd(model: LatentVariableModel) -> torch.optim.Optimizer:

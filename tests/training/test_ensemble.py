@@ -9,18 +9,13 @@ import pytest
 import torch
 from draws import noise
 from every_objective import IWAE, VIMCO
-from test_compiled import BITS, CASES, ONE, SIDE, Branches, batch
+from test_compiled import BITS, CASES, ONE, Branches, batch, built
 
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.training.steps.batched import BatchedStep
 from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
-
-
-def built(architecture: Architecture, seed: int, dtype: torch.dtype) -> LatentVariableModel:
-    mean = torch.full((SIDE**2,), 0.3, dtype=torch.float64).numpy()
-    return architecture.build((SIDE, SIDE), mean, torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def alone_steps(
@@ -88,7 +83,7 @@ def test_objectives_may_differ() -> None:
 
 def test_equal_learning_rates_may_differ_later() -> None:
     """As those of two runs that resume where a schedule has brought both down to zero."""
-    models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
+    models = [built(ONE, seed) for seed in (0, 1)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(models, (0.1, 0.2), strict=True)]
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.0
@@ -110,7 +105,7 @@ def test_machine_code_differs_by_rounding_alone() -> None:
 
 
 def test_a_loss_that_depends_on_values_is_refused() -> None:
-    models = [built(ONE, seed, torch.float64) for seed in (0, 1)]
+    models = [built(ONE, seed) for seed in (0, 1)]
     optimizers = [torch.optim.Adam(model.parameters()) for model in models]
     with pytest.raises(CannotCompileError):
         BatchedStep(alone_steps(models, [Branches(3)] * 2, optimizers), batch(0), machine_code=False)

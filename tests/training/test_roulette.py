@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import draws
 import pytest
 import torch
 from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, TVO, VIMCO, VR
@@ -38,8 +38,7 @@ OBJECTIVES: dict[str, BoundObjective] = {
 
 
 def built() -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(3)
-    return GaussianMLP([3, 2], [[5], [4]]).build((PIXELS,), np.full(PIXELS, 0.3), generator).double()
+    return draws.built(GaussianMLP([3, 2], [[5], [4]]), PIXELS, seed=3, mean=0.3).train()
 
 
 def frozen(model: LatentVariableModel) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
+import draws
 import pytest
 import torch
 from every_architecture import GaussianMLP, LinearGaussianModel
@@ -28,8 +28,7 @@ K, BATCH, PIXELS = 3, 4, 6
 
 
 def built(architecture: Architecture) -> LatentVariableModel:
-    generator = torch.Generator().manual_seed(3)
-    return architecture.build((PIXELS,), np.full(PIXELS, 0.3), generator).double()
+    return draws.built(architecture, PIXELS, seed=3, mean=0.3).train()
 
 
 def noise() -> GeneratorNoise:
