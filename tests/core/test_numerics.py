@@ -57,11 +57,13 @@ def test_log_mean_exp_is_stable_at_any_offset(shift: float) -> None:
 def test_extreme_weights_have_their_value_and_gradient(
     values: list[float], expected: float, gradient: list[float]
 ) -> None:
-    log_w = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    # The other image of the batch is not affected.
+    log_w = torch.tensor([values, [2.0] * len(values)], dtype=torch.float64).T.requires_grad_()
     bound = log_mean_exp(log_w)
-    assert bound.item() == pytest.approx(expected, rel=1e-15)
-    (found,) = torch.autograd.grad(bound, log_w)
-    torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64))
+    assert bound.tolist() == pytest.approx([expected, 2.0], rel=1e-15)
+    (found,) = torch.autograd.grad(bound.sum(), log_w)
+    torch.testing.assert_close(found[:, 0], torch.tensor(gradient, dtype=torch.float64))
+    torch.testing.assert_close(found[:, 1], torch.full_like(found[:, 1], 1 / len(values)))
 
 
 @pytest.mark.parametrize(
@@ -76,25 +78,10 @@ def test_nan_and_infinite_weights_propagate(values: list[float], expected: float
     assert found[1] == 0
 
 
-def test_a_column_of_zero_weights_does_not_change_other_gradients() -> None:
-    log_w = torch.tensor([[-INF, 1.0], [-INF, 3.0]], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(log_mean_exp(log_w)[1], log_w)
-    expected = special.softmax([1.0, 3.0])
-    np.testing.assert_allclose(gradient.numpy(), np.stack([[0, 0], expected], axis=1), rtol=1e-14)
-
-
 def test_log_mean_exp_has_the_gradient_of_finite_differences() -> None:
     log_w = normal_log_w(4, 2, 3.0).requires_grad_()
     assert torch.autograd.gradcheck(log_mean_exp, log_w)
     assert torch.autograd.gradgradcheck(log_mean_exp, log_w)
-
-
-def test_permutation_and_shape() -> None:
-    log_w = normal_log_w(6, 4, 5.0).view(6, 2, 2)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    torch.testing.assert_close(log_mean_exp(log_w[order]), log_mean_exp(log_w), rtol=1e-14, atol=1e-14)
-    assert log_mean_exp(log_w).shape == (2, 2)
-    assert log_mean_exp(log_w.float()).dtype == torch.float32
 
 
 # --- normalized weights and effective sample size -------------------------------------------------------------------
@@ -119,29 +106,10 @@ def test_effective_sample_size(weights: list[float], expected: float, shift: flo
 # --- levels ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("k", "levels"),
-    [
-        (1, [1]),
-        (2, [1, 2]),
-        (5, [1, 5]),
-        (7, [1, 7]),
-        (50, [1, 5, 50]),
-        (64, [1, 64]),
-        (75, [1, 5, 75]),
-        (500, [1, 5, 50, 500]),
-        (1000, [1, 5, 50, 500, 1000]),
-        (5000, [1, 5, 50, 500, 5000]),
-    ],
-)
-def test_levels(k: int, levels: list[int]) -> None:
-    assert grid_levels(k) == levels
-
-
-def test_every_level_divides_the_next() -> None:
-    for k in range(1, 2001):
+def test_levels_are_those_of_the_papers_that_divide_k() -> None:
+    for k in (*range(1, 2001), 5000):
         levels = grid_levels(k)
-        assert (levels[0], levels[-1]) == (1, k)
+        assert levels == sorted({k} | {m for m in (1, 5, 50, 500) if m <= k and k % m == 0})
         assert all(b % a == 0 for a, b in pairwise(levels)), (k, levels)
     with pytest.raises(ValueError) as refusal:
         grid_levels(0)
@@ -206,19 +174,6 @@ def test_float32_pieces_are_summed_in_float64() -> None:
     np.testing.assert_allclose(found["log_px"].numpy(), expected, rtol=1e-14)
 
 
-def test_the_levels_are_ordered_for_every_image_and_prefixes_are_not() -> None:
-    """T4: each level divides the next, so that averages over groups are ordered; prefixes of the samples are not."""
-    k, images = 5000, 200
-    log_w = normal_log_w(k, images, 3.0)
-    bounds = [stream(log_w, [k])[f"L_{m}"] for m in grid_levels(k)]
-    for lower, upper in pairwise(bounds):
-        assert (lower <= upper).all()
-        assert (lower < upper).any()
-    prefixes = [log_mean_exp(log_w[:m]) for m in grid_levels(k)]
-    for shorter, longer in pairwise(prefixes):
-        assert (shorter > longer).sum() > images // 20
-
-
 def test_streaming_of_zero_and_nan_weights() -> None:
     log_w = torch.zeros(128, 4, dtype=torch.float64)
     log_w[1:, 0] = -INF
@@ -239,39 +194,15 @@ def test_streaming_of_zero_and_nan_weights() -> None:
     assert found["khat"][1:].isnan().all()
 
 
-def test_a_shift_moves_the_bounds_and_nothing_else() -> None:
-    log_w = normal_log_w(500, 5, 2.0)
-    here, there = stream(log_w, [500]), stream(log_w + 1e4, [500])
-    for name, value in here.items():
-        moved = value + 1e4 if name.startswith("L_") or name == "log_px" else value
-        torch.testing.assert_close(there[name], moved, rtol=1e-9, atol=1e-9)
-
-
-def test_a_permutation_leaves_l_k_and_whole_groups_leave_every_level() -> None:
-    log_w = normal_log_w(500, 5, 2.0)
-    rng = np.random.default_rng(0)
-    anyhow = stream(log_w[rng.permutation(500)], [500])
-    in_groups = stream(log_w.view(10, 50, 5)[rng.permutation(10)].reshape(500, 5), [500])
-    here = stream(log_w, [500])
-    for name in ("log_px", "ess", "khat", "top"):
-        torch.testing.assert_close(anyhow[name], here[name], rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(anyhow["L_50"], here["L_50"], rtol=1e-6, atol=0)
-    for name, value in here.items():
-        torch.testing.assert_close(in_groups[name], value, rtol=1e-10, atol=1e-12)
-
-
 def test_wrong_pieces_are_refused() -> None:
     streaming = StreamingLogWeights(100, 1, block=64)
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match="0 of 100 samples"):
         streaming.log_px()
-    assert "0 of 100 samples" in str(refusal.value)
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match="log_w must not exceed 100 samples, got 128"):
         streaming.add(torch.zeros(128, 1))
-    assert str(refusal.value) == "log_w must not exceed 100 samples, got 128"
     streaming.add(torch.zeros(10, 1))
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match="pieces must start at multiples of 64 samples, got 10"):
         streaming.add(torch.zeros(10, 1))
-    assert str(refusal.value) == "pieces must start at multiples of 64 samples, got 10"
 
 
 # --- Pareto k-hat ---------------------------------------------------------------------------------------------------
@@ -322,21 +253,6 @@ def test_khat_finds_the_shape_of_known_samples(shape: float) -> None:
     error = (1 + max(shape, 0)) / math.sqrt(m)
     assert found.mean().item() == pytest.approx(shape, abs=4 * error / math.sqrt(columns) + 0.01)
     assert 0.5 * error < found.std().item() < 2 * error
-
-
-def test_khat_does_not_depend_on_the_scale_of_the_weights() -> None:
-    x = stats.genpareto.rvs(0.6, size=100, random_state=np.random.default_rng(0))
-    largest = largest_log_weights(x)
-    for shift in (-1e4, 1e3):
-        torch.testing.assert_close(pareto_khat(largest + shift), pareto_khat(largest), rtol=1e-8, atol=0)
-
-
-def test_khat_of_log_normal_weights_rises_with_their_spread() -> None:
-    k = 5000
-    medians = [stream(normal_log_w(k, 50, s), [k])["khat"].median().item() for s in (0.5, 1.0, 2.0, 4.0)]
-    assert medians == sorted(medians)
-    assert medians[0] < 0.5
-    assert medians[-1] > 0.7
 
 
 def test_khat_is_nan_where_there_is_nothing_to_fit() -> None:
