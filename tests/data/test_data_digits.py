@@ -5,20 +5,27 @@ from __future__ import annotations
 import gzip
 import importlib.machinery
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.core.noise import derive
+from iwae_cli.data.base import Dataset
 from iwae_cli.data.digits import Digits
+from iwae_cli.data.mnist import MNIST
+from iwae_cli.data.omniglot import Omniglot
 
 
-def test_the_splits_are_one_keyed_permutation_of_the_digits_of_scikit_learn() -> None:
-    from sklearn.datasets import load_digits
-
-    data = Digits().load()
+@pytest.mark.parametrize("binarization", ["dynamic", "none"])
+def test_the_splits_are_one_keyed_permutation_of_the_digits_of_scikit_learn(binarization: Any) -> None:
+    data = Digits(binarization).load()
     theirs = load_digits().data.astype(np.uint8)
     u = np.random.Generator(np.random.Philox(key=derive("digits", "split"))).random(1797)
     order = np.argsort(u)
@@ -53,3 +60,19 @@ def test_a_missing_or_wrong_file_is_named(
     path.write_bytes(content or b"")
     with pytest.raises(UserError, match="^data=digits" if content is None else f"^{path} "):
         Digits().load()
+
+
+@pytest.mark.parametrize("kind", [Digits, partial(MNIST, "somewhere"), partial(Omniglot, "somewhere")])
+def test_what_a_model_must_be_for_follows_the_binarization(kind: Callable[..., Dataset]) -> None:
+    observations = [kind().observation, kind(binarization="dynamic").observation, kind(binarization="none").observation]
+    assert observations == ["binary", "binary", "grey"]
+
+
+def test_grey_digits_are_seen_as_the_levels_of_the_file(generator: torch.Generator) -> None:
+    grey, binary = Digits(binarization="none").load(), Digits().load()
+    assert (grey.name, grey.levels, grey.binarization) == ("digits_grey", 17, "none")
+    assert torch.equal(grey.batch(grey.train[:9], generator), grey.train[:9].float())
+    for seed in (0, 1):
+        assert torch.equal(grey.evaluation_split("test", seed).x, grey.test)
+    np.testing.assert_allclose(grey.mean(), grey.train.numpy().astype(float).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(grey.mean() / 16, binary.mean(), rtol=1e-14)

@@ -73,9 +73,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-AMAT = {
-    split: "".join(" ".join(map(str, row)) + "\n" for row in np.random.default_rng(n).integers(0, 2, (n, 784))).encode()
+PICTURES = {
+    split: np.random.default_rng(n).integers(0, 2, (n, 784))
     for n, split in ((30, "train"), (11, "validation"), (12, "test"))
+}
+AMAT = {
+    split: "".join(" ".join(map(str, row)) + "\n" for row in pictures).encode() for split, pictures in PICTURES.items()
 }
 AMAT_FILES = {
     split: Amat(f"binarized_mnist_{split[:5]}.amat", content.count(b"\n"), hashlib.sha256(content).hexdigest())
@@ -167,11 +170,26 @@ def test_racing_loads_download_once_and_the_files_of_a_killed_process_do_no_harm
         other.kill()
         other.communicate()
         server.wait.set()
-        assert [len(load.result(60).train) for load in mine] == [30, 30]
+        for load in mine:
+            data = load.result(60)
+            for split, pictures in PICTURES.items():
+                assert np.array_equal(getattr(data, split), pictures)
+                assert np.array_equal(data.evaluation_split(split, 0).x, pictures)
+    assert (data.name, data.levels, data.binarization, data.image_shape) == ("mnist_fixed", 2, "fixed", (28, 28))
     # torchvision asks twice: once for redirections, once for the file.
     assert len(server.asked) == 1 + 2 * len(AMAT_FILES)
     assert everything(root) == {f"BinaryMNIST/{file.name}" for file in AMAT_FILES.values()}
     assert not [path for path in root.rglob("*") if "download" in path.name]
+
+
+def test_a_truncated_or_altered_file_is_named(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    offer_fixed(server, monkeypatch)
+    FixedMNIST(str(tmp_path)).load()
+    path = tmp_path / "BinaryMNIST" / AMAT_FILES["test"].name
+    for wrong in (AMAT["test"][:-1], AMAT["test"].replace(b"1", b"0", 1)):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=f"^{path} "):
+            FixedMNIST(str(tmp_path)).load()
 
 
 def rubbish(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
