@@ -116,10 +116,6 @@ class Alarm:
 
 
 ENDLESS: dict[str, Estimator] = {
-    **{
-        start: ais(temperatures=1, max_temperatures=1, leapfrog_steps=10**6, start=start)
-        for start in ("prior", "inference")
-    },
     **{"gaps": Gaps(10**6), "grid": Grid(k=10**6, points=20_001), "sandwich": Sandwich(10**6, N)},
     **{"thermodynamic": Thermodynamic(10**6), "gradient_snr": GradientSNR(ks=[2], draws=10**6)},
 }
@@ -132,6 +128,14 @@ def test_a_signal_ends_an_estimator_after_one_piece_of_work(name: str, monkeypat
     with pytest.raises(Interrupted):
         ENDLESS[name].estimate(subject(), alarm)
     assert 3 <= alarm.calls <= 3 + N, "an image that has begun sees it once"
+
+
+@pytest.mark.parametrize("start", ["prior", "inference"])
+def test_a_signal_ends_one_transition_of_annealing(start: str) -> None:
+    alarm, asked = Alarm(), ais(temperatures=1, max_temperatures=1, leapfrog_steps=10**6, start=start)
+    with pytest.raises(Interrupted):
+        asked.anneal(subject().model, torch.zeros(1, 4).double(), seed=0, stream="test", workers=1, check=alarm)
+    assert alarm.calls == 3
 
 
 def test_a_signal_ends_an_evaluation_in_every_worker() -> None:
