@@ -59,13 +59,6 @@ def test_units_whose_mean_does_not_move_are_not_active() -> None:
     assert counted(model, half_on()) == [0]
 
 
-def test_as_many_as_were_made_active() -> None:
-    model, active = mlp([5], [[4]]), 3
-    for unit in range(active):
-        live(model, unit, 0.5)
-    assert counted(model, half_on()) == [active]
-
-
 def test_the_limit_is_a_variance_of_a_hundredth_over_n() -> None:
     """With 4 images, n - 1 instead of n would turn a variance of .0099 into .0132."""
     model = mlp([3], [[4]])

@@ -144,10 +144,6 @@ def test_levels_are_their_definition_and_ordered_for_every_image(
         top = groups.max(1, keepdims=True)
         expected = (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
         np.testing.assert_allclose(bound, expected, rtol=1e-12)
-    weights = np.exp(log_w - log_w.max(0))
-    weights /= weights.sum(0)
-    np.testing.assert_allclose(likelihood.ess, 1 / (weights**2).sum(0), rtol=1e-9)
-    np.testing.assert_allclose(likelihood.top_weight, weights.max(0), rtol=1e-9)
     ordered = np.stack(list(likelihood.bounds.values()))
     assert (np.diff(ordered, axis=0) > 0).all()
     assert likelihood.log_px is likelihood.bounds[k] and likelihood.exact is None
@@ -289,6 +285,22 @@ def test_v_is_never_negative() -> None:
 
 def test_the_papers_nll_in_bits() -> None:
     assert summarize(hand_made([-84.78], [50.0]), 784)[0]["bits_per_dim"] == pytest.approx(0.1560, abs=5e-5)
+
+
+def test_the_jackknife_is_k_bounds_less_the_mean_of_those_that_leave_one_out() -> None:
+    model, k = posterior_model(0.5), 70
+    x = drawn(model, 5)
+    assert log_likelihood(model, split_of(x), k=8, seed=4, rows=64).jackknife is None, "off unless asked for"
+    found = log_likelihood(model, split_of(x), k=k, seed=4, rows=64, with_jackknife=True)
+    with torch.no_grad():
+        log_w = model(x, k, KeyedNoise(4, "test", range(5), 0, torch.float64))
+    without = [torch.cat([log_w[:j], log_w[j + 1 :]]).logsumexp(0) - math.log(k - 1) for j in range(k)]
+    expected = k * (log_w.logsumexp(0) - math.log(k)) - (k - 1) * torch.stack(without).mean(0)
+    assert found.jackknife == pytest.approx(expected.numpy(), abs=1e-9)
+    found.jackknife[0] = math.nan
+    numbers, reasons = summarize(found, PIXELS)
+    assert numbers["nll_jackknife"] is None
+    assert "one weight is larger than all others together" in reasons["nll_jackknife"]
 
 
 def check_nulls(summary: dict[str, object], reasons: dict[str, str]) -> set[str]:

@@ -62,24 +62,6 @@ def test_with_all_the_whole_split_has_its_refined_number_and_nll_stays_what_it_w
     assert read_json(trained / "result.json")["test"] == before["test"]
 
 
-@pytest.mark.parametrize(
-    ("refine", "overrides", "message"),
-    [
-        ("-1", (), "evaluation.refine must be >= 0, got -1"),
-        ("some", (), "evaluation.refine must be an integer or all, got some"),
-        ("51", (), "evaluation.refine=51 is more than the 50 images of test; write evaluation.refine=all"),
-        ("1000", ("evaluation.splits=[train,validation]",), "=1000 is more than the 50 images of train"),
-        ("all", DISCRETE, "evaluation.refine=all: a Gaussian is fitted to real latents"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_written(
-    refine: str, overrides: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
-    code, _, err = run(*asked(refine, *overrides), f"output_dir={tmp_path}")
-    assert code == 2 and message in err and len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_discrete_latents_have_a_reason_instead_of_a_gap(tmp_path: Path) -> None:
     folder = finished(tmp_path, *asked("200", *DISCRETE))
     result = read_json(folder / "result.json")

@@ -29,11 +29,12 @@ from iwae_cli.report.selection import comparable
         ("images", 0),
         ("splits", []),
         ("splits", ["test", "test"]),
+        ("jackknife", True),
     ],
 )
 def test_a_wrong_setting_is_refused(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{argument} "):
-        evaluation(**{argument: value})
+        evaluation(**{"k": 1, argument: value})
 
 
 def test_the_first_images_have_their_values_and_are_another_test_set(tmp_path: Path) -> None:
@@ -55,12 +56,6 @@ def test_the_first_images_have_their_values_and_are_another_test_set(tmp_path: P
     assert len(list((few / "evaluations").iterdir())) == 2
     kept, _ = comparable(read([tmp_path]).runs, "test")
     assert [[len(cell.runs) for cell in table.cells] for table in tables(kept)] == [[2], [1]]
-    for asked, words in {
-        "evaluation.images=251": "more than the 250 images of test",
-        "evaluation.images=9 evaluation.refine=10": "evaluation.refine=10 is more than the 9 images of test",
-    }.items():
-        code, _, err = run(*TINY, *asked.split(), "seed=2", f"output_dir={tmp_path}")
-        assert code == 2 and words in err and err.count("\n") == 1
 
 
 def test_the_quota_of_a_container_bounds_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:

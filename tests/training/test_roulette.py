@@ -162,21 +162,6 @@ def test_it_is_refused_where_it_is_wrong_or_useless(objective: Objective) -> Non
     assert all(Training("roulette").check(accepted) is None for accepted in OBJECTIVES.values())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["training.backward=some"], "training.backward must be one of all, roulette, got some; did you mean"),
-        (["training.tau=0"], "training.tau must be in (0, 1], got 0.0"),
-        (["training.backward=roulette", "objective=elbo"], "ELBO as chosen is not"),
-    ],
-)
-def test_wrong_input_is_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
-    code, _, err = run(*TINY, *overrides, f"output_dir={tmp_path / 'none'}")
-    assert code == 2 and not (tmp_path / "none").exists()
-    (line,) = err.strip().splitlines()
-    assert message.partition("; did")[0] in line
-
-
 COMMAND = (*TINY, "objective.k=20", "training.backward=roulette")
 
 

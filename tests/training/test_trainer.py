@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from iwae_cli.core.errors import Interrupted, RunFailed
+from iwae_cli.core.errors import RunFailed
 from iwae_cli.core.interfaces import Model, Particles
 from iwae_cli.core.noise import Noise
 from iwae_cli.data.base import Data
@@ -406,33 +406,3 @@ def test_it_saves_at_the_end_and_whenever_the_clock_says(monkeypatch: pytest.Mon
     assert [state.step for state in saved] == [1, 2, 3, 4, 5, 6]
     assert [state.bound_sum > 0 for state in saved] == [True, True, False] * 2, "of the current pass only"
     assert all(a.seconds <= b.seconds for a, b in pairwise(saved))
-
-
-@pytest.mark.parametrize("stopped_in", [1, 2, 3])
-def test_an_interrupted_validation_is_done_when_the_run_resumes(stopped_in: int) -> None:
-    """Three passes are validated; an interrupted one is not recorded, and no step is lost or done twice."""
-    whole = Training(IWAE(2), Constant(3), lambda: -5.0)
-    assert whole.run()
-    calls = 0
-
-    def validate() -> float:
-        nonlocal calls
-        calls += 1
-        if calls == stopped_in:
-            raise Interrupted(15)
-        return -5.0
-
-    first = Training(IWAE(2), Constant(3), validate)
-    assert not first.run()
-    saved = first.hooks.saved[-1]
-    assert saved.step == 3 * stopped_in and len(first.hooks.passes) == stopped_in - 1
-    assert not first.trainer.is_done
-
-    second = Training(IWAE(2), Constant(3), lambda: -5.0, state=saved, hooks=first.hooks)
-    assert second.run()
-    assert second.trainer.is_done
-    assert second.hooks.steps == whole.hooks.steps
-    assert second.hooks.passes == whole.hooks.passes
-    assert saved.best == whole.state.best and second.hooks.best == whole.hooks.best
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], value), name
