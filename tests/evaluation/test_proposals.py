@@ -86,17 +86,6 @@ def test_where_a_fit_diverges_q_itself_is_the_proposal(monkeypatch: pytest.Monke
     assert (np.abs(lost.log_px - by_q.log_px) < 6 * error).all()
 
 
-def test_its_estimate_agrees_with_quadrature() -> None:
-    model = two_dimensional()
-    x = drawn(model, 40)
-    log_px = log_px_on_grid(model, x, [2]).numpy()
-    refined = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5, refined=True)
-    error = np.sqrt(1 / refined.ess - 1 / 2000)
-    assert (np.abs(refined.log_px - log_px) < 5 * error).all()
-    by_q = log_likelihood(model, split_of(x), k=2000, seed=0, rows=10**5)
-    assert np.median(refined.ess) > 3 * np.median(by_q.ess)
-
-
 def test_a_q_that_is_too_sure_is_left_behind() -> None:
     """Its scale is e^-8 of what it was; the fit is not bound to it."""
     model = built(LinearGaussianModel([3]), PIXELS)

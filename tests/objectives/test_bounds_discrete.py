@@ -10,7 +10,7 @@ import pytest
 import torch
 from draws import built
 from every_architecture import Categorical, SigmoidBeliefNetwork
-from every_objective import REINFORCE, RWS, TVO, VIMCO
+from every_objective import REINFORCE, TVO, VIMCO
 from torch import Tensor
 
 from iwae_cli.core.interfaces import Particles
@@ -82,32 +82,3 @@ def test_the_expected_gradient_is_that_of_the_enumerated_bound(name: str, object
     for estimate, truth in zip(expected, gradients(model, value, value), strict=True):
         torch.testing.assert_close(estimate, truth, rtol=0, atol=1e-12)
         assert truth.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_sleep_learns_the_posterior_of_the_model_itself(name: str) -> None:
-    # At q = p(h|x) the expected sleep gradient is zero, so minimizing its loss over many dreams ends near there; the
-    # exact inclusive divergence, averaged over p(x) by enumeration, must fall.
-    model, x, states = small_model(name)
-    images = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
-
-    def divergence() -> float:
-        latents = tuple(torch.stack(layer)[:, None].expand(-1, 8, -1) for layer in zip(*states, strict=True))
-        with torch.no_grad():
-            log_p = model.generative(images, latents)
-            assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
-            conditional = log_p - log_p.logsumexp(0)
-            return (log_p.exp() * (conditional - model.inference(images, latents))).sum().item()
-
-    before = divergence()
-    objective = RWS(1, "sleep")
-    optimizer = torch.optim.Adam(model.inference.parameters(), lr=0.08)
-    many = x.expand(200, -1)
-    for step in range(100):
-        noise = GeneratorNoise(generator("cpu", 4, "sleep", step), torch.float64)
-        losses = objective.losses(model, many, model.draw(many, 1, noise), noise)
-        optimizer.zero_grad()
-        losses.inference.backward(inputs=list(model.inference.parameters()))
-        optimizer.step()
-    assert before > 0.1
-    assert divergence() < 0.2 * before
