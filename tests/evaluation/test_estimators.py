@@ -23,7 +23,7 @@ from iwae_cli.evaluation.estimator import Estimator, EstimatorInput
 from iwae_cli.evaluation.gaps import Gaps
 from iwae_cli.evaluation.gradient_snr import GradientSNR
 from iwae_cli.evaluation.grid import Grid
-from iwae_cli.evaluation.likelihood import log_likelihood
+from iwae_cli.evaluation.likelihood import LogLikelihood, log_likelihood
 from iwae_cli.evaluation.sandwich import Sandwich
 from iwae_cli.evaluation.thermodynamic import Thermodynamic
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
@@ -40,7 +40,9 @@ def subject(**changed: Any) -> EstimatorInput:
         model.inference.layers[0].log_diagonal.fill_(0.1)
         x = model.generative.sample(N, noise())[1]
     data = Data("drawn", "", x, x, x, None, "none", (4,))
-    return EstimatorInput(model, data, evaluation(**{"splits": ["test"], "workers": 1} | changed), IWAE)
+    return EstimatorInput(
+        model, data, evaluation(**{"splits": ["test"], "workers": 1, "k": 300, "refine": 5} | changed), IWAE
+    )
 
 
 def ais(**changed: Any) -> AIS:
@@ -48,6 +50,7 @@ def ais(**changed: Any) -> AIS:
 
 
 ESTIMATORS: dict[str, Estimator] = {
+    "likelihood": LogLikelihood(),
     "ais": ais(),
     "gaps": Gaps(300),
     "grid": Grid(k=100, points=41),
@@ -61,7 +64,7 @@ def flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in numbers.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
-        elif not isinstance(value, str):
+        elif value is None or isinstance(value, int | float):
             yield prefix + key, value
 
 
@@ -150,32 +153,40 @@ def test_a_signal_ends_an_evaluation_in_every_worker() -> None:
     assert time.monotonic() - began < 20
 
 
-WRONG: list[tuple[Estimator, dict[str, Any], str]] = [
-    (ais(), {"chains": 1}, "chains must be >= 2, got 1"),
-    (ais(), {"temperatures": 0}, "temperatures must be >= 1, got 0"),
-    (ais(), {"leapfrog_steps": 0}, "leapfrog_steps must be >= 1, got 0"),
-    (ais(), {"max_temperatures": 3}, "max_temperatures must be >= temperatures = 4, got 3"),
-    (ais(), {"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
-    (ais(), {"start": "posterior"}, "start must be one of prior, inference, got posterior"),
-    (ais(), {"images": 0}, "images must be >= 1, got 0"),
-    (ais(), {"simulated": -1}, "simulated must be >= 0, got -1"),
-    (GradientSNR([1]), {"ks": []}, r"ks must hold at least one k, got \[\]"),
-    (GradientSNR([1]), {"ks": [0, 1]}, r"ks must be >= 1 and rise, got \[0, 1\]"),
-    (GradientSNR([1]), {"ks": [5, 1]}, r"ks must be >= 1 and rise, got \[5, 1\]"),
-    (GradientSNR([1]), {"ks": [1], "draws": 7}, "draws must be >= 8, got 7"),
-    (GradientSNR([1]), {"ks": [1], "images": 0}, "images must be >= 1, got 0"),
-    (Grid(5), {"k": 0}, "k must be >= 1, got 0"),
-    (Grid(5), {"k": 5, "span": 0}, "span must be finite and > 0, got 0"),
-    (Grid(5), {"k": 5, "points": 560}, "points must be odd, got 560"),
-    (Grid(5), {"k": 5, "points": 1}, "points must be >= 3, got 1"),
-    (Grid(5), {"k": 5, "images": 0}, "images must be >= 1, got 0"),
-    (Sandwich(5, 3), {"k": 1, "simulated": 3}, "k must be >= 2, got 1"),
-    (Sandwich(5, 3), {"k": 5, "simulated": 0}, "simulated must be >= 1, got 0"),
-]
+SETTINGS: dict[type[Estimator], dict[str, Any]] = {
+    AIS: {"temperatures": 4},
+    GradientSNR: {"ks": [1]},
+    Grid: {"k": 5},
+    Sandwich: {"k": 5, "simulated": 3},
+}
 
 
-@pytest.mark.parametrize(("right", "changed", "message"), WRONG)
-def test_wrong_settings_are_named(right: Estimator, changed: dict[str, Any], message: str) -> None:
-    node = {"_target_": f"{type(right).__module__}.{type(right).__name__}"} | changed
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        (AIS, {"chains": 1}, "chains must be >= 2, got 1"),
+        (AIS, {"temperatures": 0}, "temperatures must be >= 1, got 0"),
+        (AIS, {"leapfrog_steps": 0}, "leapfrog_steps must be >= 1, got 0"),
+        (AIS, {"max_temperatures": 3}, "max_temperatures must be >= temperatures = 4, got 3"),
+        (AIS, {"tolerance": math.nan}, "tolerance must be finite and > 0, got nan"),
+        (AIS, {"start": "posterior"}, "start must be one of prior, inference, got posterior"),
+        (AIS, {"images": 0}, "images must be >= 1, got 0"),
+        (AIS, {"simulated": -1}, "simulated must be >= 0, got -1"),
+        (GradientSNR, {"ks": []}, r"ks must hold at least one k, got \[\]"),
+        (GradientSNR, {"ks": [0, 1]}, r"ks must be >= 1 and rise, got \[0, 1\]"),
+        (GradientSNR, {"ks": [5, 1]}, r"ks must be >= 1 and rise, got \[5, 1\]"),
+        (GradientSNR, {"draws": 7}, "draws must be >= 8, got 7"),
+        (GradientSNR, {"images": 0}, "images must be >= 1, got 0"),
+        (Grid, {"k": 0}, "k must be >= 1, got 0"),
+        (Grid, {"span": 0}, "span must be finite and > 0, got 0"),
+        (Grid, {"points": 560}, "points must be odd, got 560"),
+        (Grid, {"points": 1}, "points must be >= 3, got 1"),
+        (Grid, {"images": 0}, "images must be >= 1, got 0"),
+        (Sandwich, {"k": 1}, "k must be >= 2, got 1"),
+        (Sandwich, {"simulated": 0}, "simulated must be >= 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_named(kind: type[Estimator], changed: dict[str, Any], message: str) -> None:
+    node = {"_target_": f"{kind.__module__}.{kind.__name__}"} | SETTINGS[kind]
     with pytest.raises(UserError, match=f"^estimator.{message}"):
-        build(({"temperatures": 4} if isinstance(right, AIS) else {}) | node, Estimator, "estimator")
+        build(node | changed, Estimator, "estimator")
