@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluations import evaluation
 from every_architecture import GaussianMLP, LinearGaussianModel
+from objective_toys import chain_a
 from torch import Tensor
 
 from iwae_cli.core.noise import GeneratorNoise
@@ -102,23 +103,6 @@ def test_a_gradient_without_noise_has_no_ratio() -> None:
     assert math.isnan(found.per_parameter) and math.isnan(found.directional)
 
 
-def fixture_a(copies: int) -> tuple[LatentVariableModel, Tensor]:
-    """z ~ N(0, 1), x|z ~ N(1.3 z, 0.5), x = 0.9; q has the posterior's mean + 0.4 and 1.3 times its sd."""
-    model = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator()).double()
-    variance = 1 / (1 + 1.3**2 / 0.5)
-    values = {
-        "generative.observation.linear.weight": 1.3,
-        "generative.observation.log_scale": 0.5 * math.log(0.5),
-        "inference.layers.0.linear.weight": variance * 1.3 / 0.5,
-        "inference.layers.0.linear.bias": 0.4,
-        "inference.layers.0.log_diagonal": math.log(1.3 * math.sqrt(variance)),
-    }
-    with torch.no_grad():
-        for name, value in values.items():
-            model.get_parameter(name).fill_(value)
-    return model, torch.full((copies, 1), 0.9, dtype=torch.float64)
-
-
 @pytest.mark.parametrize(
     ("gradient", "network", "slope", "copies", "ks", "one_copy"),
     [
@@ -134,7 +118,7 @@ def test_slopes_over_k(
 
     The values are known for one observation; n copies of it have a ratio sqrt(n) times larger.
     """
-    model, x = fixture_a(copies)
+    model, x = chain_a(), torch.full((copies, 1), 0.9, dtype=torch.float64)
     ratios = [gradient_snr(model, IWAE(k, gradient), x, draws=100, seed=k)[network].per_parameter for k in ks]
     found = np.polyfit(np.log(ks), np.log(ratios), 1)[0]
     assert found == pytest.approx(slope, abs=0.15), ratios

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from every_objective import ELBO, IWAE
-from objective_toys import LOG_PX_A, GivenNoise, expected_gradients, fixture_a, outcome_gradients
+from objective_toys import LOG_PX_A, GivenNoise, chain_a, expected_gradients, fixture_a, outcome_gradients
 
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 
@@ -19,14 +18,11 @@ FIXTURE_A = {
 
 
 def test_fixture_a_is_what_it_says():
-    model, x = fixture_a(1)
-    chain = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        chain.generative.observation.linear.weight.fill_(1.3)
-        chain.generative.observation.log_scale.fill_(0.5 * np.log(0.5))
+    (model, x), chain = fixture_a(1), chain_a()
     assert chain.generative.exact_log_px(x).item() == pytest.approx(LOG_PX_A, abs=1e-9)
     h = torch.linspace(-2, 2, 7, dtype=torch.float64).view(7, 1, 1)
     torch.testing.assert_close(model.generative(x, (h,)), chain.generative(x, (h,)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(model.inference(x, (h,)), chain.inference(x, (h,)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

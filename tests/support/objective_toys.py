@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.kl import register_kl
@@ -125,6 +126,22 @@ def fixture_a(n: int, shift: float = 0.4, widen: float = 1.3) -> tuple[LatentVar
         ScalarChainQ([POSTERIOR_MEAN_A + shift], [0.0], [math.log(scale)], n),
     )
     return model, torch.full((n, 1), X_A, dtype=torch.float64)
+
+
+def chain_a() -> LatentVariableModel:
+    """The same p, and a q that is the same at x = 0.9, as a model of the package."""
+    model = LinearGaussianModel([1]).build((1,), np.zeros(1), torch.Generator()).double()
+    values = {
+        "generative.observation.linear.weight": 1.3,
+        "generative.observation.log_scale": 0.5 * math.log(0.5),
+        "inference.layers.0.linear.weight": POSTERIOR_VARIANCE_A * 1.3 / 0.5,
+        "inference.layers.0.linear.bias": 0.4,
+        "inference.layers.0.log_diagonal": math.log(1.3 * math.sqrt(POSTERIOR_VARIANCE_A)),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).fill_(value)
+    return model
 
 
 def quadrature(dimensions: int, points: int) -> tuple[Tensor, Tensor]:
