@@ -22,7 +22,7 @@ from iwae_cli.data.linear_gaussian import LinearGaussian
 from iwae_cli.evaluation.ais import paths
 from iwae_cli.evaluation.ais.estimator import AIS, Annealed, Sandwich
 from iwae_cli.evaluation.ais.moves import Chains, gibbs_sweep, hamiltonian_move
-from iwae_cli.evaluation.ais.paths import ImageNoise, Tally, sigmoid_schedule
+from iwae_cli.evaluation.ais.paths import ImageNoise, Tally
 from iwae_cli.evaluation.estimator import EstimatorInput
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.record.summary import table_of
@@ -204,28 +204,6 @@ def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pyt
     assert torch.stack(measured).std(0).min() > 0.01
     for t in range(40):
         assert torch.equal(finer[t], measured[t // 2])
-
-
-def test_noise_of_an_image_depends_on_no_other_image() -> None:
-    some = ImageNoise((0, "a"), [3, 5], torch.float64, CPU)
-    alone = ImageNoise((0, "a"), [5], torch.float64, CPU)
-    first = some.normal(1, 4, 2, 3)
-    assert first.shape == (4, 2, 3) and first.dtype == torch.float64
-    assert torch.equal(first[:, 1:], alone.normal(1, 4, 1, 3))
-    assert torch.equal(some.uniform(1, 2, 2, 3)[:, 1:], alone.uniform(1, 2, 1, 3))
-    assert not torch.equal(first[:, 0], first[:, 1])
-    with pytest.raises(ValueError, match="batch must be the 2 images"):
-        some.normal(1, 4, 3, 3)
-
-
-def test_the_schedule_rises_from_zero_to_one() -> None:
-    betas = sigmoid_schedule(8)
-    assert betas[0] == 0 and betas[-1] == 1 and len(betas) == 9
-    widths = np.diff(betas)
-    assert (widths > 0).all()
-    np.testing.assert_allclose(widths, widths[::-1])
-    assert widths[0] < widths[3] / 3
-    assert sigmoid_schedule(1) == [0.0, 1.0]
 
 
 def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:

@@ -21,7 +21,7 @@ from iwae_cli.data.base import Data
 from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.grid import Grid, estimator, picture
 from iwae_cli.evaluation.grid.picture import log_densities
-from iwae_cli.evaluation.grid.quadrature import Box, prior_box, quadrature
+from iwae_cli.evaluation.grid.quadrature import prior_box, quadrature
 from iwae_cli.evaluation.proposals import refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.conditionals import Conditional
@@ -319,11 +319,3 @@ def test_other_models_are_refused_before_any_work(architecture: Architecture, wo
     model = built(architecture, PIXELS)
     with pytest.raises(UserError, match=f"{words}.*estimator=ais.*model.latent_sizes="):
         estimate(model, drawn(model, 2))
-
-
-def test_a_box_has_its_corners_and_every_point_between() -> None:
-    box = Box(torch.tensor([0.0, 2.0]).double(), torch.tensor([1.0, 4.0]).double(), 3)
-    points = box.at(box.indices())
-    assert len(box) == 9 and points.tolist() == [[a, b] for a in (0.0, 0.5, 1.0) for b in (2.0, 3.0, 4.0)]
-    assert torch.equal(torch.cat([box.indices(0, 4), box.indices(4, 100)]), box.indices())
-    assert math.exp(float(box.log_cell())) == pytest.approx(0.5)
