@@ -132,6 +132,24 @@ def test_the_numbers_of_every_estimator_are_shown(runs: Path, command: Command) 
     assert first["numbers"] == {"test.nll_ais": 84.123, "validation.nll_ais": None}
 
 
+def test_a_difference_by_hand(tmp_path: Path, command: Command) -> None:
+    """Three seeds against two, by the evaluation of the largest k that all have."""
+    base, extra = np.array([-80.0, -90.0, -70.0, -60.0, -50.0]), np.array([0.0, 0.0, 0.0, 4.0, 1.75])
+    sides = (("iwae", (0.0, 0.25, 0.5), 0 * extra), ("elbo", (-1.0, -2.0), extra))
+    for name, shifts, more in sides:
+        for seed, shift in enumerate(shifts):
+            settings, options = config(objective=name, seed=seed), {"names": ("one_layer", name)}
+            folder = write(tmp_path, settings, base + shift + more, **options)
+            evaluate(folder, config(objective=name, seed=seed, evaluation__k=500), base, "k500", **options)
+    shown = command(tmp_path, "--compare", "objective=iwae", "objective=elbo", "--format", "json")[1]
+    (paired,) = json.loads(shown)["comparisons"]
+    # Over seeds .25, and -1.5 + extra: differences 1.75, 1.75, 1.75, -2.25, 0; variances .0625 of 3 means and .5 of 2.
+    assert paired["difference"] == pytest.approx(0.6) and paired["k"] == 5000
+    assert paired["stderr_images"] == pytest.approx((12.45 / 4 / 5) ** 0.5)
+    assert paired["stderr_seeds"] == pytest.approx((0.0625 / 3 + 0.5 / 2) ** 0.5)
+    assert (paired["wins_a"], paired["wins_b"], paired["ties"], paired["seeds_a"]) == (3, 1, 1, [0, 1, 2])
+
+
 def test_groups_are_chosen_by_keys(runs: Path, command: Command) -> None:
     """Separated by commas or spaces, with the names chosen for iwae-train or the values behind them."""
     for sides in (
@@ -296,6 +314,7 @@ def test_a_current_folder_that_is_gone_is_one_line(
         (". --html .", "folder"),
         (". --html /proc/nowhere/page.html", "/proc/nowhere"),
         (". --split tests", "tests"),
+        (". --split validation --compare objective=iwae,model=one_layer objective=elbo", "validation iwae-eval"),
         (". schedul=burda", "schedul schedule?"),
         (". objective=iwea", "objective=iwea elbo, iwae objective=iwae?"),
         (". evaluation.k=50 objective=elbo", "evaluation.k=50 5000"),
@@ -309,6 +328,23 @@ def test_wrong_input_is_one_line(
     code, out, err = command(*shlex.split(arguments))
     assert (code, out) == (2, "") and err.startswith("iwae-report: ") and err.count("\n") == 1
     assert not [word for word in words.split() if word not in err], err
+
+
+@pytest.mark.parametrize(
+    ("changed", "images", "why"),
+    [
+        ({}, "others", "not scored on the same images"),
+        ({"evaluation__k": 500}, "one binarization", "not scored on the same k: 5000 and 500"),
+        ({"evaluation__weights": "best"}, "one binarization", "not scored on the same weights: last and best"),
+    ],
+)
+def test_sides_that_were_not_scored_alike_are_refused(
+    tmp_path: Path, command: Command, changed: dict[str, object], images: str, why: str
+) -> None:
+    write(tmp_path, config(), values(85.0))
+    write(tmp_path, config(objective="elbo", **changed), values(86.0), names=("one_layer", "elbo"), images=images)
+    code, out, err = command(tmp_path, "--compare", "objective=iwae", "objective=elbo")
+    assert (code, out, err.count("\n")) == (2, "", 1) and why in err
 
 
 def test_nothing_finished_is_no_error(runs: Path, command: Command) -> None:

@@ -209,26 +209,6 @@ def test_other_estimators_have_their_pictures(tmp_path: Path) -> None:
     assert 'style="left:50.00%"></u>' in text and "left:2.83%;width:94.34%" in text
 
 
-@pytest.mark.parametrize("damage", ["cut", "another array"])
-def test_values_that_cannot_be_read_are_named_on_the_page_and_by_differences(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    for name in ("iwae", "elbo"):
-        folder = write(tmp_path / "outputs", config(objective=name), values(85.0), names=("one_layer", name))
-    arrays = folder / "log_likelihood.npz"
-    if damage == "cut":
-        arrays.write_bytes(arrays.read_bytes()[:300])
-    else:
-        np.save(tmp_path / "x.npy", np.zeros(3))
-        (tmp_path / "x.npy").rename(arrays)
-    page = tmp_path / "page.html"
-    assert report([str(tmp_path / "outputs"), "--html", str(page)]) == 0
-    assert "effective sample sizes of objective=elbo" in page.read_text()
-    assert report([str(tmp_path / "outputs"), "--against", "objective=iwae"]) in (0, 2)
-    out, err = capsys.readouterr()
-    assert f"{folder.name}/log_likelihood.npz" in (out + err).replace(f"{tmp_path}/outputs/", "")
-
-
 def test_a_training_bound_with_part_of_the_kl_is_not_drawn(tmp_path: Path) -> None:
     folder = write(tmp_path, config(), values(85.0))
     rows = [{"step": n, "pass": n, "train/bound": -70.0 - n, "train/kl_weight": min(1, n / 3)} for n in range(1, 6)]
