@@ -153,9 +153,7 @@ def test_a_damaged_evaluation_is_done_again(folder: Path, key: str, caplog: pyte
 
 IMPOSSIBLE: dict[str, Any] = {
     "test.stderr_images must be at least 0": {"test.stderr_images": -0.1},
-    "test.stderr_mc must be at least 0": {"test.stderr_mc": -0.1},
     "test.gap_q_stderr must be at least 0": {"test.gap_q_stderr": -1e-3},
-    "test.refined.stderr_mc must be at least 0": {"test.refined.stderr_mc": -1},
     "test.bias_mc must be at most 0": {"test.bias_mc": 0.5},
     "test.ess_share_below_10 must be at least 0 and at most 1": {"test.ess_share_below_10": 1.5},
     "test.refined.ess_share_below_10 must be at least 0 and at most 1": {"test.refined.ess_share_below_10": -0.1},
@@ -166,7 +164,8 @@ IMPOSSIBLE: dict[str, Any] = {
     "test.refined.nll must be -test.refined.bounds.50, which is -2": {"test.refined.nll": 3},
     "test.n must be greater than or equal to 1": {"test.n": 0},
     "test.refined is of k = 50, n = 300": {"test.refined.n": 300},
-    "test.refined.n must be greater than or equal to 1": {"test.refined.n": 0},
+    "test.refined is of k = 3, n = 10": {"test.refined.k": 3},
+    "test.nll_refined is 25.0, not test.refined.nll of all images": {"test.nll_refined": 25.0},
     "test.ess_min must be at least 0.999999": {"test.ess_min": 0.5},
     "test.ess_median must be at least 0.999999 and at most 50.00005, got 51": {"test.ess_median": 51},
     "test.nll must be a number": {"test.nll": "1e999"},

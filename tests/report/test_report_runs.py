@@ -95,19 +95,6 @@ def test_old_and_copied_runs_do_not_count_twice(tmp_path: Path) -> None:
     assert not read([folder, tmp_path / "a" / "." / folder.name]).left_out
 
 
-def test_every_evaluation_of_a_run_is_found(tmp_path: Path) -> None:
-    folder = write(tmp_path, config(), values(85.0))
-    write(tmp_path / "other", config(evaluation__k=500), values(85.5)).rename(folder / "evaluations")
-    (folder / "evaluations" / "k500").mkdir()
-    for name in ("result.json", "log_likelihood.npz"):
-        (folder / "evaluations" / name).rename(folder / "evaluations" / "k500" / name)
-    (folder / "evaluations" / "broken").mkdir()
-    (folder / "evaluations" / "broken" / "result.json").write_text("{")
-    found = read([tmp_path])
-    assert [score.k for score in found.runs[0].scores] == [5000, 500]
-    assert "broken" in found.notes[0] and not found.left_out
-
-
 def test_a_finished_run_counts_while_it_is_evaluated_again(tmp_path: Path) -> None:
     folder = write(tmp_path, config(), values(85.0))
     change(folder / "status.json", status="running")

@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from report_runs import change, config, values, write
 
-import iwae_cli.cli.compose  # noqa: F401  it registers what the yaml files refer to
+from iwae_cli.cli.compose import plan
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import measured
 from iwae_cli.report.cells import Table, tables
@@ -29,18 +26,6 @@ def table(place: Path, rows: list[str] | None = None, columns: list[str] | None 
     assert not left_out
     (made,) = tables(scored, rows, columns)
     return made
-
-
-def test_mean_and_standard_error_over_seeds(tmp_path: Path) -> None:
-    nlls = [84.7, 85.0, 85.2]
-    for seed, nll in enumerate(nlls):
-        write(tmp_path, config(seed=seed), values(nll), units=[24 + seed])
-    (cell,) = table(tmp_path).cells
-    assert cell.nll == pytest.approx(statistics.mean(nlls))
-    # sd of 84.7, 85.0, 85.2 about 84.9667 with 2 in the denominator, over sqrt(3)
-    assert cell.stderr == pytest.approx((0.126667 / 2 / 3) ** 0.5, abs=1e-6)
-    assert cell.units == (25.0,)
-    assert cell.bounds == pytest.approx({1: -cell.nll - 3, 50: -cell.nll - 0.5, 5000: -cell.nll})
 
 
 def test_one_seed_each_has_its_error_over_images(tmp_path: Path) -> None:
@@ -84,25 +69,51 @@ def test_rows_and_columns_by_any_key(tmp_path: Path) -> None:
     assert made.row_labels == [("[100, 50]",), ("[50]",)]
 
 
-def test_only_seeds_are_averaged(tmp_path: Path) -> None:
-    """Asked for objective.k alone: what else differs is added to the rows, with a note."""
-    for lr in (0.001, 0.0003):
-        for seed in range(2):
-            write(tmp_path, config(seed=seed, optimizer__lr=lr), values(85 + lr * 100))
-    write(tmp_path, config("two_layer"), values(82.9), names=("two_layer", "iwae"))
-    made = table(tmp_path, ["objective.k"])
-    assert made.rows == ("objective.k", "model", "optimizer.lr")
-    assert sorted(len(cell.runs) for cell in made.cells) == [1, 2, 2]
-    assert len(made.notes) == 2 and "optimizer.lr" in made.notes[1]
+TRAINING, MINE = "training__backward", "mine.Mine"
+APART: dict[str, tuple[list[dict[str, Any]], dict[str, int], int]] = {
+    "a rate": ([{"optimizer__lr": rate} for rate in (0.001, 0.001, 0.0003)], {"optimizer.lr": 2}, 2),
+    "what cannot change the last weights": (
+        [
+            {},
+            {"logger__wandb__mode": "online"},
+            {"device__kind": "cuda"},
+            {"data__data_dir": "x"},
+            {"validation__k": 5},
+        ],
+        {},
+        1,
+    ),
+    "classes of a user with the arguments of ours": (
+        [{}, {"objective___target_": MINE}, {"schedule___target_": MINE}],
+        {"objective._target_": 2, "schedule._target_": 2},
+        3,
+    ),
+    "gradients": (
+        [{"objective__gradient": name} for name in ("total", "dreg", "dreg", "stl")],
+        {"objective.gradient": 3},
+        3,
+    ),
+    # Without a roulette tau decides nothing, and older runs, which have neither, were trained by all.
+    "a roulette": (
+        [{"training": None}, {}, {"training__tau": 0.05}, {TRAINING: "roulette"}, {TRAINING: "roulette"}],
+        {"training.backward": 2},
+        2,
+    ),
+}
+"""Runs of one seed each -> keys that are added to the rows with the number of their values, and the cells."""
 
 
-def test_what_cannot_change_the_weights_makes_no_other_cell(tmp_path: Path) -> None:
-    """Paths, logger, device, and the cadence of validation where the last weights are evaluated."""
-    others = {"logger__mode": "online"}, {"device__kind": "cuda"}, {"data__data_dir": "x"}, {"validation__k": 5}
-    for seed, changed in enumerate(({}, *others)):
-        write(tmp_path, config(seed=seed, **changed), values(85.0))
-    (cell,) = table(tmp_path).cells
-    assert len(cell.runs) == 5
+@pytest.mark.parametrize("what", APART)
+def test_only_seeds_are_averaged(tmp_path: Path, what: str) -> None:
+    runs, keys, cells = APART[what]
+    for seed, changed in enumerate(runs):
+        settings = config(seed=seed, **changed)
+        write(tmp_path, {key: value for key, value in settings.items() if value or key != "training"}, values(85.0))
+    made = table(tmp_path, ["objective.k"], [])
+    found = {key: len({cell.row[place] for cell in made.cells}) for place, key in enumerate(made.rows)}
+    assert found == {"objective.k": 1, **keys} and len(made.cells) == cells
+    assert sum(len(cell.runs) for cell in made.cells) == len(runs)
+    assert all(any(key in note for note in made.notes) for key in keys)
 
 
 def test_one_seed_twice_is_not_two_seeds(tmp_path: Path) -> None:
@@ -150,43 +161,6 @@ def test_two_names_of_the_same_settings_are_one_cell(tmp_path: Path) -> None:
     assert [s.run.keys["schedule"] for s in cell.runs] == ["burda", "long", "Burda"] and cell.deviations == ()
 
 
-def test_one_name_of_two_classes_is_two_cells(tmp_path: Path) -> None:
-    """A choice of the user's own may have any name, and the arguments of another."""
-    write(tmp_path, config(seed=0), values(85.0))
-    for group in ("objective", "schedule"):
-        mine = config(seed=1)
-        mine[group]["_target_"] = "mine.Mine"
-        write(tmp_path / group, mine, values(85.0))
-    made = table(tmp_path)
-    assert {"objective._target_", "schedule._target_"} <= set(made.rows) and len(made.cells) == 3
-
-
-def test_gradients_have_cells_of_their_own_under_any_name(tmp_path: Path) -> None:
-    """objective=dreg is IWAE's class with gradient=dreg; neither is ever shown as, or averaged with, plain IWAE."""
-    for seed, (name, gradient) in enumerate((("iwae", "total"), ("iwae", "dreg"), ("dreg", "dreg"), ("stl", "stl"))):
-        write(tmp_path, config(seed=seed, objective__gradient=gradient), values(85.0), names=("one_layer", name))
-    made = table(tmp_path, ["objective"])
-    assert made.rows == ("objective", "objective.gradient")
-    labels = [("dreg", "dreg"), ("iwae", "dreg"), ("iwae", "total"), ("stl", "stl")]
-    assert [(cell.row, len(cell.runs)) for cell in made.cells] == [(label, 1) for label in labels]
-    assert [cell.published is not None for cell in made.cells] == [False, False, True, False]
-    made = table(tmp_path, ["objective.gradient"])
-    assert all(len(cell.runs) == 1 for cell in made.cells) and len(made.cells) == 4
-
-
-def test_a_roulette_has_a_cell_of_its_own(tmp_path: Path) -> None:
-    """Without one its other keys decide nothing, and older runs, which have none of them, were trained by all."""
-    target = "iwae_cli.training.settings.Training"
-    for seed, training in enumerate((None, ("all", 0.01), ("all", 0.05), ("roulette", 0.01), ("roulette", 0.01))):
-        written = config(seed=seed)
-        if training is not None:
-            written["training"] = {"_target_": target, "backward": training[0], "tau": training[1]}
-        write(tmp_path, written, values(85.0 + seed))
-    made = table(tmp_path)
-    assert made.rows[-1] == "training.backward"
-    assert {cell.row[-1]: len(cell.runs) for cell in made.cells} == {"all": 3, "roulette": 2}
-
-
 def test_data_sets_are_never_mixed(tmp_path: Path) -> None:
     for data in ("mnist", "omniglot"):
         write(tmp_path, config(), values(85.0), data=data, images=data)
@@ -225,21 +199,6 @@ def test_every_kind_of_evaluation_has_a_table_of_its_own(
     assert len(both) == 2
 
 
-def test_a_run_is_in_the_table_of_each_of_its_evaluations(tmp_path: Path) -> None:
-    for seed in range(2):
-        write(tmp_path, config(seed=seed), values(85.0))
-    late = write(tmp_path, config(seed=2, evaluation__k=500), values(85.9))
-    fits = write(tmp_path / "elsewhere", config(seed=2), values(85.3))
-    (late / "evaluations").mkdir()
-    fits.rename(late / "evaluations" / "k5000")
-    scored, left_out = comparable(read([tmp_path]).runs, "test")
-    large, small = tables(scored)
-    assert not left_out and [len(cell.runs) for cell in (*large.cells, *small.cells)] == [3, 1]
-    assert [(made.k, round(made.cells[0].runs[-1].numbers["nll"], 6)) for made in (large, small)] == [
-        (5000, 85.3), (500, 85.9),
-    ]  # fmt: skip
-
-
 def test_a_missing_number_is_left_out_with_its_reason(tmp_path: Path) -> None:
     folder = write(tmp_path, config(), values(85.0))
     test = json.loads((folder / "result.json").read_text())["test"]
@@ -265,13 +224,10 @@ def test_commands_of_the_docs_have_the_published_values_that_they_quote(tmp_path
     quoted = re.findall(r"^iwae-train (.+?) +# paper: (\S+)$", page, re.MULTILINE)
     assert len(quoted) == 5
     for number, (command, value) in enumerate(quoted):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", command.split(), return_hydra_config=True)
-        chosen = cfg.hydra.runtime.choices
-        plain = OmegaConf.create({key: node for key, node in cfg.items() if key != "hydra"})
-        settings: Any = OmegaConf.to_container(plain, resolve=True)
+        (job,) = plan(command.split(), False, None).jobs
         place = tmp_path / str(number)
-        write(place, settings, values(100.0), data=chosen.data, names=(chosen.model, chosen.objective))
+        names = (job.names["model"], job.names["objective"])
+        write(place, job.config, values(100.0), data=job.names["data"], names=names)
         (cell,) = table(place).cells
         assert cell.published is not None and f"{cell.published.nll:.2f}" == value and not cell.deviations, command
 
@@ -310,9 +266,3 @@ def test_no_published_value_beside_anything_else(tmp_path: Path, changed: dict[s
     data = changed.pop("data", "mnist")
     write(tmp_path, config(**changed), values(85.0), data=data)
     assert table(tmp_path).cells[0].published is None
-
-
-def test_a_shorter_training_is_marked(tmp_path: Path) -> None:
-    write(tmp_path, config(schedule__stages=3), values(90.0))
-    (cell,) = table(tmp_path).cells
-    assert cell.published is not None and cell.deviations == ("schedule.stages = 3 (paper: 8)",)

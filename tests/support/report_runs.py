@@ -11,50 +11,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from iwae_cli.cli.compose import plan
 from iwae_cli.record.identity import evaluation_name
 
 Command = Callable[..., tuple[int, str, str]]
 """iwae-report: from its arguments to exit code, standard output and standard error."""
-CONFIG: dict[str, Any] = yaml.safe_load("""
-data: {_target_: iwae_cli.data.mnist.MNIST, data_dir: data, binarization: dynamic, limit: null}
-model:
-  _target_: iwae_cli.models.mlp.GaussianMLP
-  latent_sizes: [50]
-  hidden_sizes: [[200, 200]]
-  likelihood: bernoulli
-  noise_std: null
-  activation: tanh
-  posterior: diagonal
-  posterior_size: 4
-  prior: standard
-  prior_components: 500
-objective: {_target_: iwae_cli.objectives.iwae.IWAE, k: 50, gradient: total}
-optimizer:
-  {_target_: torch.optim.Adam, lr: 0.001, betas: [0.9, 0.999], eps: 0.0001, weight_decay: 0.0, fused: true}
-schedule: {_target_: iwae_cli.training.schedule.Burda, stages: 8}
-validation: {_target_: iwae_cli.training.settings.Validation, k: 50, every: 5}
-evaluation:
-  _target_: iwae_cli.evaluation.protocol.Evaluation
-  splits: [test]
-  weights: last
-  k: 5000
-  seed: 0
-  binarization_seed: 0
-  rows: 2000
-  workers: null
-  jackknife: false
-device: {_target_: iwae_cli.device.Device, kind: auto, precision: float32, threads: 1}
-logger: {_target_: iwae_cli.sinks.wandb.WandbLogger, mode: offline, project: iwae-cli, tags: []}
-seed: 0
-batch_size: 20
-data_dir: data
-output_dir: outputs
-init_from: null
-with_optimizer: false
-train: all
-restart: false
-""")
-"""A configuration with the class paths of version 0.2.0, whose runs are still read."""
+CONFIG = (
+    plan(["experiment=burda", "data=mnist", "data_dir=data", "evaluation.splits=[test]"], False, None).jobs[0].config
+)
 MODELS = {"one_layer": ([50], [[200, 200]]), "two_layer": ([100, 50], [[200, 200], [100, 100]])}
 
 
