@@ -380,11 +380,6 @@ def test_only_the_groups_of_a_config_folder_are_read(tmp_path: Path) -> None:
     assert config_files(tmp_path) == [tmp_path / "model" / "mine.yaml"]
 
 
-def test_no_preset() -> None:
-    swept = plan(["experiment=[],smoke"], True, None)
-    assert [job.config["evaluation"]["k"] for job in swept.jobs] == [5000, 500]
-
-
 def test_what_only_cuda_can_do_is_refused_elsewhere(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

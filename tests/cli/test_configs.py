@@ -139,6 +139,14 @@ def test_a_preset_takes_a_step(name: str, files: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "published"),
     [
+        (  # Burda et al. 2016, section 5, and their code
+            "burda",
+            {
+                **{"schedule.stages": 8, "batch_size": 20, "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.999]},
+                **{"optimizer.eps": 1e-4, "optimizer.weight_decay": 0.0, "evaluation.k": 5000},
+                "evaluation.weights": "last",
+            },
+        ),
         (  # Tomczak and Welling 2018, section 4.1, and the settings of their code
             "vampprior",
             {
