@@ -40,6 +40,7 @@ def test_one_seed_each_has_its_error_over_images(tmp_path: Path) -> None:
     write(tmp_path, config(objective="elbo", seed=1), values(86.4), names=("one_layer", "elbo"))
     made = table(tmp_path)
     texts = [made.fields(cell)[0].text for cell in made.cells]
+    assert made.cells[0].bounds == pytest.approx({1: -89.2, 50: -86.7, 5000: -86.2})
     assert texts == ["86.20 ± 0.20", "85.00"] and "± over images" not in made.notes_below[0]
 
 
