@@ -111,7 +111,9 @@ def test_the_same_sweep_has_the_same_name() -> None:
 
 def test_help_names_every_choice_and_says_what_it_is(tmp_path: Path, capsys) -> None:
     (tmp_path / "own" / "objective").mkdir(parents=True)
-    (tmp_path / "own" / "objective" / "mine.yaml").write_text("# Half of\n# the ELBO.\n_target_: a.B\n")
+    (tmp_path / "own" / "objective" / "mine.yaml").write_text(
+        "# @package _global_\n# Half of\n# the ELBO.\n_target_: a.B\n"
+    )
     assert train(["--help", "--config-dir", "own"]) == 0
     shown = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
     assert "[digits]" in shown["data="] and "[iwae]" in shown["objective="]

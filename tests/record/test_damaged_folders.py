@@ -14,7 +14,6 @@ import yaml
 from small_runs import TINY, VARYING, finished, last_of_each, run
 
 import iwae_cli
-from iwae_cli.cli import compose
 from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.cli.report import report
 from iwae_cli.core.errors import UserError
@@ -98,31 +97,6 @@ def test_a_report_names_the_key_or_shows_the_same_numbers(
             assert report([str(folder.parent)]) == 0
             assert numbers(capsys.readouterr().out) <= shown, (key, how)
     assert {how for _, how in refused} == {"removed", "mistyped"} and len(refused) > 8
-
-
-@pytest.mark.parametrize("file", ["result.json", "status.json"])
-def test_the_command_of_a_run_names_the_key_or_prints_the_same_numbers(
-    folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A damaged status is written again; nothing else of a result is needed."""
-    command = (*OPTIONS, f"output_dir={folder.parent}")
-    composed = compose.plan([*command], False, None)  # once, since the command is always the same
-    monkeypatch.setattr(compose, "plan", lambda *_: composed)
-    expected = numbers(run(*command)[1])
-    codes = []
-    for key, how in damages(folder / file):
-        # The report reads the same files by the same schema, key by key; here what the command itself asks for.
-        if "." in key and (
-            key.partition(".")[0] not in ("evaluation", "test") or how == "removed" or key.count(".") > 1
-        ):
-            continue
-        code, out, err = run(*command)
-        codes.append(code)
-        if code == 2:
-            assert err.count("\n") == 1 and f"{file} is damaged: {key.partition('.')[0]}" in err, (key, how, err)
-        else:
-            assert code == 0 and numbers(out) <= expected, (key, how, err)
-    assert set(codes) == ({0, 2} if file == "result.json" else {0})
 
 
 def test_load_and_iwae_eval_name_the_key_of_a_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

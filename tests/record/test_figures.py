@@ -16,7 +16,6 @@ from small_runs import TINY, read_json, run, run_folders
 
 from iwae_cli.data.base import Data
 from iwae_cli.record.figures import (
-    COLOURS,
     Curve,
     Posterior,
     k_figure,
@@ -238,14 +237,6 @@ def test_the_error_of_the_last_bound_is_a_bar_and_a_number(tmp_path: Path, drawn
     assert bar.tolist() == [[50.0, -86.75], [50.0, -85.25]]
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["test \N{PLUS-MINUS SIGN} 0.75, standard error over images", "validation"]
-
-
-def test_posteriors_have_a_legend(tmp_path: Path, drawn: list[Figure]) -> None:
-    PLOTS["posteriors"](tmp_path / "p.png")
-    (legend,) = drawn[0].legends
-    (exact, approximation) = (text.get_text() for text in legend.get_texts())
-    colours = [line.get_color() for line in legend.get_lines()]
-    assert "exact" in exact and "approximation" in approximation and colours == [COLOURS[1], COLOURS[0]]
 
 
 @pytest.mark.parametrize("error", ["ModuleNotFoundError", "KeyError"])

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import os
-import sys
 import threading
 from functools import partialmethod
 from pathlib import Path
@@ -42,25 +41,6 @@ def test_rows_are_on_disk_at_once_and_the_table_at_the_end(tmp_path: Path) -> No
             ["1", repr(-1 / 3), "", ""],
             ["2", "-0.1", "", "50"],
         ]
-
-
-def test_a_resumed_record_is_exactly_its_history_and_what_follows(tmp_path: Path) -> None:
-    first = JsonlLogger()
-    first.open(info(tmp_path), [])
-    for step in range(1, 6):
-        first.log(step, {"a": step / 7})
-    first.close("interrupted")
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "a')  # the writer died here
-
-    assert [step for step, _ in read_history(tmp_path)] == [1, 2, 3, 4, 5]
-    history = read_history(tmp_path, up_to_step=3)
-    assert history == [(1, {"a": 1 / 7}), (2, {"a": 2 / 7}), (3, {"a": 3 / 7})]
-    second = JsonlLogger()
-    second.open(info(tmp_path), history)
-    second.log(4, {"a": 4 / 7})
-    second.close("finished")
-    assert rows(tmp_path) == [{"step": step, "a": step / 7} for step in range(1, 5)]
 
 
 @pytest.mark.parametrize(
@@ -104,72 +84,36 @@ def test_what_cannot_be_kept_is_an_error_and_not_half_a_row(tmp_path: Path, metr
     assert rows(tmp_path) == []
 
 
-CSV = '''
-import csv
+FAULTY = """
+import time
 from iwae_cli.record.loggers import Logger
 
-class CsvLogger(Logger):
-    """Rows of a run as step, name, value."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
+class Faulty(Logger):
     def open(self, run, history):
-        self.out = (run.folder / self.file).open("w", newline="")
-        self.writer = csv.writer(self.out)
-        for step, metrics in history:
-            self.log(step, metrics)
+        pass
 
     def log(self, step, metrics):
-        self.writer.writerows([step, name, value] for name, value in metrics.items())
+        {fault}
 
     def close(self, status):
-        self.out.close()
-'''
+        pass
+"""
 
 
-@pytest.fixture
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a user's: a module with a logger, and a choice that names it."""
-    (tmp_path / "conf" / "logger").mkdir(parents=True)
-    (tmp_path / "conf" / "logger" / "csv.yaml").write_text("csv: {_target_: my_loggers.CsvLogger, file: rows.csv}\n")
-    (tmp_path / "my_loggers.py").write_text(CSV)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "my_loggers")
-    return tmp_path
-
-
-def test_a_logger_of_the_user_is_one_file_and_one_yaml(user: Path) -> None:
-    """Alone and beside W&B; the run has the same identity and the same record."""
-    alone = finished(user / "a", *TINY, "--config-dir=conf", "logger=csv")
-    both = finished(user / "b", *TINY, "--config-dir=conf", "logger=[offline,csv]", "logger.csv.file=other.csv")
-    assert alone.name == both.name and (alone / "metrics.jsonl").read_bytes() == (both / "metrics.jsonl").read_bytes()
-    with (alone / "rows.csv").open(newline="") as file:
-        found = [(int(step), name, value) for step, name, value in csv.reader(file)]
-    assert found == [
-        (row["step"], name, "" if value is None else str(value))
-        for row in rows(alone)
-        for name, value in row.items()
-        if name != "step"
-    ]
-    assert (both / "other.csv").read_text() == (alone / "rows.csv").read_text()
-    assert len(list((both / "wandb").glob("offline-run-*"))) == 1 and not (alone / "wandb").exists()
-
-
-@pytest.mark.parametrize("fault", ["raise OSError('no luck')", "time.sleep(60)"])
+@pytest.mark.parametrize(("name", "fault"), [("raises", "raise OSError('no luck')"), ("hangs", "time.sleep(60)")])
 def test_a_logger_that_raises_or_hangs_leaves_the_run_as_it_is(
-    user: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "conf" / "logger").mkdir(parents=True)
+    (tmp_path / "conf" / "logger" / "faulty.yaml").write_text(f"faulty: {{_target_: {name}.Faulty}}\n")
+    (tmp_path / f"{name}.py").write_text(FAULTY.format(fault=fault))
     monkeypatch.setattr("iwae_cli.record.loggers.CLOSE_SECONDS", 0.1)
-    module = "import time\n" + CSV.replace(
-        "        self.writer.writerows", f"        {fault}\n        self.writer.writerows"
-    )
-    (user / "my_loggers.py").write_text(module)
-    sys.modules.pop("my_loggers", None)
-    code, _, err = run(*TINY, "schedule.passes=1", "--config-dir=conf", "logger=csv", f"output_dir={user / 'c'}")
-    (folder,) = run_folders(user / "c")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", name)
+    code, _, err = run(*TINY, "schedule.passes=1", "--config-dir=conf", "logger=faulty", f"output_dir={tmp_path / 'c'}")
+    (folder,) = run_folders(tmp_path / "c")
     assert (code, read_json(folder / "status.json")["status"]) == (0, "finished")
-    assert len(rows(folder)) == 1 and err.count("CsvLogger ") == 1
+    assert len(rows(folder)) == 1 and err.count("Faulty ") == 1
 
 
 class Broken(Logger):

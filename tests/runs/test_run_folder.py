@@ -120,6 +120,7 @@ def test_a_damaged_result(folder: Path) -> None:
             RunFolder(folder).result()
         assert str(folder / "result.json") in str(refusal.value)
     assert str(folder / "result.json") in refused(folder.parent)
+    (folder / "status.json").write_text('{"status": 3}')
     (folder / "result.json").unlink()
     with nothing_computed(folder):
         assert again(folder.parent)[0] == 0
