@@ -21,7 +21,7 @@ from small_runs import TINY, finished, read_json, run_folders, snapshot, wandb_r
 from wandb_server import Server, wandb_server
 
 from iwae_cli.record.figures import plot_samples
-from iwae_cli.record.loggers import FanOut, RunInfo
+from iwae_cli.record.loggers import RunInfo
 from iwae_cli.record.wandb import WandbLogger, left_to_upload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,25 +112,6 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert [end.get("exit_code", 0) for end in of_type(folder, "exit")] == [0]
 
 
-def test_failed_and_interrupted_runs_are_marked_and_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
-    open_together = wandb_logger(), wandb_logger(group="mine")
-    statuses = "failed", "interrupted"
-    for i, run in enumerate(open_together):
-        run.open(info(tmp_path / f"run{i}", identity=f"run{i}", group="sweep"), [])
-    for i, run in enumerate(open_together):
-        run.log(1, {"a": i})
-    for run, status in zip(open_together, statuses, strict=True):
-        run.close(status)
-    begun = []
-    for i in range(2):
-        [folder] = offline_folders(tmp_path / f"run{i}")
-        assert history(folder) == [{"step": 1, "a": i}]
-        assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
-        begun += of_type(folder, "run")
-    assert begun[0]["run_id"] != begun[1]["run_id"]
-    assert [(run["run_group"], run["display_name"]) for run in begun] == [("sweep", "run0"), ("mine", "run1")]
-
-
 def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> None:
     first = wandb_logger()
     first.open(info(tmp_path / "run"), [])
@@ -138,8 +119,8 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
         first.log(step, {"a": step / 7})
     first.close("interrupted")
     # At once: within the second that names the folder.
-    second = wandb_logger()
-    second.open(info(tmp_path / "run"), [(1, {"a": 1 / 7}), (2, {"a": 2 / 7})])
+    second = wandb_logger(group="mine")
+    second.open(info(tmp_path / "run", group="sweep"), [(1, {"a": 1 / 7}), (2, {"a": 2 / 7})])
     second.log(3, {"a": 3 / 7})
     second.close("finished")
 
@@ -147,24 +128,8 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
     assert new.name in (left_to_upload(tmp_path / "run") or "")
     assert history(new) == [{"step": step, "a": pytest.approx(step / 7, rel=1e-15)} for step in (1, 2, 3)]
     assert of_type(old, "run")[0]["run_id"] == of_type(new, "run")[0]["run_id"]
-
-
-def test_an_error_of_wandb_is_one_warning_and_the_run_continues(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = FanOut([wandb_logger()])
-    with caplog.at_level(logging.WARNING, "iwae_cli"):
-        run.open(info(tmp_path / "run"), [])
-        run.log(1, {"a": 1})
-        run.image(1, "samples", tmp_path / "missing.png")
-        run.log(2, {"a": 2})
-        run.summary({"a": 1})
-        run.close("failed")
-    [warning] = ours(caplog)
-    assert warning.startswith("WandbLogger failed") and "\n" not in warning
-    [folder] = offline_folders(tmp_path / "run")
-    assert history(folder) == [{"step": 1, "a": 1}]
-    assert [end["exit_code"] for end in of_type(folder, "exit")] == [1]
+    assert of_type(new, "run")[0]["run_group"] == "mine", "what was typed, not the sweep"
+    assert [end["exit_code"] for end in of_type(old, "exit")] == [1], "interrupted"
 
 
 ONLINE = """
@@ -367,17 +332,11 @@ def test_the_sweep_of_the_page_under_an_agent(tmp_path: Path, server: Server) ->
     save_config_file_from_dict("wandb/sweep-s1/config.yaml", chosen)
     errors = []
     for run_id in ("first", "second"):
-        of_agent = {
-            "WANDB_SWEEP_ID": "s1",
-            "WANDB_RUN_ID": run_id,
-            "WANDB_SWEEP_PARAM_PATH": "wandb/sweep-s1/config.yaml",
-        }
-        of_agent |= {
-            "WANDB_PROJECT": "sweeps",
-            "WANDB_ENTITY": "me",
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        }
-        errors.append(command(server, *line, *FAST, **of_agent).stderr)
+        of_agent = {"SWEEP_ID": "s1", "RUN_ID": run_id, "PROJECT": "sweeps", "ENTITY": "me"}
+        of_agent |= {"SWEEP_PARAM_PATH": "wandb/sweep-s1/config.yaml"}
+        path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        done = command(server, *line, *FAST, **{f"WANDB_{key}": value for key, value in of_agent.items()}, **path)
+        errors.append(done.stderr)
         sent = server.runs[run_id]["sent"]
         config = {key: node["value"] for key, node in json.loads(sent["config"]).items()}
         assert (sent["sweep"], sent["project"], server.runs[run_id]["exitcode"]) == ("s1", "sweeps", 0)
