@@ -165,30 +165,13 @@ def test_train_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert isinstance(again.model, LatentVariableModel)
 
 
-WRONG = [
-    ("objective=iwea",),
-    ("data=linear_gaussian",),
-    ("objective.k=0",),
-    ("model.latent_sizes=[0]",),
-    ("seed=${oc.env:SECRET}",),
-    ("output_dir=",),
-    ("estimator=ais",),
-    ("seed=1", "seed=2"),
-    ("-m",),
-]
-
-
-@pytest.mark.parametrize("overrides", WRONG, ids=" ".join)
-def test_train_refuses_what_the_command_refuses(
-    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("override", ["objective=iwea", "data=linear_gaussian", "seed=${oc.env:SECRET}", "output_dir="])
+def test_train_refuses_what_the_command_refuses(override: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET", "a-token-of-somebody")
     with pytest.raises(UserError) as refused:
-        iwae_cli.train(*overrides)
-    assert "\n" not in str(refused.value) and "a-token" not in str(refused.value)
-    if overrides != ("-m",) and len(set(overrides)) == len({o.partition("=")[0] for o in overrides}):
-        assert run(*overrides) == (2, "", f"iwae-train: {refused.value}\n")
-    assert not list(tmp_path.iterdir())
+        iwae_cli.train(override)
+    assert "a-token" not in str(refused.value)
+    assert run(override) == (2, "", f"iwae-train: {refused.value}\n") and not list(tmp_path.iterdir())
 
 
 def test_train_refuses_a_sweep() -> None:

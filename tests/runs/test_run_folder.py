@@ -47,36 +47,23 @@ def nothing_computed(folder: Path) -> ExitStack:
 # A path that cannot hold the run folder.
 
 
-def a_file(place: Path) -> Path:
-    place.write_text("mine")
-    return place
+PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "below a file": (lambda place: place.write_text("mine"), "deeper"),
+    "a dangling link": (lambda place: place.symlink_to("nowhere"), ""),
+    "too long": (lambda place: None, "x" * 300),
+    "a file, for a sweep": (lambda place: place.write_text("mine"), ""),
+}
 
 
-def below_a_file(place: Path) -> Path:
-    place.write_text("mine")
-    return place / "deeper"
-
-
-def dangling(place: Path) -> Path:
-    place.symlink_to("nowhere")
-    return place
-
-
-def too_long(place: Path) -> Path:
-    return place / ("x" * 300)
-
-
-@pytest.mark.parametrize(
-    ("make", "sweep"), [(below_a_file, ()), (dangling, ()), (too_long, ()), (a_file, ("-m", "seed=7,8"))]
-)
-def test_an_output_dir_that_cannot_be_created(
-    tmp_path: Path, make: Callable[[Path], Path], sweep: tuple[str, ...]
-) -> None:
-    output_dir = make(tmp_path / "there")
+@pytest.mark.parametrize("how", PLACES)
+def test_an_output_dir_that_cannot_be_created(tmp_path: Path, how: str) -> None:
+    make, deeper = PLACES[how]
+    make(tmp_path / "there")
     before = sorted(tmp_path.rglob("*"))
-    line = refused(output_dir, *sweep)
+    output_dir = tmp_path / "there" / deeper
+    line = refused(output_dir, *(("-m", "seed=7,8") if "sweep" in how else ()))
     # A name that is too long for a file is too long for a line; its reason is not.
-    named = "(File name too long" if make is too_long else str(output_dir)
+    named = "(File name too long" if how == "too long" else str(output_dir)
     assert named in line and str(output_dir)[:20] in line
     assert line.endswith("choose another folder with output_dir=...") and len(line) <= 300
     assert sorted(tmp_path.rglob("*")) in (before, [*before, tmp_path / "there"])
@@ -237,13 +224,3 @@ def test_data_that_were_moved(tmp_path: Path) -> None:
     assert code == 2 and err.count("\n") == 1 and list(folder.glob("evaluations/*/result.json")) == [kept]
     code, _, err = evaluate(folder, "data.binarization=none")
     assert code == 2 and "data.binarization" in err
-
-
-def test_one_sample_has_no_error_estimate(folder: Path) -> None:
-    code, out, err = evaluate(folder, "evaluation.k=1")
-    assert code == 0, err
-    (kept,) = (r for path in folder.glob("evaluations/*/result.json") if (r := read_json(path))["test"]["k"] == 1)
-    assert kept["test"]["stderr_mc"] is kept["test"]["bias_mc"] is None
-    assert kept["test"]["nll"] == -kept["test"]["bounds"]["1"]
-    for name in ("test.stderr_mc", "test.bias_mc"):
-        assert kept["reasons"][name] and name in out

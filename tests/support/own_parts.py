@@ -1,9 +1,10 @@
-"""A user's own part inside a model of this package."""
+"""A user's own part inside a model of this package, and an objective."""
 
 from __future__ import annotations
 
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.priors import Prior, StandardNormal
+from iwae_cli.objectives.iwae import IWAE
 
 
 class OwnStandardNormal(StandardNormal):
@@ -15,3 +16,7 @@ class OwnPrior(Prior):
 
     def build(self, size: int) -> Conditional:
         return OwnStandardNormal(size)
+
+
+class OwnIWAE(IWAE):
+    """The IWAE's bound in a user's own class."""

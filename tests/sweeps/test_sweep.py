@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 from faults import Fault, terminate
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, saved_step
 
 from iwae_cli.cli.report import report
@@ -203,10 +201,17 @@ def test_a_sweep_says_what_it_does_and_ends_with_means_over_seeds_and_the_next_c
     assert code == 0 and again == out and err.count("\n") == 4, "nothing is left to announce"
 
 
-def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any) -> None:
-    assert train(["-m", "objective.k=5,0"]) == 2
-    assert runs[0] == [] and os.listdir() == []
-    assert "objective.k must be >= 1, got 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("objective.k=5,0", "objective.k must be >= 1, got 0"),
+        ("objective=dreg model.posterior=diagonal,mixture", "needs independent draws"),
+    ],
+)
+def test_one_wrong_job_and_nothing_has_run(runs: Any, capsys: Any, line: str, words: str) -> None:
+    assert train(["-m", *line.split()]) == 2
+    err = capsys.readouterr().err
+    assert runs[0] == [] and os.listdir() == [] and words in err and err.count("\n") == 1
 
 
 def test_missing_data_end_a_sweep_once_before_its_first_job(
@@ -241,24 +246,6 @@ def test_one_training_in_two_words_is_one_job(runs: Any, capsys: Any) -> None:
         out, err = capsys.readouterr()
         assert err.splitlines()[0] == "1 of 2 jobs asks for the training of another: it runs once"
         assert out.count("digits-gaussian_mlp_50-iwae-k5-seed3-") == 1
-
-
-def test_each_job_is_composed_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    composed: list[str] = []
-    load = ConfigLoaderImpl.load_configuration
-
-    def counted(self: Any, *arguments: Any, **how: Any) -> Any:
-        composed.append(" ".join(how["overrides"]))
-        return load(self, *arguments, **how)
-
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
-    monkeypatch.setattr(hydra, "compose", hydra.compose.__wrapped__)
-    assert train(["-m", "objective=elbo,iwae", "seed=0,1,2"]) == 0 and len(runs[0]) == 6
-    # What all share, and each choice; values are set without Hydra.
-    assert len(composed) == 3
-    (sweep,) = Path("outputs/sweeps").glob("objective+seed-*/sweep.json")
-    asked = [job["overrides"] for job in read_json(sweep)["jobs"]]
-    assert asked == [[f"objective={name}", f"seed={seed}"] for name in ("elbo", "iwae") for seed in range(3)]
 
 
 def test_a_logger_has_its_token_and_its_sweep_which_no_file_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +18,10 @@ from small_runs import TINY, bits, last_of_each, read_json, run, run_folders, wa
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.core.files import RunLock
-from iwae_cli.models.architectures.mlp import GaussianMLP
-from iwae_cli.objectives.base import Objective
-from iwae_cli.objectives.elbo import ELBO
-from iwae_cli.objectives.iwae import IWAE
 from iwae_cli.record.jsonl import read_history
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps import ensemble as sweep_ensemble
 from iwae_cli.training import ensemble
-from iwae_cli.training.schedule import Constant
-from iwae_cli.training.settings import PLAIN, Training
 from iwae_cli.training.steps.graph import CannotCompileError
 
 BATCHED = "hydra/launcher=batched"
@@ -163,50 +156,30 @@ def test_stop_at_the_first_error(tmp_path: Path) -> None:
     assert read_json(stopped["path"] / "status.json")["status"] == "interrupted"
 
 
-def job(
-    objective: Objective,
-    seed: int = 0,
-    lr: float = 1e-3,
-    layers: int = 1,
-    training: Training = PLAIN,
-    patience: int | None = None,
-) -> Experiment:
-    experiment = object.__new__(Experiment)
-    config = {
-        "seed": seed,
-        "objective": {"_target_": type(objective).__name__, "k": objective.num_samples},
-        "optimizer": {"_target_": "torch.optim.Adam", "lr": lr},
-        "model": {"layers": layers},
-    }
-    optimizer = partial(torch.optim.Adam, lr=lr)
-    model = GaussianMLP([3] * layers, [[8]] * layers)
-    vars(experiment).update(
-        config=config,
-        model=model,
-        objective=objective,
-        optimizer=optimizer,
-        training=training,
-        schedule=Constant(3, patience),
-    )
-    return experiment
+TWO = "seed=0,1"
+AT_ONCE = {
+    # One objective side by side.
+    f"objective=iwae,elbo objective.k=3 optimizer.lr=0.1,0.2 {TWO}": [["ELBO"] * 4 + ["IWAE"] * 4],
+    f"objective.k=3,5 {TWO}": [["IWAE"] * 2] * 2,
+    f"seed=range({sweep_ensemble.AT_ONCE + 2})": [["IWAE"] * sweep_ensemble.AT_ONCE, ["IWAE"] * 2],
+    "objective.k=3,5": [],
+    "model.latent_sizes=[3],[4]": [],
+    f"objective._target_=own_parts.OwnIWAE {TWO}": [],
+    f"training.backward=roulette {TWO}": [],
+    f"training.clip=1.0 {TWO}": [],
+    f"training.ema=0.9 {TWO}": [],
+    f"training.kl_warmup=2 {TWO}": [],
+    f"schedule.patience=5 {TWO}": [],
+}
+"""The jobs of a sweep -> the objectives of those that train at once."""
 
 
-class OwnObjective(IWAE):
-    """Of another package."""
-
-
-def test_what_can_train_at_once() -> None:
-    """Runs that differ in seed, objective of one k, learning rate; not in k, model, class, or with a protocol."""
-    alike = [job(IWAE(3), 0), job(ELBO(3), 1), job(IWAE(3), 1, 0.1)]
-    others = [job(IWAE(5)), job(IWAE(5), 1), job(IWAE(3), layers=2), job(OwnObjective(3)), job(OwnObjective(3), 1)]
-    settings = (Training("roulette"), Training(clip=1.0), Training(ema=0.9), Training(kl_warmup=2))
-    alone = [job(IWAE(3), seed, training=training) for training in settings for seed in (0, 1)]
-    alone += [job(IWAE(3), seed, patience=5) for seed in (0, 1)]
-    (first, second) = sweep_ensemble.batches([*alike, *others, *alone])
-    assert first == [alike[1], alike[0], alike[2]], "one objective side by side"
-    assert second == others[:2]
-    many = sweep_ensemble.batches([job(IWAE(3), seed) for seed in range(sweep_ensemble.AT_ONCE + 2)])
-    assert [len(members) for members in many] == [sweep_ensemble.AT_ONCE, 2]
+@pytest.mark.parametrize("line", AT_ONCE)
+def test_what_can_train_at_once(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "own_parts")
+    jobs = plan(last_of_each(*TINY, *line.split()), True, None).jobs
+    found = sweep_ensemble.batches([job.experiment() for job in jobs])
+    assert [[type(experiment.objective).__name__ for experiment in members] for members in found] == AT_ONCE[line]
 
 
 def test_jobs_that_cannot_be_mapped_train_alone_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
