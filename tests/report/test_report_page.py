@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,7 @@ from matplotlib.figure import Figure
 from report_runs import change, config, values, write, write_estimate
 
 from iwae_cli.cli.report import report
-from iwae_cli.report.cells import tables
-from iwae_cli.report.page import _over_seeds, _training
-from iwae_cli.report.reader import read
-from iwae_cli.report.selection import comparable
+from iwae_cli.report.page import _over_seeds
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 COMPARE = ("--compare", "objective.k=50", "objective.k=1")
@@ -66,51 +64,50 @@ def test_a_page_is_one_file_and_the_same_every_time(runs: Path, page: Path) -> N
     assert written(runs, *COMPARE, "--against", "objective.k=1").read_text(encoding="utf-8") == text
 
 
+def charts(place: Path, *arguments: str) -> dict[str, dict[str, str]]:
+    """Return the curves of every chart of a page, with their points in words."""
+    found = re.findall(r'<svg [^>]*aria-label="([^"]*)">(.*?)</svg>', written(place, *arguments).read_text(), re.DOTALL)
+    texts = {title: re.findall(r"<title>(.*?)</title>", body) for title, body in found}
+    return {title: dict(text.partition(": ")[::2] for text in curves) for title, curves in texts.items()}
+
+
 def test_bounds_of_different_k_are_never_in_one_chart(tmp_path: Path) -> None:
     """Nor validation on different data, where a table has both."""
+    place = tmp_path / "o"
     for seed, k in enumerate((5, 50, 50)):
-        write(tmp_path, config(seed=seed, validation__k=k), values(85.0))
-    write(tmp_path, config(), values(100.0), data="omniglot", images="omniglot")
-
-    def charts(columns: list[str]) -> list[dict[str, int]]:
-        made = tables(comparable(read([tmp_path]).runs, "test")[0], ["model"], columns)
-        drawn = [[(str(i), cell) for i, cell in enumerate(table.cells)] for table in made]
-        return [{title: len(curves) for title, _, curves in _training(cells, []) if curves} for cells in drawn]
-
-    mnist, omniglot = charts(["objective"])
+        write(place, config(seed=seed, validation__k=k), values(85.0))
+    write(place, config(), values(100.0), data="omniglot", images="omniglot")
+    two = {title: len(curves) for title, curves in charts(place, "--rows=model", "--columns=objective").items()}
     # One curve for the seeds of a cell.
-    assert mnist == {"Validation, L_5": 1, "Validation, L_50": 1, "Training": 1}
-    assert omniglot == {"Validation, L_50": 1, "Training": 1}
-    (both,) = charts(["data"])
-    assert both == {
-        "Validation on mnist, L_5": 1,
-        "Validation on mnist, L_50": 1,
-        "Validation on omniglot, L_50": 1,
-        "Training": 2,
+    assert {title: n for title, n in two.items() if title.startswith(("Val", "Train"))} == {
+        **{"Validation, L_5, table 1": 1, "Validation, L_50, table 1": 1, "Training, table 1": 1},
+        **{"Validation, L_50, table 2": 1, "Training, table 2": 1},
+    }
+    one = {title: len(curves) for title, curves in charts(place, "--rows=model", "--columns=data").items()}
+    assert {title: n for title, n in one.items() if title.startswith(("Val", "Train"))} == {
+        **{"Validation on mnist, L_5, table 1": 1, "Validation on mnist, L_50, table 1": 1},
+        **{"Validation on omniglot, L_50, table 1": 1, "Training, table 1": 2},
     }
 
 
-def test_the_diagnostics_of_every_layer_and_network_are_drawn(tmp_path: Path) -> None:
-    """Where a run has them: one of an earlier version has none."""
-    place = tmp_path / "outputs"
+def test_what_was_measured_in_training_is_drawn(tmp_path: Path) -> None:
+    """Of every layer, where a run has it; a bound only where it holds the whole KL; a mean where all seeds have it."""
+    place = tmp_path / "o"
     for seed in range(2):
         folder = write(place, config("two_layer", seed=seed), values(85.0), names=("two_layer", "iwae"), units=[30, 8])
-    rows = [{"step": s, "pass": s, "train/bound": -90.0, "train/kl/1": 20.0 + s, "train/kl/2": 2.0} for s in (1, 2)]
-    rows.append({"step": 3, "pass": 3, "train/bound": -90.0, "train/gradient_norm/q": None})
+    rows: list[dict[str, Any]] = [{"step": s, "pass": s, "train/bound": -90.0} for s in range(1, 5)]
+    rows[0] |= {"train/kl/1": 21.0, "train/kl/2": 2.0, "train/kl_weight": 0.5}
+    rows[1] |= {"train/kl/1": 22.0, "train/kl/2": 2.0, "train/kl_weight": 1}
+    rows[2] |= {"train/gradient_norm/q": None}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (made,) = tables(comparable(read([place]).runs, "test")[0], ["model"], [])
-    found = {title: (words, curves) for title, words, curves in _training([("a", made.cells[0])], []) if curves}
-    assert set(found) == {"Validation, L_50", "Training", "KL of every layer"}
-    words, kl = found["KL of every layer"]
-    assert [(curve.name, curve.dash) for curve in kl] == [("a, 1", 0), ("a, 2", 1)]
-    assert "solid: 1; dashed: 2" in words
-    assert kl[0].points == [(1.0, 21.0), (2.0, 22.0)] and kl[0].band == [], "one seed has it"
-    # The other seed has -100 + x at pass x: mean and range where both have a pass.
-    (training,) = found["Training"][1]
-    assert training.points == [(1.0, -94.5), (2.0, -94.0), (3.0, -93.5)]
-    assert training.band == [(-99.0, -90.0), (-98.0, -90.0), (-97.0, -90.0)]
-    text = written(place).read_text()
-    assert text.count("<svg ") == 5, "with the bound against k and effective sample sizes"
+    found = charts(place, "--rows=model", "--columns=objective")
+    (kl,) = [curves for title, curves in found.items() if title.startswith("KL")]
+    assert list(kl.values()) == ["21.00 at 1; 22.00 at 2", "2.00 at 1; 2.00 at 2"]
+    # The other seed has -100 + x at pass x.
+    (training,) = found["Training, table 1"].values()
+    assert training == "-94.00 at 2; -93.50 at 3; -93.00 at 4"
+    text = (tmp_path / "page.html").read_text()
+    assert "solid: 1; dashed: 2" in text and text.count("<svg ") == 5
     assert re.findall(r'class="what">[^<]*(h_\d)</span>.*<span>([\d of]*)</span>', text) == [
         ("h_1", "30 of 100"),
         ("h_2", "8 of 50"),
@@ -207,15 +204,6 @@ def test_other_estimators_have_their_pictures(tmp_path: Path) -> None:
     assert 'alt="gaps-last-01234567 of posteriors.png"' in text
     # -88 to -80 with 3% on either side: the exact value is in the middle.
     assert 'style="left:50.00%"></u>' in text and "left:2.83%;width:94.34%" in text
-
-
-def test_a_training_bound_with_part_of_the_kl_is_not_drawn(tmp_path: Path) -> None:
-    folder = write(tmp_path, config(), values(85.0))
-    rows = [{"step": n, "pass": n, "train/bound": -70.0 - n, "train/kl_weight": min(1, n / 3)} for n in range(1, 6)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (table,) = tables(comparable(read([tmp_path]).runs, "test")[0])
-    curves = {title: curves for title, _, curves in _training([("", table.cells[0])], [])}
-    assert [x for x, _ in curves["Training"][0].points] == [3, 4, 5]
 
 
 def test_hostile_metrics_are_no_traceback(tmp_path: Path) -> None:
