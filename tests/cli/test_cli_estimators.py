@@ -23,11 +23,6 @@ AIS = (
     "estimator.leapfrog_steps=2",
 )
 FEW = ("estimator.images=6", "estimator.simulated=4", "evaluation.splits=[test,validation]", "evaluation.workers=1")
-DOUBLED = (
-    *(*AIS[:2], "estimator.temperatures=2", "estimator.max_temperatures=8", "estimator.leapfrog_steps=1"),
-    *("estimator.images=3", "estimator.simulated=2", "estimator.tolerance=1e-12"),
-    *("evaluation.splits=[test]", "evaluation.workers=1"),
-)
 GRID = (
     "estimator=grid",
     "estimator.points=61",
@@ -124,7 +119,8 @@ def test_what_an_estimator_found_is_printed_and_reported(
 ) -> None:
     run_folder = Path(shutil.copytree(tiny_run, tmp_path / tiny_run.name))
     assert evaluate([str(run_folder), *WHAT[name]]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.search(r" ([\d,]+)/\1\b", err.splitlines()[-1]), "what was announced was done"
     (folder,) = kept(run_folder, name)
     result = read_json(folder / "result.json")
     printed = [" ".join(row.split()) for row in out.splitlines()]
@@ -258,24 +254,6 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
-@pytest.mark.parametrize(
-    ("overrides", "least", "most"),
-    [
-        # 34 transitions to tune the steps and 4 up the path for 12 images; for 4 simulated ones 4 more, down again.
-        ((*AIS, *FEW, "estimator.chains=5"), 12 * 38 + 4 * 42, 624),
-        (DOUBLED, 3 * (32 + 2 + 4) + 2 * (32 + 2 * 4), 3 * (32 + 2 + 4 + 8) + 2 * (32 + 2 * 8)),
-        ((*SNR[:2], "estimator.draws=9", SNR[3]), 270, 270),
-    ],
-    ids=["AIS", "doubled temperatures", "gradients"],
-)
-def test_the_work_is_announced_and_counted(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], least: int, most: int
-) -> None:
-    assert evaluate([str(run_folder), *overrides]) == 0
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert str(least) in first and f" {most}/{most}" in last
-
-
 MINE = """
 from iwae_cli.evaluation.estimator import Estimates, Estimator
 
@@ -286,9 +264,8 @@ class Brightness(Estimator):
     def estimate(self, subject, check):
         split = subject.data.evaluation_split("test", subject.evaluation.binarization_seed)
         x = split.x[: self.images].double()
-        numbers = {"test": {"brightness": x.mean().item()}, "mine": {"k": subject.objective(3).num_samples}}
-        rows = [("mean pixel", "test.brightness", "{:.3f}"), ("samples", "mine.k", "{:,}")]
-        return Estimates(numbers, rows, {"test": split.sha256}, arrays={"brightness": x.mean(1).numpy()})
+        numbers = {"test": {"brightness": x.mean().item() * subject.objective(3).num_samples}}
+        return Estimates(numbers, [("mean pixel", "test.brightness", "{:.3f}")], {"test": split.sha256})
 """
 
 
@@ -307,8 +284,7 @@ def test_an_estimator_from_outside_is_a_file_and_a_yaml(
     out = capsys.readouterr().out
     result = read_json(kept(run_folder, "brightness")[0] / "result.json")
     assert result["estimator"]["images"] == 5 and result["estimator"]["objective"]["k"] == 5
-    printed = [row.split() for row in out.splitlines()]
-    assert ["mean", "pixel", f"{result['test']['brightness']:.3f}"] in printed and ["samples", "3"] in printed
+    assert f"{result['test']['brightness']:.3f}" in out
     written = (kept(run_folder, "brightness")[0] / "result.json").stat().st_mtime_ns
     for text, again in ((MINE, False), (f"{MINE}# edited", True)):
         (tmp_path / "estimators_of_a_user.py").write_text(text)

@@ -208,11 +208,6 @@ def test_differences_of_a_whole_table(tmp_path: Path, command: Command) -> None:
     ]
     assert "no difference is seen (below 2 standard errors): iwae 5, iwae 50" in out, "a difference of 1.3 of them"
     assert "beside it the standard error over images and that over seeds\n" in out
-    value = json.loads(command(*asked, "--format", "json")[1])
-    cells = {tuple(cell["keys"].values()): cell for cell in value["tables"][0]["cells"]}
-    assert cells["iwae", "50"]["against"]["difference"] == pytest.approx(0.3)
-    assert cells["iwae", "50"]["against"]["stderr_images"] == pytest.approx((2 / 3 / 4) ** 0.5)
-    assert cells["elbo", "50"]["against"] is None and cells["vr", "8"]["against"] is None
     read = list(csv.DictReader(io.StringIO(command(*asked, "--format", "csv")[1])))
     assert [row["against"] for row in read] == ["", "", "objective=elbo", "objective=elbo", ""]
     assert float(read[2]["difference_stderr_seeds"]) == pytest.approx(0.05)
