@@ -239,13 +239,6 @@ def test_the_flow_is_a_density(own_files: None, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.trapezoid(density * h, h), flow.mean(given)[0, 0], atol=1e-3, rtol=0)
 
 
-def test_every_example_is_short() -> None:
-    named = named_blocks("docs/extending.md")
-    assert len([name for name in named if name.endswith(".py")]) == 7
-    for name, text in named.items():
-        assert len([line for line in text.splitlines() if line.strip()]) <= 30, name
-
-
 def test_a_run_in_python(trained: Path) -> None:
     (text,) = blocks("docs/usage.md", "python")
     names: dict[str, Any] = {}

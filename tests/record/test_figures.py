@@ -140,13 +140,6 @@ def test_an_svg_has_its_curves_and_no_colour_of_its_own() -> None:
     assert len(svg(training_figure(long, "nats"), long, "Training")) < 20_000
 
 
-def test_a_focused_figure_shows_the_end_of_every_curve() -> None:
-    curves = [Curve("good", [(i, -100 - 400 / i) for i in range(1, 40)], 0), Curve("bad", [(1, -500), (2, -300)], 1)]
-    (axes,) = training_figure(curves, "nats").axes
-    low, high = axes.get_ylim()
-    assert -500 < low < -300 and high > -111
-
-
 @pytest.mark.parametrize("sign", [1, -1], ids=["far below", "far above"])
 def test_first_passes_far_away_squeeze_nothing_and_no_curve_is_lost(sign: int) -> None:
     """A fall of the first passes by thousands; KL of two layers; a seed whose band is wide; a run of four passes."""

@@ -150,21 +150,6 @@ def test_a_difference_by_hand(tmp_path: Path, command: Command) -> None:
     assert (paired["wins_a"], paired["wins_b"], paired["ties"], paired["seeds_a"]) == (3, 1, 1, [0, 1, 2])
 
 
-def test_groups_are_chosen_by_keys(runs: Path, command: Command) -> None:
-    """Separated by commas or spaces, with the names chosen for iwae-train or the values behind them."""
-    for sides in (
-        ("objective=iwae,model.latent_sizes=[50]", "objective=elbo,objective.k=50.0"),
-        ("objective=iwae  schedule=burda model.latent_sizes=[50]", "objective=elbo optimizer=burda"),
-    ):
-        code, out, err = command(runs, "--compare", *sides)
-        assert (code, err) == (0, "")
-        assert (
-            "A - B = +2.00 nats" in out
-            and "A has the lower NLL; A wins 40 images, B 0" in out
-            and "0.21 over seeds" in out
-        )
-
-
 def test_an_ambiguous_side_is_answered_with_overrides_that_work(tmp_path: Path, command: Command) -> None:
     """Quick runs beside smoke ones, which are evaluated differently too."""
     place = tmp_path / "outputs"

@@ -135,7 +135,7 @@ def test_choices_lists_and_null_are_typed_as_for_training(tmp_path: Path, comman
         return [(" ".join(cell["keys"].values()), cell["seeds"]) for cell in cells]
 
     assert seeds("seed=0,2", "data=mnist") == [("mnist elbo", [0, 2]), ("mnist iwae", [0, 2])]
-    assert seeds("objective=elbo,iwae", "seed=1") == [("mnist elbo", [1]), ("mnist iwae", [1])]
+    assert seeds("objective=elbo,iwae", "seed=1.0") == [("mnist elbo", [1]), ("mnist iwae", [1])]
     assert seeds("data=file") == seeds("data=file_x") == [("file_x iwae", [0])]
     write(tmp_path, config(data=own, seed=3), values(80.0), data="file")
     assert seeds("data=file") == [("file iwae", [3]), ("file_x iwae", [0])], "also beside a data set of that name"

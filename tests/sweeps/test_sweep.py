@@ -283,16 +283,6 @@ def test_two_sweeps_share_a_run_and_the_order_of_jobs_does_not_matter(tmp_path: 
     assert len(run_folders(down)) == 2 and all(bits(folder) == bits(up / folder.name) for folder in run_folders(down))
 
 
-def test_a_sweep_waits_for_a_run_of_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iwae_cli.sweeps.jobs.LOCKED_SECONDS", 0.1)
-    folder = finished(tmp_path, *QUICK)
-    lock = RunLock(folder)
-    lock.__enter__()
-    monkeypatch.setattr("iwae_cli.sweeps.jobs.time.sleep", lambda seconds: lock.__exit__(None, None, None))
-    code, _, err = run("-m", "seed=0", *QUICK, "evaluation.k=6", f"output_dir={tmp_path}")
-    assert code == 0 and "waiting:" in err and str(os.getpid()) in err
-
-
 def test_the_same_sweep_twice_at_the_same_time(tmp_path: Path, runs: Any) -> None:
     assert train(["-m", "seed=0,1"]) == 0
     (folder,) = Path("outputs/sweeps").iterdir()
