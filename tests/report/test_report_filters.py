@@ -151,7 +151,6 @@ def test_choices_lists_and_null_are_typed_as_for_training(tmp_path: Path, comman
         ("seed=0,7", "no finished run is that; seed is 0, 1, 2"),
         ("objective=elbo,iwea", "did you mean objective=iwae?"),
         ("seed=0 seed=1", "a key is there twice; write several choices as seed=0,1"),
-        ("data=folder", "no finished run is that; data is file, file_x, mnist"),
         ("evaluation.image=5", "no run has the key evaluation.image; did you mean evaluation.images?"),
     ):
         code, out, err = command(tmp_path, *filters.split())
