@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from iwae_cli.record.identity import evaluation_name
 
 Command = Callable[..., tuple[int, str, str]]
 """iwae-report: from its arguments to exit code, standard output and standard error."""
-CONFIG = (
-    plan(["experiment=burda", "data=mnist", "data_dir=data", "evaluation.splits=[test]"], False, None).jobs[0].config
-)
 MODELS = {"one_layer": ([50], [[200, 200]]), "two_layer": ([100, 50], [[200, 200], [100, 100]])}
+
+
+@cache
+def burda() -> dict[str, Any]:
+    overrides = ["experiment=burda", "data=mnist", "data_dir=data", "evaluation.splits=[test]"]
+    return plan(overrides, False, None).jobs[0].config
 
 
 def config(model: str = "one_layer", objective: str = "iwae", k: int = 50, seed: int = 0, **changed: Any) -> Any:
     """Return a resolved configuration; ``changed`` has dotted keys with ``__`` for dots."""
-    made = json.loads(json.dumps(CONFIG))
+    made = deepcopy(burda())
     made["model"]["latent_sizes"], made["model"]["hidden_sizes"] = MODELS[model]
     made["objective"]["k"], made["seed"] = k, seed
     made["objective"]["_target_"] = f"iwae_cli.objectives.{objective}.{objective.upper()}"
