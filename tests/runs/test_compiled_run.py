@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import killed_at
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
 from iwae_cli.core.device import compiler
@@ -19,20 +18,6 @@ from iwae_cli.training.steps.graph import CannotCompileError
 from iwae_cli.training.steps.plain import PlainStep
 
 COMMAND = (*TINY, "objective.gradient=dreg")
-
-KILLED = """
-import os, signal, sys
-from iwae_cli.cli import train as cli
-from iwae_cli.runs import runner
-from iwae_cli.training import trainer
-
-trainer.SAVE_EVERY_SECONDS = -1.0
-def on_step(self, step):
-    if step == 18:
-        os.kill(os.getpid(), signal.SIGKILL)
-runner.Runner.on_step = on_step
-sys.exit(cli.train(sys.argv[1:]))
-"""
 
 
 CHOOSE = "iwae_cli.training.steps.choose."
@@ -79,8 +64,7 @@ def test_killed_and_resumed_a_compiled_run_ends_in_the_same_bits(
 
     monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
     arguments = [*COMMAND, "device.compile=on", f"output_dir={tmp_path / 'killed'}"]
-    process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=600)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    killed_at(18, arguments)
     (killed,) = run_folders(tmp_path / "killed")
     assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 17
     # The form that the run began with is kept, also where another one is asked for now.

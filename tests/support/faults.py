@@ -112,6 +112,29 @@ class Fault:
         os.replace, os.fsync, Signals.check = self._before
 
 
+DYING = """
+import os, signal, sys
+from iwae_cli.cli import train as cli
+from iwae_cli.runs import runner
+from iwae_cli.training import trainer
+
+step, seed, *command = sys.argv[1:]
+def on_step(self, done):
+    if done == int(step) and self.experiment.seed == int(seed):
+        os.kill(os.getpid(), signal.SIGKILL)
+runner.Runner.on_step = on_step
+trainer.SAVE_EVERY_SECONDS = -1.0
+sys.exit(cli.train(command))
+"""
+
+
+def killed_at(step: int, command: Sequence[str], seed: int = 0) -> None:
+    """Run ``iwae-train`` in a new process, which saves every step; kill it when the run of a seed has taken a step."""
+    arguments = [sys.executable, "-c", DYING, str(step), str(seed), *command]
+    process = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
 class Forks:
     """Runs of ``iwae-train`` in forked processes, one at a time."""
 

@@ -6,14 +6,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from faults import killed_at
 from small_runs import TINY, bits, last_of_each, read_json, run, run_folders, wandb_records
 
 from iwae_cli.cli.compose import plan
@@ -238,21 +237,6 @@ def test_a_search_is_refused(tmp_path: Path) -> None:
     assert code == 2 and "a search decides its jobs as it goes" in err
 
 
-DYING = """
-import os, signal, sys
-from iwae_cli.cli import train as cli
-from iwae_cli.runs import runner
-
-def on_step(self, step):
-    if step == 17 and self.experiment.seed == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-runner.Runner.on_step = on_step
-from iwae_cli.training import trainer
-trainer.SAVE_EVERY_SECONDS = -1.0
-sys.exit(cli.train(sys.argv[1:]))
-"""
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed sweep of two runs."""
@@ -268,8 +252,7 @@ def test_a_stopped_sweep_resumes(
     """Stopped while the second of two ends a step that the first has ended."""
     line = last_of_each("-m", *QUICK, "seed=0,1", BATCHED, f"output_dir={tmp_path / 'stopped'}")
     if died == signal.SIGKILL:
-        process = subprocess.run([sys.executable, "-c", DYING, *line], capture_output=True, text=True, timeout=300)
-        assert process.returncode == -died, process.stderr
+        killed_at(17, line, seed=1)
     else:
         with monkeypatch.context() as patch:
             patch.setattr(
