@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from report_runs import change, config, values, write
 
 from iwae_cli.core.errors import UserError
@@ -25,22 +24,6 @@ def unfinished(folder: Path, **status: object) -> Path:
     (folder / "result.json").unlink()
     change(folder / "status.json", **status)
     return folder
-
-
-def test_a_synthetic_run_has_what_a_real_one_has(real_runs: list[Path], tmp_path: Path) -> None:
-    real = real_runs[0]
-    test = json.loads((real / "result.json").read_text())["test"]
-    refined = values(84.0)[: 40 if "nll_refined" in test else 10] if "refined" in test else None
-    training = yaml.safe_load((real / "config.yaml").read_text())["training"]
-    made = write(tmp_path / "made", config(training=training), values(85.0), refined=refined)
-    for name, part in (*(("result.json", part) for part in ("", "test", "evaluation")), ("status.json", "")):
-        mine, theirs = (json.loads((folder / name).read_text()) for folder in (made, real))
-        assert (mine[part] if part else mine).keys() == (theirs[part] if part else theirs).keys()
-        if "refined" in mine.get(part, ()):
-            assert mine[part]["refined"].keys() == theirs[part]["refined"].keys()
-    (run,), (other,) = read([real]).runs, read([made]).runs
-    assert run.training.keys() - other.training.keys() == {"schedule.passes"}
-    assert run.keys["model"] == "one_layer" and run.keys["data"] == "digits" and run.keys["objective.k"] == 5
 
 
 def test_what_is_not_finished_is_listed_with_the_reason(tmp_path: Path) -> None:
