@@ -122,6 +122,14 @@ def test_a_class_of_this_package_may_move_and_one_of_a_user_may_not(monkeypatch:
         assert (spelled == one_spelling(node)) == (package == "iwae_cli")
 
 
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    for name, value in (("a", 0.25), ("b", 0.25), ("c", 0.5)):
+        images = torch.full((784, 20), value).numpy()
+        savemat(tmp_path / f"{name}.mat", {"data": images, "testdata": images})
+    a, b, c = (identity("data=omniglot", f"data.path={tmp_path / name}.mat") for name in "abc")
+    assert a == b != c
+
+
 def test_a_finished_run_needs_no_data(tmp_path: Path) -> None:
     """It has its result; a training or an evaluation that would need the file has the error of the data."""
     images = np.random.default_rng(0).integers(0, 256, (784, 60)) / 255.0
