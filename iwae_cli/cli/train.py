@@ -55,7 +55,8 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         return open_run(experiment.folder().path)
     except UserError as error:
         # As printed: one line, without values from the environment.
-        raise type(error)(one_line(error)) from None
+        error.args = (one_line(error),)
+        raise error from None
 
 
 def _train_with_others(argv: list[str]) -> bool:

@@ -7,7 +7,6 @@ Better", arXiv 1802.04537.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -192,13 +191,16 @@ class GradientSNR(Estimator):
         """Return the ratios for every k, and the slope of log ratio against log k."""
         model, seed = subject.model, subject.evaluation.seed
         objectives = {k: subject.objective(k) for k in self.ks}
+        strata = model.inference.strata
         for k, objective in objectives.items():
+            if k % strata:
+                whole = ",".join(map(str, sorted({-(-k // strata) * strata for k in self.ks})))
+                raise UserError(
+                    f"estimator.ks holds {k}, no multiple of the {strata} components of q, from which draws are taken "
+                    f"in turn: write estimator.ks=[{whole}]"
+                )
             if (refusal := objective.check_networks(model)) is not None:
-                strata = model.inference.strata
-                whole = str(sorted({-(-k // strata) * strata for k in self.ks})).replace(" ", "")
-                refusal = re.sub(r"^(objective\.k=.*: write ).*", rf"\1estimator.ks={whole}", refusal)
-                # The model is trained, its choices stay.
-                raise UserError(f"estimator.ks holds {k}: {re.sub(', or model.*', '', refusal)}")
+                raise UserError(f"the gradients of this model: {refusal}")
         split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}

@@ -177,7 +177,8 @@ def _naming(job: str, several: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{job}: {error}" if several else str(error)) from error
+        error.args = (f"{job}: {error}" if several else str(error),)
+        raise
 
 
 def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float | None:

@@ -165,13 +165,18 @@ def test_train_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert isinstance(again.model, LatentVariableModel)
 
 
-@pytest.mark.parametrize("override", ["objective=iwea", "data=linear_gaussian", "seed=${oc.env:SECRET}", "output_dir="])
-def test_train_refuses_what_the_command_refuses(override: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+DAMAGED = f"data=omniglot data.path={__file__}"
+
+
+@pytest.mark.parametrize(
+    "line", ["objective=iwea", "data=linear_gaussian", "seed=${oc.env:SECRET}", "output_dir=", DAMAGED]
+)
+def test_train_refuses_what_the_command_refuses(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET", "a-token-of-somebody")
     with pytest.raises(UserError) as refused:
-        iwae_cli.train(override)
+        iwae_cli.train(*line.split())
     assert "a-token" not in str(refused.value)
-    assert run(override) == (2, "", f"iwae-train: {refused.value}\n") and not list(tmp_path.iterdir())
+    assert run(*line.split()) == (2, "", f"iwae-train: {refused.value}\n") and not list(tmp_path.iterdir())
 
 
 def test_train_refuses_a_sweep() -> None:
