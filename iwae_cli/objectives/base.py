@@ -123,8 +123,10 @@ class Objective(ABC):
                 f"({model.shared[0]}): write {instead}"
             )
         strata = model.inference.strata
+        if strata == 1:
+            return None
         k = -(-self.k // strata) * strata
-        if strata > 1 and (self.needs_score or not self.stratified):
+        if self.needs_score or not self.stratified:
             what, instead = self._blamed(type(self).stratified)
             return (
                 f"{what} needs independent draws, and this q takes them from its {strata} components in turn: write "
