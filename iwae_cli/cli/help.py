@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from itertools import takewhile
@@ -77,10 +78,13 @@ def group_help(group: str, own: list[Path]) -> str:
         words = " ".join(line for line in top if not line.startswith("@package"))  # that line is for Hydra
         lines += textwrap.wrap(f"{name:{width}}{words}", 120, subsequent_indent=" " * width, break_on_hyphens=False)
         for line in written[len(top) :] if group != "experiment" else []:
-            if line != "{}" and "_target_" not in line:
+            if base := re.match(r"  - (?!_self_)(\w+)", line):  # of its defaults
+                line = f"the keys of {base[1]}, with"
+            if line not in ("{}", "defaults:", "  - _self_") and "_target_" not in line:
                 lines += textwrap.wrap(f"    {line}", 120, subsequent_indent=" " * 8, break_on_hyphens=False)
     if group != "experiment":
-        lines += ["", f"a key is typed as {group}.KEY=VALUE; here are the values by default"]
+        name = ".NAME" if group == "logger" else ""
+        lines += ["", f"a key is typed as {group}{name}.KEY=VALUE; here are the values by default"]
     return "".join(f"{line}\n" for line in lines)
 
 

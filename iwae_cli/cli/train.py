@@ -39,7 +39,7 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         UserError: where the command would end with an exit code: its message.
         Interrupted: by a signal; the state is saved and the same call resumes.
     """
-    from iwae_cli.cli.compose import plan, require_effect
+    from iwae_cli.cli.compose import plan, say_unused
     from iwae_cli.runs.opened import open_run
     from iwae_cli.runs.runner import run
 
@@ -49,7 +49,7 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         planned = plan(overrides, False, config_dir, in_python=True)
         if planned.multirun:
             raise UserError("hydra.mode asks for a sweep: type iwae-train -m ..., or train one run at a time")
-        require_effect(planned)
+        say_unused(planned)
         experiment = planned.jobs[0].experiment()
         run(experiment)
         return open_run(experiment.folder().path)
@@ -102,7 +102,7 @@ def _train(argv: list[str]) -> bool:
         print(without_hidden(printed.getvalue()), end="")
     else:
         plan = compose.plan(asked.overrides, asked.multirun, asked.config_dir)
-        compose.require_effect(plan)
+        compose.say_unused(plan)
         _run(plan, argv)
         return True
     return False

@@ -200,7 +200,8 @@ class GradientSNR(Estimator):
                     f"in turn: write estimator.ks=[{whole}]"
                 )
             if (refusal := objective.check_networks(model)) is not None:
-                raise UserError(f"the gradients of this model: {refusal}")
+                # Another posterior would be another training.
+                raise UserError(f"the gradients of this model: {refusal.partition(', or model.')[0]}")
         split = subject.data.evaluation_split("train", subject.evaluation.binarization_seed)
         x = split.x[: self.images].to(next(model.parameters()))
         found: dict[int, dict[str, SignalToNoise]] = {}
@@ -222,7 +223,9 @@ class GradientSNR(Estimator):
         numbers = {name: self._numbers(name, {k: found[k][name] for k in self.ks}, reasons) for name in NETWORKS}
         return Estimates(
             {"gradient_snr": {"images": len(x), "draws": self.draws, "floor": floor, **numbers}},
-            self._rows({k: f"{n // k} groups of k = {k}" if n > k else f"k = {k}" for k, n in draws.items()}),
+            self._rows(
+                {k: f"{n // k} groups of k = {k}" if n > k and n % k == 0 else f"k = {k}" for k, n in draws.items()}
+            ),
             {"train": split.sha256},
             reasons,
             notes=[

@@ -94,7 +94,10 @@ class Objective(ABC):
 
     @property
     def needs_score(self) -> bool:
-        """Whether its gradient is right for a log q of weight one alone, whose score has mean 0 for every draw."""
+        """Whether its gradient leaves out the score of q because its mean over draws of q is 0.
+
+        It is not 0 over draws taken in turn from components of q, nor where log q is multiplied by a number.
+        """
         return False
 
     @property
@@ -142,9 +145,10 @@ class Objective(ABC):
 
     def _blamed(self, gradient: bool) -> tuple[str, str]:
         """Return what of this objective is refused, its gradient or all of it, and what to write instead."""
-        if not gradient or "gradient" not in signature(type(self)).parameters:
+        chosen = getattr(self, "gradient", None)
+        if not gradient or chosen in (None, self.plain_gradient) or "gradient" not in signature(type(self)).parameters:
             return type(self).__name__, "objective=iwae"
-        return f"objective.gradient={vars(self)['gradient']}", f"objective.gradient={self.plain_gradient}"
+        return f"objective.gradient={chosen}", f"objective.gradient={self.plain_gradient}"
 
 
 class BoundObjective(Objective, ABC):
@@ -179,9 +183,11 @@ class BoundObjective(Objective, ABC):
         return self.gradient == "dreg" and not self._is_linear()
 
     def _is_linear(self) -> bool:
-        """Return whether a = b: where the bound is linear in log w, that is the ELBO."""
-        log_w = torch.linspace(0, 1, 3 * self.num_samples, dtype=torch.float64).view(-1, 3)
-        return torch.allclose(self.weights(log_w), self.doubly_weights(log_w))
+        """Return whether the bound is linear in log w, as the ELBO is: a is constant, and so a = b."""
+        ends = ((0, 1), (-100, 20), (20, -100))
+        log_w = torch.stack([torch.linspace(*two, self.num_samples, dtype=torch.float64) for two in ends], 1)
+        a = self.weights(log_w)
+        return torch.allclose(a, a[:, :1].expand_as(a))
 
     def weights(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, "k batch"]:
         """Return a = dB/dlog w; by autograd, unless the closed form is there."""

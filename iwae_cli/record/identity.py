@@ -75,7 +75,7 @@ def unused(node: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {
         key: (choice, using)
         for key, choice, leaving, using in _USED_WITH
-        if node.get(choice) in leaving and (choice in ("posterior", "prior") or _is_own(node))
+        if node.get(choice) in leaving and _is_own(node)
     }
 
 

@@ -136,7 +136,7 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]
         value, error = number_at(result, key), errors.get((label, part), errors.get((next_label.get(label), part)))
         if error and form.endswith("f}"):
             form = re.sub(r"\.\d+f", f".{decimals(error)}f", form)
-        form = NO_GAP if key.endswith(".gap_q") and (value or 0) <= 0 else form
+        form = NO_GAP if key in {f"{split}.gap_q" for split in SPLITS} and (value or 0) <= 0 else form
         lines[label][columns.index(part) if part else 0] = "\N{EN DASH}" if value is None else form.format(value)
     return columns, lines
 

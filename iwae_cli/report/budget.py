@@ -39,6 +39,9 @@ def at_equal(table: Table, unit: str) -> Table:
         cautions.append("bounds of one seed have no error: a validation keeps the mean over images alone")
     found = {name: [at(cell, least * share) for cell in table.cells] for name, share in SHARES.items()}
     shares = [name for name, held in found.items() if any(held)]  # others would be columns of dashes
+    if not shares:
+        why = "the training of the cheapest run ends before all seeds of a cell have a validation"
+        return replace(table, notes=(*table.notes, f"not compared at equal {unit}: {why}"))
     levels = tuple(least * SHARES[name] for name in shares)
     budget = Budget(unit, int(runs[0].keys["validation.k"]), levels, tuple(shares), tuple(cautions))
     held = [tuple(found[name][i] for name in shares) for i in range(len(table.cells))]

@@ -172,7 +172,7 @@ def test_gradients_of_another_objective_have_the_k_of_the_estimator(
     err = capsys.readouterr().err
     assert "estimator.ks holds 3" in err and err.endswith(": write estimator.ks=[2,4]\n")
     assert evaluate([str(folder), *SNR, "objective=dreg"]) == 2
-    assert capsys.readouterr().err.endswith(": write objective.gradient=total, or model.posterior=full\n")
+    assert capsys.readouterr().err.endswith(": write objective.gradient=total\n")
 
 
 def test_a_grid_with_its_picture(

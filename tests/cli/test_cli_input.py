@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from small_runs import last_of_each
 
 import iwae_cli
-from iwae_cli.cli.compose import plan
+from iwae_cli.cli.compose import plan, say_unused
 from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
@@ -38,12 +38,6 @@ WRONG = {
     "+foo=1": "foo seed",
     "seed.x=3": "seed.x",
     "seed@x=3": "seed@x",
-    # Keys that the choices leave without effect.
-    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture vamp",
-    "model.posterior=full model.posterior_size=3": "model.posterior_size model.posterior=coupling mixture",
-    "objective=tvo objective.schedule=linear objective.beta_1=0.1": "objective.beta_1 objective.schedule=log",
-    "objective=tvo objective.partitions=1 objective.schedule=linear": "objective.schedule objective.partitions=2",
-    "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
     # Types and ranges.
     "seed=true": "seed integer",
     "seed=\"'3'\"": "seed integer",
@@ -161,6 +155,25 @@ NOTHING_LIKE_IT = ("data=cifar10", "optimizer=sgd", "resume=true", "objective.m=
 def test_wrong_input_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     err = refused(capsys, *shlex.split(line))
     assert not [word for word in WRONG[line].split() if word not in err], err
+
+
+UNUSED = {
+    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture vamp",
+    "model.posterior=full model.posterior_size=3": "model.posterior_size model.posterior=coupling mixture",
+    "objective=tvo objective.schedule=linear objective.beta_1=0.1": "objective.beta_1 objective.schedule=log",
+    "objective=tvo objective.partitions=1 objective.schedule=linear": "objective.schedule objective.partitions=2",
+    "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
+    "-m model.posterior=diagonal,mixture model.posterior_size=3": "",
+    "model.posterior=mixture model.posterior_size=3": "",
+}
+"""Keys that the choices of all jobs leave without effect, with what is said."""
+
+
+@pytest.mark.parametrize("line", UNUSED)
+def test_a_key_without_effect_is_said(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say_unused(plan([word for word in line.split() if word != "-m"], "-m" in line, None))
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(UNUSED[line]) and all(word in err for word in UNUSED[line].split())
 
 
 def test_first_guesses_are_answered_by_what_is_meant(capsys: pytest.CaptureFixture[str]) -> None:

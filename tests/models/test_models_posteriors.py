@@ -23,7 +23,7 @@ from iwae_cli.models.chain import GenerativeChain
 from iwae_cli.models.conditionals import Conditional, GaussianConditional
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
-from iwae_cli.objectives.base import Objective
+from iwae_cli.objectives.base import BoundObjective, Objective
 
 INPUTS, FEATURES = 3, 5
 DENSE = {
@@ -149,6 +149,25 @@ def wild(**settings: Any) -> LatentVariableModel:
     return built(GaussianMLP([2], [[6]], **settings), 4, seed=0, plus=0.3)
 
 
+class Inside(PIWAE):
+    """As a user may write it: it keeps no gradient of its own, and not every gradient serves it."""
+
+    stratified = True
+
+    def __init__(self, k: int, gradient: Any = "dreg") -> None:
+        super().__init__(2, k, gradient)
+        del self.gradient
+
+
+class Cut(ELBO):
+    """The ELBO of log-weights below 10 alone."""
+
+    weights, doubly_weights = BoundObjective.weights, BoundObjective.doubly_weights
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return torch.where(log_w > 10, log_w.sigmoid() + 9, log_w).mean(0)
+
+
 def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> None:
     model = wild(posterior="mixture", posterior_size=4)
     for fine in (
@@ -158,7 +177,7 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
         assert fine.check_networks(model) is None
     for wrong in (
         IWAE(4, "dreg"), CIWAE(4, 0.9, "dreg"), PIWAE(2, 4, "dreg"), UMIWAE(2, 4), JVI(4), VIMCO(4), REINFORCE(4),
-        TVO(4, gradient="covariance"), RWS(4, gradient="dreg"),
+        TVO(4, gradient="covariance"), RWS(4, gradient="dreg"), Inside(4), Cut(4, "dreg"),
     ):  # fmt: skip
         assert "independent draws" in (wrong.check_networks(model) or ""), wrong
         assert wrong.check_networks(wild(posterior="coupling")) is None
