@@ -144,8 +144,8 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
     loaded: dict[str, Data] = {}
     seen: set[str] = set()
     for job in plan.jobs:
-        name = job_name(len(found), job.overrides, plan.varied)
-        with _naming(name, len(plan.jobs) > 1):
+        name = job_name(len(found), job.overrides, plan.varied) if len(plan.jobs) > 1 else None
+        with _naming(name):
             experiment = job.experiment(plan.name)
             experiment.check()
         if not plan.is_grid and "validation" not in experiment.evaluation.splits:
@@ -165,19 +165,20 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
         if data not in loaded:
             loaded[data] = experiment.data.load()
         if parts not in seen:
-            with _naming(name, len(plan.jobs) > 1):
+            with _naming(name):
                 experiment.check_with(loaded[data])
             seen.add(parts)
     return list(found.values())
 
 
 @contextmanager
-def _naming(job: str, several: bool) -> Iterator[None]:
-    """Begin what is refused with the name of the job, where there are several."""
+def _naming(job: str | None) -> Iterator[None]:
+    """Begin what is refused with the name of the job, if it has one."""
     try:
         yield
     except UserError as error:
-        error.args = (f"{job}: {error}" if several else str(error),)
+        if job is not None:
+            error.args = (f"{job}: {error}",)
         raise
 
 
