@@ -9,11 +9,9 @@ import numpy as np
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.jsonl import read_history
-from iwae_cli.report.cells import UNITS, Budget, Cell, Table
+from iwae_cli.report.cells import SHARES, UNITS, Budget, Cell, Table
 from iwae_cli.report.reader import Run, class_name
 
-SHARES = {"an eighth": 1 / 8, "a quarter": 1 / 4, "half": 1 / 2, "all": 1.0}
-"""Of the budget that every run of a table has."""
 ROUNDING = 1e-9  # relative error of a cost, which is a product of a mean and a number of passes
 TWO_LOSSES = "dreg, piwae, rws, vimco, reinforce and tvo with gradient=covariance"
 

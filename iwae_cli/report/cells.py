@@ -38,6 +38,8 @@ WITHIN = "\N{DOUBLE DAGGER}"  # behind a difference that the error of the estima
 WAYS = 4  # ways of training otherwise that a footnote lists
 UNITS = {"evaluations": "draws", "seconds": "seconds"}
 """Of training budgets: an evaluation is that of p and q at one draw, forward and backward."""
+SHARES = {"an eighth": 1 / 8, "a quarter": 1 / 4, "half": 1 / 2, "all": 1.0}
+"""Of the budget that every run of a table has."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ class Table:
                 f"{draws if self.budget.unit == 'evaluations' else 'seconds'}; between two validations by linear "
                 "interpolation"
             )
-            if len(self.budget.shares) < 4 or any(None in cell.at_budgets for cell in self.cells):
+            if len(self.budget.shares) < len(SHARES) or any(None in cell.at_budgets for cell in self.cells):
                 late = any(scored.run.keys["validation.every"] > 1 for cell in self.cells for scored in cell.runs)
                 earlier = "; validation.every=1 is earliest" if late else ""
                 yield f"{MISSING}, or no column: this budget ends before the first validation of a run{earlier}"
