@@ -33,7 +33,7 @@ def burda() -> dict[str, Any]:
 def made_by_a_run() -> dict[str, Any]:
     """Return the ``result.json`` of a real run, some images of which have refined values."""
     with TemporaryDirectory() as place:
-        return read_json(finished(Path(place), *TINY, "evaluation.refine=10") / "result.json")  # type: ignore[no-any-return]
+        return read_json(finished(Path(place), *TINY, "evaluation.refine=10") / "result.json")
 
 
 def config(model: str = "one_layer", objective: str = "iwae", k: int = 50, seed: int = 0, **changed: Any) -> Any:

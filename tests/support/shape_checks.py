@@ -26,7 +26,7 @@ _jaxtyped = jaxtyping.jaxtyped
 def install(package: str) -> None:
     """Check the functions of ``package``, which is not imported yet."""
     # The import hook puts jaxtyping.jaxtyped(typechecker=...) above every definition.
-    jaxtyping.jaxtyped = lambda typechecker: checked  # type: ignore[assignment]
+    jaxtyping.jaxtyped = lambda typechecker: checked
     jaxtyping.install_import_hook(package, "shape_checks.checked")
 
 
