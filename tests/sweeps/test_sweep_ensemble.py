@@ -217,7 +217,7 @@ def test_finished_runs_are_not_repeated_and_restarted_ones_begin_once(
     load = Experiment.load
 
     def signalled(self: Experiment) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread, so that it is received before the next line
         return load(self)
 
     with monkeypatch.context() as patch:
