@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from draws import built, drawn, posterior
+from draws import built, drawn, posterior, split_of
 from evaluations import evaluation
 from every_architecture import GaussianMLP, LinearGaussianModel, SigmoidBeliefNetwork
 from scipy.integrate import quad
 from torch import Tensor
 
-from iwae_cli.core.errors import UserError
-from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.core.errors import Interrupted, UserError
+from iwae_cli.core.noise import BLOCK, GeneratorNoise
 from iwae_cli.data.base import Data
 from iwae_cli.evaluation.estimator import Estimates, EstimatorInput
 from iwae_cli.evaluation.grid import Grid, estimator, picture
@@ -208,6 +210,28 @@ def test_densities_integrate_to_one_and_the_resampled_one_tends_to_the_posterior
     for less, more in (("resampled, k = 5", "q(h|x)"), ("resampled, k = 50", "resampled, k = 5")):
         assert (kl[less] > 0).all() and (kl[less] < 0.5 * kl[more]).all()
     assert (kl["refined q"] < 0.5 * kl["q(h|x)"]).all()
+
+
+@pytest.mark.usefixtures("coarse")
+def test_a_signal_is_seen_between_the_pieces_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the densities at its points, and before them of what finds the window."""
+    model = nonlinear(1)
+    x, box = drawn(model, 1), prior_box(model, 7, 401, 0)
+    log_px = quadrature(model, x, box, rows=10**5).log_px
+    proposal = refine(model, x, range(1), 0, "test")
+    at_once, calls = BLOCK * BLOCK // picture.REPEATS, []
+    for points in (at_once, 3 * at_once):
+        check = Mock()
+        h = torch.linspace(-1, 1, points).double()[:, None, None]
+        log_densities(model, x, h, log_px, proposal, ks=(5,), seed=0, rows=BLOCK, check=check)
+        calls.append(check.call_count)
+    assert calls[1] == calls[0] + 2, "three pieces, not one"
+
+    monkeypatch.setattr(picture, "refine", lambda *_: proposal)
+    monkeypatch.setattr(picture, "log_densities", lambda *_, **__: pytest.fail("the window did not see it"))
+    asked = EstimatorInput(model, toy(x), evaluation(splits=["test"]))
+    with pytest.raises(Interrupted):
+        picture.posteriors(asked, split_of(x), log_px, box, Mock(side_effect=Interrupted(signal.SIGTERM)))
 
 
 def test_the_density_of_the_resampled_q_is_that_of_simulated_draws() -> None:
