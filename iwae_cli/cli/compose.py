@@ -90,7 +90,7 @@ def say_unused(plan: Plan) -> None:
         for key, (choice, using) in unused(nodes[0]).items():
             if f"{group}.{key}" in typed and all(key in unused(node) for node in nodes):
                 why = f"{group}.{key} has no effect with {group}.{choice}={nodes[0][choice]}"
-                announce(f"{why}: it is for {group}.{choice}={using}")
+                announce(f"{why}: it is for {' or '.join(f'{group}.{choice}={value}' for value in using)}")
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:

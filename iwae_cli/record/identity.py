@@ -24,11 +24,11 @@ LONGEST_PART = 40
 """Characters of one readable part of a folder's name."""
 
 _USED_WITH = (
-    ("posterior_size", "posterior", ("diagonal", "full"), "coupling or mixture"),
-    ("prior_components", "prior", ("standard",), "mixture or vamp"),
-    ("beta_1", "schedule", ("linear", "moments"), "log"),
-    ("beta_1", "partitions", (1,), "2 or more"),
-    ("schedule", "partitions", (1,), "2 or more"),
+    ("posterior_size", "posterior", ("diagonal", "full"), ("coupling", "mixture")),
+    ("prior_components", "prior", ("standard",), ("mixture", "vamp")),
+    ("beta_1", "schedule", ("linear", "moments"), ("log",)),
+    ("beta_1", "partitions", (1,), ("2 or more",)),
+    ("schedule", "partitions", (1,), ("2 or more",)),
 )
 """A key, a choice, its values that leave the key without effect, and those that do not."""
 _OWN = __name__.partition(".")[0]
@@ -70,7 +70,7 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     }
 
 
-def unused(node: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def unused(node: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Return the keys of a model or an objective without effect: the choice that uses each, and values with which."""
     return {
         key: (choice, using)

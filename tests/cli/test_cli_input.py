@@ -158,8 +158,8 @@ def test_wrong_input_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) 
 
 
 UNUSED = {
-    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture vamp",
-    "model.posterior=full model.posterior_size=3": "model.posterior_size model.posterior=coupling mixture",
+    "model.prior_components=3": "model.prior_components model.prior=standard model.prior=mixture model.prior=vamp",
+    "model.posterior=full model.posterior_size=3": "posterior=full model.posterior=coupling model.posterior=mixture",
     "objective=tvo objective.schedule=linear objective.beta_1=0.1": "objective.beta_1 objective.schedule=log",
     "objective=tvo objective.partitions=1 objective.schedule=linear": "objective.schedule objective.partitions=2",
     "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
