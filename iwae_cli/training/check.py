@@ -178,7 +178,7 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
         jacobian = _jacobian(live, e)
         exact = standard_normal_log_prob(e.detach()) - torch.linalg.slogdet(jacobian).logabsdet.to(log_p)
         singular = torch.linalg.svdvals(jacobian)
-        on_surface = (singular[..., -1] < FLAT * singular[..., 0]).any()
+        on_surface = (singular[..., -1] <= FLAT * singular[..., 0]).any()
         # Where several e give one h, as with |e| or sorted draws, this is a part of the density.
         if not on_surface and not (_is_above(log_p, exact) and _folds(part, given, level, e)):
             _compare(part, "sample", of, log_p, exact, "by the change of variables")

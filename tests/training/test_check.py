@@ -401,6 +401,21 @@ def test_wrong_densities_of_maps_are_refused(of: Any, log_p: Any, size: int) -> 
         iwae_cli.check(PriorOf(lambda _: Mapped(of, log_p, size)))
 
 
+@pytest.mark.parametrize("off", [0.0, 0.7, -0.7])
+def test_a_rounded_map_is_tested_by_its_integral(off: float) -> None:
+    """Its derivative is zero, and says nothing."""
+
+    def log_p(h: Tensor) -> Tensor:
+        above, below = (D.Normal(0.0, 1.0).cdf(h + side) for side in (0.5, -0.5))
+        return (above - below).log().sum(-1) + off
+
+    prior = PriorOf(lambda size: Mapped(torch.round, log_p, size))
+    if not off:
+        return iwae_cli.check(prior)
+    with pytest.raises(UserError, match=r"Mapped\.log_prob gives a log-density that is too (high|low) by about 0\.\d"):
+        iwae_cli.check(prior)
+
+
 def moved(cls: Any, nats: float) -> type:
     """A class of a user whose log-density, also that of its draws, is ``nats`` too high."""
 
