@@ -20,7 +20,7 @@ VAMP_START = 1
 RECIPE = 1
 """Of refined proposals: raise it where their fit or their mixture changes, so that no older result answers."""
 
-LONGEST_PART = 40
+LONGEST_PART = 60
 """Characters of one readable part of a folder's name."""
 
 _USED_WITH = (

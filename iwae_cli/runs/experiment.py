@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,7 +192,7 @@ class Experiment:
         if self.initial is not None:
             fingerprints["init_from"] = checkpoint.fingerprint(self.initial, self.with_optimizer)
         known = {key: value for key, value in fingerprints.items() if value is not None}
-        model = "_".join([words(type(self.model).__name__), *map(str, self._sizes())])
+        model = "_".join([words(type(self.model).__name__), *map(str, self._sizes()), *self._choices()])
         gradient = getattr(self.objective, "gradient", "total")
         objective = words(type(self.objective).__name__) + ("" if gradient in ("total", "score") else f"_{gradient}")
         data = f"{self.data.name}_first{self.data.limit}" if self.data.limit else self.data.name
@@ -202,11 +202,12 @@ class Experiment:
     def shorter(self) -> list[tuple[int, RunFolder]]:
         """Return the runs of this training with another schedule that is the beginning of this one, longest first.
 
-        Each with its number of passes. Only runs with the same readable name are looked at.
+        Each with its number of passes. Only runs whose names agree but for the model, which versions before 0.8 named
+        without its choices, are looked at.
         """
-        name = self.identity().rpartition("-")[0]
+        data, _, objective, k, seed, _ = self.identity().split("-")
         found = []
-        for file in Path(self.output_dir).glob(f"{escape(name)}-????????/config.yaml"):
+        for file in Path(self.output_dir).glob(f"{data}-*-{objective}-{k}-{seed}-????????/config.yaml"):
             with suppress(UserError, OSError, KeyError, TypeError):
                 node = _schedule(file, file.stat().st_mtime_ns)
                 theirs, mine = build(node, Schedule, "schedule"), self.schedule
@@ -215,7 +216,8 @@ class Experiment:
                     and theirs.passes < mine.passes
                     and all(theirs.factor(number) == mine.factor(number) for number in range(theirs.passes))
                 )
-                if begins and self._named(self._fingerprint, schedule=node) == file.parent.name:
+                digest = self._named(self._fingerprint, schedule=node).rpartition("-")[2]
+                if begins and digest == file.parent.name.rpartition("-")[2]:
                     found.append((theirs.passes, RunFolder(file.parent)))
         return sorted(found, key=lambda pair: -pair[0])
 
@@ -227,6 +229,17 @@ class Experiment:
             if sizes and all(type(size) is int for size in sizes):
                 return sizes
         return []
+
+    def _choices(self) -> list[str]:
+        """Return the texts and classes among the model's arguments that are no defaults, such as the family of q."""
+        chosen = []
+        for name, parameter in inspect.signature(type(self.model)).parameters.items():
+            value = self.config["model"].get(name)
+            if isinstance(value, Mapping):
+                value = words(str(value.get("_target_")).rpartition(".")[2])
+            if isinstance(value, str) and value != parameter.default:
+                chosen.append(value)
+        return chosen
 
     def folder(self) -> RunFolder:
         """Return the folder of this training: an existing one under any readable name, or the place of a new one.

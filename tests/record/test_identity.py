@@ -70,6 +70,8 @@ def test_the_readable_part_names_the_objects(tmp_path: Path) -> None:
     deeper = ("model.latent_sizes=[100,50,20]", "model.hidden_sizes=[[9],[8],[7]]")
     assert identity(*deeper, "seed=3").startswith("digits-gaussian_mlp_100_50_20-iwae-k5-seed3-")
     assert identity("objective=dreg", "objective.k=50").startswith("digits-gaussian_mlp_50-iwae_dreg-k50-seed0-")
+    chosen = ("model.posterior=full", "model.prior=mixture", "model.activation=tanh")  # the last is the default
+    assert identity(*deeper, *chosen).startswith("digits-gaussian_mlp_100_50_20_mixture_full-iwae-k5-seed0-")
     assert identity("model=conv").startswith("digits-gaussian_convolutional_50-iwae-k5-")
     assert evaluation("evaluation.splits=[test]").startswith("k5000-test-last-")
 
