@@ -263,7 +263,11 @@ def _paired(name: str, pair: Paired, colour: int | None = 0) -> Interval:
 def _intervals(estimate: Estimate) -> dict[str, Any] | None:
     """Return the forest plot of an estimator that has one: gaps, differences from the grid, bounds around log p(x)."""
     held = estimate.numbers
-    gaps = [(key, at) for key, at in held.items() if key.endswith(("_gap", "above_grid")) and at is not None]
+    gaps = [
+        (key, at)
+        for key, at in held.items()
+        if key.endswith(("_gap", "above_grid")) and not key.endswith("stderr_gap") and at is not None
+    ]
     errors = {key: held.get(f"{key}_stderr_images", held.get(f"{key}_stderr")) or 0.0 for key, _ in gaps}
     rows = [Interval(key, at - NORMAL * errors[key], at + NORMAL * errors[key], f"{at:+.3f}", at) for key, at in gaps]
     if rows:

@@ -74,7 +74,7 @@ class Paired:
     def within(self) -> str | None:
         """Which error of the estimates may explain the whole difference."""
         size, gaps = abs(self.difference), [gap for gap in (self.gap_q_a, self.gap_q_b) if gap is not None]
-        if self.by == BY_Q and len(gaps) == 2 and size <= max(gaps):
+        if self.by == BY_Q and gaps and size <= max(gaps):
             return INSIDE_GAP
         return WITHIN_BIAS if self.bias_mc is not None and size < 3 * abs(self.bias_mc) else None
 
@@ -84,7 +84,9 @@ class Paired:
         found = [self.few_seeds] if self.few_seeds else []
         if self.within:
             inside = self.within == INSIDE_GAP
-            size = f"{self.gap_q_a:.2f} nats of A, {self.gap_q_b:.2f} of B" if inside else f"{self.bias_mc:+.4f} nats"
+            sides = (("A", self.gap_q_a), ("B", self.gap_q_b))
+            gaps = [f"{'unknown' if gap is None else f'{gap:.2f} nats'} of {name}" for name, gap in sides]
+            size = ", ".join(gaps) if inside else f"{self.bias_mc:+.4f} nats"
             lacking = f"; {self.unrefined}" if self.unrefined else ""
             found.append(f"{self.within} ({size}): {better_fit(self.by)}{lacking}")
         return found
@@ -195,6 +197,11 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
     mine, theirs = (np.stack([log_px(s) for s in group]) for group in (a, b))  # (seeds, images)
     gain = mine.mean(0) - theirs.mean(0)
     n = len(gain)
+    if n == 1:
+        raise UserError(
+            f"{a[0].score.arrays} is of one image, whose paired difference has no standard error: evaluate more with "
+            "evaluation.images=null or a larger number"
+        )
     spread = None
     if min(len(a), len(b)) > 1:
         spread = math.sqrt(sum(float(v.mean(1).var(ddof=1)) / len(v) for v in (mine, theirs)))
@@ -209,7 +216,7 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
         k=a[0].score.k,
         images=n,
         difference=float(gain.mean()),
-        stderr_images=float(gain.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0,
+        stderr_images=float(gain.std(ddof=1)) / math.sqrt(n),
         stderr_seeds=spread,
         wins_a=int((gain > 0).sum()),
         wins_b=int((gain < 0).sum()),

@@ -82,9 +82,24 @@ TRAINING = {
     "optimizer.weight_decay": 0.0,
     "schedule": "Burda",
     "schedule.stages": 8,
+    "schedule.patience": None,
     "batch_size": 20,
+    "training.backward": "all",
+    "training.kl_warmup": 0,
+    "training.clip": None,
+    "training.ema": None,
+    "device.precision": "float32",
 }
 """Training of the papers by dotted key; the class for optimizer and schedule."""
+MODEL = {
+    "model.likelihood": "bernoulli",
+    "model.activation": "tanh",
+    "model.prior": "standard",
+    "model.posterior": "diagonal",
+    "train": "all",
+    "data.path": None,
+}
+"""Choices besides the sizes of the networks."""
 SWAP = {"optimizer.lr": 1e-4, "schedule": "Constant", "schedule.passes": 2187, "with_optimizer": True}
 """Second stage of Table 2, where it differs."""
 
@@ -95,7 +110,7 @@ def published(run: Run, score: Score, split: str) -> Published | None:
         return None
     keys = run.keys
     layers = NETWORKS.get((keys.get("model.latent_sizes", ""), keys.get("model.hidden_sizes", "")))
-    plain = keys.get("model.likelihood") == "bernoulli" and keys["train"] == "all" and keys.get("data.path") is None
+    plain = all(keys.get(key) == value for key, value in MODEL.items())
     # The class, since a user may give any name to a choice.
     if layers is None or not plain or class_name(keys["model._target_"]) != "GaussianMLP":
         return None
@@ -113,6 +128,7 @@ def deviations(run: Run) -> list[str]:
         # One line instead of one for every argument of another schedule.
         wanted = {key: value for key, value in wanted.items() if not key.startswith("schedule")}
         found = [f"{run.result['epochs']:,} passes on schedule {run.keys['schedule']}"]
+    wanted = wanted | {key: False for key in ("optimizer.amsgrad", "optimizer.maximize") if key in keys}
     return found + [
         f"{key} = {keys.get(key)} (paper: {value})" for key, value in wanted.items() if keys.get(key) != value
     ]

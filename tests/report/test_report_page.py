@@ -189,9 +189,10 @@ def test_other_estimators_have_their_pictures(tmp_path: Path) -> None:
     rows = [["k", f"gradient_snr.{n}.{k}.per_parameter", "{:.3f}"] for n in snr for k in (2, 8)]
     write_estimate(folder, "gradient_snr", {"gradient_snr": snr}, rows)
     bounds = {"bounds": {"1": -88.0, "50": -85.0}, "upper_bounds": {"1": -80.0, "50": -84.0}, "exact": -84.0}
+    bounds["stderr_gap"] = 0.1
     write_estimate(folder, "sandwich", {"simulated": bounds}, [
         *(["x", f"simulated.{side}.{k}", "{:.2f}"] for side in ("bounds", "upper_bounds") for k in (1, 50)),
-        ["exact", "simulated.exact", "{:.2f}"],
+        *([key, f"simulated.{key}", "{:.2f}"] for key in ("exact", "stderr_gap")),
     ])  # fmt: skip
     gap = {"approximation_gap": 1.0, "approximation_gap_stderr_images": 0.1}
     write_estimate(folder, "gaps", {"test": gap}, [["x", f"test.{key}", "{:.2f}"] for key in gap])

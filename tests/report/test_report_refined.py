@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from report_runs import Command, change, config, evaluate, values, write
+from small_runs import TINY, finished
 
 N = 40
 REFINE = "iwae-eval RUN evaluation.refine=all"
@@ -174,7 +175,7 @@ def test_a_command_has_the_options_that_the_run_would_not_take(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("images", "gap", "mark"),
     [
-        (10, 0.25, "inside gap_q (0.25 nats of A, 0.05 of B): a better fit of the trained q may be all of it; "),
+        (10, 0.25, "inside gap_q (0.25 nats of A, 0.05 nats of B): a better fit of the trained q may be all of it; "),
         (10, 0.15, None),
         (0, 0.0, None),
     ],
@@ -195,6 +196,21 @@ def test_a_difference_inside_the_gap_has_a_caution(
         assert paired["cautions"][1:] == ["".join(expected + advice)] * len(expected)
     out = command(tmp_path, *AGAINST)[1]
     assert ("-0.20‡" in out and "‡ inside gap_q: a better fit of the trained q" in out) is bool(mark)
+
+
+def test_a_gap_that_one_side_knows_is_a_caution_too(tmp_path: Path, command: Command) -> None:
+    written(tmp_path, "iwae", images=10)
+    write(tmp_path, config(objective="elbo"), BY_Q["elbo"], names=NAMES["elbo"])
+    (paired,) = read(command, tmp_path, *COMPARE)["comparisons"]
+    (caution,) = [text for text in paired["cautions"] if "inside gap_q" in text]
+    assert "nats of A, unknown of B" in caution
+
+
+def test_one_image_is_not_compared(tmp_path: Path, command: Command) -> None:
+    for name in NAMES:
+        finished(tmp_path, *TINY, f"objective={name}", "evaluation.images=1", "evaluation.refine=0")
+    code, _, err = command(tmp_path, *COMPARE)
+    assert code == 2 and err.count("\n") == 1 and "is of one image" in err and "evaluation.images=null" in err
 
 
 def test_another_split_has_arrays_of_its_own(tmp_path: Path, command: Command) -> None:

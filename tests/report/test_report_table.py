@@ -259,6 +259,7 @@ def test_table_2_stands_beside_its_second_stage(tmp_path: Path) -> None:
     [
         *({"evaluation__k": 500}, {"evaluation__weights": "best"}, {"model__latent_sizes": [40]}),
         *({"model__hidden_sizes": [[200]]}, {"model__likelihood": "discretized_logistic"}),
+        *({"model__prior": "vamp"}, {"model__posterior": "full"}, {"model__activation": "relu"}),
         *({"objective__gradient": "dreg"}, {"objective__k": 49}, {"train": "inference"}),
         *({"init_from": "outputs/mnist-one_layer-vr-k5-seed0-01234567"}, {"data": "mnist_grey"}, {"data": "digits"}),
     ],
@@ -267,3 +268,23 @@ def test_no_published_value_beside_anything_else(tmp_path: Path, changed: dict[s
     data = changed.pop("data", "mnist")
     write(tmp_path, config(**changed), values(85.0), data=data)
     assert table(tmp_path).cells[0].published is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"training__kl_warmup": 100}, "training.kl_warmup = 100 (paper: 0)"),
+        ({"training__clip": 1.0}, "training.clip = 1.0 (paper: None)"),
+        ({"training__ema": 0.999}, "training.ema = 0.999 (paper: None)"),
+        ({"training__backward": "roulette"}, "training.backward = roulette (paper: all)"),
+        ({"device__precision": "float64"}, "device.precision = float64 (paper: float32)"),
+        ({"schedule__patience": 9}, "schedule.patience = 9 (paper: None)"),
+        ({"optimizer__amsgrad": True}, "optimizer.amsgrad = True (paper: False)"),
+    ],
+)
+def test_another_training_is_marked_beside_the_published_value(
+    tmp_path: Path, changed: dict[str, Any], expected: str
+) -> None:
+    write(tmp_path, config(**changed), values(85.0))
+    (cell,) = table(tmp_path).cells
+    assert cell.published is not None and cell.deviations == (expected,)
