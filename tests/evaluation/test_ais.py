@@ -10,7 +10,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from draws import linear_gaussian, sigmoid_belief_network
+from draws import built, linear_gaussian, sigmoid_belief_network
 from evaluations import evaluation
 from every_architecture import Categorical, GaussianMLP
 from torch import Tensor
@@ -214,6 +214,19 @@ def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
     with torch.no_grad():
         bound = torch.logsumexp(model(x, 16, noise).double(), 0) - math.log(16)
     np.testing.assert_allclose(found.log_px, bound.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("images", [8, 19])
+def test_the_number_of_workers_changes_no_bit(images: int) -> None:
+    """Of sharp posteriors, where the last bit of a product would turn a path."""
+    model = built(GaussianMLP([20], [[50, 50]]), 36).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 3
+    x = (torch.rand(images, 36, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    settings = AIS(temperatures=40, max_temperatures=40, chains=4, simulated=0)
+    found = [settings.anneal(model, x, seed=0, stream="test", workers=workers)[-1].log_px for workers in (1, 2, 8)]
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
 
 
 def test_a_categorical_latent_is_refused() -> None:

@@ -18,7 +18,7 @@ from iwae_cli.core.noise import Noise, numpy_generator
 from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.evaluation.ais.moves import Chains, Scores, gibbs_sweep, hamiltonian_move
-from iwae_cli.evaluation.workers import map_batches, processes, threads
+from iwae_cli.evaluation.workers import map_batches, processes
 from iwae_cli.models.base import LatentVariableModel
 
 SIGMOID_SPAN = 4.0  # the schedule is the sigmoid from -4 to 4: small steps at both ends, where the path bends most
@@ -26,6 +26,7 @@ TARGET_ACCEPTANCE = 0.65  # near the optimum of HMC in many dimensions (Neal 201
 FIRST_STEP = 0.1  # where step sizes begin
 ADAPTATION = 0.2  # they move by exp(0.2 (acceptance - 0.65))
 WARM_UP = 30  # times before the path begins
+GROUP = 8  # images whose chains are moved together on a processor
 
 Start = Literal["prior", "inference"]
 
@@ -120,9 +121,11 @@ class Paths:
             with torch.inference_mode(False), torch.no_grad():
                 return work(images)
 
-        device = self._parameter.device
-        # Images are independent, so a few of them can be spread over all workers.
-        batch = min(max(1, self.rows // self.chains), -(-n // threads(self.workers, device)))
+        device, batch = self._parameter.device, max(1, self.rows // self.chains)
+        if device.type == "cpu":
+            # Few, for all workers to have some; and as many for any number of workers, since the shape of a product may
+            # change its last bits, by which a path takes another turn.
+            batch = min(batch, GROUP)
         return np.concatenate(map_batches(with_gradients, n, batch, self.workers, device), axis=1)
 
     @property
