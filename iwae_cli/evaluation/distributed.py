@@ -9,13 +9,14 @@ the memory of the CPU: gloo serves for GPUs as well, of which each rank sees one
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, final
 
-from iwae_cli.core.errors import RunFailed
+from iwae_cli.core.errors import Interrupted, RunFailed
 
 T = TypeVar("T")
 Work = Callable[[Sequence[int]], T]
@@ -50,6 +51,7 @@ class Ranks:
 
         Raises:
             RunFailed: another rank has ended.
+            Exception: what ``work`` raised on some rank.
         """
         import cloudpickle
 
@@ -67,7 +69,8 @@ class Ranks:
         with suppress(RunFailed):
             while (task := self._broadcast_task(None)) is not None:
                 work, batches, workers = cloudpickle.loads(task)
-                self._gathered(work, batches, workers)
+                with suppress(Exception):  # rank 0 raises it too, and may go on
+                    self._gathered(work, batches, workers)
 
     def release(self) -> None:
         """Let the other ranks return from ``serve``."""
@@ -77,10 +80,20 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        mine = self._serial(work, batches[self.rank :: self.size], max(1, workers // self._local_size), on_progress)
+        mine, failed = [], None
+        try:
+            mine = self._serial(work, batches[self.rank :: self.size], max(1, workers // self._local_size), on_progress)
+        except Interrupted:
+            raise  # rank 0 leaves, and the others with it
+        except Exception as error:
+            failed = _portable(error)
         with _broken_connection_as_run_failed():
-            dist.all_gather_object(found, mine)
-        return [found[number % self.size][number // self.size] for number in range(len(batches))]
+            dist.all_gather_object(found, (mine, failed))
+        for _, raised in found:
+            if raised is not None:
+                # On every rank: one that went on alone would wait for the others for ever.
+                raise raised
+        return [found[number % self.size][0][number // self.size] for number in range(len(batches))]
 
     def _broadcast_task(self, task: bytes | None) -> bytes | None:
         import torch.distributed as dist
@@ -89,6 +102,15 @@ class Ranks:
         with _broken_connection_as_run_failed():
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error, or one with its text where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

@@ -32,6 +32,22 @@ sys.exit(cli.train())
 """
 
 
+REFUSING = """
+import os, sys
+from iwae_cli.evaluation import likelihood
+from iwae_cli.cli import train as cli
+class Odd(ValueError):
+    def __init__(self, what, wanted):  # cannot be unpickled
+        super().__init__(f"{what} must be {wanted}")
+def refused(*arguments):
+    if os.environ["RANK"] == failing:
+        raise Odd("scale", "positive")
+    return fitted(*arguments)
+failing, fitted, likelihood.refine = sys.argv[1], likelihood.refine, refused
+sys.exit(cli.train(sys.argv[2:]))
+"""
+
+
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *arguments]
     return subprocess.run(line, capture_output=True, text=True, timeout=300)
@@ -67,6 +83,18 @@ def test_a_killed_rank_ends_the_run_with_a_message_and_the_run_resumes(alone: Pa
     assert status["status"] in ("failed", "interrupted")
     code, _, err = run(*LINE, f"output_dir={tmp_path / 'two'}")
     assert code == 0 and bits(folder) == bits(alone), err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_on_one_rank_is_that_of_all(rank: str, tmp_path: Path) -> None:
+    """Refined proposals that do not serve are left out: no rank may then wait for another for ever."""
+    Path("refusing.py").write_text(REFUSING)
+    done = torchrun("refusing.py", rank, *LINE, "evaluation.refine=30", f"output_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = run_folders(tmp_path / "two")
+    result = read_json(folder / "result.json")
+    assert result["test"]["nll"] > 0 and result["test"]["gap_q"] is None
+    assert "Odd: scale must be positive" in result["reasons"]["test.gap_q"]
 
 
 def test_a_sweep_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
