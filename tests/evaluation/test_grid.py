@@ -27,6 +27,7 @@ from iwae_cli.evaluation.grid.quadrature import prior_box, quadrature
 from iwae_cli.evaluation.proposals import refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.models.conditionals import Conditional
+from iwae_cli.models.likelihoods import MLPPixels
 from iwae_cli.models.networks import normal_log_prob
 from iwae_cli.models.priors import Prior
 from iwae_cli.record.figures import Posterior
@@ -210,6 +211,31 @@ def test_densities_integrate_to_one_and_the_resampled_one_tends_to_the_posterior
     for less, more in (("resampled, k = 5", "q(h|x)"), ("resampled, k = 50", "resampled, k = 5")):
         assert (kl[less] > 0).all() and (kl[less] < 0.5 * kl[more]).all()
     assert (kl["refined q"] < 0.5 * kl["q(h|x)"]).all()
+
+
+class Within(MLPPixels):
+    """p(x|h) that is zero beyond 3, without change of its values elsewhere."""
+
+    def log_prob(self, h: Tensor, given: Any) -> Tensor:
+        return super().log_prob(h, given).masked_fill(given[..., 0].abs() > 3, -math.inf)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_a_divergence_leaves_out_points_without_mass() -> None:
+    """Of q nothing is beyond 3 here, or little: there 0 times an infinite ratio of densities is nothing."""
+    model = nonlinear(1)
+    with torch.no_grad():
+        model.inference.layers[0].log_scale.bias.fill_(-4)  # type: ignore[operator, union-attr]
+        model.inference.layers[0].log_scale.weight.fill_(0)  # type: ignore[operator, union-attr]
+    x, box = drawn(model, 2), prior_box(model, 40, 401, 0)
+    found = []
+    for cls in (MLPPixels, Within):
+        model.generative.observation.__class__ = cls
+        log_px = quadrature(model, x, box, rows=10**5).log_px
+        asked = EstimatorInput(model, toy(x), evaluation(splits=["test"]))
+        found.append([one.divergences["q(h|x)"] for one in picture.posteriors(asked, split_of(x), log_px, box, Mock())])
+    assert min(found[0]) > 0.1
+    np.testing.assert_allclose(found[1], found[0], rtol=0.05)
 
 
 @pytest.mark.usefixtures("coarse")

@@ -108,7 +108,11 @@ def posteriors(
     # Of densities that are normalized on the whole grid: at least zero, but for rounding.
     shares = {name: log - np.logaddexp.reduce(log, axis=0) for name, log in on_whole.items()}
     exact, *_ = shares.values()
-    divergences = {name: (np.exp(share) * (share - exact)).sum(0) for name, share in shares.items()}
+    with np.errstate(invalid="ignore"):  # 0 times inf, where an approximation has no mass
+        terms = {
+            name: np.where(np.exp(share) == 0, 0, np.exp(share) * (share - exact)) for name, share in shares.items()
+        }
+    divergences = {name: np.maximum(0, term.sum(0)) for name, term in terms.items()}
     images = data.pictured(x)
     shape = (WINDOW,) * box.low.shape[-1]
     return [
@@ -119,7 +123,7 @@ def posteriors(
                 for low, high in zip(window.low[i].tolist(), window.high[i].tolist(), strict=True)
             ],
             {name: np.exp(log[:, i]).reshape(shape) for name, log in logs.items()},
-            {name: max(0.0, float(divergence[i])) for name, divergence in divergences.items()},
+            {name: float(divergence[i]) for name, divergence in divergences.items()},
         )
         for i in range(len(x))
     ]
