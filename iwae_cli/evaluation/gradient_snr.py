@@ -120,7 +120,7 @@ class _Moments:
         # A spread below the rounding of the gradients themselves counts as none.
         varies = variance > (mean.abs() * torch.finfo(torch.float32).eps).square() * 1e-6
         squared = (mean.square() / variance)[varies] - 1 / m
-        median = math.sqrt(max(0.0, float(squared.quantile(0.5)))) if len(squared) else math.nan
+        median = math.sqrt(max(0.0, float(np.median(squared.cpu().numpy())))) if len(squared) else math.nan
         return median, len(squared)
 
 
