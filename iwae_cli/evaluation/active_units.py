@@ -22,7 +22,9 @@ RULES = {"active_units": ("test", None, 500), "active_units_authors_rule": ("tra
 
 
 def active_units(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"], draws: int, **how: Any) -> list[int] | None:
-    """Return the number of active units of every stochastic layer, nearest to x first; None for discrete layers.
+    """Return the number of active units of every stochastic layer, nearest to x first.
+
+    None for discrete layers, and where a mean is not finite.
 
     The variance is over the images, with n in the denominator. With one of the ``draws``, the authors' rule,
     Var(mu_2|x) is added and more units look active than are. Arguments as in ``posterior_means``.
@@ -30,6 +32,8 @@ def active_units(model: LatentVariableModel, x: Shaped[Tensor, "n pixels"], draw
     if not model.inference.reparameterized:
         return None
     means = posterior_means(model, x, draws, **how)
+    if not all(np.isfinite(layer).all() for layer in means):
+        return None
     return [int((layer.var(axis=0) > THRESHOLD).sum()) for layer in means]
 
 

@@ -22,6 +22,7 @@ from iwae_cli.record.summary import SPLITS, Row
 
 NOT_FINITE = "a log-weight is not finite"
 ALONE = "one image has no standard error"
+LEAST_ESS = 30  # effective sample size below which the Monte Carlo error is a floor
 SURE = math.log(1e6)
 ROUNDING = 0.1  # nats of one image that sums of float32 numbers, and products of bfloat16 ones, may be wrong by
 
@@ -153,6 +154,11 @@ def standard_error(values: np.ndarray) -> float:
 def monte_carlo_variance(ess: PerImage, k: int) -> PerImage:
     """Return 1/ESS - 1/k, the squared Monte Carlo error of L_k; a floor where few samples have most of the weight."""
     return np.maximum(0.0, 1 / ess - 1 / k)
+
+
+def monte_carlo_error(ess: PerImage, k: int) -> PerImage:
+    """Return the Monte Carlo error of L_k; NaN where too few samples have the weight to tell it, as with one always."""
+    return np.where(ess < LEAST_ESS, math.nan, np.sqrt(monte_carlo_variance(ess, k)))
 
 
 def stderr_mc(variance: PerImage) -> float:

@@ -32,6 +32,7 @@ from iwae_cli.evaluation.estimator import (
     PerImage,
     array_name,
     finite,
+    monte_carlo_error,
     monte_carlo_variance,
     require_probabilities,
     standard_error,
@@ -44,14 +45,13 @@ from iwae_cli.evaluation.settings import Evaluation
 from iwae_cli.evaluation.workers import map_batches, processes, threads
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.jvi import jackknife
-from iwae_cli.record.summary import split_rows
+from iwae_cli.record.summary import DISCRETE_UNITS, split_rows
 
 log = logging.getLogger("iwae_cli")
 
 CHUNK = 8 * BLOCK  # samples of one image that a model scores at once; as many images as fill the remaining rows
 PIECE = 128 * BLOCK  # samples of one image that FusedScorer returns at once; it computes them in smaller chunks
 IMAGES = 8  # images per batch of FusedScorer, which computes one after the other
-LEAST_ESS = 30  # effective sample size below which the Monte Carlo error is a floor
 DEFAULT_REFINED = 200  # evaluation.refine of conf/evaluation/default.yaml
 ENOUGH_SECONDS = 0.2  # measured for a forecast
 COMPARED = 200  # images that are also computed without bfloat16; all, if there are fewer than twice as many
@@ -148,7 +148,8 @@ class LogLikelihood(Estimator):
             x = subject.data.evaluation_split(of, evaluation.binarization_seed, first_images).x
             numbers[key] = active_units(model, x, draws, stream=key, on_progress=lambda _: check(), **how)
             if numbers[key] is None:
-                reasons[key] = "active units are not defined for discrete layers"
+                discrete = not model.inference.reparameterized
+                reasons[key] = DISCRETE_UNITS if discrete else "E_q[h|x] is not finite for some image"
         estimates.rows = split_rows(numbers)
         estimates.notes = [] if subject.data.levels else [OF_A_DENSITY]
         return estimates
@@ -325,9 +326,7 @@ def log_likelihood(
         for parts in zip(*results, strict=True)
     )
     what = f"L_{k} of {split.name}{', refined,' if refined else ''}"
-    # Where few samples have the weight, as with one sample always, they cannot tell the error.
-    errors = np.where(values["ess"] < LEAST_ESS, math.nan, np.sqrt(monte_carlo_variance(values["ess"], k)))
-    require_probabilities(what, split.x, bounds[k], errors)
+    require_probabilities(what, split.x, bounds[k], monte_carlo_error(values["ess"], k))
     if "exact" in values:
         require_probabilities(f"the exact log p(x) of {split.name}", split.x, values["exact"], None)
     return Likelihood(k, bounds[k], bounds, **values)
@@ -368,7 +367,7 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
             "ess_median": np.median(ess),
             "ess_min": ess.min(),
             "ess_share_below_10": math.nan if broken else (ess < 10).mean(),
-            "khat_share_above_0.7": (khat > 0.7).sum() / n if len(khat) else math.nan,
+            "khat_share_above_0.7": (khat > 0.7).sum() / n if len(khat) and not broken else math.nan,
             "top_weight_share_above_0.5": math.nan if broken else (likelihood.top_weight > 0.5).mean(),
         }
         if pixels is not None:

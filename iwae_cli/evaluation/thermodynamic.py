@@ -33,6 +33,7 @@ from iwae_cli.evaluation.estimator import (
     Estimator,
     EstimatorInput,
     PerImage,
+    monte_carlo_error,
     monte_carlo_variance,
     require_probabilities,
     share_below_10,
@@ -93,7 +94,7 @@ class Thermodynamic(Estimator):
             with Progress(f"thermodynamic sums of {name}", total=len(split.x), unit="image") as progress:
                 found = self._sums(subject, split, check, progress.update)
             with np.errstate(invalid="ignore"):
-                errors = np.sqrt(monte_carlo_variance(found["ess"], self.k))
+                errors = monte_carlo_error(found["ess"], self.k)
                 require_probabilities(f"L_{self.k} of {name}", split.x, found["log_px"], errors)
                 estimates.add(name, self._summary(found), found)
             estimates.hashes[name] = split.sha256

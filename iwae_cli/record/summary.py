@@ -23,6 +23,7 @@ LIMIT = 0.05
 """Nats of bias that have a warning."""
 NO_GAP = "none seen"
 """Instead of a gap_q that is not above 0: few images may not show it."""
+DISCRETE_UNITS = "active units are not defined for discrete layers"
 ENOUGH = 50
 """Samples from which on their effective size is judged."""
 
@@ -152,10 +153,12 @@ def reliability_warning(splits: Mapping[str, Mapping[str, Any]], by: str = "q") 
         splits: the numbers of L_k by split, as in ``result.json``.
         by: the proposals of these numbers.
     """
-    high, signs, advice = [], [], "estimator=ais measures by how much"
+    exact = all(split.get("exact_nll") is not None for split in splits.values())
+    advice = "its exact NLL says by how much" if exact else "estimator=ais measures by how much"
+    high, signs = [], []
     for name, split in splits.items():
         gap, error = split.get("gap_q"), split.get("gap_q_stderr")
-        if "gap_q" not in split and by == "q":
+        if "gap_q" not in split and by == "q" and not exact:
             advice = "evaluation.refine=200 measures by how much"
         if gap is not None and error is not None and gap > max(LIMIT, 2 * error):
             n = "all" if "nll_refined" in split else f"the first {split['refined']['n']:,}"

@@ -15,7 +15,7 @@ from iwae_cli.config.guesses import nearest
 from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.identity import evaluation_precision
-from iwae_cli.record.summary import reliability_warning
+from iwae_cli.record.summary import DISCRETE_UNITS, reliability_warning
 from iwae_cli.report.reader import NOT_RECORDED, LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
@@ -112,8 +112,9 @@ def unrefined(scored: Iterable[Scored]) -> str:
     lacking: dict[str, list[str]] = {}
     for s in scored:
         if by_refined([s]) is None:
-            discrete = "refined proposals are for real latents" if "active_units" in s.score.reasons else None
-            way = s.score.reasons.get(f"{s.split}.gap_q") or discrete or _refining(s)
+            reasons = s.score.reasons
+            discrete = reasons.get("active_units") == DISCRETE_UNITS and "refined proposals are for real latents"
+            way = reasons.get(f"{s.split}.gap_q") or discrete or _refining(s)
             lacking.setdefault(way, []).append(shlex.quote(files.shown(s.run.path)))
     return "; ".join(f"no refined values of {first(names)}: {way}" for way, names in lacking.items())
 

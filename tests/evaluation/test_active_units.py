@@ -59,6 +59,13 @@ def test_units_whose_mean_does_not_move_are_not_active() -> None:
     assert counted(model, half_on()) == [0]
 
 
+def test_a_mean_that_is_not_finite_says_nothing_of_any_unit() -> None:
+    model = mlp([5], [[4]])
+    with torch.no_grad():
+        linear(model.inference, 0, 0).weight[0, 0] = math.nan
+    assert active_units(model, half_on(), draws=500, stream="units", seed=0, rows=2000, workers=1) is None
+
+
 def test_the_limit_is_a_variance_of_a_hundredth_over_n() -> None:
     """With 4 images, n - 1 instead of n would turn a variance of .0099 into .0132."""
     model = mlp([3], [[4]])

@@ -328,6 +328,7 @@ def test_images_of_probability_zero_give_nulls_and_say_which() -> None:
     summary, reasons = summarize(likelihood, 9)
     nulls = check_nulls(summary, reasons)
     assert {"nll", "stderr_images", "stderr_mc", "bias_mc", "bits_per_dim", "bounds.1", "bounds.100"} <= nulls
+    assert {"ess_share_below_10", "khat_share_above_0.7", "top_weight_share_above_0.5"} <= nulls
     assert "1 of 4 images" in reasons["nll"] and "image 2" in reasons["nll"]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluations import evaluation
+from every_architecture import GaussianMLP
 from small_runs import TINY, finished, read_json
 
 from iwae_cli.cli.evaluate import evaluate as iwae_eval
@@ -72,6 +75,19 @@ def test_few_effective_draws_are_counted_where_the_right_sum_is_no_upper_bound()
     assert "upper bound where the ESS is large" in rows["test.right"]
     assert rows["test.ess_share_below_enough"] == "  images below 5 x 20 partitions"
     assert rows["test.right_stderr_mc"] == "  other noise: stderr_mc of right"
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_right_model_of_integers_is_not_refused_where_few_draws_agree(k: int) -> None:
+    """x is almost certain and q too wide: of few draws all may have weights above 1, and no error is known."""
+    x = torch.zeros(100, 4, dtype=torch.uint8)
+    model = GaussianMLP([2], [[3]]).build((4,), np.full(4, 1e-3), torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        model.generative.observation.head.bias.fill_(-20)  # type: ignore[operator, union-attr]
+        model.inference.layers[0].log_scale.bias.fill_(math.log(3))  # type: ignore[operator, union-attr]
+    asked = EstimatorInput(model, Data("zeros", "", x, x, x, 2, "fixed", (4,)), evaluation(splits=["test"], workers=1))
+    found = Thermodynamic(k, images=None).estimate(asked, lambda: None)
+    assert (found.arrays["log_px"] > 0).any()
 
 
 def test_iwae_eval_prints_them(tmp_path: Path, capsys) -> None:

@@ -89,6 +89,7 @@ WARNINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"top_weight_share_above_0.5": 0.011}, ["above 0.5 in 1.1% of the images of test", "evaluation.refine=200"]),
     ({**WEAK, "k": 1, "bias_mc": None}, []),
     ({"bias_mc": -0.2, "gap_q": None}, ["estimator=ais measures by how much"]),
+    ({"bias_mc": -0.2, "gap_q": None, "exact_nll": 86.4}, ["its exact NLL says by how much"]),
     # Weak signs of q do not matter once its gap is known.
     (WEAK | GAP, ["too high by at least 0.98 ± 0.15 nats on the first 200 images of test:", "evaluation.refine=all"]),
     (WEAK | GAP | {"gap_q": 0.04, "gap_q_stderr": 0.004}, []),
