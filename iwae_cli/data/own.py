@@ -188,12 +188,17 @@ class ArrayFile(_Own):
                 return integers
         floating, largest = all(array.dtype.kind == "f" for array in arrays.values()), max(-least, most)
         if self.levels is None and floating and largest <= torch.finfo(torch.float32).max:
-            spread = max(float(array.std()) for array in arrays.values())
-            if spread < EXACT_REAL * float(np.spacing(np.float32(largest))):
-                raise self._wrong(
-                    f"holds values from {least:.9g} to {most:.9g}, whose differences float32 would lose: "
-                    "subtract their mean before you save them"
-                )
+            for name, array in arrays.items():
+                pixels = array.reshape(len(array), -1)
+                spread, reach = pixels.std(0), np.abs(pixels).max(0)
+                # A pixel that varies by rounding alone may lose that.
+                lost = (spread < EXACT_REAL * np.spacing(reach.astype(np.float32))) & (spread > 1e-6 * spread.max())
+                if lost.any():
+                    first = pixels[:, lost.argmax()]
+                    raise self._wrong(
+                        f"{name} holds values from {first.min():.9g} to {first.max():.9g} in position {lost.argmax()}, "
+                        "whose differences float32 would lose: subtract their mean before you save them"
+                    )
             return {name: array.astype(np.float32) for name, array in arrays.items()}
         # Neither fits: say what would.
         few = (2, 256) if most <= 1 or most >= 128 else (int(most) + 1, 256)
@@ -291,8 +296,10 @@ class ImageFolder(_Own):
             raise self._wrong(f"has {' and '.join(there)}, not train, validation and test: add them, or write {SHARES}")
         found = {}
         for name in SPLITS if len(there) == 3 else ("",):
-            paths = [path for path in (self._place / name).rglob("[!.]*") if path.name.lower().endswith(IMAGE_ENDINGS)]
-            found[name] = sorted(paths, key=lambda path: _natural(str(path)))
+            top = self._place / name
+            inner = [path.relative_to(top) for path in top.rglob("*") if path.name.lower().endswith(IMAGE_ENDINGS)]
+            seen = [path for path in inner if not any(part.startswith(".") for part in path.parts)]
+            found[name] = [top / path for path in sorted(seen, key=lambda path: (_natural(str(path)), str(path)))]
             if not found[name]:
                 raise self._wrong(f"no image{' in ' * bool(name)}{name} (endings {', '.join(IMAGE_ENDINGS)})")
         return found
@@ -340,7 +347,7 @@ class ImageFolder(_Own):
 
 
 def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -116,6 +116,8 @@ def test_a_folder_is_read_in_natural_order_at_any_depth() -> None:
         for i in range(n):
             picture(Path("own", split, "abc"[i // 12], f"im{i}.png"), np.full((4, 6), i, dtype=np.uint8))
     (Path("own") / "train" / "notes.txt").write_text("no image")
+    for hidden in (".ipynb_checkpoints/im1-checkpoint.png", ".im2.png"):
+        picture(Path("own", "train", hidden), np.full((4, 6), 99, dtype=np.uint8))
     data = ImageFolder("own").load()
     assert (data.name, data.image_shape, data.levels) == ("folder_own", (4, 6), 256)
     assert [data.train[:, 0].tolist(), data.test[:, 7].tolist()] == [list(range(20)), list(range(9))]
@@ -195,6 +197,16 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
         lambda: splits(lambda *s: 1e9 + np.linspace(0, 1, 80)[: np.prod(s)].reshape(s), 4),
         {"levels": "real"},
         "float32 would lose: subtract their mean",
+    ),
+    "offset of one column": (
+        lambda: splits(lambda *s: np.array([1.7e9, 0, 0, 0.1]) + [1, 1, 1, 0] * RANDOM.normal(size=s), 4),
+        {"levels": "real"},
+        "train in position 0 float32 would lose: subtract their mean",
+    ),
+    "a constant pixel that rounding moves": (
+        lambda: splits(lambda *s: np.array([0, 0.1]) + [1, 1e-12] * RANDOM.normal(size=s), 2),
+        {"levels": "real"},
+        "",
     ),
     "unequal sizes": (lambda: {**splits(bits, 4), "test": bits(3, 5)}, {}, "test (3, 5) train (20, 4)"),
     "channels last": (lambda: splits(bits, 8, 8, 3), {}, "(20, 8, 8, 3) transpose(0, 3, 1, 2)"),
