@@ -12,6 +12,9 @@ from torch import Tensor
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
+LEAST = 1e-3
+"""Least distance of alpha from 1: the bound divides by it what float32 rounds."""
+
 
 class VR(BoundObjective):
     """E[1/(1-alpha) log 1/k sum_i w_i^(1-alpha)] (Li and Turner 2016, arXiv 1602.02311).
@@ -27,7 +30,7 @@ class VR(BoundObjective):
     v = softmax((1-alpha) log w), a = v, b = alpha v + (1-alpha) v^2.
 
     Args:
-        alpha: order of the divergence, not 1; or ``max``.
+        alpha: order of the divergence, not near 1; or ``max``.
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``; VR-max, whose derivative jumps where the
             largest weight changes, has ``total`` alone.
     """
@@ -42,8 +45,8 @@ class VR(BoundObjective):
             order = -math.inf
         elif not math.isfinite(alpha):
             raise ValueError(f"alpha must be finite, or max for VR-max (the limit alpha = -inf), got {alpha}")
-        elif alpha == 1:
-            raise ValueError("alpha must not be 1: that limit is the ELBO, use objective=elbo")
+        elif round(abs(alpha - 1), 12) < LEAST:
+            raise ValueError(f"alpha must be {LEAST} or more from 1: that limit is the ELBO, use objective=elbo")
         else:
             order = alpha
         self.alpha = order
