@@ -84,3 +84,14 @@ def test_a_step_is_the_one_written_out(model: str, objective: str, x: torch.Tens
     for (name, parameter), other, begun in zip(trained.named_parameters(), untouched.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-12, atol=1e-14, msg=name)
         assert not torch.equal(parameter, begun), f"{name} is not trained (T12)"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_layer_that_does_not_train_stays_and_the_others_move(objective: str, x: torch.Tensor) -> None:
+    model = built(MODELS["two layers"])
+    model.inference.layers[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    PlainStep(model, OBJECTIVES[objective], torch.optim.SGD(trained, lr=LR))(x, noise())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name

@@ -36,6 +36,6 @@ class PlainStep:
             theta = [p for p in self.model.generative.parameters() if p.requires_grad]
             if theta:
                 losses.generative.backward(inputs=theta, retain_graph=True)
-            losses.inference.backward(inputs=list(self.model.inference.parameters()))
+            losses.inference.backward(inputs=[p for p in self.model.inference.parameters() if p.requires_grad])
         self.optimizer.step()
         return losses.bound
