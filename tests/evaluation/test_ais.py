@@ -216,7 +216,7 @@ def test_one_temperature_from_q_is_the_importance_weighted_bound() -> None:
     np.testing.assert_allclose(found.log_px, bound.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("images", [8, 19])
+@pytest.mark.parametrize("images", [10, 23])
 def test_the_number_of_workers_changes_no_bit(images: int) -> None:
     """Of sharp posteriors, where the last bit of a product would turn a path."""
     model = built(GaussianMLP([20], [[50, 50]]), 36).float()

@@ -26,7 +26,7 @@ TARGET_ACCEPTANCE = 0.65  # near the optimum of HMC in many dimensions (Neal 201
 FIRST_STEP = 0.1  # where step sizes begin
 ADAPTATION = 0.2  # they move by exp(0.2 (acceptance - 0.65))
 WARM_UP = 30  # times before the path begins
-GROUP = 8  # images whose chains are moved together on a processor
+GROUP = 10  # images whose chains are moved together on a processor
 
 Start = Literal["prior", "inference"]
 
