@@ -6,7 +6,8 @@ A wrong density or derivative trains without a word, and its numbers look like a
   function of one normal vector e, with the change of variables log N(e; 0, I) - log |det dh/de|;
 - where it is not, the integral of a density is compared with 1 by a test that a right one fails once in 10^9 times;
 - a bound of equal log-weights must not exceed them, and ``weights`` and ``doubly_weights`` are compared with autograd;
-- shapes are compared, every number must be finite, and no row may depend on the other rows of its batch.
+- shapes are compared, every number must be finite, and no row may depend on the other rows of its batch;
+- no two draws may have one key of the noise.
 """
 
 from __future__ import annotations
@@ -127,6 +128,26 @@ def _jacobian(h: Tensor, e: Tensor) -> Tensor:
     return torch.stack([torch.autograd.grad(unit.sum(), e, **how)[0] for unit in h.unbind(-1)], -2).double()
 
 
+class _Keys:
+    """Noise that returns the key of a draw: in an evaluation, equal keys give equal numbers."""
+
+    def normal(self, layer: int, *size: int) -> Any:
+        return "normal", layer
+
+    def uniform(self, layer: int, *size: int) -> Any:
+        return "uniform", layer
+
+
+def _require_distinct(part: object, recorder: Recorder) -> None:
+    keys = [draw(_Keys()) for draw in recorder.draws]
+    for i, (kind, layer) in enumerate(keys):
+        if (kind, layer) in keys[:i]:
+            raise UserError(
+                f"{type(part).__name__}.sample draws noise.{kind}({layer}, ...) twice, and an evaluation gives it the "
+                "same numbers twice: draw one of twice the size, at the level that sample is given, and split it"
+            )
+
+
 def _is_above(seen: Tensor, expected: Tensor) -> bool:
     slack = TOLERANCE * (1 + expected.abs() / 100)
     return bool((seen > expected + slack).any() and (seen >= expected - slack).all())
@@ -163,6 +184,7 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
         raise _gives(part, "sample", "a", type(found).__name__, "a pair (draws, log-density)")
     if of_q and part.reparameterized and not getattr(found[0], "requires_grad", True):
         raise _gives(part, "sample", "draws", "without gradient", "smooth functions, or reparameterized = False")
+    _require_distinct(part, recorder)
     drawn = [draws.requires_grad_() for draws in recorder.drawn]
     live, log_p = _called(part, "sample", given, K, BATCH, level, Replay(drawn))
     h = _require(part, "sample", "draws", live, (K, BATCH, *getattr(live, "shape", (0,))[-1:]))
@@ -308,6 +330,10 @@ def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
     given = x / q.white
     for level, layer in enumerate(q.layers, start=1):
         given = _check_conditional(layer, given, level, like, of_q=True)
+    for chain, arguments in ((p, (BATCH,)), (q, (x, K))):
+        recorder = Recorder(x)
+        _called(chain, "sample", *arguments, recorder)
+        _require_distinct(chain, recorder)
     latents, log_q = _called(q, "sample", x, K, GeneratorNoise(generator(x.device, 0, "check"), x.dtype))
     log_q = _require(q, "sample", "log q(h|x)", log_q, (K, BATCH))
     again = _require(q, "forward", "log q(h|x)", _called(q, "__call__", x, latents), (K, BATCH))

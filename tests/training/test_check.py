@@ -25,6 +25,7 @@ from torch import distributions as D
 
 import iwae_cli
 from iwae_cli.core.errors import UserError
+from iwae_cli.core.noise import KeyedNoise
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.data.base import Data
 from iwae_cli.models.base import Networks
@@ -167,6 +168,37 @@ CONDITIONALS: list[tuple[dict[str, Any], str]] = [
     ({"log_prob": lambda self, h, given: h.sum()}, "OwnGaussian.log_prob gives a log-density of shape ()"),
     ({"log_prob": lambda self, h, given: h.sum(-1) * math.nan}, "OwnGaussian.log_prob gives a log-density of nan"),
 ]  # fmt: skip
+
+
+def of_two(split: bool, level: int | None = None) -> Callable[..., Any]:
+    """h = loc + scale (.6 e + .8 e'), by two draws or by one that is split; ``level`` replaces the given one."""
+
+    def drawn(self: Any, given: Tensor, k: int, batch: int, of: int, noise: Any) -> tuple[Tensor, Tensor]:
+        (loc, log_scale), of = self(given), of if level is None else level
+        d = loc.shape[-1]
+        if split:
+            first, second = noise.normal(of, k, batch, 2 * d).chunk(2, -1)
+        else:
+            first, second = noise.normal(of, k, batch, d), noise.normal(of, k, batch, d)
+        h = loc + log_scale.exp() * (0.6 * first + 0.8 * second)
+        return h, self.log_prob(h, given)
+
+    return drawn
+
+
+@pytest.mark.parametrize("in_q", [True, False], ids=["q", "p"])
+def test_two_draws_that_an_evaluation_makes_one_are_refused(in_q: bool) -> None:
+    def own(split: bool, level: int | None = None) -> OwnModel:
+        return OwnModel(type("Own", (OwnGaussian,), {"sample": of_two(split, level)}), in_q)
+
+    first, second = (KeyedNoise(0, "test", [0]).normal(1, 3, 1, 4) for _ in range(2))
+    assert torch.equal(first, second)
+    iwae_cli.check(own(split=True))
+    with pytest.raises(UserError, match=r"^Own\.sample draws noise\.normal\(1, \.\.\.\) twice, .* of twice the size"):
+        iwae_cli.check(own(split=False))
+    # The number of another layer, whose draws would be the same.
+    with pytest.raises(UserError, match=r"Chain\.sample draws noise\.normal\(2, \.\.\.\) twice, .* sample is given"):
+        iwae_cli.check(own(split=True, level=2))
 
 
 class OwnModel(GaussianMLP):
