@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwae_cli.config.build import described, place_outside
 from iwae_cli.core.errors import UserError
@@ -164,15 +164,25 @@ def _folds(part: Conditional, given: Given, level: int, like: Tensor) -> bool:
 
 
 def _built(architecture: Architecture, image_shape: tuple[int, ...], levels: int | None) -> LatentVariableModel:
-    """Return a model whose vectors are moved: at zero, where many begin, a forgotten log-scale would not be seen."""
+    """Return a model with moved parameters, see ``_move``."""
     random = generator("cpu", 0, "check")
     mean = np.full(math.prod(image_shape), 0.5)
     model: LatentVariableModel = _called(architecture, "build", image_shape, mean, random, levels)
     model.eval()  # in training a mixture takes its components in turn, which looks like a flow
-    with torch.no_grad():
-        for vector in (p for p in model.parameters() if p.ndim < 2):
-            vector.add_(torch.where(vector == 0, 0.3, 0.1 * vector) * torch.randn(vector.shape, generator=random))
+    _move(model, random)
     return model
+
+
+@torch.no_grad()
+def _move(part: nn.Module, random: torch.Generator) -> None:
+    """Move vectors, and what is zero in modules of users: where many begin, a forgotten log-scale would not be seen."""
+    theirs = {id(p) for module in part.modules() if _is_outside(module) for p in module.parameters(recurse=False)}
+    for p in part.parameters():
+        if p.ndim < 2:
+            p.add_(torch.where(p == 0, 0.3, 0.1 * p) * torch.randn(p.shape, generator=random))
+        elif id(p) in theirs and not p.any():
+            # A row by about 1 in all: a log-scale of one unit is seen, and a weight for many stays small.
+            p.add_((1 + 0.3 * torch.randn(p.shape, generator=random)) / p.shape[-1])
 
 
 def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor, of_q: bool = False) -> Tensor:
@@ -212,8 +222,14 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
 
 def _check_prior(prior: Prior, size: int) -> None:
     """Check a prior of ``size`` units; the fewer, the closer is the density that is fitted to its draws."""
+    random = generator("cpu", 0, "check")
     try:
-        _check_conditional(_called(prior, "build", size), None, 1, torch.zeros(1, 1))
+        part = _called(prior, "build", size)
+        for each in part.modules():
+            if isinstance(each, Conditional):
+                _called(each, "initialize", random)
+        _move(part, random)
+        _check_conditional(part, None, 1, torch.zeros(1, 1))
     except UserError as error:
         if size > 1 or error.__cause__ is None:
             raise  # else code that needs more units
@@ -338,6 +354,8 @@ def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
     log_q = _require(q, "sample", "log q(h|x)", log_q, (K, BATCH))
     again = _require(q, "forward", "log q(h|x)", _called(q, "__call__", x, latents), (K, BATCH))
     _compare(q, "sample", "log q(h|x)", log_q, again, "as forward gives it for the same draws")
+    # From draws of q that are far out, as those of a q with arbitrary weights may be, log p(x, h) may be -inf.
+    latents = tuple(h.detach().view(K, BATCH, -1) for h in _called(p, "sample", K * BATCH, Recorder(x))[0])
     _require(p, "forward", "log p(x, h)", _called(p, "__call__", x, latents), (K, BATCH))
     of = _called(p, "log_likelihood", x, latents)
     most = float(_require(p, "log_likelihood", "log p(x|h)", of, (K, BATCH)).max())

@@ -504,6 +504,20 @@ def test_a_density_without_its_normalizer_is_refused_at_every_seam(make: Any, fi
     assert f".log_prob gives a log-density that is too {direction} by about" in found or "change of variables" in found
 
 
+def test_a_log_scale_that_begins_at_zero_is_not_forgotten() -> None:
+    """It has two dimensions, one for the components."""
+
+    class Unscaled(Mixture):
+        def log_prob(self, h: Tensor, given: None) -> Tensor:
+            standardized = (h[..., None, :] - self.loc) * torch.exp(-self.log_scale)
+            return (torch.log_softmax(self.logits, 0) + normal(standardized)).logsumexp(-1)
+
+    prior = PriorOf(lambda size: Unscaled(4, size))
+    for part in (prior, GaussianMLP([3], [[8]], prior=prior)):
+        with pytest.raises(UserError, match=r"Unscaled\.log_prob gives a log-density that is too (high|low)"):
+            iwae_cli.check(part)
+
+
 def test_a_mixture_of_many_components_is_checked_as_a_prior_of_one_unit() -> None:
     class Unweighted(Mixture):
         def log_prob(self, h: Tensor, given: None) -> Tensor:
