@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from iwae_cli.config.build import described, place_outside
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.noise import GeneratorNoise, generator
+from iwae_cli.core.noise import GeneratorNoise, Noise, generator
 from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import SPLITS, Data
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.conditionals import Conditional, Given
+from iwae_cli.models.chain import InferenceChain
+from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import gaussian_mixture_log_prob, standard_normal_log_prob
 from iwae_cli.models.priors import Prior
 from iwae_cli.objectives.base import BoundObjective, Losses, Objective
@@ -122,10 +123,11 @@ def _compare(part: object, method: str, of: str, seen: Tensor, expected: Tensor,
         raise _gives(part, method, of, f"{seen[wrong][0]:.4g}", f"{expected[wrong][0]:.4g} {why}")
 
 
-def _jacobian(h: Tensor, e: Tensor) -> Tensor:
-    """Return dh/de, float64, (k, batch, units, units), of draws h (k, batch, units) that are functions of e."""
+def _jacobian(h: Tensor, e: list[Tensor]) -> Tensor:
+    """Return dh/de, float64, (k, batch, units, units), of draws h (k, batch, units) that are functions of all of e."""
     how: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
-    return torch.stack([torch.autograd.grad(unit.sum(), e, **how)[0] for unit in h.unbind(-1)], -2).double()
+    rows = [torch.cat(torch.autograd.grad(unit.sum(), e, **how), -1) for unit in h.unbind(-1)]
+    return torch.stack(rows, -2).double()
 
 
 class _Keys:
@@ -153,13 +155,13 @@ def _is_above(seen: Tensor, expected: Tensor) -> bool:
     return bool((seen > expected + slack).any() and (seen >= expected - slack).all())
 
 
-def _folds(part: Conditional, given: Given, level: int, like: Tensor) -> bool:
+def _folds(part: Conditional, given: Given, level: int, like: list[Tensor]) -> bool:
     """Return whether the sign of det dh/de varies: that of a smooth map with an inverse does not; ``like`` is an e."""
     if given is not None and given.dim() == 3:
         given = given[:1].expand(FOLDS, -1, -1)
-    e = GeneratorNoise(generator(like.device, 0, "check", "folds"), like.dtype).normal(level, FOLDS, *like.shape[1:])
-    e = e.requires_grad_()
-    h = _called(part, "sample", given, FOLDS, BATCH, level, Replay([e]))[0]
+    noise = GeneratorNoise(generator(like[0].device, 0, "check", "folds"), like[0].dtype)
+    e = [noise.normal(level, FOLDS, *some.shape[1:]).requires_grad_() for some in like]
+    h = _called(part, "sample", given, FOLDS, BATCH, level, Replay(e))[0]
     return len(torch.linalg.slogdet(_jacobian(h, e)).sign.unique()) > 1
 
 
@@ -204,15 +206,16 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
     alone = _called(part, "log_prob", h[:, :1], None if given is None else given[..., :1, :])
     alone = _require(part, "log_prob", of, alone, (K, 1))
     _compare(part, "log_prob", of, again[:, :1], alone, "as without the other rows of the batch")
-    e = drawn[0] if len(drawn) == 1 else None
     # A uniform draw is never negative.
-    if e is not None and e.shape == h.shape and e.min() < 0 and live.requires_grad and h.shape[-1] <= MOST:
-        jacobian = _jacobian(live, e)
-        exact = standard_normal_log_prob(e.detach()) - torch.linalg.slogdet(jacobian).logabsdet.to(log_p)
+    is_normal = all(e.min() < 0 for e in drawn) and sum(e.shape[-1] for e in drawn) == h.shape[-1]
+    if is_normal and live.requires_grad and h.shape[-1] <= MOST:
+        jacobian = _jacobian(live, drawn)
+        of_e = standard_normal_log_prob(torch.cat(drawn, -1).detach())
+        exact = of_e - torch.linalg.slogdet(jacobian).logabsdet.to(log_p)
         singular = torch.linalg.svdvals(jacobian)
         on_surface = (singular[..., -1] <= FLAT * singular[..., 0]).any()
         # Where several e give one h, as with |e| or sorted draws, this is a part of the density.
-        if not on_surface and not (_is_above(log_p, exact) and _folds(part, given, level, e)):
+        if not on_surface and not (_is_above(log_p, exact) and _folds(part, given, level, drawn)):
             _compare(part, "sample", of, log_p, exact, "by the change of variables")
             return h
     if any(map(_is_outside, (getattr(part, "likelihood", None), *part.modules()))):
@@ -354,13 +357,41 @@ def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
     log_q = _require(q, "sample", "log q(h|x)", log_q, (K, BATCH))
     again = _require(q, "forward", "log q(h|x)", _called(q, "__call__", x, latents), (K, BATCH))
     _compare(q, "sample", "log q(h|x)", log_q, again, "as forward gives it for the same draws")
+    if _is_outside(q):
+        # Its factors may be others than its layers.
+        named = type(type(q).__name__, (_Joint,), {})
+        _check_conditional(named(q, [h.shape[-1] for h in latents]), x, 1, like)
     # From draws of q that are far out, as those of a q with arbitrary weights may be, log p(x, h) may be -inf.
     latents = tuple(h.detach().view(K, BATCH, -1) for h in _called(p, "sample", K * BATCH, Recorder(x))[0])
-    _require(p, "forward", "log p(x, h)", _called(p, "__call__", x, latents), (K, BATCH))
-    of = _called(p, "log_likelihood", x, latents)
-    most = float(_require(p, "log_likelihood", "log p(x|h)", of, (K, BATCH)).max())
+    joint = _require(p, "forward", "log p(x, h)", _called(p, "__call__", x, latents), (K, BATCH))
+    of_x = _require(p, "log_likelihood", "log p(x|h)", _called(p, "log_likelihood", x, latents), (K, BATCH))
+    of_h = _require(p, "log_prior", "log p(h)", _called(p, "log_prior", latents), (K, BATCH))
+    _compare(p, "forward", "log p(x, h)", joint, of_x + of_h, "as log_likelihood and log_prior give it in all")
+    most = float(of_x.max())
     if p.observation.largest is not None and most > TOLERANCE:
         raise _gives(p.observation, "log_prob", "log p(x|h)", f"{most:.4g}", "at most 0 for integers")
+
+
+class _Joint(Conditional):
+    """All layers of q as one distribution of all their units, ``sizes`` in each."""
+
+    def __init__(self, chain: InferenceChain, sizes: list[int]) -> None:
+        super().__init__()
+        self.chain, self.sizes = chain, sizes
+        known = [layer.largest for layer in chain.layers if layer.largest is not None]
+        self.largest = max(known, default=None) if len(known) == len(chain.layers) else None
+
+    def sample(self, given: Given, k: int, batch: int, level: int, noise: Noise) -> Draws:
+        assert given is not None  # x
+        latents, log_q = self.chain.sample(given, k, noise)
+        return torch.cat(latents, -1), log_q
+
+    def log_prob(self, h: Tensor, given: Given) -> Tensor:
+        log_q: Tensor = self.chain(given, h.split(self.sizes, -1))
+        return log_q
+
+    def mean(self, given: Given) -> None:
+        return None
 
 
 def _check_objective(objective: Objective, model: LatentVariableModel) -> None:

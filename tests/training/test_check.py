@@ -282,6 +282,52 @@ def test_the_networks_of_a_user_are_checked_on_the_data_of_a_run() -> None:
         check_outside(IWAE(5), of(chain=half), drawn())
 
 
+class Halved(InferenceChain):
+    """A chain whose log-density is halved in the draws and in the density."""
+
+    def sample(self, x: Tensor, k: int, noise: Any = None) -> tuple[Any, Tensor]:
+        latents, log_q = super().sample(x, k, noise)
+        return latents, log_q / 2
+
+    def forward(self, x: Tensor, latents: Any) -> Tensor:
+        return super().forward(x, latents) / 2
+
+
+class Centred(InferenceChain):
+    """A chain that gives its first layer 2 x - 1, so that its factors are not its layers given x."""
+
+    def sample(self, x: Tensor, k: int, noise: Any = None) -> tuple[Any, Tensor]:
+        return super().sample(2 * x - 1, k, noise)
+
+    def forward(self, x: Tensor, latents: Any) -> Tensor:
+        return super().forward(2 * x - 1, latents)
+
+
+class WithoutPrior(GenerativeChain):
+    """A chain that forgets log p(h)."""
+
+    def forward(self, x: Tensor, latents: Any) -> Tensor:
+        return self.log_likelihood(x, latents)
+
+
+@pytest.mark.parametrize("of_q", [GaussianMLP([3, 2], [[8], [8]]), SigmoidBeliefNetwork([6, 4])], ids=words_only)
+def test_chains_of_a_user_are_checked_as_a_whole(of_q: Any) -> None:
+    model = built(of_q)
+    layers = list(model.inference.layers)
+    model.inference = Centred(layers)
+    iwae_cli.check(model)
+    model.inference = Halved(layers)
+    with pytest.raises(UserError, match=r"^Halved\.(sample gives .* change of variables|log_prob gives .* too high)"):
+        iwae_cli.check(model)
+    model = built(of_q)
+    p = model.generative
+    model.generative = WithoutPrior(p.prior, p.observation, list(p.layers))
+    with pytest.raises(
+        UserError, match=r"^WithoutPrior\.forward gives log p\(x, h\) .* as log_likelihood and log_prior"
+    ):
+        iwae_cli.check(model)
+
+
 def test_data_that_the_model_cannot_observe_are_refused() -> None:
     grey = torch.full((4, 64), 9, dtype=torch.uint8)
     data = Data("own", "four images", grey, grey, grey, levels=17, binarization="none", image_shape=(8, 8))
