@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from iwae_cli.core.interfaces import Latents
 from iwae_cli.core.noise import Noise, default_noise
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.exact import exact_log_px
+
+T = TypeVar("T")
 
 Images = Float[Tensor, "batch pixels"]
 
@@ -102,6 +104,16 @@ class GenerativeChain(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class _OfLayers(Generic[T]):
+    """An attribute that follows from the layers of the moment, unless a chain is given another value."""
+
+    def __init__(self, of: Callable[[Sequence[Conditional]], T]) -> None:
+        self._of = of
+
+    def __get__(self, chain: nn.Module, owner: type | None = None) -> T:
+        return self._of(getattr(chain, "layers", ()))
+
+
 class InferenceChain(nn.Module):
     """q(h|x) = q(h_1|x) q(h_2|h_1) ... with parameters phi, each factor a ``Conditional``.
 
@@ -110,17 +122,15 @@ class InferenceChain(nn.Module):
         white: largest value of a pixel; the first factor is given x / white.
     """
 
-    reparameterized: bool = True
+    reparameterized = _OfLayers(lambda layers: all(layer.reparameterized for layer in layers))
     """Whether draws are smooth functions of phi; if not, their gradient is the score of q."""
-    strata: int = 1
+    strata = _OfLayers(lambda layers: math.prod(layer.strata for layer in layers))
     """Draws in training are taken in turn from so many parts of q; 1 if they are independent."""
 
     def __init__(self, layers: Sequence[Conditional], white: float = 1.0) -> None:
         super().__init__()
         self.layers = cast(Sequence[Conditional], nn.ModuleList(layers))
         self.white = white
-        self.reparameterized = all(layer.reparameterized for layer in layers)
-        self.strata = math.prod(layer.strata for layer in layers)
 
     def sample(self, x: Images, k: int, noise: Noise | None = None) -> tuple[Latents, Float[Tensor, "k batch"]]:
         """Return ``k`` draws h ~ q(h|x) for every x from the bottom layer up, and log q(h|x) in nats.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from iwae_cli.cli.evaluate import evaluate
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.models.chain import GenerativeChain
-from iwae_cli.models.conditionals import Conditional, GaussianConditional
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import Conditional, GaussianConditional, LinearBits
 from iwae_cli.models.posteriors import Coupling, FullGaussian, GaussianMixture
 from iwae_cli.models.priors import MixturePrior, VampPrior
 from iwae_cli.objectives.base import BoundObjective, Objective
@@ -183,6 +183,30 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
         assert wrong.check_networks(wild(posterior="coupling")) is None
     for k in (MIWAE(4, 6), IWAE(2)):  # groups, too, must hold every component equally often
         assert "objective.k=" in (k.check_networks(model) or "")
+
+
+def test_what_a_chain_says_of_its_layers_follows_a_layer_that_is_replaced() -> None:
+    q = built(GaussianMLP([2], [[5]]), 4).inference
+    q.layers[0] = made("mixture", 2)  # type: ignore[index]
+    model = LatentVariableModel(built(GaussianMLP([2], [[5]]), 4).generative, q)
+    assert q.strata == 3 and "independent draws" in (VIMCO(3).check_networks(model) or "")
+    assert "objective.k=6" in (IWAE(5).check_networks(model) or "")
+    q.layers[0] = LinearBits(4, 2).double()  # type: ignore[index]
+    assert q.strata == 1 and not q.reparameterized and not model.draw(torch.ones(1, 4).double(), 2).reparameterized
+
+
+def test_a_chain_of_a_user_may_say_it_itself() -> None:
+    class OfClass(InferenceChain):
+        reparameterized, strata = False, 2
+
+    class OfObject(InferenceChain):
+        def __init__(self) -> None:
+            super().__init__([])
+            self.reparameterized, self.strata = False, 2
+
+    for chain in (OfClass([]), OfObject()):
+        assert not chain.reparameterized and chain.strata == 2
+    assert InferenceChain([]).reparameterized and InferenceChain([]).strata == 1
 
 
 def test_in_turn_the_path_derivative_of_the_elbo_is_unbiased_and_baselines_are_not() -> None:
