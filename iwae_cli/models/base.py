@@ -111,7 +111,7 @@ class Architecture(ABC):
     Attributes:
         observation: kind of the pixels of its data.
         layers: number of stochastic layers.
-        discrete: whether they are discrete, so that draws have no gradient.
+        discrete: whether any of them is discrete, so that its draws have no gradient.
     """
 
     observation: Observation

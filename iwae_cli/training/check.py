@@ -62,7 +62,9 @@ def check(part: object) -> None:
     if isinstance(part, Objective):
         _check_objective(part, _built(GaussianMLP([2], [[4]]), SHAPE, 2))
     elif isinstance(part, Architecture):
-        _check_model(_built(part, SHAPE, {"binary": 2, "grey": 17, "real": None}[part.observation]))
+        model = _built(part, SHAPE, {"binary": 2, "grey": 17, "real": None}[part.observation])
+        _check_model(model)
+        _require_kind(part, model)
     elif isinstance(part, LatentVariableModel):
         _check_model(part)
     elif isinstance(part, Prior):
@@ -83,6 +85,7 @@ def check_outside(objective: Objective, architecture: Architecture, data: Data) 
     if any(map(_is_outside, (objective, architecture, likelihood, *model.modules()))):
         built = _built(architecture, data.image_shape, data.levels)
         _check_model(built, data)
+        _require_kind(architecture, built)
         if isinstance(prior := getattr(architecture, "prior", None), Prior) and _is_outside(prior):
             _check_prior(prior, 1)
         if _is_outside(objective):
@@ -92,6 +95,15 @@ def check_outside(objective: Objective, architecture: Architecture, data: Data) 
 
 def _is_outside(part: object) -> bool:
     return part is not None and not is_ours(type(part).__module__)
+
+
+def _require_kind(architecture: Architecture, model: LatentVariableModel) -> None:
+    if architecture.discrete == model.inference.reparameterized:
+        has = "no layer" if architecture.discrete else "a layer"
+        raise UserError(
+            f"{type(architecture).__name__}.discrete is {architecture.discrete}, and its q has {has} whose "
+            f"reparameterized is False: write discrete = {not architecture.discrete} in the class"
+        )
 
 
 def _called(part: object, method: str, *arguments: Any) -> Any:

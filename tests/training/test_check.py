@@ -229,6 +229,33 @@ def test_wrong_conditionals_are_named(methods: dict[str, Any], expected: str, in
     assert matches(str(caught.value), expected), str(caught.value)
 
 
+class Coins(Bits):
+    """Independent bits on layers of hidden units."""
+
+    def __init__(self, inputs: int, hidden: list[int], outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(inputs, hidden[0]), nn.Tanh(), nn.Linear(hidden[0], outputs))
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.body(given)
+
+
+def test_an_architecture_must_say_that_its_latents_are_discrete() -> None:
+    def of_bits(discrete: bool) -> OwnModel:
+        return type("OfBits", (OwnModel,), {"discrete": discrete})(Coins, in_q=True)
+
+    iwae_cli.check(of_bits(True))
+    words = r"^OfBits\.discrete is False, and its q has a layer whose reparameterized is False: write discrete = True"
+    with pytest.raises(UserError, match=words):
+        iwae_cli.check(of_bits(False))
+    with pytest.raises(UserError, match=words):
+        check_outside(IWAE(5), of_bits(False), drawn())
+    with pytest.raises(
+        UserError, match=r"^OfNone\.discrete is True, and its q has no layer .*: write discrete = False"
+    ):
+        iwae_cli.check(type("OfNone", (GaussianMLP,), {"discrete": True})([3], [[8]]))
+
+
 class OwnPixels(MLPPixels):
     """Pixels of a user."""
 
