@@ -241,6 +241,8 @@ def weighted_sum(weights: Float[Tensor, "k batch"], values: Float[Tensor, "k bat
 
 def score_term(model: Model, x: Float[Tensor, "batch pixels"], particles: Particles) -> Float[Tensor, "k batch"]:
     """Return log q(h|x) with h held fixed, nats: its gradient is the score of q, for any kind of latents."""
-    if not particles.reparameterized:
+    # Where layers of q are of both kinds, some latents are live; h.requires_grad does not say so under vmap.
+    layers = getattr(model.inference, "layers", ())
+    if not particles.reparameterized and not any(layer.reparameterized for layer in layers):
         return particles.log_q
     return model.inference(x, tuple(h.detach() for h in particles.latents))

@@ -31,7 +31,10 @@ from iwae_cli.config.build import build
 from iwae_cli.core.interfaces import Particles
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.models.base import LatentVariableModel
-from iwae_cli.objectives.base import Objective
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
+from iwae_cli.models.conditionals import GaussianConditional, LinearBits
+from iwae_cli.models.priors import BitsPrior
+from iwae_cli.objectives.base import Objective, score_term
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "objective"
 PHI = ("inference.loc", "inference.log_scale")
@@ -176,6 +179,34 @@ def test_score_functions_have_the_expectation_of_the_pathwise_gradient(objective
     assert bound.item() == pytest.approx(same_bound.item(), abs=1e-12)
     for parameter, gradient in truth.items():
         assert found[parameter].item() == pytest.approx(gradient.item(), abs=1e-8)
+
+
+def mixed() -> LatentVariableModel:
+    """Gaussian h_1, whose draws are live, and bits h_2; binary x of two pixels."""
+    torch.manual_seed(4)
+    p = GenerativeChain(BitsPrior(2), LinearBits(3, 2), [GaussianConditional(2, [4], 3)])
+    return LatentVariableModel(p, InferenceChain([GaussianConditional(2, [4], 3), LinearBits(3, 2)])).double()
+
+
+def test_the_score_holds_the_live_latents_of_a_q_of_both_kinds():
+    model, x = mixed(), torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    gaussian, bits = model.inference.layers
+    e, u = torch.randn(5, 3, 2, 3, dtype=torch.float64), torch.rand(5, 3, 2, 2, dtype=torch.float64)
+
+    def score(e: Tensor, u: Tensor) -> Tensor:
+        return score_term(model, x, model.draw(x, 3, GivenNoise({1: e, 2: u})))
+
+    loc, log_scale = gaussian(x)
+    h = (loc + log_scale.exp() * e).detach()
+    drawn = (u < torch.sigmoid(bits(h))).double()
+    of_bits = torch.distributions.Bernoulli(logits=bits(h)).log_prob(drawn).sum(-1)
+    expected = torch.distributions.Normal(loc, log_scale.exp()).log_prob(h).sum(-1) + of_bits
+    parameters = list(model.inference.parameters())
+    truth = torch.autograd.grad(expected.sum(), parameters)
+    # The second is how several trainings at once are differentiated.
+    for found in (torch.stack([score(*one) for one in zip(e, u, strict=True)]), torch.func.vmap(score)(e, u)):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), parameters), truth)
 
 
 def test_reinforce_is_the_gradient_of_half_the_variance_of_the_log_weights():
