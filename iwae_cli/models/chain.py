@@ -162,13 +162,9 @@ class InferenceChain(nn.Module):
         batch, given = x.shape[0], x / self.white
         means = [self._mean(1, given, batch, noise)]
         for level, (below, layer) in enumerate(pairwise(self.layers), start=1):
-            if layer.linear_mean:
-                linear = layer.mean(means[-1])
-                assert linear is not None
-                means.append(linear)
-                continue
             given, _ = below.sample(given, draws, batch, level, noise)
-            means.append(self._mean(level + 1, given, batch, noise))
+            linear = layer.mean(means[-1]) if layer.linear_mean else None
+            means.append(self._mean(level + 1, given, batch, noise) if linear is None else linear)
         return tuple(means)
 
     def _mean(self, level: int, given: Tensor, batch: int, noise: Noise) -> Float[Tensor, "batch _"]:

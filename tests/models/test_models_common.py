@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from iwae_cli.core.interfaces import Model
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.chain import MEAN_DRAWS
+from iwae_cli.models.chain import MEAN_DRAWS, InferenceChain
+from iwae_cli.models.conditionals import GaussianConditional, LinearConditional
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -292,6 +293,21 @@ def test_posterior_means(name: str) -> None:
         error = h.std(0) * math.sqrt(1 / (MEAN_DRAWS if "coupling" in name else 4000) + 1 / 20_000)
         assert ((mean - h.mean(0)).abs() < 4.5 * error).all()
         assert mean.std(0).min() > 0
+
+
+def test_a_mean_above_a_linear_one_is_that_of_draws() -> None:
+    """Between two networks a linear layer, whose own mean needs no draws; all of one size."""
+    torch.manual_seed(0)
+    layers = [GaussianConditional(3, [5], 3), LinearConditional(3, 3), GaussianConditional(3, [5], 3)]
+    q, x = InferenceChain(layers).double(), torch.rand(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for p in q.parameters():
+            p.mul_(2)
+        means = q.posterior_means(x, 4000, noise())
+        latents, _ = q.sample(x, 20_000, noise(1))
+    for mean, h in zip(means, latents, strict=True):
+        error = h.std(0) * math.sqrt(1 / 4000 + 1 / 20_000)
+        assert ((mean - h.mean(0)).abs() < 4.5 * error).all()
 
 
 @every_model
