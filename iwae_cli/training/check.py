@@ -273,7 +273,7 @@ def _check_integral(part: Conditional, given: Given, level: int, like: Tensor) -
             except Exception:
                 return  # the range of h is no box, and log_prob says so
             high = (log_p[DRAWS:] - log_g).masked_fill(~inside, -math.inf)
-            rounding = TOLERANCE * (1 + log_p.abs() / 100)
+            rounding = TOLERANCE * (1 + log_p.abs().nan_to_num(posinf=0) / 100)
             for word, log_w in (("high", high - rounding[DRAWS:]), ("low", log_g_of_h - (log_p + rounding)[:DRAWS])):
                 log_w = log_w.nan_to_num(-math.inf, math.inf, -math.inf)
                 bets = [torch.logaddexp(log_w + math.log(a), log_w.new_tensor(1 - a).log()).sum() for a in BETS]

@@ -506,6 +506,17 @@ def test_wrong_densities_of_maps_are_refused(of: Any, log_p: Any, size: int) -> 
         iwae_cli.check(PriorOf(lambda _: Mapped(of, log_p, size)))
 
 
+def test_a_prior_that_denies_some_of_its_draws_is_refused() -> None:
+    """It denies 4% of them, none of the few whose log-densities are compared first."""
+
+    class Denied(Drawn):
+        def log_prob(self, h: Tensor, given: Tensor | None) -> Tensor:
+            return super().log_prob(h, given).masked_fill(h[..., 0] > 0.96, -math.inf)
+
+    with pytest.raises(UserError, match=r"^Denied\.log_prob gives a log-density that is too low by about inf nats"):
+        iwae_cli.check(PriorOf(lambda size: Denied(D.Uniform(torch.zeros(size), torch.ones(size)), 0.0)))
+
+
 @pytest.mark.parametrize("off", [0.0, 0.7, -0.7])
 def test_a_rounded_map_is_tested_by_its_integral(off: float) -> None:
     """Its derivative is zero, and says nothing."""
