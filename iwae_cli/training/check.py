@@ -130,7 +130,7 @@ def _require(part: object, method: str, of: str, value: object, shape: tuple[int
 
 
 def _compare(part: object, method: str, of: str, seen: Tensor, expected: Tensor, why: str) -> None:
-    wrong = (seen - expected).abs() > TOLERANCE * (1 + expected.abs() / 100)
+    wrong = ~((seen - expected).abs() <= TOLERANCE * (1 + expected.abs() / 100))  # also where one is no number
     if wrong.any():
         raise _gives(part, method, of, f"{seen[wrong][0]:.4g}", f"{expected[wrong][0]:.4g} {why}")
 
@@ -222,6 +222,8 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
     is_normal = all(e.min() < 0 for e in drawn) and sum(e.shape[-1] for e in drawn) == h.shape[-1]
     if is_normal and live.requires_grad and h.shape[-1] <= MOST:
         jacobian = _jacobian(live, drawn)
+        if not jacobian.isfinite().all():
+            raise _gives(part, "sample", "draws", "whose derivative is not finite", "smooth functions of the noise")
         of_e = standard_normal_log_prob(torch.cat(drawn, -1).detach())
         exact = of_e - torch.linalg.slogdet(jacobian).logabsdet.to(log_p)
         singular = torch.linalg.svdvals(jacobian)

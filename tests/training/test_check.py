@@ -95,6 +95,13 @@ OBJECTIVES: list[tuple[dict[str, Callable[..., Any]], str]] = [
         {"weights": lambda self, w: normalized_weights(w.detach())},
         "Own.doubly_weights gives a value {}, expected {} by",
     ),
+    (
+        {
+            "bound": lambda self, w: iwae(w) + 0 * (w - w).sqrt().sum(0),
+            "weights": lambda self, w: normalized_weights(w),
+        },
+        "Own.weights gives a value {}, expected nan by autograd of bound",
+    ),
     ({"losses": lambda self, *rest: -rest[2].log_w.mean()}, "Own.losses gives a Tensor, expected Losses"),
 ]
 
@@ -157,6 +164,11 @@ def of_the_batch(self: Any, given: Tensor) -> tuple[Tensor, Tensor]:
     return loc, log_scale
 
 
+def without_derivative(self: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    h, log_p = sample(self, *rest)
+    return h + 0 * (h - h).sqrt(), log_p
+
+
 CONDITIONALS: list[tuple[dict[str, Any], str]] = [
     ({"log_prob": lacking}, "OwnGaussian.sample gives a log-density {}, expected {} as log_prob gives it"),
     ({"log_prob": lacking, "sample": sample}, "OwnGaussian.sample gives a log-density {}, expected {} by the change"),
@@ -164,6 +176,7 @@ CONDITIONALS: list[tuple[dict[str, Any], str]] = [
     ({"sample": lambda self, *r: (sample(self, *r)[0][0], 0)}, "OwnGaussian.sample gives draws of shape (2, 3)"),
     ({"sample": lambda self, given: None}, "OwnGaussian.sample raised TypeError: "),
     ({"sample": without_gradient}, "OwnGaussian.sample gives draws without gradient, expected smooth functions"),
+    ({"sample": without_derivative}, "OwnGaussian.sample gives draws whose derivative is not finite, expected smooth"),
     ({"forward": of_the_batch}, "OwnGaussian.log_prob gives a log-density {}, expected {} as without the other rows"),
     ({"log_prob": lambda self, h, given: h.sum()}, "OwnGaussian.log_prob gives a log-density of shape ()"),
     ({"log_prob": lambda self, h, given: h.sum(-1) * math.nan}, "OwnGaussian.log_prob gives a log-density of nan"),
