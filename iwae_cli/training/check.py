@@ -12,6 +12,7 @@ A wrong density or derivative trains without a word, and its numbers look like a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -218,6 +219,13 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
     alone = _called(part, "log_prob", h[:, :1], None if given is None else given[..., :1, :])
     alone = _require(part, "log_prob", of, alone, (K, 1))
     _compare(part, "log_prob", of, again[:, :1], alone, "as without the other rows of the batch")
+    with torch.random.fork_rng(devices=[]):
+        training = copy.deepcopy(part).train()  # a copy: running means change
+        rows = None if given is None else given[..., [0, 0], :]
+        calls = (h, given), (h, given), (h[:, [0, 0]], rows)
+        first, second, alike = (_called(training, "log_prob", *call)[:, 0].detach() for call in calls)
+    _compare(part, "log_prob", of, first, second, "as in a second call, both in training mode")
+    _compare(part, "log_prob", of, first, alike, "as beside another row of the batch, both in training mode")
     # A uniform draw is never negative.
     is_normal = all(e.min() < 0 for e in drawn) and sum(e.shape[-1] for e in drawn) == h.shape[-1]
     if is_normal and live.requires_grad and h.shape[-1] <= MOST:

@@ -242,6 +242,31 @@ def test_wrong_conditionals_are_named(methods: dict[str, Any], expected: str, in
     assert matches(str(caught.value), expected), str(caught.value)
 
 
+class OwnLayers(GaussianMLP):
+    """A Gaussian model with another module in q."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__([3], [[8]])
+        self.module = module
+
+    def networks(self, image_shape: tuple[int, ...], mean: np.ndarray, levels: int | None) -> Networks:
+        made = super().networks(image_shape, mean, levels)
+        made.inference.layers[0].body.append(self.module)
+        return made
+
+
+def test_what_differs_in_training_mode_alone_is_refused() -> None:
+    norm = nn.BatchNorm1d(8)
+    state = torch.random.get_rng_state()
+    for module, words in ((nn.Dropout(), "in a second call"), (norm, "beside another row of the batch")):
+        with pytest.raises(
+            UserError, match=rf"^GaussianConditional\.log_prob gives .* as {words}, both in training mode"
+        ):
+            iwae_cli.check(OwnLayers(module))
+    assert torch.equal(torch.random.get_rng_state(), state) and not norm.num_batches_tracked and not norm.training
+    iwae_cli.check(OwnLayers(nn.LayerNorm(8)))
+
+
 class Coins(Bits):
     """Independent bits on layers of hidden units."""
 
