@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from iwae_cli.core.errors import check_range
 from iwae_cli.core.interfaces import Latents, Model, Observation, Particles
-from iwae_cli.core.noise import Noise
+from iwae_cli.core.noise import Noise, derive
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional
 from iwae_cli.models.kl import find_kl
@@ -137,14 +137,17 @@ class Architecture(ABC):
             image_shape: (height, width), (channels, height, width) or (pixels,).
             mean: mean of every pixel over the training split, (pixels,), float64; in [0, 1] for binary data,
                 in grey levels for grey data.
-            generator: of the CPU.
+            generator: of the CPU. Its seed also decides the values that modules draw themselves.
             levels: number of grey levels of the data; models of binary or real-valued data ignore it.
             std: standard deviation of real-valued data about their means; where a learned scale of p(x|h) begins.
 
         Raises:
             UserError: observations of this shape cannot be modelled.
         """
-        generative, inference, output_bias, start = self.networks(image_shape, mean, levels)
+        # What draws its own initial values, such as nn.Embedding, takes them from torch's default generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive(generator.initial_seed(), "networks") >> 65)
+            generative, inference, output_bias, start = self.networks(image_shape, mean, levels)
         model = LatentVariableModel(generative, inference)
         # Glorot-uniform weights (Glorot and Bengio 2010) in the order of the modules, zero biases.
         for part in model.modules():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from iwae_cli.core.interfaces import Model
 from iwae_cli.core.noise import GeneratorNoise, KeyedNoise
-from iwae_cli.models.base import Architecture, LatentVariableModel
+from iwae_cli.models.base import Architecture, LatentVariableModel, Networks
 from iwae_cli.models.chain import MEAN_DRAWS, InferenceChain
 from iwae_cli.models.conditionals import GaussianConditional, LinearConditional
 
@@ -262,6 +263,27 @@ def test_initial_weights_are_glorot_and_reproducible(name: str) -> None:
     assert len(set(drawn)) == len(drawn)
     biases = [m.bias for m in first.inference.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert all(bias is None or bias.count_nonzero() == 0 for bias in biases)
+
+
+def test_the_seed_decides_what_modules_draw_themselves() -> None:
+    class Convolved(GaussianMLP):
+        def networks(self, *given: Any) -> Networks:
+            made = super().networks(*given)
+            made.inference.layers[0].body.append(nn.Conv1d(5, 5, 1))
+            return made
+
+    def weights(architecture: Architecture, seed: int) -> dict[str, Tensor]:
+        torch.rand(1)
+        state = torch.random.get_rng_state()
+        model = architecture.build((2, 2), np.full(4, 0.5), torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return dict(model.named_parameters())
+
+    first, again, other = (weights(Convolved([3], [[5]]), seed) for seed in (0, 0, 1))
+    own = "inference.layers.0.body.2.weight"
+    assert torch.equal(first[own], again[own]) and not torch.equal(first[own], other[own])
+    # The other weights are those that they are without it.
+    assert all(torch.equal(first[name], p) for name, p in weights(GaussianMLP([3], [[5]]), 0).items())
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.architecture.observation != "grey"])

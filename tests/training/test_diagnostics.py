@@ -41,11 +41,11 @@ def noise(seed: int = 1, dtype: torch.dtype = torch.float32) -> GeneratorNoise:
 
 def built(architecture: Architecture, shape: tuple[int, ...] = SHAPE, levels: int | None = 2) -> LatentVariableModel:
     """A model whose parameters are all away from their initial values."""
-    torch.manual_seed(0)
-    model = architecture.build(shape, np.full(math.prod(shape), 0.4), torch.Generator().manual_seed(0), levels)
+    random = torch.Generator().manual_seed(0)
+    model = architecture.build(shape, np.full(math.prod(shape), 0.4), random, levels)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape))
+            p.add_(0.3 * torch.randn(p.shape, generator=random))
     return model
 
 
