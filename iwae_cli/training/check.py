@@ -28,7 +28,7 @@ from iwae_cli.core.numerics import log_mean_exp
 from iwae_cli.data.base import SPLITS, Data
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import Architecture, LatentVariableModel
-from iwae_cli.models.chain import InferenceChain
+from iwae_cli.models.chain import GenerativeChain, InferenceChain
 from iwae_cli.models.conditionals import Conditional, Draws, Given
 from iwae_cli.models.networks import gaussian_mixture_log_prob, standard_normal_log_prob
 from iwae_cli.models.priors import Prior
@@ -82,6 +82,10 @@ def check_outside(objective: Objective, architecture: Architecture, data: Data) 
         UserError: see ``check``; or data that the model cannot observe.
     """
     model: LatentVariableModel = _called(architecture, "outline", data.image_shape, data.levels)
+    for name in SPLITS:
+        # Two rows show what is drawn; the rest of such a split are uint8 values that ``Data`` has looked at.
+        x = data.evaluation_split(name, 0, BATCH).x if data.binarization == "dynamic" else getattr(data, name)
+        _require_observable(model, f"{name} split of {data.name}", x)
     likelihood = getattr(model.generative.observation, "likelihood", None)
     if any(map(_is_outside, (objective, architecture, likelihood, *model.modules()))):
         built = _built(architecture, data.image_shape, data.levels)
@@ -96,6 +100,17 @@ def check_outside(objective: Objective, architecture: Architecture, data: Data) 
 
 def _is_outside(part: object) -> bool:
     return part is not None and not is_ours(type(part).__module__)
+
+
+def _require_observable(model: LatentVariableModel, name: str, x: Tensor) -> None:
+    p = model.generative
+    is_ours = type(p).require_observable is GenerativeChain.require_observable
+    if is_ours and (p.observation.largest is None or not x.is_floating_point()):
+        x = torch.stack(x.aminmax())[None]  # the ends say it all, in milliseconds, also where a number is NaN
+    try:
+        p.require_observable(x)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _require_kind(architecture: Architecture, model: LatentVariableModel) -> None:
@@ -357,17 +372,9 @@ def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
     for level, layer in reversed(list(enumerate(p.layers, start=1))):
         h = _check_conditional(layer, h, level, like)
     x = _check_conditional(p.observation, h, 0, like)[0]
-    observed = {f"{type(p.observation).__name__}.sample": x}
-    for name in SPLITS if data is not None else ():
-        assert data is not None
-        split = data.evaluation_split(name, 0, BATCH if data.binarization == "dynamic" else None)
-        observed[f"{name} split of {data.name}"] = split.x
-        x = split.x[[0, -1]].to(like)
-    for name, values in observed.items():
-        try:
-            p.require_observable(values)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+    _require_observable(model, f"{type(p.observation).__name__}.sample", x)
+    if data is not None:
+        x = data.evaluation_split("test", 0, BATCH).x[[0, -1]].to(like)
     given = x / q.white
     for level, layer in enumerate(q.layers, start=1):
         given = _check_conditional(layer, given, level, like, of_q=True)

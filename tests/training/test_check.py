@@ -400,6 +400,21 @@ def test_data_that_the_model_cannot_observe_are_refused() -> None:
         check_outside(IWAE(5), of(), data)
 
 
+def test_the_data_of_every_run_are_looked_at() -> None:
+    """Also under a model of this package: a class of a user may say other levels than its likelihood has."""
+    grey, white = torch.full((4, 64), 9, dtype=torch.uint8), torch.ones(4, 64, dtype=torch.uint8)
+    of = {"levels": 17, "binarization": "none", "image_shape": (8, 8)}
+    with pytest.raises(UserError, match="test split of own: x must be 0 or 1 for Bernoulli, got values from 9 to 9"):
+        check_outside(IWAE(5), GaussianMLP([3], [[8]]), Data("own", "four images", white, white, grey, **of))
+    real, broken = torch.rand(4, 64), torch.rand(4, 64).index_fill(1, torch.tensor([7]), math.nan)
+    model, of = GaussianMLP([3], [[8]], likelihood="gaussian"), of | {"levels": None}
+    check_outside(IWAE(5), model, Data("own", "four images", real, real, real, **of))
+    with pytest.raises(UserError, match="test split of own: x must be finite for Gaussian, got values from nan to nan"):
+        check_outside(IWAE(5), model, Data("own", "four images", real, real, broken, **of))
+    with pytest.raises(UserError, match="train split of own: x must be 0 or 1 for Bernoulli, got values from 0"):
+        check_outside(IWAE(5), GaussianMLP([3], [[8]]), Data("own", "four images", real, real, real, **of))
+
+
 class Unfinished(Bits):
     """Bits without ``forward``."""
 
