@@ -242,7 +242,8 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
     _compare(part, "log_prob", of, first, second, "as in a second call, both in training mode")
     _compare(part, "log_prob", of, first, alike, "as beside another row of the batch, both in training mode")
     # A uniform draw is never negative.
-    is_normal = all(e.min() < 0 for e in drawn) and sum(e.shape[-1] for e in drawn) == h.shape[-1]
+    is_normal = all(e.min() < 0 and e.shape[:2] == h.shape[:2] for e in drawn)
+    is_normal = is_normal and sum(e.shape[-1] for e in drawn) == h.shape[-1]
     if is_normal and live.requires_grad and h.shape[-1] <= MOST:
         jacobian = _jacobian(live, drawn)
         if not jacobian.isfinite().all():
@@ -265,6 +266,8 @@ def _check_prior(prior: Prior, size: int) -> None:
     random = generator("cpu", 0, "check")
     try:
         part = _called(prior, "build", size)
+        if not isinstance(part, Conditional):
+            raise _gives(prior, "build", "a", type(part).__name__, "a Conditional")
         for each in part.modules():
             if isinstance(each, Conditional):
                 _called(each, "initialize", random)
@@ -391,7 +394,7 @@ def _check_model(model: LatentVariableModel, data: Data | None = None) -> None:
         named = type(type(q).__name__, (_Joint,), {})
         _check_conditional(named(q, [h.shape[-1] for h in latents]), x, 1, like)
     # From draws of q that are far out, as those of a q with arbitrary weights may be, log p(x, h) may be -inf.
-    latents = tuple(h.detach().view(K, BATCH, -1) for h in _called(p, "sample", K * BATCH, Recorder(x))[0])
+    latents = tuple(h.detach().reshape(K, BATCH, -1) for h in _called(p, "sample", K * BATCH, Recorder(x))[0])
     joint = _require(p, "forward", "log p(x, h)", _called(p, "__call__", x, latents), (K, BATCH))
     of_x = _require(p, "log_likelihood", "log p(x|h)", _called(p, "log_likelihood", x, latents), (K, BATCH))
     of_h = _require(p, "log_prior", "log p(h)", _called(p, "log_prior", latents), (K, BATCH))

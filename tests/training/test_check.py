@@ -446,6 +446,11 @@ class PriorOf(Prior):
         return self.make(size)
 
 
+def test_a_prior_builds_a_conditional() -> None:
+    with pytest.raises(UserError, match=r"^PriorOf\.build gives a Normal, expected a Conditional"):
+        iwae_cli.check(PriorOf(lambda size: D.Normal(torch.zeros(size), 1.0)))
+
+
 class Drawn(Conditional):
     """Independent units of a distribution of torch, whose log-density is moved by a constant."""
 
