@@ -490,6 +490,19 @@ def test_a_prior_without_its_normalizer_is_refused_whatever_it_is(of: Any, off: 
     assert ("high" in str(e.value)) == (off > 0)
 
 
+class Uncopied(Drawn):
+    """A class that refuses to be copied, which a training does not need."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("no copies")
+
+
+def test_what_cannot_be_copied_is_checked_as_it_is() -> None:
+    iwae_cli.check(PriorOf(lambda size: Uncopied(D.Laplace(torch.zeros(size), torch.ones(size)), 0.0)))
+    with pytest.raises(UserError, match="too high"):
+        iwae_cli.check(PriorOf(lambda size: Uncopied(D.Laplace(torch.zeros(size), torch.ones(size)), 0.7)))
+
+
 class Mapped(Conditional):
     """A function of one normal vector, with a log-density of its own."""
 
