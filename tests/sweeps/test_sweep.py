@@ -357,7 +357,7 @@ def test_ray_begins_a_lost_job_again(tmp_path: Path) -> None:
 @needs("hydra_submitit_launcher")
 def test_a_preempted_job_saves_its_state_and_is_queued_again(tmp_path: Path) -> None:
     line = ["seed=0", *QUICK, "schedule.passes=60", "batch_size=20", "hydra/launcher=submitit_local"]
-    process = start(*line, f"output_dir={tmp_path}")
+    process = start(*line, "restart=true", f"output_dir={tmp_path}")  # which begins once, not at every turn
     (record,) = wait_for(process, tmp_path, 1)
     os.kill(record["pid"], signal.SIGUSR2)
     out, err = process.communicate(timeout=300)

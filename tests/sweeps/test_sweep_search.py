@@ -66,7 +66,7 @@ def test_a_trial_that_fails_is_a_result(tmp_path: Path) -> None:
 @needs("hydra_optuna_sweeper")
 def test_a_killed_search_finishes_the_trial_that_was_cut_short(tmp_path: Path) -> None:
     line = [*LINE, "schedule.passes=40", "batch_size=20", "optimizer.lr=interval(1e-4,1e-2)"]
-    line += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", f"output_dir={tmp_path}"]
+    line += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", f"output_dir={tmp_path}", "restart=true"]
     process = start(*line)
     wait_for(process, tmp_path, 1)
     os.killpg(process.pid, signal.SIGKILL)
