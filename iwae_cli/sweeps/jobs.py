@@ -154,6 +154,9 @@ def _checked(plan: Plan, elsewhere: bool) -> list[tuple[Job, Planned]]:
         one = Planned(job.overrides, experiment.folder().path, evaluation_name(job.config), experiment.restart)
         if (one.folder, one.evaluation) in found:
             continue  # the same in other words
+        if one.restart and any(folder == one.folder for folder, _ in found):
+            why = "restart=true would set aside what another job of the same training has just trained"
+            raise UserError(f"{name}: {why}: ask for one evaluation, and for the others by iwae-eval")
         found[one.folder, one.evaluation] = job, one
         kept = one.folder / "evaluations" / one.evaluation / "result.json"
         if elsewhere or (kept.is_file() and not experiment.restart):

@@ -244,6 +244,14 @@ def test_one_training_in_two_words_is_one_job(runs: Any, capsys: Any) -> None:
         assert out.count("digits-gaussian_mlp_50-iwae-k5-seed3-") == 1
 
 
+def test_a_restarting_sweep_trains_nothing_twice(runs: Any, capsys: Any) -> None:
+    assert train(["-m", "evaluation.k=5,6", "restart=true"]) == 2 and runs[0] == [] and os.listdir() == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "job 1 (evaluation.k=6): restart=true would set aside" in line and "iwae-eval" in line
+    assert train(["-m", "evaluation.k=5,6"]) == 0 and runs[0] == [0, 0]
+    assert train(["-m", "seed=0,1", "restart=true"]) == 0 and runs[0] == [0, 0, 0, 1]
+
+
 def test_a_logger_has_its_token_and_its_sweep_which_no_file_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "hunter2")
     seen: list[tuple[int, str, str]] = []
