@@ -152,7 +152,7 @@ def evaluation_config(run: Path, overrides: Sequence[str], config_dir: str | Non
     changed = resolved(config)
     if about_objective:
         changed[ESTIMATOR]["objective"] = changed.pop("objective")
-    if "data_dir" in saved["data"]:
+    if "data_dir" in saved["data"] and any(o.key_or_group == "data_dir" for o in parsed):
         changed["data"]["data_dir"] = changed["data_dir"]
     if config_dir is not None:
         # An estimator may come from another folder than the model.

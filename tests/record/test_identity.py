@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from scipy.io import savemat
-from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, finished, read_json, run, run_folders, snapshot
+from small_runs import TINY, TINY_TWO_LAYERS, arrays, bits, evaluate, finished, read_json, run, run_folders, snapshot
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as iwae_eval
@@ -219,6 +219,8 @@ def test_other_content_under_one_path_of_a_users_data_set_is_another_run(shapes:
     assert (code, err) == (0, "") and first.name in out and "trained already" in out
 
 
+    code, _, err = evaluate(first, "evaluation.k=3")
+    assert code == 0, err
 def test_a_finished_run_compares_its_data(shapes: Path) -> None:
     """Also where no argument is a path, and where a version before 0.5 has not hashed it."""
     outputs = shapes / "outputs"
