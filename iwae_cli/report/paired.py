@@ -134,7 +134,8 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
     for name, group in ((name_a, a), (name_b, b)):
         # First by any evaluation: two trainings in one group are often evaluated in two ways.
         _one_training(name, [Scored(run, run.scores[0], split) for run in group])
-    both = {run.identity for run in a} & {run.identity for run in b}
+    hashes = {run.identity.rpartition("-")[2] for run in a}
+    both = [run.identity for run in b if run.identity.rpartition("-")[2] in hashes]
     if both:
         raise UserError(f"--compare {name_a} {name_b}: both hold {min(both)}")
     shared = _shared(name_a, a, name_b, b, split)

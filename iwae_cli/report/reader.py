@@ -183,7 +183,8 @@ def read(paths: Sequence[str | Path]) -> Found:
     first: dict[str, Run] = {}
     for folder in sorted(folders):
         run = _read_run(folder, found)
-        if run is not None and (counted := first.setdefault(run.identity, run)) is not run:
+        # By the hash: the readable part may differ between versions.
+        if run is not None and (counted := first.setdefault(run.identity.rpartition("-")[2], run)) is not run:
             found.left_out.append(LeftOut(run.path, "copy", f"the same training as {counted.path}, which counts"))
     found.runs = list(first.values())
     if not found.runs and not found.left_out:

@@ -13,6 +13,7 @@ import pytest
 from report_runs import change, config, values, write
 
 from iwae_cli.core.errors import UserError
+from iwae_cli.report.paired import compare
 from iwae_cli.report.reader import read
 
 
@@ -74,6 +75,13 @@ def test_old_and_copied_runs_do_not_count_twice(tmp_path: Path) -> None:
     found = read([tmp_path])
     assert len(found.runs) == 1
     assert sorted(left.state for left in found.left_out) == ["copy", "set aside"]
+    named_by_an_older_version = tmp_path / "c" / folder.name.replace("one_layer", "one_layer_50")
+    shutil.copytree(folder, named_by_an_older_version)
+    change(named_by_an_older_version / "result.json", identity=named_by_an_older_version.name)
+    assert len(read([tmp_path]).runs) == 1
+    (run,), (same,) = (read([path]).runs for path in (folder, named_by_an_older_version))
+    with pytest.raises(UserError, match="both hold"):
+        compare("a", [run], "b", [same], "test")
     # Named twice is no copy.
     assert not read([folder, tmp_path / "a" / "." / folder.name]).left_out
 
