@@ -143,7 +143,9 @@ class Run:
         decides = training_config(self.config, {})
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
-        names = {*flatten(decides), *GROUPS, "init_from", "init_from.training", "device.precision", "data.sha256"}
+        names = {*flatten(decides), *GROUPS, "init_from.training", "device.precision", "data.sha256"}
+        if self.keys["init_from.training"] is None:
+            names.add("init_from")  # its name, which differs between versions, is all that is known of the source
         without_effect = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
         names |= FORMER.keys() - {f"model.{key}" for key in without_effect}
         names.discard("training._target_")  # older runs have no node ``training``, and there is one class of it

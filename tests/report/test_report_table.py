@@ -137,6 +137,12 @@ def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -
         first_of_seed = f"outputs/mnist-one_layer-elbo-k1-seed{seed}-0123456{seed}"
         write(tmp_path / "seeds", config(seed=seed, init_from=first_of_seed), values(85.0))
     assert len(table(tmp_path / "seeds").cells) == 1
+    for seed, version in enumerate(("one_layer", "gaussian_mlp_50")):
+        first = tmp_path / "named" / f"mnist-{version}-elbo-k1-seed{seed}-0123456{seed}"
+        first.mkdir(parents=True)
+        (first / "config.yaml").write_text(yaml.safe_dump(config(seed=seed)))
+        write(tmp_path / "other_names", config(seed=seed, init_from=str(first)), values(85.0))
+    assert len(table(tmp_path / "other_names").cells) == 1
 
 
 def test_groups_have_the_names_that_were_typed(tmp_path: Path) -> None:
