@@ -202,22 +202,27 @@ class Experiment:
     def shorter(self) -> list[tuple[int, RunFolder]]:
         """Return the runs of this training with another schedule that is the beginning of this one, longest first.
 
-        Each with its number of passes. Only runs whose names agree but for the model, which versions before 0.8 named
-        without its choices, are looked at.
+        Each with its number of passes. They are known by the hash: a version, or a user, may name a folder otherwise.
         """
         data, _, objective, k, seed, _ = self.identity().split("-")
         found = []
-        for file in Path(self.output_dir).glob(f"{data}-*-{objective}-{k}-{seed}-????????/config.yaml"):
-            with suppress(UserError, OSError, KeyError, TypeError):
-                node = _schedule(file, file.stat().st_mtime_ns)
-                theirs, mine = build(node, Schedule, "schedule"), self.schedule
+        digests: dict[str, str] = {}  # by the schedule
+        for file in Path(self.output_dir).glob("*/config.yaml"):
+            with suppress(UserError, OSError, KeyError, TypeError, UnicodeDecodeError):
+                if f"\nseed: {self.seed}\n" not in file.read_text():
+                    continue  # reading is quick, parsing hundreds of runs is not
+                (node, theirs), mine = _schedule(file.parent, file.stat().st_mtime_ns), self.schedule
                 begins = (
                     theirs.patience is None is mine.patience
                     and theirs.passes < mine.passes
                     and all(theirs.factor(number) == mine.factor(number) for number in range(theirs.passes))
                 )
-                digest = self._named(self._fingerprint, schedule=node).rpartition("-")[2]
-                if begins and digest == file.parent.name.rpartition("-")[2]:
+                if not begins:
+                    continue
+                text = json.dumps(node, sort_keys=True)
+                if text not in digests:
+                    digests[text] = self._named(self._fingerprint, schedule=node).rpartition("-")[2]
+                if digests[text] == file.parent.name.rpartition("-")[2]:
                     found.append((theirs.passes, RunFolder(file.parent)))
         return sorted(found, key=lambda pair: -pair[0])
 
@@ -325,9 +330,10 @@ class Experiment:
 
 
 @lru_cache(maxsize=10_000)
-def _schedule(config: Path, changed: int) -> Any:
+def _schedule(run: Path, changed: int) -> tuple[Any, Schedule]:
     # Cached for the jobs of a sweep.
-    return RunFolder(config.parent).config()["schedule"]
+    node = RunFolder(run).config()["schedule"]
+    return node, build(node, Schedule, "schedule")
 
 
 def _differences(group: str, there: dict[str, Any], here: dict[str, Any]) -> str:
