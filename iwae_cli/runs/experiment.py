@@ -204,7 +204,6 @@ class Experiment:
 
         Each with its number of passes. They are known by the hash: a version, or a user, may name a folder otherwise.
         """
-        data, _, objective, k, seed, _ = self.identity().split("-")
         found = []
         digests: dict[str, str] = {}  # by the schedule
         for file in Path(self.output_dir).glob("*/config.yaml"):
@@ -240,8 +239,8 @@ class Experiment:
         chosen = []
         for name, parameter in inspect.signature(type(self.model)).parameters.items():
             value = self.config["model"].get(name)
-            if isinstance(value, Mapping):
-                value = words(str(value.get("_target_")).rpartition(".")[2])
+            if isinstance(value, Mapping) and "_target_" in value:
+                value = words(str(value["_target_"]).rpartition(".")[2])
             if isinstance(value, str) and value != parameter.default:
                 chosen.append(value)
         return chosen

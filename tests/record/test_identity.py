@@ -76,6 +76,18 @@ def test_the_readable_part_names_the_objects(tmp_path: Path) -> None:
     assert evaluation("evaluation.splits=[test]").startswith("k5000-test-last-")
 
 
+def test_a_plain_dict_is_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("def __init__(self, options: dict[str, int] | None = None):", "    super().__init__([3], [[8]])")
+    body = "\n    ".join(("class DictMLP(GaussianMLP):", *lines))
+    (tmp_path / "dicts.py").write_text(f"from iwae_cli.models.architectures.mlp import GaussianMLP\n{body}\n")
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: dicts.DictMLP\noptions: {a: 1}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "dicts")
+    (job,) = plan(["model=mine"], False, "conf").jobs
+    assert job.experiment().identity().startswith("digits-dict_mlp-iwae-k5-")
+
+
 def test_a_training_whose_images_began_otherwise_does_not_answer(tmp_path: Path) -> None:
     """In version 0.6 the images of a VampPrior began partly outside of [0, 1], where they stayed."""
     (job,) = plan(["model.prior=vamp", "model.prior_components=3", f"output_dir={tmp_path}"], False, None).jobs
