@@ -65,7 +65,9 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
             if swept:
                 raise UserError(several(swept[0], in_python))
             return Plan([composer.job(parsed)], False, [], True, lines, stop, chosen, launcher, sweeper, base)
-        parsed = [*composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]), *parsed]
+        preset = composer.parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()])
+        typed = {o.key_or_group for o in parsed}
+        parsed = [*(o for o in preset if o.key_or_group not in typed), *parsed]
         is_grid = chosen["hydra/sweeper"] == "basic"
         if sweeper.get("custom_search_space"):
             raise UserError("hydra.sweeper.custom_search_space cannot be used: it would call what it names")

@@ -46,6 +46,12 @@ def test_a_preset_can_hold_a_sweep_and_a_sweep_presets() -> None:
         for one in grid
     ]
     assert sorted(found) == [*product(("one_layer", "two_layer"), ("elbo", "iwae"), (1, 5, 50), (0, 1))]
+    one, other = (
+        plan(["experiment=sweeps/bounds", *typed], False, None) for typed in ((), ("seed=7", "objective.k=1,2"))
+    )
+    assert {job.config["seed"] for job in one.jobs} == {0, 1, 2}
+    assert {(job.config["seed"], job.config["objective"]["k"]) for job in other.jobs} == {(7, 1), (7, 2)}
+    assert other.varied == ["objective", "objective.k"]
     swept = plan(["experiment=[],smoke"], True, None).jobs
     assert [one.config["evaluation"]["k"] for one in swept] == [5000, 500]
 
