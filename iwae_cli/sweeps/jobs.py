@@ -116,7 +116,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
         "group": plan.name,
         "launcher": name,
         "sweeper": plan.choices["hydra/sweeper"],
-        "varied": [*plan.varied, *(plan.sweeper.get("params") or ())],
+        "varied": plan.varied,
         "workers": launcher.workers(plan.launcher, at_once, available_cores()),
     }
     launcher.start(plan.launcher)

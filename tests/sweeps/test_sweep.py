@@ -252,6 +252,14 @@ def test_a_restarting_sweep_trains_nothing_twice(runs: Any, capsys: Any) -> None
     assert train(["-m", "seed=0,1", "restart=true"]) == 0 and runs[0] == [0, 0, 0, 1]
 
 
+def test_the_keys_of_a_preset_sweep_vary_once(runs: Any, tmp_path: Path) -> None:
+    preset = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1', objective.k: 2}}}"
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "seeds.yaml").write_text(f"# @package _global_\n{preset}\n")
+    assert train(["--config-dir=conf", "experiment=seeds", "batch_size=20,30"]) == 0 and runs[0] == [0, 0, 1, 1]
+    assert sweep_of(Path("outputs"))["varied"] == ["seed", "batch_size"]
+
+
 def test_a_logger_has_its_token_and_its_sweep_which_no_file_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "hunter2")
     seen: list[tuple[int, str, str]] = []
