@@ -128,8 +128,10 @@ def paths_fingerprint(node: Mapping[str, Any], shared: str) -> str | None:
         if isinstance(value, str) and value not in ("", shared):
             path, hashed = Path(value).expanduser(), True
             try:
-                inner = sorted(file for file in path.rglob("[!.]*") if file.is_file()) if path.is_dir() else [path]
+                inner = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
                 for file in inner:
+                    if any(part.startswith(".") for part in file.relative_to(path).parts):
+                        continue  # hidden, or in a hidden folder
                     with file.open("rb") as opened:
                         content = hashlib.file_digest(opened, "sha256").hexdigest()
                     digest.update(f"{file.relative_to(path)} {content} ".encode())

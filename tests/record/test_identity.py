@@ -219,7 +219,11 @@ def test_other_content_under_one_path_of_a_users_data_set_is_another_run(shapes:
     first = finished(outputs, *command)
     recorded = str(yaml.safe_load((first / "config.yaml").read_text())["data"])
     assert str(shapes / "images") in recorded, "absolute, so that iwae-eval finds it from any folder"
+    code, _, err = evaluate(first, "evaluation.k=3")
+    assert code == 0, err
     (shapes / "images" / ".lock").touch()
+    (shapes / "images" / ".git" / "objects").mkdir(parents=True)
+    (shapes / "images" / ".git" / "objects" / "index").touch()
     code, out, err = run(*command)
     assert (code, err) == (0, "") and first.name in out
     write_images(shapes, 1)
@@ -231,8 +235,6 @@ def test_other_content_under_one_path_of_a_users_data_set_is_another_run(shapes:
     assert (code, err) == (0, "") and first.name in out and "trained already" in out
 
 
-    code, _, err = evaluate(first, "evaluation.k=3")
-    assert code == 0, err
 def test_a_finished_run_compares_its_data(shapes: Path) -> None:
     """Also where no argument is a path, and where a version before 0.5 has not hashed it."""
     outputs = shapes / "outputs"
