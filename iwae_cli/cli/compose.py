@@ -34,9 +34,7 @@ from iwae_cli.cli.resolve import first_line, plain, resolved, secrets_in, texts_
 from iwae_cli.config.build import BASES, convert, show
 from iwae_cli.config.guesses import closest, keys_like, nearest, unknown_key
 from iwae_cli.core.errors import UserError, clip, one_line
-from iwae_cli.core.progress import announce
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import unused
 from iwae_cli.sweeps.jobs import Job, Plan
 
 ESTIMATOR = "estimator"
@@ -80,19 +78,6 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
         jobs = [composer.job(composer.parse(texts)) for texts in grid]
         varied = list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
         return Plan(jobs, True, varied, is_grid, lines, stop, chosen, launcher, sweeper, base)
-
-
-def say_unused(plan: Plan) -> None:
-    """Say which keys were typed that no job uses; none of a search, whose other jobs may use it."""
-    if not plan.is_grid or "WANDB_SWEEP_ID" in os.environ:
-        return
-    typed = {line.lstrip("+").partition("=")[0] for line in plan.jobs[0].overrides}
-    for group in ("model", "objective"):
-        nodes = [job.config[group] for job in plan.jobs]
-        for key, (choice, using) in unused(nodes[0]).items():
-            if f"{group}.{key}" in typed and all(key in unused(node) for node in nodes):
-                why = f"{group}.{key} has no effect with {group}.{choice}={nodes[0][choice]}"
-                announce(f"{why}: it is for {' or '.join(f'{group}.{choice}={value}' for value in using)}")
 
 
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from iwae_cli.core.errors import UserError, hide_nothing, one_line, without_hidd
 from iwae_cli.core.files import here
 
 if TYPE_CHECKING:
+    from iwae_cli.runs.experiment import Experiment
     from iwae_cli.runs.opened import Run
     from iwae_cli.sweeps.jobs import Plan
 
@@ -39,9 +40,8 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         UserError: where the command would end with an exit code: its message.
         Interrupted: by a signal; the state is saved and the same call resumes.
     """
-    from iwae_cli.cli.compose import plan, say_unused
+    from iwae_cli.cli.compose import plan
     from iwae_cli.runs.opened import open_run
-    from iwae_cli.runs.runner import run
 
     hide_nothing()
     try:
@@ -49,10 +49,7 @@ def train_run(*overrides: str, config_dir: str | None = None) -> Run:
         planned = plan(overrides, False, config_dir, in_python=True)
         if planned.multirun:
             raise UserError("hydra.mode asks for a sweep: type iwae-train -m ..., or train one run at a time")
-        say_unused(planned)
-        experiment = planned.jobs[0].experiment()
-        run(experiment)
-        return open_run(experiment.folder().path)
+        return open_run(_run_one(planned).folder().path)
     except UserError as error:
         # As printed: one line, without values from the environment.
         error.args = (one_line(error),)
@@ -102,7 +99,6 @@ def _train(argv: list[str]) -> bool:
         print(without_hidden(printed.getvalue()), end="")
     else:
         plan = compose.plan(asked.overrides, asked.multirun, asked.config_dir)
-        compose.say_unused(plan)
         _run(plan, argv)
         return True
     return False
@@ -121,9 +117,19 @@ def _run(plan: Plan, argv: list[str]) -> None:
 
         run_sweep(plan, shlex.join(["iwae-train", *argv]), engine)
         return
-    from iwae_cli.runs.runner import run
+    _run_one(plan)
 
-    run(plan.jobs[0].experiment())
+
+def _run_one(plan: Plan) -> Experiment:
+    """Run the only job of a plan, and return it."""
+    from iwae_cli.runs.runner import run
+    from iwae_cli.sweeps.jobs import say_unused
+
+    experiment = plan.jobs[0].experiment()
+    experiment.check()  # so that what is refused is one line
+    say_unused(plan)
+    run(experiment)
+    return experiment
 
 
 class _TrainParser(Parser):

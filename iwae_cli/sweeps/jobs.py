@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
 import time
@@ -18,7 +19,7 @@ from iwae_cli.core.errors import Interrupted, RunLocked, UserError, one_line
 from iwae_cli.core.files import absolute
 from iwae_cli.core.progress import announce, labelled
 from iwae_cli.core.signals import preemption
-from iwae_cli.record.identity import evaluation_name
+from iwae_cli.record.identity import evaluation_name, unused
 from iwae_cli.sweeps.launchers import BATCHED, adapter
 from iwae_cli.sweeps.records import Attempt, Planned, Stopped, SweepFolder, job_name
 from iwae_cli.sweeps.sweep import Sweep
@@ -85,6 +86,19 @@ class Plan:
         return f"{readable}-{hashlib.sha256(json.dumps([runs, searched]).encode()).hexdigest()[:8]}"
 
 
+def say_unused(plan: Plan) -> None:
+    """Say which keys were typed that no job uses; none of a search, whose other jobs may use it."""
+    if not plan.is_grid or "WANDB_SWEEP_ID" in os.environ:
+        return
+    typed = {line.lstrip("+").partition("=")[0] for line in plan.jobs[0].overrides}
+    for group in ("model", "objective"):
+        nodes = [job.config[group] for job in plan.jobs]
+        for key, (choice, using) in unused(nodes[0]).items():
+            if f"{group}.{key}" in typed and all(key in unused(node) for node in nodes):
+                why = f"{group}.{key} has no effect with {group}.{choice}={nodes[0][choice]}"
+                announce(f"{why}: it is for {' or '.join(f'{group}.{choice}={value}' for value in using)}")
+
+
 _sweep: Sweep | None = None
 """The sweep that this process started; None in a process that runs one job of a sweep started elsewhere."""
 
@@ -106,6 +120,7 @@ def run_sweep(plan: Plan, command: str, engine: Callable[[Plan, Path, list[Job],
     if name == BATCHED and not plan.is_grid:
         raise UserError(f"a search decides its jobs as it runs, hydra/launcher={BATCHED} has to know them before")
     checked = _checked(plan, launcher.elsewhere)
+    say_unused(plan)
     jobs, planned = [job for job, _ in checked], [one for _, one in checked]
     if twins := len(plan.jobs) - len(jobs):
         announce(f"{twins} of {len(plan.jobs)} jobs ask{'s' * (twins == 1)} for the training of another: it runs once")

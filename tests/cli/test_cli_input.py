@@ -14,11 +14,12 @@ from hydra.core.global_hydra import GlobalHydra
 from small_runs import last_of_each
 
 import iwae_cli
-from iwae_cli.cli.compose import plan, say_unused
+from iwae_cli.cli.compose import plan
 from iwae_cli.cli.evaluate import evaluate as command
 from iwae_cli.cli.help import conf_folder, config_files
 from iwae_cli.cli.train import train
 from iwae_cli.core.errors import UserError
+from iwae_cli.sweeps.jobs import say_unused
 
 WRONG = {
     # Groups and choices.
@@ -92,6 +93,9 @@ WRONG = {
     "-m objective.k=1,2,0": "job 2 (objective.k=0): objective.k must be >= 1",
     "-m seed=range(1000000000)": "10,000",
     "-m seed=range(9,3)": "seed=range(9,3)",
+    # Before keys without effect are said.
+    "model.prior_components=3 data=linear_gaussian": "data=linear_gaussian",
+    "-m model.prior_components=3 data=digits,linear_gaussian": "job 1 (data=linear_gaussian)",
     # Options.
     "--config-dir=nowhere": "--config-dir nowhere",
     "--objective=elbo": "objective=elbo",
