@@ -29,6 +29,7 @@ _USED_WITH = (
     ("beta_1", "schedule", ("linear", "moments"), ("log",)),
     ("beta_1", "partitions", (1,), ("2 or more",)),
     ("schedule", "partitions", (1,), ("2 or more",)),
+    ("tau", "backward", ("all",), ("roulette",)),
 )
 """A key, a choice, its values that leave the key without effect, and those that do not."""
 _OWN = __name__.partition(".")[0]
@@ -70,12 +71,15 @@ def training_config(config: Mapping[str, Any], fingerprints: Mapping[str, str]) 
     }
 
 
-def unused(node: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return the keys of a model or an objective without effect: the choice that uses each, and values with which."""
+def unused(node: Mapping[str, Any], classes: bool = False) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return the keys of a node without effect: the choice that uses each, and values with which.
+
+    With ``classes`` also those that a class in place of the choice does not use; the hash of a training holds these.
+    """
     return {
         key: (choice, using)
         for key, choice, leaving, using in _USED_WITH
-        if node.get(choice) in leaving and _is_own(node)
+        if _is_own(node) and (node.get(choice) in leaving or (classes and isinstance(node.get(choice), Mapping)))
     }
 
 

@@ -20,6 +20,7 @@ from iwae_cli.core.files import absolute
 from iwae_cli.core.progress import announce, labelled
 from iwae_cli.core.signals import preemption
 from iwae_cli.record.identity import evaluation_name, unused
+from iwae_cli.report.reader import class_name
 from iwae_cli.sweeps.launchers import BATCHED, adapter
 from iwae_cli.sweeps.records import Attempt, Planned, Stopped, SweepFolder, job_name
 from iwae_cli.sweeps.sweep import Sweep
@@ -91,11 +92,13 @@ def say_unused(plan: Plan) -> None:
     if not plan.is_grid or "WANDB_SWEEP_ID" in os.environ:
         return
     typed = {line.lstrip("+").partition("=")[0] for line in plan.jobs[0].overrides}
-    for group in ("model", "objective"):
+    for group in ("model", "objective", "training"):
         nodes = [job.config[group] for job in plan.jobs]
-        for key, (choice, using) in unused(nodes[0]).items():
-            if f"{group}.{key}" in typed and all(key in unused(node) for node in nodes):
-                why = f"{group}.{key} has no effect with {group}.{choice}={nodes[0][choice]}"
+        for key, (choice, using) in unused(nodes[0], classes=True).items():
+            if f"{group}.{key}" in typed and all(key in unused(node, classes=True) for node in nodes):
+                chosen = nodes[0][choice]
+                name = class_name(chosen["_target_"]) if isinstance(chosen, Mapping) else chosen
+                why = f"{group}.{key} has no effect with {group}.{choice}={name}"
                 announce(f"{why}: it is for {' or '.join(f'{group}.{choice}={value}' for value in using)}")
 
 

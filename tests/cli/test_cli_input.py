@@ -169,6 +169,9 @@ UNUSED = {
     "-m model.posterior=diagonal,full model.posterior_size=3": "model.posterior_size model.posterior=coupling",
     "-m model.posterior=diagonal,mixture model.posterior_size=3": "",
     "model.posterior=mixture model.posterior_size=3": "",
+    "model.prior={_target_:own.Flow} model.prior_components=3": "prior_components model.prior=Flow model.prior=vamp",
+    "training.tau=0.1": "training.tau training.backward=all training.backward=roulette",
+    "training.tau=0.1 training.backward=roulette": "",
 }
 """Keys that the choices of all jobs leave without effect, with what is said."""
 
