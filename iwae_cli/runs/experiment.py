@@ -163,11 +163,26 @@ class Experiment:
                 raise UserError(
                     f"init_from={source.path} was run with another {group}: {_differences(group, there, here)}"
                 )
+            if group == "optimizer" and initial is not None and (lacking := self._lacking(initial)):
+                raise UserError(
+                    f"with_optimizer=true: the optimizer of init_from={source.path} kept no {', '.join(lacking)}: "
+                    f"write with_optimizer=false, or what that run had ({_differences(group, there, here)})"
+                )
         if initial is not None and initial.step < initial.total_steps:
             raise UserError(
                 f"init_from={source.path} is not finished (step {initial.step:,} of {initial.total_steps:,}); "
                 "finish it first: its command resumes it"
             )
+
+    def _lacking(self, initial: checkpoint.State) -> list[str]:
+        """Return what the optimizer keeps of a parameter (its moments) and that of ``initial`` did not."""
+        parameter = torch.nn.Parameter(torch.zeros(1, 1))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = self.optimizer([parameter])
+        with suppress(AssertionError):  # what capturable requires of the device
+            optimizer.step()
+        kept = {name for values in initial.optimizer["state"].values() for name in values}
+        return sorted(optimizer.state[parameter].keys() - kept) if kept else []
 
     @cached_property
     def initial(self) -> checkpoint.State | None:

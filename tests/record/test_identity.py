@@ -103,6 +103,14 @@ def test_a_key_without_effect_makes_no_other_model_of_a_first_run(tiny_run: Path
         job.experiment().check()
 
 
+def test_an_optimizer_continues_with_all_that_it_keeps_or_not_at_all(tiny_run: Path, tmp_path: Path) -> None:
+    asked = (*TINY, f"init_from={tiny_run}", "with_optimizer=true", "seed=1", f"output_dir={tmp_path}")
+    code, _, err = run(*asked, "+optimizer.amsgrad=true")
+    assert code == 2 and err.count("\n") == 1 and "kept no max_exp_avg_sq" in err and "with_optimizer=false" in err
+    assert "optimizer.amsgrad=the default there, true here" in err and not run_folders(tmp_path)
+    finished(tmp_path, *asked, "optimizer.lr=0.01")
+
+
 def test_two_spellings_of_one_training_are_one(tmp_path: Path) -> None:
     assert identity("objective=dreg") == identity("objective.gradient=dreg") != identity()
     assert identity("model.latent_sizes=[100,50]", "model.hidden_sizes=[[200,200],[100,100]]") == identity(
