@@ -199,7 +199,7 @@ class WandbLogger(Logger):
             group=self.group or run.group,
             job_type=os.environ.get("WANDB_JOB_TYPE", "train"),
             tags=list(dict.fromkeys([*self.tags, *(name for name in names if 0 < len(name) <= 64)])),
-            name=self.name or run.identity,
+            name=self.name or run.identity[-128:],  # the longest that W&B takes; what tells runs apart is at the end
             notes=os.environ.get("WANDB_NOTES") or " ".join(run.overrides) or None,
             config=dict(run.config),
             # Apart from any other run in this process: neither returned for it nor finished by it.

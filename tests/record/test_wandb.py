@@ -204,6 +204,15 @@ def test_ids_follow_the_run_folder_and_not_the_training(tmp_path: Path, monkeypa
     assert wandb_logger().recorded(info(former)), "damaged: as if it were not there"
 
 
+def test_a_long_identity_is_cut_to_what_wandb_takes(tmp_path: Path) -> None:
+    logger, identity = wandb_logger(), f"{'data' * 15}-{'model' * 12}-{'objective' * 6}-k50-seed0-0a1b2c3d"
+    logger.open(info(tmp_path / "run", identity=identity), [])
+    logger.close("finished")
+    (record,) = offline_folders(tmp_path / "run")
+    (run,) = of_type(record, "run")
+    assert len(run["display_name"]) == 128 < len(identity) and identity.endswith(run["display_name"])
+
+
 def git(*arguments: str) -> str:
     environment = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return subprocess.run(
