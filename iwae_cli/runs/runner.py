@@ -367,21 +367,22 @@ class Runner:
             finished_before: whether the run stays the finished one that it was.
         """
         status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        same = "the same command" + " without restart=true" * self.experiment.restart
         if status == "interrupted":
-            log.warning("%s at step %d; the same command resumes from there", error, self.state.step)
+            log.warning("%s at step %d; %s resumes from there", error, self.state.step, same)
         else:
             log.info("failed at step %d", self.state.step, exc_info=error)
         folder, failure = self.folder, error
         words = trouble(error, folder.path) if isinstance(error, OSError) else None
         if words is not None and folder.path.is_dir():
             failure = RunFailed(
-                f"{folder.path} cannot be written to ({words}); when it can, the same command resumes from the last "
+                f"{folder.path} cannot be written to ({words}); when it can, {same} resumes from the last "
                 "saved step; or choose another folder with output_dir=..."
             )
         elif words is not None:
             failure = RunFailed(
                 f"{folder.path} is gone: it was renamed or removed while this run wrote to it; "
-                "under its old name the same command resumes from the last saved step"
+                f"under its old name {same} resumes from the last saved step"
             )
         # An error here has the cause of the one that was raised.
         if not finished_before:

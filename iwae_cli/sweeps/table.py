@@ -56,7 +56,9 @@ def show(folder: SweepFolder, jobs: Sequence[Mapping[str, Any]], varied: Sequenc
     counts = Counter(job["status"] for job in jobs)
     out.print(counted(counts) or "no jobs")
     if counts.keys() - {"finished"}:
-        out.print("the same command resumes here and repeats nothing that is finished")
+        restarted = any(override.lower() == "restart=true" for job in jobs for override in job["overrides"])
+        same = "the same command" + " without restart=true" * restarted
+        out.print(f"{same} resumes here and repeats nothing that is finished")
     lines = {"folder": shown(folder.path)}
     finished = [job for job in jobs if job["status"] == "finished"]
     if is_search:

@@ -140,7 +140,9 @@ def test_a_signal_at_every_moment(output_dir: Path, reference: dict[str, Any], m
         with monkeypatch.context() as patch, Fault(fault, events, output_dir):
             if step < STEPS_PER_PASS:
                 patch.setattr(trainer, "SAVE_EVERY_SECONDS", -1.0)
-            code, out, err = command(output_dir)
+            code, out, err = command(output_dir, *(["restart=true"] if step == 6 else []))
+        same = "the same command without restart=true" if step == 6 else "the same command"
+        assert f"{same} resumes from there" in err
         assert (code, out) == (130 if fault is interrupt else 143, ""), (name, err)
         folder = only_folder(output_dir)
         check_whole(folder)

@@ -250,6 +250,10 @@ def test_a_restarting_sweep_trains_nothing_twice(runs: Any, capsys: Any) -> None
     assert "job 1 (evaluation.k=6): restart=true would set aside" in line and "iwae-eval" in line
     assert train(["-m", "evaluation.k=5,6"]) == 0 and runs[0] == [0, 0]
     assert train(["-m", "seed=0,1", "restart=true"]) == 0 and runs[0] == [0, 0, 0, 1]
+    runs[1][1] = RunFailed("it diverged")
+    for typed, said in ((), "the same command resumes"), (("restart=true",), "the same command without restart=true"):
+        capsys.readouterr()
+        assert train(["-m", "seed=0,1", *typed]) == 1 and said in capsys.readouterr().out
 
 
 def test_the_keys_of_a_preset_sweep_vary_once(runs: Any, tmp_path: Path) -> None:
