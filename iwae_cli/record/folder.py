@@ -110,7 +110,10 @@ class RunFolder:
         try:
             return schema.read_json(self.path / "result.json", schema.Result)
         except schema.Damaged as error:
-            raise UserError(f"{error}; remove it, the same command evaluates again") from None
+            way = "remove it, the same command evaluates again"
+            if not self.checkpoint.exists():
+                way = "copy that of its evaluation in evaluations/ over it, or retrain with restart=true"
+            raise UserError(f"{error}; {way}") from None
 
     def lacks(self) -> list[str]:
         """Return the derived files of a finished run that are missing or not whole; its checkpoint regenerates them."""

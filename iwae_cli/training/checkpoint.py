@@ -203,11 +203,11 @@ def load_best(path: Path, state: State) -> tuple[int, dict[str, Tensor]]:
         UserError: the file is missing, damaged, or belongs to another training than ``state``.
     """
     if not path.is_file():
+        # With schedule.patience the training's own command refuses the last weights.
+        last = "use iwae-eval RUN_FOLDER evaluation.weights=last"
         if not state.best:
-            raise UserError(f"{path} is not there: no validation bound was finite yet; use evaluation.weights=last")
-        raise UserError(
-            f"{path} is gone; use evaluation.weights=last, or retrain by the run's command with restart=true"
-        )
+            raise UserError(f"{path} is not there: no validation bound was finite yet; {last}")
+        raise UserError(f"{path} is gone; {last}, or retrain by the run's command with restart=true")
     best: tuple[str, int, dict[str, Tensor]] = _read(path, lambda h: (h["identity"], int(h["step"]), dict(h["model"])))
     _require(path, best[0], state.identity)
     return best[1:]

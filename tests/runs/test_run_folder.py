@@ -167,6 +167,12 @@ def test_without_a_checkpoint_nothing_is_retrained(folder: Path) -> None:
         line = refused(folder.parent, "evaluation.k=51")
         assert str(folder) in line and "checkpoint.pt" in line and "restart=true" in line
         assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+        (folder / "result.json").write_text("{")
+        line = refused(folder.parent)
+        assert "evaluations/" in line and "restart=true" in line and "remove it" not in line
+        (kept,) = folder.glob("evaluations/*/result.json")
+        shutil.copyfile(kept, folder / "result.json")
+        assert again(folder.parent)[0] == 0
         (folder / "result.json").unlink()
         assert "checkpoint.pt" in refused(folder.parent)
 
