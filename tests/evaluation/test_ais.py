@@ -195,7 +195,7 @@ def test_step_sizes_are_frozen_before_the_measured_chains_begin(monkeypatch: pyt
 
     monkeypatch.setattr(paths, "hamiltonian_move", recorded)
     chosen = settings(temperatures=20, max_temperatures=40, tolerance=1e-9)
-    anneal(chosen, model, x)
+    anneal(chosen, model, x[: paths.GROUP])
     tuned, measured, finer = used[paths.WARM_UP : paths.WARM_UP + 20], used[paths.WARM_UP + 20 :][:20], used[-40:]
     assert len(used) == paths.WARM_UP + 20 + 20 + 40
     # A step is kept as it is after its own transition; the last one was tried by no chain yet.
