@@ -250,10 +250,11 @@ def run_job(job: Job, sweep_folder: Path, number: int, launcher: str) -> float |
 def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[str, Any]:
     from iwae_cli.runs.runner import run
 
-    if job.config["restart"] and attempt.before in ("running", "pending", "interrupted", "killed"):
-        # It has restarted this run already. A grid that is typed again has forgotten its attempts, and restarts.
-        job = replace(job, config={**job.config, "restart": False})
     experiment = job.experiment(folder.path.name)
+    if experiment.restart and attempt.has_made(experiment.folder().path):
+        # Set aside already. A grid that is typed again has forgotten its attempts, and restarts.
+        job = replace(job, config={**job.config, "restart": False})
+        experiment = job.experiment(folder.path.name)
     if _sweep is None:
         experiment.device.assign_gpu(number)
     if experiment.evaluation.workers is None:

@@ -110,6 +110,12 @@ class Attempt:
             self._values |= self._folder.place(folder, evaluation)
         self._write("running")
 
+    def has_made(self, folder: Path) -> bool:
+        """Return whether an earlier attempt of the same command began the run in ``folder``."""
+        with suppress(OSError):
+            return self.before is not None and (folder / "config.yaml").stat().st_mtime >= self._values["begun"]
+        return False
+
     def ends(self, status: Status, error: BaseException | None = None) -> None:
         """Record the final status, and of a failure that is no UserError the traceback."""
         self._values["error"] = None if error is None else one_line(error) or type(error).__name__

@@ -26,7 +26,7 @@ from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps.launchers import LAUNCHERS, adapter
-from iwae_cli.sweeps.records import Attempt, Planned
+from iwae_cli.sweeps.records import Attempt, Planned, SweepFolder
 from iwae_cli.sweeps.sweep import Sweep
 
 QUICK = (*TINY, "schedule.passes=1", "evaluation.k=5")
@@ -242,6 +242,24 @@ def test_one_training_in_two_words_is_one_job(runs: Any, capsys: Any) -> None:
         out, err = capsys.readouterr()
         assert err.splitlines()[0] == "1 of 2 jobs asks for the training of another: it runs once"
         assert out.count("digits-gaussian_mlp_50-iwae-k5-seed3-") == 1
+
+
+def test_a_queued_job_restarts_once_however_early_it_was_stopped(tmp_path: Path) -> None:
+    """It has set the old run aside if the folder is younger than its first attempt."""
+    folder = SweepFolder(tmp_path)
+    folder.jobs.mkdir()
+    config = tmp_path / "run" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("old")
+    os.utime(config, (time.time() - 100,) * 2)
+    first = Attempt(folder, 0, ["seed=0"])
+    assert not first.has_made(config.parent)
+    first.begins()
+    first.ends("interrupted")
+    assert not Attempt(folder, 0, ["seed=0"]).has_made(config.parent), "the old run is still there"
+    config.write_text("new")
+    assert Attempt(folder, 0, ["seed=0"]).has_made(config.parent)
+    assert not Attempt(folder, 0, ["seed=0"]).has_made(tmp_path / "none")
 
 
 def test_a_restarting_sweep_trains_nothing_twice(runs: Any, capsys: Any) -> None:
