@@ -29,7 +29,7 @@ SAVE = "write one with np.savez('x.npz', train=..., validation=..., test=...)"
 SAVE_PT = "write one with torch.save({'train': ..., 'validation': ..., 'test': ...}, 'x.pt')"
 SHARES = "data.splits=[0.8,0.1,0.1]"
 EXACT_REAL = 100
-"""Least standard deviation of real values, in steps of float32 at the largest."""
+"""Least standard deviation of real values, in largest errors of float32."""
 EXACT = 1e-3
 """How far a grey value in [0, 1] may be from a level, in levels."""
 
@@ -190,9 +190,9 @@ class ArrayFile(_Own):
         if self.levels is None and floating and largest <= torch.finfo(torch.float32).max:
             for name, array in arrays.items():
                 pixels = array.reshape(len(array), -1)
-                spread, reach = pixels.std(0), np.abs(pixels).max(0)
+                spread, loss = pixels.std(0), np.abs(pixels.astype(np.float32) - pixels).max(0)
                 # A pixel that varies by rounding alone may lose that.
-                lost = (spread < EXACT_REAL * np.spacing(reach.astype(np.float32))) & (spread > 1e-6 * spread.max())
+                lost = (loss * EXACT_REAL > spread) & (spread > 1e-6 * spread.max())
                 if lost.any():
                     first = pixels[:, lost.argmax()]
                     raise self._wrong(

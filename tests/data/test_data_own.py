@@ -203,6 +203,11 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
         {"levels": "real"},
         "train in position 0 float32 would lose: subtract their mean",
     ),
+    "float32, which loses nothing": (
+        lambda: splits(lambda *s: (1.7e6 + np.array([1, 0]) * RANDOM.integers(0, 4, s)).astype(np.float32), 2),
+        {"levels": "real"},
+        "",
+    ),
     "a constant pixel that rounding moves": (
         lambda: splits(lambda *s: np.array([0, 0.1]) + [1, 1e-12] * RANDOM.normal(size=s), 2),
         {"levels": "real"},
