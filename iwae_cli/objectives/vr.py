@@ -12,8 +12,8 @@ from torch import Tensor
 from iwae_cli.core.numerics import log_mean_exp, normalized_weights
 from iwae_cli.objectives.base import BoundObjective, Gradient
 
-LEAST = 1e-3
-"""Least distance of alpha from 1: the bound divides by it what float32 rounds."""
+NEAR = 1e-3
+"""Distance of alpha from 1 within which float32 rounds much of what the bound divides by it."""
 
 
 class VR(BoundObjective):
@@ -30,7 +30,7 @@ class VR(BoundObjective):
     v = softmax((1-alpha) log w), a = v, b = alpha v + (1-alpha) v^2.
 
     Args:
-        alpha: order of the divergence, not near 1; or ``max``.
+        alpha: order of the divergence, not 1; or ``max``.
         gradient: ``total``, ``stl`` (biased for k >= 2) or ``dreg``; VR-max, whose derivative jumps where the
             largest weight changes, has ``total`` alone.
     """
@@ -45,12 +45,19 @@ class VR(BoundObjective):
             order = -math.inf
         elif not math.isfinite(alpha):
             raise ValueError(f"alpha must be finite, or max for VR-max (the limit alpha = -inf), got {alpha}")
-        elif round(abs(alpha - 1), 12) < LEAST:
-            raise ValueError(f"alpha must be {LEAST} or more from 1: that limit is the ELBO, use objective=elbo")
+        elif alpha == 1:
+            raise ValueError("alpha must not be 1: that limit is the ELBO, use objective=elbo")
         else:
             order = alpha
         self.alpha = order
         self.lower_bound = order >= 0
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Near alpha = 1 the gradient is right, and the printed bound is not."""
+        if abs(self.alpha - 1) >= NEAR:
+            return super().caveats
+        return (*super().caveats, "objective.alpha is so near to 1 that rounding moves the bound that is printed")
 
     def bound(self, log_w: Float[Tensor, "k batch"]) -> Float[Tensor, " batch"]:
         if self.alpha == -math.inf:

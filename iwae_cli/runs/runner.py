@@ -41,6 +41,7 @@ from iwae_cli.runs.extend import extend
 from iwae_cli.training import checkpoint
 from iwae_cli.training.diagnostics import kl_of_units
 from iwae_cli.training.minibatches import Minibatches
+from iwae_cli.training.settings import EXACT_EMA
 from iwae_cli.training.steps.choose import choose_step
 from iwae_cli.training.trainer import Trainer
 
@@ -130,6 +131,11 @@ class Runner:
             self._resume()
         for caveat in experiment.objective.caveats:
             log.warning(caveat)
+        if (experiment.training.ema or 0) > EXACT_EMA:
+            log.warning(
+                "training.ema=%s averages so slowly that float32 loses much of it; up to %s it is exact enough",
+                *(experiment.training.ema, EXACT_EMA),
+            )
         warmup, passes = experiment.training.kl_warmup, experiment.schedule.passes
         if warmup > passes:
             log.warning(

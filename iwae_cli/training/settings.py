@@ -14,8 +14,10 @@ Backward = Literal["all", "roulette"]
 
 LEAST_CLIP = 1e-6
 """A shorter gradient is lost beside the eps of Adam, or in the rounding of the weights."""
-EMA = 0.01, 0.9999
-"""Decays from that of no average to that of ten thousand steps; a larger one would lose what float32 cannot add."""
+EMA = 0.01, 0.999999
+"""Decays from that of no average to that of a million steps."""
+EXACT_EMA = 0.9999
+"""A larger decay adds less to a weight than float32 may hold."""
 
 
 @dataclass(frozen=True)

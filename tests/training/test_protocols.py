@@ -97,14 +97,19 @@ def test_a_warm_up_is_refused_where_it_would_be_another_gradient(objective: Obje
     assert "roulette" in (Training("roulette", kl_warmup=3).check(IWAE(3)) or "")
 
 
+def test_an_average_too_slow_for_float32_is_said(tmp_path: Path) -> None:
+    code, _, err = run(*TINY, "schedule.passes=1", "training.ema=0.99999", f"output_dir={tmp_path}")
+    assert code == 0 and "training.ema=0.99999 averages so slowly that float32 loses much of it" in err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kl_warmup": -1}, "kl_warmup must be >= 0, got -1"),
         ({"clip": 0.0}, "clip must be null or finite and at least 1e-06, got 0.0"),
         ({"clip": math.inf}, "clip must be null or finite and at least 1e-06, got inf"),
-        ({"ema": 1.0}, "ema must be null or from 0.01 to 0.9999 (such as 0.999), got 1.0"),
-        ({"ema": math.nan}, "ema must be null or from 0.01 to 0.9999 (such as 0.999), got nan"),
+        ({"ema": 1.0}, "ema must be null or from 0.01 to 0.999999 (such as 0.999), got 1.0"),
+        ({"ema": math.nan}, "ema must be null or from 0.01 to 0.999999 (such as 0.999), got nan"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, float], message: str) -> None:
