@@ -264,11 +264,11 @@ def _complaint(errors: list[Any], hint: Any, path: str) -> str:
     got = deepest[0][1]["input"]
     line = f"{path}{''.join(f'[{index}]' for index in place)} must be {' or '.join(wanted)}, got {show(got)}"
     if "a list" in wanted and not place and isinstance(got, str | int | float):
-        return f"{line}: write {shlex.quote(f'{path}=[{closest(got, _literals(hint)) or show(got)}]')}"
+        return f"{line}: write {shlex.quote(f'{path}=[{closest(got, literals(hint)) or show(got)}]')}"
     span = re.fullmatch(r"(\d{1,9})(?:\.\.|-|:)(\d{1,9})", str(got))
     if "an integer" in wanted and span and int(span[1]) < int(span[2]):
         return f"{line}; for several runs write -m {shlex.quote(f'{path}=range({span[1]},{int(span[2]) + 1})')}"
-    return line + nearest(got, _literals(hint))
+    return line + nearest(got, literals(hint))
 
 
 def _wanted(error: Mapping[str, Any]) -> str:
@@ -280,10 +280,10 @@ def _wanted(error: Mapping[str, Any]) -> str:
     return _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("'", "")
 
 
-def _literals(hint: Any) -> list[str]:
+def literals(hint: Any) -> list[str]:
     """Return the texts among the literals inside ``hint``."""
     options = get_args(hint)
-    return [o for o in options if isinstance(o, str)] + [text for option in options for text in _literals(option)]
+    return [o for o in options if isinstance(o, str)] + [text for option in options for text in literals(option)]
 
 
 def show(value: Any) -> str:

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 
-from iwae_cli.config.build import build
+from iwae_cli.config.build import build, literals
 from iwae_cli.config.optimizer import try_optimizer
 from iwae_cli.core.device import Device, compiler
 from iwae_cli.core.errors import UserError, check_range
@@ -250,14 +250,16 @@ class Experiment:
         return []
 
     def _choices(self) -> list[str]:
-        """Return the texts and classes among the model's arguments that are no defaults, such as the family of q."""
+        """Return the choices and classes among the model's arguments that are no defaults, such as the family of q."""
         chosen = []
+        hints = get_type_hints(type(self.model).__init__)
         for name, parameter in inspect.signature(type(self.model)).parameters.items():
             value = self.config["model"].get(name)
             if isinstance(value, Mapping) and "_target_" in value:
                 value = words(str(value["_target_"]).rpartition(".")[2])
-            if isinstance(value, str) and value != parameter.default:
                 chosen.append(value)
+            elif value != parameter.default and value in literals(hints.get(name)):
+                chosen.append(value)  # no other text, which may be a path or a secret
         return chosen
 
     def folder(self) -> RunFolder:
