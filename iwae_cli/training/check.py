@@ -115,10 +115,9 @@ def _require_observable(model: LatentVariableModel, name: str, x: Tensor) -> Non
 
 def _require_kind(architecture: Architecture, model: LatentVariableModel) -> None:
     if architecture.discrete == model.inference.reparameterized:
-        has = "no layer" if architecture.discrete else "a layer"
         raise UserError(
-            f"{type(architecture).__name__}.discrete is {architecture.discrete}, and its q has {has} whose "
-            f"reparameterized is False: write discrete = {not architecture.discrete} in the class"
+            f"{type(architecture).__name__}.discrete is {architecture.discrete}, and reparameterized of its q is "
+            f"{model.inference.reparameterized}: write discrete = {not architecture.discrete} in the class"
         )
 
 
@@ -241,9 +240,11 @@ def _check_conditional(part: Conditional, given: Given, level: int, like: Tensor
             training = part
         rows = None if given is None else given[..., [0, 0], :]
         calls = (h, given), (h, given), (h[:, [0, 0]], rows)
-        first, second, alike = (_called(training, "log_prob", *call)[:, 0].detach() for call in calls)
-    _compare(part, "log_prob", of, first, second, "as in a second call, both in training mode")
-    _compare(part, "log_prob", of, first, alike, "as beside another row of the batch, both in training mode")
+        found = [_require(part, "log_prob", of, _called(training, "log_prob", *call), (K, BATCH)) for call in calls]
+    first, second, alike = (values[:, 0] for values in found)
+    mode = "both in training mode (dropout and batch norm do so; layer norm does not)"
+    _compare(part, "log_prob", of, first, second, f"as in a second call, {mode}")
+    _compare(part, "log_prob", of, first, alike, f"as beside another row of the batch, {mode}")
     # A uniform draw is never negative.
     is_normal = all(e.min() < 0 and e.shape[:2] == h.shape[:2] for e in drawn)
     is_normal = is_normal and sum(e.shape[-1] for e in drawn) == h.shape[-1]

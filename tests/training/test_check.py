@@ -283,13 +283,13 @@ def test_an_architecture_must_say_that_its_latents_are_discrete() -> None:
         return type("OfBits", (OwnModel,), {"discrete": discrete})(Coins, in_q=True)
 
     iwae_cli.check(of_bits(True))
-    words = r"^OfBits\.discrete is False, and its q has a layer whose reparameterized is False: write discrete = True"
+    words = r"^OfBits\.discrete is False, and reparameterized of its q is False: write discrete = True"
     with pytest.raises(UserError, match=words):
         iwae_cli.check(of_bits(False))
     with pytest.raises(UserError, match=words):
         check_outside(IWAE(5), of_bits(False), drawn())
     with pytest.raises(
-        UserError, match=r"^OfNone\.discrete is True, and its q has no layer .*: write discrete = False"
+        UserError, match=r"^OfNone\.discrete is True, and reparameterized of its q is True: write discrete = False"
     ):
         iwae_cli.check(type("OfNone", (GaussianMLP,), {"discrete": True})([3], [[8]]))
 
