@@ -251,7 +251,8 @@ def _run(job: Job, attempt: Attempt, folder: SweepFolder, number: int) -> dict[s
     from iwae_cli.runs.runner import run
 
     experiment = job.experiment(folder.path.name)
-    if experiment.restart and attempt.has_made(experiment.folder().path):
+    is_cut_short = attempt.before in ("running", "pending")  # also by the training of several at once
+    if experiment.restart and (is_cut_short or attempt.has_made(experiment.folder().path)):
         # Set aside already. A grid that is typed again has forgotten its attempts, and restarts.
         job = replace(job, config={**job.config, "restart": False})
         experiment = job.experiment(folder.path.name)
