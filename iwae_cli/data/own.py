@@ -29,7 +29,7 @@ SAVE = "write one with np.savez('x.npz', train=..., validation=..., test=...)"
 SAVE_PT = "write one with torch.save({'train': ..., 'validation': ..., 'test': ...}, 'x.pt')"
 SHARES = "data.splits=[0.8,0.1,0.1]"
 EXACT_REAL = 100
-"""Least standard deviation of real values, in largest errors of float32."""
+"""Least standard deviation of real values, in steps of float32 at the largest; of one pixel, in its largest error."""
 EXACT = 1e-3
 """How far a grey value in [0, 1] may be from a level, in levels."""
 
@@ -188,11 +188,17 @@ class ArrayFile(_Own):
                 return integers
         floating, largest = all(array.dtype.kind == "f" for array in arrays.values()), max(-least, most)
         if self.levels is None and floating and largest <= torch.finfo(torch.float32).max:
+            spread = max(float(array.std()) for array in arrays.values())
+            if spread < EXACT_REAL * float(np.spacing(np.float32(largest))):
+                raise self._wrong(
+                    f"holds values from {least:.9g} to {most:.9g}, whose differences float32 would lose: "
+                    "subtract their mean before you save them"
+                )
             for name, array in arrays.items():
                 pixels = array.reshape(len(array), -1)
-                spread, loss = pixels.std(0), np.abs(pixels.astype(np.float32) - pixels).max(0)
+                spreads, loss = pixels.std(0), np.abs(pixels.astype(np.float32) - pixels).max(0)
                 # A pixel that varies by rounding alone may lose that.
-                lost = (loss * EXACT_REAL > spread) & (spread > 1e-6 * spread.max())
+                lost = (loss * EXACT_REAL > spreads) & (spreads > 1e-6 * spreads.max())
                 if lost.any():
                     first = pixels[:, lost.argmax()]
                     raise self._wrong(

@@ -198,13 +198,18 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
         {"levels": "real"},
         "float32 would lose: subtract their mean",
     ),
+    "offset that float32 has lost": (
+        lambda: splits(lambda *s: (1e7 + RANDOM.normal(size=s)).astype(np.float32), 4),
+        {"levels": "real"},
+        "float32 would lose: subtract their mean",
+    ),
     "offset of one column": (
         lambda: splits(lambda *s: np.array([1.7e9, 0, 0, 0.1]) + [1, 1, 1, 0] * RANDOM.normal(size=s), 4),
         {"levels": "real"},
         "train in position 0 float32 would lose: subtract their mean",
     ),
     "float32, which loses nothing": (
-        lambda: splits(lambda *s: (1.7e6 + np.array([1, 0]) * RANDOM.integers(0, 4, s)).astype(np.float32), 2),
+        lambda: splits(lambda *s: (np.array([1.7e6, 0]) + RANDOM.integers(0, 4, s)).astype(np.float32), 2),
         {"levels": "real"},
         "",
     ),
