@@ -225,8 +225,8 @@ def test_a_divergence_leaves_out_points_without_mass() -> None:
     """Of q nothing is beyond 3 here, or little: there 0 times an infinite ratio of densities is nothing."""
     model = nonlinear(1)
     with torch.no_grad():
-        model.inference.layers[0].log_scale.bias.fill_(-4)  # type: ignore[operator, union-attr]
-        model.inference.layers[0].log_scale.weight.fill_(0)  # type: ignore[operator, union-attr]
+        model.inference.layers[0].log_scale.bias.fill_(-4)
+        model.inference.layers[0].log_scale.weight.fill_(0)
     x, box = drawn(model, 2), prior_box(model, 40, 401, 0)
     found = []
     for cls in (MLPPixels, Within):

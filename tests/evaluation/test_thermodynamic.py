@@ -83,8 +83,8 @@ def test_a_right_model_of_integers_is_not_refused_where_few_draws_agree(k: int) 
     x = torch.zeros(100, 4, dtype=torch.uint8)
     model = GaussianMLP([2], [[3]]).build((4,), np.full(4, 1e-3), torch.Generator().manual_seed(0)).eval()
     with torch.no_grad():
-        model.generative.observation.head.bias.fill_(-20)  # type: ignore[operator, union-attr]
-        model.inference.layers[0].log_scale.bias.fill_(math.log(3))  # type: ignore[operator, union-attr]
+        model.generative.observation.head.bias.fill_(-20)
+        model.inference.layers[0].log_scale.bias.fill_(math.log(3))
     asked = EstimatorInput(model, Data("zeros", "", x, x, x, 2, "fixed", (4,)), evaluation(splits=["test"], workers=1))
     found = Thermodynamic(k, images=None).estimate(asked, lambda: None)
     assert (found.arrays["log_px"] > 0).any()

@@ -187,11 +187,11 @@ def test_objectives_that_need_independent_draws_refuse_components_in_turn() -> N
 
 def test_what_a_chain_says_of_its_layers_follows_a_layer_that_is_replaced() -> None:
     q = built(GaussianMLP([2], [[5]]), 4).inference
-    q.layers[0] = made("mixture", 2)  # type: ignore[index]
+    q.layers[0] = made("mixture", 2)
     model = LatentVariableModel(built(GaussianMLP([2], [[5]]), 4).generative, q)
     assert q.strata == 3 and "independent draws" in (VIMCO(3).check_networks(model) or "")
     assert "objective.k=6" in (IWAE(5).check_networks(model) or "")
-    q.layers[0] = LinearBits(4, 2).double()  # type: ignore[index]
+    q.layers[0] = LinearBits(4, 2).double()
     assert q.strata == 1 and not q.reparameterized and not model.draw(torch.ones(1, 4).double(), 2).reparameterized
 
 
