@@ -256,8 +256,7 @@ class Experiment:
         for name, parameter in inspect.signature(type(self.model)).parameters.items():
             value = self.config["model"].get(name)
             if isinstance(value, Mapping) and "_target_" in value:
-                value = words(str(value["_target_"]).rpartition(".")[2])
-                chosen.append(value)
+                chosen.append(words(str(value["_target_"]).rpartition(".")[2]))
             elif value != parameter.default and value in literals(hints.get(name)):
                 chosen.append(value)  # no other text, which may be a path or a secret
         return chosen
