@@ -188,7 +188,7 @@ class ArrayFile(_Own):
                 return integers
         floating, largest = all(array.dtype.kind == "f" for array in arrays.values()), max(-least, most)
         if self.levels is None and floating and largest <= torch.finfo(torch.float32).max:
-            spread = max(float(array.std()) for array in arrays.values())
+            spread = max(float(array.std(dtype=np.float64)) for array in arrays.values())
             if spread < EXACT_REAL * float(np.spacing(np.float32(largest))):
                 raise self._wrong(
                     f"holds values from {least:.9g} to {most:.9g}, whose differences float32 would lose: "
@@ -196,7 +196,7 @@ class ArrayFile(_Own):
                 )
             for name, array in arrays.items():
                 pixels = array.reshape(len(array), -1)
-                spreads, loss = pixels.std(0), np.abs(pixels.astype(np.float32) - pixels).max(0)
+                spreads, loss = pixels.std(0, dtype=np.float64), np.abs(pixels.astype(np.float32) - pixels).max(0)
                 # A pixel that varies by rounding alone may lose that.
                 lost = (loss * EXACT_REAL > spreads) & (spreads > 1e-6 * spreads.max())
                 if lost.any():
@@ -338,8 +338,10 @@ class ImageFolder(_Own):
         name = path.relative_to(self._place).as_posix()
         try:
             with Image.open(path) as image:
+                # Pillow calls colours of 16 bits "RGB" and keeps 8; the layout in the file tells, until it is read.
+                deep = image.mode[0] in "IF" or any(re.search(";16[BLN]", str(part.args)) for part in image.tile)
                 sheer = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
-                fault = "transparent pixels" if sheer else "more than 8 bits" if image.mode[0] in "IF" else ""
+                fault = "transparent pixels" if sheer else "more than 8 bits" if deep else ""
                 flat = image.convert("RGB" if self._colour else "L")
         except Exception as error:  # damaged files raise errors of many kinds
             raise self._wrong(f"{name} cannot be read as an image; mend it or move it away") from error

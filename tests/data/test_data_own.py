@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, np.ndarray]], dict[str, Any], str]
         {"levels": "real"},
         "train in position 0 float32 would lose: subtract their mean",
     ),
+    "huge values": (lambda: splits(lambda *s: (1e30 * reals(*s)).astype(np.float32), 4), {"levels": "real"}, ""),
     "float32, which loses nothing": (
         lambda: splits(lambda *s: (np.array([1.7e6, 0]) + RANDOM.integers(0, 4, s)).astype(np.float32), 2),
         {"levels": "real"},
@@ -279,6 +282,22 @@ def test_other_content_is_one_line_and_nothing_is_unpickled(name: str) -> None:
     assert not Path("sprung").exists()
 
 
+def png_of_16_bits(colours: np.ndarray) -> bytes:
+    """Return a file that Pillow reads and cannot write (PNG specification, sections 5 and 11)."""
+    height, width, _ = colours.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in colours)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(lines),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def test_wrong_images_are_one_line() -> None:
     def refused(words: str, **keys: Any) -> None:
         with pytest.raises(UserError) as refusal:
@@ -302,6 +321,8 @@ def test_wrong_images_are_one_line() -> None:
     refused("9.png 4x5 4x4 data.size=", **shares)
     assert ImageFolder("own", size=[4, 4], **shares).load().image_shape == (4, 4)
     picture(Path("own", "9.png"), greys(4, 4).astype(np.uint16) * 200)
+    refused("9.png 8 bits", **shares)
+    Path("own", "9.png").write_bytes(png_of_16_bits(RANDOM.integers(0, 2**16, (4, 4, 3))))
     refused("9.png 8 bits", **shares)
     picture(Path("own", "9.png"), np.concatenate([greys(4, 4, 3), np.full((4, 4, 1), 9, np.uint8)], -1))
     refused("9.png transparent", **shares)
