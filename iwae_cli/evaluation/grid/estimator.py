@@ -146,7 +146,8 @@ def _require_few_latents(model: LatentVariableModel) -> Float[Tensor, "1 pixels"
     kind = "real" if model.inference.reparameterized else "discrete"
     raise UserError(
         f"estimator=grid is for one layer of one or two real latents, and this model has {' + '.join(map(str, sizes))} "
-        f"{kind} ones: write estimator=ais, or train one with model=one_layer model.latent_sizes=[2]"
+        f"{kind} ones: write estimator=ais (not for categorical ones), or train one with model=one_layer "
+        "model.latent_sizes=[2]"
     )
 
 
