@@ -44,7 +44,7 @@ and standard error over seeds), active units, and the paper's value where data, 
 are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are between those.
 Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators (iwae-eval RUN
 estimator=ais) follow below the table, run by run. A difference is seen from two standard errors on, over images and
-seeds together. A number has as many digits as its error, which has two.
+seeds together. A number has as many decimals as its error, which has two digits.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
                          table without columns has stderr_images, stderr_mc, bias_mc and gap_q beside every NLL

@@ -76,7 +76,7 @@ class Training:
         if self.backward == "roulette" and not rests_on_weights(objective):
             return (
                 "training.backward=roulette needs a bound that is differentiated through the weights of its draws; "
-                f"{name} as chosen is not: use objective=iwae, ciwae, miwae, vr or jvi with "
+                f"{name} as chosen is not: use objective=iwae, ciwae, miwae, umiwae, vr or jvi with "
                 "objective.gradient=total, or training.backward=all"
             )
         if self.kl_warmup and self.backward == "roulette":
