@@ -83,7 +83,10 @@ def plan(overrides: Sequence[str], multirun: bool, config_dir: str | None, in_py
 def checked(overrides: Sequence[str], config_dir: str | None) -> list[str]:
     """Return the overrides of one run for Hydra's ``--cfg`` and ``--info``, checked; hide values of the environment."""
     with _composer(config_dir) as composer:
-        parsed = [o for o in composer.parse(overrides) if not o.is_sweep_override()]
+        parsed = composer.parse(overrides)
+        if swept := next((o for o in parsed if o.is_sweep_override()), None):
+            line = clip(str(swept.input_line))
+            raise UserError(f"{line}: --cfg and --info show one run, so write one value (a list is written [1,2])")
         cfg = composer.compose(parsed)
         for key in cfg:
             # Each alone: one that has no value may be printed without.

@@ -74,9 +74,18 @@ def group_help(group: str, own: list[Path]) -> str:
     for name in found[group]:
         path = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
         written = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        top = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), written)]
-        words = " ".join(line for line in top if not line.startswith("@package"))  # that line is for Hydra
-        lines += textwrap.wrap(f"{name:{width}}{words}", 120, subsequent_indent=" " * width, break_on_hyphens=False)
+        top = list(takewhile(lambda line: line.startswith("#"), written))
+        words = " ".join(
+            line[1:].removeprefix(" ") for line in top if not line.startswith("# @package")
+        )  # that line is for Hydra
+        for i, text in enumerate(words.split("   ")):  # before a command, which has a line of its own
+            indent = "  " * (i > 0)
+            lines += textwrap.wrap(
+                f"{'' if i else name:{width}}{indent}{text}",
+                120,
+                subsequent_indent=" " * width + indent,
+                break_on_hyphens=False,
+            )
         for line in written[len(top) :] if group != "experiment" else []:
             if base := re.match(r"  - (?!_self_)(\w+)", line):  # of its defaults
                 line = f"the keys of {base[1]}, with"
@@ -119,7 +128,7 @@ keys:
   training.backward=all or roulette (backpropagate few of the draws that have little weight)  training.tau=0.01
   training.kl_warmup=0 (passes)  training.clip=null (norm of the gradient)  training.ema=null (averaged weights)
   on_error=continue or stop (of a sweep)
-  and those of every choice, such as objective.k=50: --cfg job prints them all
+  and those of every choice, such as objective.k=50: --help GROUP lists them
 
 examples:
   iwae-train
@@ -159,6 +168,7 @@ usage: iwae-eval RUN_FOLDER [evaluation.KEY=VALUE ...] [estimator=CHOICE] [devic
                  [data.path=FILE] [--config-dir DIR]
 
 What is not overridden is as the run had it. Without an estimator it is L_k, the importance weighted one.
+Keys of an estimator are typed as estimator.KEY=VALUE; iwae-train --help estimator lists them.
   estimator={" ".join(found["estimator"])}
     ais: annealed importance sampling, an estimate of log p(x) that does not rest on q, and a sandwich that checks it
     gaps: approximation and amortization gap: what the ELBO by q loses to the family of q, and to its network

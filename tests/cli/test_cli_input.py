@@ -100,6 +100,8 @@ WRONG = {
     "--config-dir=nowhere": "--config-dir nowhere",
     "--objective=elbo": "objective=elbo",
     "--cfg job objective.kk=3": "objective.k?",
+    "--cfg job seed=0,1": "seed=0,1: one value",
+    "-m --info config objective.k=choice(5,50)": "objective.k=choice(5,50): one value",
 }
 """What is typed -> what the line must name: the override, and what to type."""
 
