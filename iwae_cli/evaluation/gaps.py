@@ -162,6 +162,8 @@ def is_diagonal(model: LatentVariableModel) -> bool:
 class Gaps(Estimator):
     """Approximation and amortization gap of q, for every split of the evaluation."""
 
+    recipe = 1  # fits that reach narrow posteriors
+
     k: int = 5000
     images: int | None = 100
 

@@ -28,9 +28,12 @@ SHARE = 0.1  # of q(h_1|x) in the mixture
 WIDEN = 1.1  # factor on the fitted scale: a proposal wider than its target has weights of smaller variance
 STEPS, BETAS = 200, (0.9, 0.99)  # of Adam
 DRAWS = 8  # for each image and step
-RATE_LOC = 0.1  # of the mean, in units of the scale that the fit begins with
+RATE_LOC = 0.1  # of the mean, in units of the widest of ``STARTS``
+RATE_SCALE = 0.1  # of the logarithm of the scale, at most; less with more than ten latents
 MOMENT_DRAWS = 256  # for the moments of q and p
-LEAST_SCALE = 0.2  # that a fit begins with, as a share of the spread of h_1 under p
+STARTS = ((1, 0.2), (1, 0.05), (1, 0.0125), (1, 0.0), (1 / 4, 0.0), (1 / 16, 0.0))
+"""Scales that a fit may begin with: a share of the scale of q, but at least a share of the spread of h_1 under p."""
+START_DRAWS = 16  # for the ELBO of each
 DISCRETE = "a Gaussian is fitted to real latents, and those of this model are discrete"
 
 
@@ -156,14 +159,15 @@ def _maximize_elbo(
     Adam follows the path derivative (Roeder, Wu, Duvenaud 2017, arXiv 1703.09194), whose noise vanishes where the
     Gaussian is the posterior: the effective sample size is several times that by the whole derivative.
     """
-    loc, scale = _moments(model, x, noise)
+    loc, widest, scale = _start(model, x, noise)
     n, size = loc.shape
-    # In units of these: h = loc + scale (shift + triangle eps).
+    # In units of these: h = loc + widest shift + scale triangle eps.
     shift, log_diagonal = (torch.zeros_like(loc).requires_grad_() for _ in range(2))
     below = loc.new_zeros(n, size, size).requires_grad_()
     trained = [shift, log_diagonal] if diagonal else [shift, log_diagonal, below]
     # More latents, more noise in every entry of the triangle.
-    rates = (RATE_LOC, 1 / max(size, 50), 1 / max(size, 50))
+    rate = min(RATE_SCALE, 1 / size)
+    rates = (RATE_LOC, rate, rate)
     groups = [{"params": [part], "lr": rate} for part, rate in zip(trained, rates, strict=False)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -171,10 +175,10 @@ def _maximize_elbo(
         check()
         half = noise.normal(1, DRAWS // 2, n, size)
         triangle = below.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        whitened = shift + torch.einsum("bij,kbj->kbi", triangle, torch.cat([half, -half]))
-        h = loc + scale * whitened
+        mean, cholesky = loc + widest * shift, scale[..., None] * triangle
+        h = mean + torch.einsum("bij,kbj->kbi", cholesky, torch.cat([half, -half]))
         above, log_q = _above(model.inference, h, noise)
-        log_r = full_normal_log_prob(whitened, shift.detach(), triangle.detach())
+        log_r = full_normal_log_prob(h, mean.detach(), cholesky.detach())
         log_w = model.generative(x, (h, *above)) - log_q - log_r
         gradients = torch.autograd.grad(-log_w.mean(0).sum(), trained)
         for part, gradient in zip(trained, gradients, strict=True):
@@ -183,24 +187,35 @@ def _maximize_elbo(
         schedule.step()
     with torch.no_grad():
         triangle = below.tril(-1) + torch.diag_embed(log_diagonal.exp())
-        fitted = loc + scale * shift, scale[..., None] * triangle
+        fitted = loc + widest * shift, scale[..., None] * triangle
         # Where a fit has diverged, the moments of q are a proposal as valid.
         diverged = ~torch.stack([part.flatten(1).isfinite().all(1) for part in fitted]).all(0)  # (n,)
         return (
             torch.where(diverged[:, None], loc, fitted[0]),
-            torch.where(diverged[:, None, None], torch.diag_embed(scale), fitted[1]),
+            torch.where(diverged[:, None, None], torch.diag_embed(widest), fitted[1]),
         )
 
 
 @torch.no_grad()
-def _moments(
+def _start(
     model: LatentVariableModel, x: Float[Tensor, "n pixels"], noise: Noise
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Return mean and standard deviation of q(h_1|x), from draws, since a ``Conditional`` need not know its own.
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Return the mean of q(h_1|x), and of the scales ``STARTS`` the widest and that with the best ELBO, for each image.
 
-    A q that is too sure is widened to a share of the spread of h_1 under p: the fit narrows a scale more easily.
+    A fit changes a scale by a limited factor, and q may be far too sure or far too wide. The mean may have far to go
+    where the best scale is small, since the posterior is narrow: its steps have the size of the widest.
     """
-    inference = model.inference
-    drawn, _ = inference.layers[0].sample(x / inference.white, MOMENT_DRAWS, len(x), 1, noise)
+    inference, n = model.inference, len(x)
+    # From draws, since a ``Conditional`` need not know its own moments.
+    drawn, _ = inference.layers[0].sample(x / inference.white, MOMENT_DRAWS, n, 1, noise)
     of_p, _ = model.generative.sample(MOMENT_DRAWS, noise)
-    return drawn.mean(0), torch.maximum(drawn.std(0), LEAST_SCALE * of_p[0][0].std(0))
+    loc, of_q, spread = drawn.mean(0), drawn.std(0), of_p[0][0].std(0)
+    scales = torch.stack([torch.maximum(share * of_q, least * spread) for share, least in STARTS])
+    half = noise.normal(1, START_DRAWS // 2, *loc.shape)
+    elbos = []
+    for scale in scales:
+        h = loc + scale * torch.cat([half, -half])
+        above, log_q = _above(inference, h, noise)
+        elbos.append((model.generative(x, (h, *above)) - log_q).mean(0) + scale.log().sum(-1))
+    best = torch.stack(elbos).nan_to_num(nan=-math.inf, posinf=-math.inf).argmax(0)
+    return loc, scales[0], scales[best, torch.arange(n, device=best.device)]

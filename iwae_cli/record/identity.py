@@ -17,7 +17,7 @@ from iwae_cli.core.errors import UserError
 
 VAMP_START = 1
 """Of the images of a VampPrior: raise it where they begin otherwise, so that no older training answers."""
-RECIPE = 1
+RECIPE = 2
 """Of refined proposals: raise it where their fit or their mixture changes, so that no older result answers."""
 
 LONGEST_PART = 60

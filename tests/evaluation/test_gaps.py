@@ -104,9 +104,13 @@ def test_both_gaps_of_a_mean_field_q(q: DiagonalGaussian) -> None:
     assert numbers["approximation_gap"] + numbers["amortization_gap"] == pytest.approx(numbers["total_gap"])
 
 
-def test_a_full_covariance_has_no_approximation_gap() -> None:
+@pytest.mark.parametrize("narrower", [0, 2])
+def test_a_full_covariance_has_no_approximation_gap(narrower: int) -> None:
+    """Also where the posterior is e^narrower times narrower, and q far wider than it."""
     q = CholeskyConditional(PIXELS, LATENTS)
     model = one_layer(q)
+    with torch.no_grad():
+        model.generative.observation.log_scale.sub_(narrower)
     x = drawn(model, N)
     with torch.no_grad():
         mean, precision = posterior(model, x)
