@@ -68,7 +68,7 @@ class Likelihood:
     log_px: PerImage  # L_k
     bounds: dict[int, PerImage]  # L_m for every level m up to k, see numerics.grid_levels
     ess: PerImage  # effective sample size, between 1 and k
-    khat: PerImage  # Pareto k-hat; NaN where it is not defined: equal weights, or fewer than five in the tail
+    khat: PerImage  # Pareto k-hat; NaN where it is not defined: equal weights in the tail, or fewer than five
     top_weight: PerImage  # largest normalized weight
     exact: PerImage | None = None  # log p(x) in closed form; None if the model has none
     jackknife: PerImage | None = None  # estimate of log p(x); NaN where it has no value; None if not asked for
@@ -346,7 +346,9 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
     # One sample always has all of the weight: without this rule it would claim to have no error.
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
     why = {"stderr_images": ALONE, "stderr_mc": one_sample, "bias_mc": one_sample}
-    why["khat_share_above_0.7"] = "k-hat is fitted to the largest weights, and in every image all weights are equal"
+    why["khat_share_above_0.7"] = (
+        "k-hat is fitted to the largest weights, and in every image too many of them are equal"
+    )
     if tail_size(k) < SMALLEST_TAIL:
         why["khat_share_above_0.7"] = (
             f"k-hat is fitted to the largest fifth of the weights, {SMALLEST_TAIL} at least, and k = {k} has too few; "
