@@ -57,7 +57,7 @@ class Posterior(NamedTuple):
         image: (height, width), or with 1 or 3 channels in front, in [0, 1]; None if it is no image.
         sides: coordinates of the points on each side of the grid.
         densities: by name, on the points of the grid.
-        divergences: KL of each from the exact posterior, nats.
+        divergences: KL of each from the exact posterior, nats; NaN where it is not known.
     """
 
     image: Shaped[np.ndarray, "*image"] | None
@@ -160,7 +160,8 @@ def plot_posteriors(path: str | Path, posteriors: Sequence[Posterior]) -> None:
             for spine in axes.spines.values():
                 spine.set_color(FAINT)
             if density is not exact:
-                kl = f"KL {posterior.divergences[name]:.2f}"
+                divergence = posterior.divergences[name]
+                kl = "KL unknown" if np.isnan(divergence) else f"KL {divergence:.2f}"
                 place = (0.96, 0.88) if len(posterior.sides) == 1 else (0.96, 0.04)
                 behind = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
                 axes.text(*place, kl, transform=axes.transAxes, ha="right", fontsize=7, color=INK, bbox=behind)

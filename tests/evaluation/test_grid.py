@@ -172,7 +172,8 @@ def test_bounds_lie_below_it_within_their_errors() -> None:
     assert columns == ["test", "validation"]
     assert lines["NLL by the grid, nats"][0] == f"{test['nll_grid']:.4f}"
     assert lines["NLL_500 refined, nats"][1] == f"{found.numbers['validation']['nll_refined']:.4f}"
-    assert found.reasons == {} and len(found.notes) == 2
+    # This q reaches beyond the grid, which the posterior does not.
+    assert found.reasons == {} and len(found.notes) == 3 and "write estimator.span=14" in found.notes[2]
 
 
 @pytest.mark.usefixtures("coarse_picture")
@@ -227,7 +228,7 @@ def test_a_divergence_leaves_out_points_without_mass() -> None:
     with torch.no_grad():
         model.inference.layers[0].log_scale.bias.fill_(-4)
         model.inference.layers[0].log_scale.weight.fill_(0)
-    x, box = drawn(model, 2), prior_box(model, 40, 401, 0)
+    x, box = drawn(model, 2), prior_box(model, 40, 8001, 0)
     found = []
     for cls in (MLPPixels, Within):
         model.generative.observation.__class__ = cls
@@ -287,9 +288,9 @@ def test_the_picture_shows_what_is_near_the_posterior(monkeypatch: pytest.Monkey
     shown: list[Posterior] = []
     monkeypatch.setattr(estimator, "plot_posteriors", lambda path, posteriors: shown.extend(posteriors))
     model = nonlinear()
-    found = estimate(model, drawn(model, 5))
+    found = estimate(model, drawn(model, 5), span=14)
     found.figures["posteriors.png"]("anywhere")  # type: ignore[arg-type]
-    assert len(shown) == 3 and any("posteriors.png" in note for note in found.notes)
+    assert len(shown) == 3 and ["posteriors.png" in note for note in found.notes] == [False, True]
     for each in shown:
         steps = [side[1] - side[0] for side in each.sides]
         assert steps[0] == pytest.approx(steps[1]), "a square"
@@ -322,6 +323,30 @@ def test_kl_is_not_cut_off_at_the_frame(monkeypatch: pytest.MonkeyPatch) -> None
     found = [each.divergences["q(h|x)"] for each in shown]
     assert expected.min() > 0.3
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("points", [561, 8001])
+def test_kl_of_one_narrow_latent_is_right_or_unknown(points: int) -> None:
+    """Posterior and q are narrow beside the distance of 281 points, and of 561; 8,001 do."""
+    model = linear_gaussian(1, log_scale=-5)
+    q: Any = model.inference.layers[0]
+    x = drawn(model, 2)
+    with torch.no_grad():
+        of, precision = posterior(model, x)
+        q.log_diagonal.copy_(-precision.diagonal().log() / 2 + 0.3)
+        q.linear.weight.zero_()
+        q.linear.bias.copy_(of[0])
+        truth = torch.distributions.MultivariateNormal(of, precision_matrix=precision)
+        approximation = torch.distributions.MultivariateNormal(q.mean(x), torch.diag((2 * q.log_diagonal).exp()))
+        expected = torch.distributions.kl_divergence(approximation, truth).numpy()
+    box = prior_box(model, 7, points, 0)
+    log_px = model.generative.exact_log_px(x).detach().numpy()
+    asked = EstimatorInput(model, toy(x), evaluation(splits=["test"]))
+    found = [one.divergences["q(h|x)"] for one in picture.posteriors(asked, split_of(x), log_px, box, Mock())]
+    if points == 561:
+        assert np.isnan(found).any()
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 class Positive(Conditional):

@@ -97,6 +97,12 @@ class Grid(Estimator):
                 shown = posteriors(subject, split, grid.log_px[:PICTURED], box, check)
                 estimates.figures["posteriors.png"] = partial(plot_posteriors, posteriors=shown)
                 notes.append(f"posteriors.png: p(h|x) of {len(shown)} images of {name}, and its approximations")
+                if any(math.isnan(kl) for posterior in shown for kl in posterior.divergences.values()):
+                    finer = f", write {self._finer()}" * (box.low.shape[-1] == 1)
+                    notes.append(
+                        "posteriors.png: KL is unknown where a density lies partly outside of the grid, "
+                        f"write estimator.span={2 * self.span:g}, or is narrow beside the distance of its points{finer}"
+                    )
         estimates.lay_out(ROWS, self.k)
         return estimates
 
@@ -120,9 +126,12 @@ class Grid(Estimator):
             }
         return numbers
 
+    def _finer(self) -> str:
+        return f"estimator.points={2 * self.points - 1}"
+
     def _notes(self, name: str, grid: Quadrature, by: Mapping[str, Likelihood]) -> list[str]:
         notes = []
-        more = f"estimator.points={2 * self.points - 1}"
+        more = self._finer()
         if (error := grid.error.max()) > TOLERANCE:
             notes.append(f"{name}: half of the points change log p(x) by up to {error:.2g} nats; write {more}")
         wider = f"write estimator.span={2 * self.span:g} {more}"

@@ -23,7 +23,10 @@ from iwae_cli.record.folder import drawable
 
 KS = (5, 50)  # numbers of draws that q is resampled from
 REPEATS = 1000  # sets of k - 1 draws over which the density of the resampled q is averaged
-OVERVIEW = 281  # points on each side of the grid that finds the posterior of an image and gives KL
+OVERVIEW = (
+    281  # points on each side of the grid that finds the posterior of an image and gives KL; of one latent at least
+)
+RESOLVED = 0.01  # how far the mass of a density on that grid may be from one for its KL to be known
 WINDOW = 101  # and of the one that shows it
 DEPTH = (6.0, 3.5)  # how far below their maxima log p(h|x) and log q(h|x) are shown, nats
 
@@ -72,10 +75,9 @@ def log_densities(
 
 @torch.no_grad()
 def _window(
-    model: LatentVariableModel, x: Float[Tensor, "n pixels"], box: Box, rows: int, check: Callable[[], None]
+    model: LatentVariableModel, x: Float[Tensor, "n pixels"], overview: Box, rows: int, check: Callable[[], None]
 ) -> Box:
     """Return a square for every image that holds p(h|x) and q(h|x) as far down as ``DEPTH``."""
-    overview = replace(box, points=OVERVIEW)
     h = overview.at(overview.indices())
     parts = []
     for part in h.split(max(1, rows // len(x))):
@@ -87,7 +89,7 @@ def _window(
     seen = (log_density > log_density.amax(1, keepdim=True) - depth).any(0)[..., None]
     low = torch.where(seen, h[:, None], math.inf).amin(0)
     high = torch.where(seen, h[:, None], -math.inf).amax(0)
-    step = (box.high - box.low) / (OVERVIEW - 1)
+    step = (overview.high - overview.low) / (overview.points - 1)
     half = 0.55 * (high - low + step).amax(-1, keepdim=True)
     return Box((low + high) / 2 - half, (low + high) / 2 + half, WINDOW)
 
@@ -99,20 +101,24 @@ def posteriors(
     model, data, evaluation = subject.model, subject.data, subject.evaluation
     x = split.x[: len(log_px)].to(next(model.parameters()))
     proposal = refine(model, x, range(len(x)), evaluation.seed, split.name, check)
-    window = _window(model, x, box, evaluation.rows, check)
-    whole = replace(box, points=OVERVIEW)
+    whole = replace(box, points=max(OVERVIEW, box.points) if box.low.shape[-1] == 1 else OVERVIEW)
+    window = _window(model, x, whole, evaluation.rows, check)
     logs, on_whole = (
         log_densities(model, x, h, log_px, proposal, seed=evaluation.seed, rows=evaluation.rows, check=check)
         for h in (window.at(window.indices()[:, None]), whole.at(whole.indices())[:, None].expand(-1, len(x), -1))
     )
     # Of densities that are normalized on the whole grid: at least zero, but for rounding.
-    shares = {name: log - np.logaddexp.reduce(log, axis=0) for name, log in on_whole.items()}
+    masses = {name: np.logaddexp.reduce(log, axis=0) for name, log in on_whole.items()}
+    shares = {name: log - masses[name] for name, log in on_whole.items()}
+    # The mass of a resampled q has the noise of its draws.
+    sums = np.stack([mass for name, mass in masses.items() if not name.startswith("resampled")])  # (densities, n)
+    resolved = (abs(np.expm1(sums + float(whole.log_cell()))) < RESOLVED).all(0)
     exact, *_ = shares.values()
     with np.errstate(invalid="ignore"):  # 0 times inf, where an approximation has no mass
         terms = {
             name: np.where(np.exp(share) == 0, 0, np.exp(share) * (share - exact)) for name, share in shares.items()
         }
-    divergences = {name: np.maximum(0, term.sum(0)) for name, term in terms.items()}
+    divergences = {name: np.where(resolved, np.maximum(0, term.sum(0)), math.nan) for name, term in terms.items()}
     images = data.pictured(x)
     shape = (WINDOW,) * box.low.shape[-1]
     return [
