@@ -197,11 +197,15 @@ def _signs(split: Mapping[str, Any]) -> list[str]:
 
 
 def result_table(
-    result: Mapping[str, Any], *, folder: str | Path, sync: str | None = None, since: str | None = None
+    result: Mapping[str, Any],
+    *,
+    folder: str | Path,
+    upload: Mapping[str, str] | None = None,
+    since: str | None = None,
 ) -> None:
     """Print a ``result.json`` in short to standard output: its rows, warnings, notes and reasons for missing numbers.
 
-    ``sync`` is the command that uploads the run to W&B; ``since`` is given if the training ended before this command.
+    ``upload`` is what ``left_to_upload`` returns; ``since`` is given if the training ended before this command.
     """
     out = Console(highlight=False, markup=False, force_jupyter=False)  # plain text in a notebook too
     columns, lines = table_of(result)
@@ -236,7 +240,7 @@ def result_table(
         "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items() if value is not None),
         "device": _device_text(result.get("device") or {}),
         "folder": folder,
-        "upload": sync,
+        **(upload or {}),
     }
     for label, fact in facts.items():
         if fact:

@@ -226,13 +226,22 @@ class WandbLogger(Logger):
         return begun
 
 
-def left_to_upload(run_folder: Path) -> str | None:
-    """Return ``wandb sync`` with the newest record of a run folder, if that is not uploaded."""
+def left_to_upload(run_folder: Path, evaluation: str) -> dict[str, str]:
+    """Return a line of a table, by its label, about the newest record of a run folder; empty if that is uploaded.
+
+    ``upload`` is ``wandb sync`` with the record; ``not uploaded`` says that it holds another evaluation.
+    """
     known = _memory(run_folder)
     if not known or known["uploaded"] or not known["folder"]:
-        return None
+        return {}
     folder = (run_folder / known["folder"]).resolve()
-    return f"{SYNC}{shlex.quote(shown(folder))}" if folder.is_dir() else None
+    if not folder.is_dir():
+        return {}
+    # Records of earlier versions, and those that wandb did not finish, do not say what they hold.
+    held = known.get("holds")
+    if held and held != evaluation:
+        return {"not uploaded": f"the W&B record holds {held}; logger=offline records this evaluation"}
+    return {"upload": f"{SYNC}{shlex.quote(shown(folder))}"}
 
 
 def _memory(run_folder: Path) -> dict[str, Any]:

@@ -491,7 +491,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
                 raise
             progress.announce(f"not {'regenerated' if lacking else 'recorded'}: {error}")
     if experiment.group is None:  # a sweep has a table of its own
-        summary.result_table(result, folder=shown(folder.path), sync=left_to_upload(folder.path), since=since)
+        upload = left_to_upload(folder.path, result["evaluation"]["name"])
+        summary.result_table(result, folder=shown(folder.path), upload=upload, since=since)
     return result
 
 

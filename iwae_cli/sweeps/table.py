@@ -66,9 +66,11 @@ def show(folder: SweepFolder, jobs: Sequence[Mapping[str, Any]], varied: Sequenc
     elif finished and (means := _means(folder, finished, varied)):
         text, lines["next"] = means
         out.print(f"\n{text}", soft_wrap=True)
-    to_upload = [line for job in finished if (line := left_to_upload(folder.path / job["folder"]))]
-    if to_upload:
-        lines["upload"] = SYNC + " ".join(line.removeprefix(SYNC) for line in to_upload)
+    for job in finished:
+        for name, line in left_to_upload(folder.path / job["folder"], job["evaluation"]).items():
+            # One command uploads all.
+            before = lines.get(name) if line.startswith(SYNC) else None
+            lines[name] = f"{before} {line.removeprefix(SYNC)}" if before else line
     for name, line in lines.items():
         out.print(f"{name:<14}{line}", soft_wrap=True)
 

@@ -43,7 +43,9 @@ def table(**changed: Any) -> str:
     }
     file = io.StringIO()
     with contextlib.redirect_stdout(file):
-        summary.result_table(result, folder="outputs/" + "x" * 100, sync="wandb sync outputs/" + "y" * 100)
+        summary.result_table(
+            result, folder="outputs/" + "x" * 100, upload={"upload": "wandb sync outputs/" + "y" * 100}
+        )
     return file.getvalue()
 
 

@@ -67,7 +67,7 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     picture = tmp_path / "samples.png"
     plot_samples(picture, np.eye(4)[None])
     run = wandb_logger(tags=["paper"], name="my run")
-    assert left_to_upload(tmp_path / "run") is None
+    assert left_to_upload(tmp_path / "run", "") == {}
     with caplog.at_level(logging.WARNING, "iwae_cli"):
         run.open(info(tmp_path / "run", group="sweep", overrides=["data=digits", "objective.k=50"]), [])
         run.log(10, {"train/bound": -90.5, "validation/bound": None})
@@ -80,8 +80,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not ours(caplog)
 
     [folder] = offline_folders(tmp_path / "run")
-    command = left_to_upload(tmp_path / "run")
-    assert command is not None and shlex.split(command) == ["wandb", "sync", f"run/wandb/{folder.name}"]
+    command = left_to_upload(tmp_path / "run", "")["upload"]
+    assert shlex.split(command) == ["wandb", "sync", f"run/wandb/{folder.name}"]
     [begun] = of_type(folder, "run")
     config = {name: value for name, value in begun["config"]["update"].items() if name != "_wandb"}
     assert config == info(tmp_path / "run").config
@@ -125,7 +125,7 @@ def test_after_a_resume_the_newest_file_alone_is_complete(tmp_path: Path) -> Non
     second.close("finished")
 
     old, new = sorted(offline_folders(tmp_path / "run"), key=lambda folder: folder.stat().st_ctime_ns)
-    assert new.name in (left_to_upload(tmp_path / "run") or "")
+    assert new.name in left_to_upload(tmp_path / "run", "")["upload"]
     assert history(new) == [{"step": step, "a": pytest.approx(step / 7, rel=1e-15)} for step in (1, 2, 3)]
     assert of_type(old, "run")[0]["run_id"] == of_type(new, "run")[0]["run_id"]
     assert of_type(new, "run")[0]["run_group"] == "mine", "what was typed, not the sweep"
@@ -145,7 +145,7 @@ info = RunInfo(folder=folder, identity="x", config={"k": 5})
 run.open(info, [])
 run.log(1, {"a": 1})
 run.close("finished")
-print(left_to_upload(folder), run.recorded(info))
+print(*left_to_upload(folder, "").values(), run.recorded(info))
 """
 
 
@@ -182,7 +182,7 @@ def test_ids_follow_the_run_folder_and_not_the_training(tmp_path: Path, monkeypa
     former = tmp_path / "former"
     (former / "wandb" / "offline-run-20260101_000000-0a1b2c3d").mkdir(parents=True)
     assert wandb_logger().recorded(info(former))
-    assert "offline-run-20260101_000000-0a1b2c3d" in (left_to_upload(former) or "")
+    assert "offline-run-20260101_000000-0a1b2c3d" in left_to_upload(former, "any")["upload"]
     monkeypatch.setenv("WANDB_DIR", "records")
     ids = []
     for folder in (former, tmp_path / "mine", tmp_path / "colleague"):
@@ -193,12 +193,12 @@ def test_ids_follow_the_run_folder_and_not_the_training(tmp_path: Path, monkeypa
         ids.append(known["id"])
         (record,) = Path("records").glob(f"wandb/offline-run-*-{ids[-1]}")
         assert Path(known["folder"]) == record.resolve() and [r["run_id"] for r in of_type(record, "run")] == ids[-1:]
-        assert left_to_upload(folder) == f"wandb sync {record}"
+        assert left_to_upload(folder, "") == {"upload": f"wandb sync {record}"}
         assert logger.recorded(info(folder)) and not wandb_logger(project="other").recorded(info(folder))
         assert not logger.recorded(info(folder, evaluation="another")), "what W&B has is another result"
         assert not wandb_logger("online").recorded(info(folder))
         next(record.glob("*.wandb")).with_suffix(".wandb.synced").touch()
-        assert wandb_logger("online").recorded(info(folder)) and left_to_upload(folder) is None
+        assert wandb_logger("online").recorded(info(folder)) and left_to_upload(folder, "") == {}
     assert ids[0] == "0a1b2c3d" and len(set(ids)) == 3
     (former / "wandb.json").write_text("[]")
     assert wandb_logger().recorded(info(former)), "damaged: as if it were not there"
@@ -257,6 +257,19 @@ def test_a_finished_run_is_recorded_as_it_would_have_been(tmp_path: Path) -> Non
 
     assert small_runs.run(*TINY, "logger=offline", f"output_dir={later.parent}")[2] == "", "once"
     assert len(offline_folders(later)) == 1
+
+
+def test_a_record_of_another_evaluation_is_not_offered_for_upload(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "out", *TINY, "logger=offline")
+    held = read_json(folder / "result.json")["evaluation"]["name"]
+    other = (*TINY, "evaluation.k=30", "logger=disabled", f"output_dir={folder.parent}")
+    _, one, _ = small_runs.run(*other)
+    _, sweep, _ = small_runs.run("-m", "seed=0,1", *other)
+    for out in (one, sweep):
+        assert "NLL_30" in out and "wandb sync" not in out
+        assert f"\nnot uploaded  the W&B record holds {held}; logger=offline records this evaluation\n" in out
+    _, recorded, _ = small_runs.run(*other, "logger=offline")
+    assert "\nupload        wandb sync " in recorded and "not uploaded" not in recorded
 
 
 @pytest.fixture
