@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,11 @@ from typing import Any
 from iwae_cli.core.errors import RunLocked, UserError, clip, warn_once
 
 TEMPORARY = ".tmp-"
-"""Prefix of unfinished files; the holder of a folder's lock may remove them."""
+"""Prefix of unfinished files; the holder of a folder's lock removes them."""
+EVALUATIONS = "evaluations"
+"""Subfolder of a run folder in which ``iwae-eval`` writes without the lock."""
+ABANDONED_SECONDS = 24 * 3600
+"""Age from which on an unfinished file in ``EVALUATIONS`` is removed: nothing writes one file for so long."""
 
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What some network and user-space file systems answer to flock, and to fsync of a folder."""
@@ -102,6 +107,8 @@ def dump_json(value: Any, name: str, indent: int | None = None) -> str:
 class RunLock:
     """Lock on a run folder for the length of a block; entering it removes leftover temporary files.
 
+    Recent ones in ``EVALUATIONS`` stay, which may be those of an ``iwae-eval`` at work.
+
     A kernel lock (flock) on ``<folder>/.lock``: it ends with the process, so kill -9 leaves nothing stale. Children do
     not inherit it: the descriptor is closed on exec and after a fork.
 
@@ -128,7 +135,10 @@ class RunLock:
         self._descriptor = descriptor
         _held.add(descriptor)
         for leftover in self._folder.rglob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # an evaluation that has just finished it
+                age = time.time() - leftover.stat().st_mtime
+                if self._folder / EVALUATIONS not in leftover.parents or age > ABANDONED_SECONDS:
+                    leftover.unlink()
         return self
 
     def _locked(self, path: Path) -> int:

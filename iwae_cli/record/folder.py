@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from iwae_cli.core.errors import UserError
-from iwae_cli.core.files import here, write_json, write_text
+from iwae_cli.core.files import EVALUATIONS, here, write_json, write_text
 from iwae_cli.record import former, schema
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -49,7 +49,7 @@ class RunFolder:
 
     def evaluation(self, name: str) -> Path:
         """Return the folder of one evaluation."""
-        return self.path / "evaluations" / name
+        return self.path / EVALUATIONS / name
 
     def begin(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         """Write the settings: ``config.yaml`` and ``overrides.yaml``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_the_arrays_belong_to_the_result_after_a_kill(folder: Path, forks: Forks
         assert read_json(folder / "status.json")["status"] == "running"
     assert again(folder)[0] == 0
     assert bits(folder) == before
+
+
+def test_a_training_command_leaves_alone_what_iwae_eval_is_writing(folder: Path) -> None:
+    def train(folder: Path) -> None:
+        assert again(folder, "evaluation.k=60")[0] == 0
+
+    for event in ("log_likelihood.npz", "result.json"):
+        with Fault(train, [f"evaluations/k70-*/{event}"], folder.parent) as fault:
+            assert evaluate([str(folder), "evaluation.k=70"]) == 0
+        assert not fault.left
+        (kept,) = folder.glob("evaluations/k70-*")
+        assert sorted(path.name for path in kept.iterdir()) == ["log_likelihood.npz", "result.json"]
+        shutil.rmtree(kept)
 
 
 @pytest.mark.parametrize("error", [Interrupted(2), RuntimeError("no memory")])
