@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def _evaluate(argv: list[str]) -> bool:
         print(evaluate_help(own_folders(asked.config_dir)), end="")
         return False
     asked = parser.parse_intermixed_args(argv)
-    if asked.folder is None:
+    folder = Path(expanded(asked.folder or ""))
+    # An override may come first where the folder was forgotten; the name of a folder may hold = too.
+    if asked.folder is None or (re.match("[^/]+=", asked.folder) and not os.path.lexists(folder)):
         raise UserError("which run? Write iwae-eval RUN_FOLDER")
-    folder = Path(expanded(asked.folder))
     if not os.path.isfile(folder / "config.yaml"):
         problem = "is no run folder (it holds no config.yaml)" if os.path.isdir(folder) else "is not there"
         raise UserError(f"{clip(asked.folder, 150)} {problem}; run folders are in output_dir (default: outputs)")

@@ -252,6 +252,23 @@ def test_wrong_input_is_one_line(
     assert snapshot(run_folder) == before
 
 
+def test_a_forgotten_run_folder_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k=5").mkdir()
+    for words, answer in {
+        "": "which run?",
+        "evaluation.k=5": "which run?",
+        "data_dir=a/b evaluation.k=5": "which run?",
+        # These are meant as folders.
+        "k=5": "k=5 is no run folder",
+        "outputs/lr=0.1": "outputs/lr=0.1 is not there",
+    }.items():
+        assert evaluate(words.split()) == 2
+        assert capsys.readouterr().err.startswith(f"iwae-eval: {answer}"), words
+
+
 MINE = """
 from iwae_cli.evaluation.estimator import Estimates, Estimator
 
