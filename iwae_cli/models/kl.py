@@ -16,6 +16,7 @@ from iwae_cli.models.conditionals import (
     CholeskyConditional,
     DiagonalGaussian,
     GaussianConditional,
+    GaussianHeads,
     Given,
     LinearConditional,
 )
@@ -54,6 +55,7 @@ def find_kl(q: nn.Module, p: nn.Module) -> Callable[[Float[Tensor, "batch pixels
 
 
 @register_kl(GaussianConditional, StandardNormal)
+@register_kl(GaussianHeads, StandardNormal)
 @register_kl(LinearConditional, StandardNormal)
 def diagonal_to_standard_normal(q: DiagonalGaussian, p: StandardNormal, given: Given) -> Float[Tensor, " batch"]:
     """Return KL(N(loc, diag(scale)^2) || N(0, I)), nats."""

@@ -15,10 +15,8 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.models.base import Networks
 from iwae_cli.models.conditionals import Conditional, GaussianHeads
 from iwae_cli.models.gaussian import GaussianArchitecture
-from iwae_cli.models.kl import diagonal_to_standard_normal, register_kl
 from iwae_cli.models.likelihoods import PixelLikelihood, Pixels, make_likelihood
 from iwae_cli.models.networks import check_size, check_sizes
-from iwae_cli.models.priors import StandardNormal
 
 HALVE = (4, 2, 1)
 """Kernel size, stride, padding: make a side exactly half as long; transposed, twice as long."""
@@ -27,7 +25,8 @@ HALVE = (4, 2, 1)
 def convolutions(image: tuple[int, int, int], channels: Sequence[int], hidden: int) -> nn.Sequential:
     """Return what makes ``hidden`` features of an image: two convolutions that halve its sides, one hidden layer, ELU.
 
-    ``image`` is (channels, height, width); ``channels`` those after the first and after the second convolution.
+    ``image`` is (channels, height, width); ``channels`` those after the first and after the second convolution. No
+    batch norm: an observation's log q must not depend on the others of its batch.
     """
     return nn.Sequential(
         nn.Unflatten(-1, image),
@@ -39,19 +38,6 @@ def convolutions(image: tuple[int, int, int], channels: Sequence[int], hidden: i
         nn.Linear(channels[1] * (image[1] // 4) * (image[2] // 4), hidden),
         nn.ELU(),
     )
-
-
-class ConvolutionalConditional(GaussianHeads):
-    """A diagonal Gaussian of ``outputs`` units given an image, on ``convolutions``.
-
-    No batch norm: an observation's log q must not depend on the others of its batch.
-    """
-
-    def __init__(self, image: tuple[int, int, int], channels: Sequence[int], hidden: int, outputs: int) -> None:
-        super().__init__(convolutions(image, channels, hidden), hidden, outputs)
-
-
-register_kl(ConvolutionalConditional, StandardNormal)(diagonal_to_standard_normal)
 
 
 class ConvolutionalPixels(Pixels):
@@ -114,9 +100,9 @@ class GaussianConvolutional(GaussianArchitecture):
         image = (image_shape[0] if len(image_shape) == 3 else 1, height, width)
         likelihood = make_likelihood(self.likelihood, mean, levels, self.noise_std)
         pixels = ConvolutionalPixels(self.latent_size, self.hidden_size, self.channels, image, likelihood)
-        hidden, size = self.hidden_size, self.latent_size
+        body, hidden, size = convolutions(image, self.channels, self.hidden_size), self.hidden_size, self.latent_size
         if self.posterior == "diagonal":
-            q: Conditional = ConvolutionalConditional(image, self.channels, hidden, size)
+            q: Conditional = GaussianHeads(body, hidden, size)
         else:
-            q = self._rich_posterior(convolutions(image, self.channels, hidden), hidden, size, first=True)
+            q = self._rich_posterior(body, hidden, size, first=True)
         return self._joined(mean, pixels, [], [q], size, pixels.bias)
