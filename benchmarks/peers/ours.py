@@ -231,7 +231,7 @@ class _Hooks:
         return self._stop
 
 
-class _Given:
+class _Given(Noise):
     """Given noise, layer by layer."""
 
     def __init__(self, draws: list[Tensor]) -> None:
@@ -239,9 +239,6 @@ class _Given:
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Tensor:
         return self._draws[layer - 1]
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Tensor:
-        raise AssertionError("Gaussian layers draw no uniform numbers")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,31 +35,34 @@ def numpy_generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=derive(*key)))
 
 
-@runtime_checkable
-class Noise(Protocol):
-    """Source of a model's randomness: standard draws for one stochastic layer at a time."""
+Kind = Literal["normal", "uniform"]
+
+
+class Noise:
+    """Source of a model's randomness: standard draws for one stochastic layer at a time, from ``_draw``."""
 
     def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return standard normal draws, (k, batch, size)."""
+        return self._draw("normal", layer, k, batch, size)
 
     def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
         """Return uniform draws on [0, 1), (k, batch, size)."""
+        return self._draw("uniform", layer, k, batch, size)
+
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class GeneratorNoise:
+class GeneratorNoise(Noise):
     """Noise from one torch generator in the order of the calls, for training and figures; ``layer`` is ignored."""
 
     generator: torch.Generator
     dtype: torch.dtype = torch.float32
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return standard normal draws, (k, batch, size)."""
-        return torch.randn(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return uniform draws on [0, 1), (k, batch, size)."""
-        return torch.rand(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
+        draw = torch.randn if kind == "normal" else torch.rand
+        return draw(k, batch, size, generator=self.generator, dtype=self.dtype, device=self.generator.device)
 
 
 def default_noise(like: Tensor) -> GeneratorNoise:
@@ -71,7 +74,7 @@ def default_noise(like: Tensor) -> GeneratorNoise:
 
 
 @dataclass(frozen=True, eq=False)
-class KeyedNoise:
+class KeyedNoise(Noise):
     """Noise for evaluation: a function of (seed, stream, layer, image, sample index) alone.
 
     Always drawn in float32, so that two precisions can be compared on the same noise.
@@ -95,15 +98,7 @@ class KeyedNoise:
         if self.start % BLOCK:
             raise ValueError(f"start must be a multiple of {BLOCK}, got {self.start}")
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return standard normal draws, (k, batch, size), for samples ``start`` to ``start + k - 1``."""
-        return self._draw("normal", layer, k, batch, size)
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return uniform draws on [0, 1), (k, batch, size), for samples ``start`` to ``start + k - 1``."""
-        return self._draw("uniform", layer, k, batch, size)
-
-    def _draw(self, kind: str, layer: int, k: int, batch: int, size: int) -> Tensor:
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
         if batch != len(self.images):
             raise ValueError(f"batch must be the {len(self.images)} images of this noise, got {batch}")
         blocks = -(-k // BLOCK)

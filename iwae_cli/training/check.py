@@ -157,7 +157,7 @@ def _jacobian(h: Tensor, e: list[Tensor]) -> Tensor:
     return torch.stack(rows, -2).double()
 
 
-class _Keys:
+class _Keys(Noise):
     """Noise that returns the key of a draw: in an evaluation, equal keys give equal numbers."""
 
     def normal(self, layer: int, *size: int) -> Any:

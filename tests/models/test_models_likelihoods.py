@@ -11,6 +11,7 @@ from draws import noise
 from scipy import stats
 from torch import Tensor
 
+from iwae_cli.core.noise import Noise
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, make_likelihood
 
@@ -107,10 +108,7 @@ def test_draws_and_mean_follow_the_masses(loc: float, log_scale: float) -> None:
 
 
 def test_a_draw_at_the_end_of_the_uniform_numbers_is_a_level() -> None:
-    class Zeros:
-        def normal(self, layer: int, k: int, batch: int, size: int) -> Tensor:
-            raise AssertionError
-
+    class Zeros(Noise):
         def uniform(self, layer: int, k: int, batch: int, size: int) -> Tensor:
             return torch.zeros(k, batch, size, dtype=torch.float64)
 

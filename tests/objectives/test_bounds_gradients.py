@@ -316,7 +316,7 @@ def test_both_is_the_mean_of_wake_and_sleep():
     values = {0: torch.randn(1, 30, 1, dtype=torch.float64), 1: torch.randn(1, 30, 1, dtype=torch.float64)}
 
     class Two(GivenNoise):
-        def _of(self, layer, shape):
+        def _draw(self, kind, layer, *shape):
             return values[layer].expand(shape) * torch.arange(1, shape[0] + 1, dtype=torch.float64).view(-1, 1, 1)
 
     model, x = fixture_a(30)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iwae_cli.core.noise import Noise
 from iwae_cli.models.architectures.linear_gaussian import LinearGaussianModel
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.models.chain import GenerativeChain, InferenceChain
@@ -20,19 +21,13 @@ from iwae_cli.models.kl import register_kl
 from iwae_cli.objectives.base import Objective
 
 
-class GivenNoise:
+class GivenNoise(Noise):
     """Given noise: one tensor (k, batch, size) per layer."""
 
     def __init__(self, values: dict[int, Tensor]) -> None:
         self._values = values
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Tensor:
-        return self._of(layer, (k, batch, size))
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Tensor:
-        return self._of(layer, (k, batch, size))
-
-    def _of(self, layer: int, shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, kind: str, layer: int, *shape: int) -> Tensor:
         assert self._values[layer].shape == shape
         return self._values[layer]
 

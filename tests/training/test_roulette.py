@@ -15,7 +15,7 @@ from every_objective import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, TVO, VIMCO, VR
 from small_runs import TINY, bits, finished, read_json, run, run_folders
 
 from iwae_cli.cli.compose import plan
-from iwae_cli.core.noise import GeneratorNoise
+from iwae_cli.core.noise import GeneratorNoise, Noise
 from iwae_cli.models.architectures.mlp import GaussianMLP
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.objectives.base import BoundObjective, Objective
@@ -46,7 +46,7 @@ def frozen(model: LatentVariableModel) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
-class Chosen:
+class Chosen(Noise):
     """Always the same normal draws; the chances of the roulette as given."""
 
     def __init__(self, chances: torch.Tensor | None = None) -> None:

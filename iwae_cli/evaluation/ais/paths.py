@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from iwae_cli.core.interfaces import Latents
-from iwae_cli.core.noise import Noise, numpy_generator
+from iwae_cli.core.noise import Kind, Noise, numpy_generator
 from iwae_cli.core.numerics import effective_sample_size, log_mean_exp
 from iwae_cli.core.progress import Progress
 from iwae_cli.evaluation.ais.moves import Chains, Scores, gibbs_sweep, hamiltonian_move
@@ -31,7 +31,7 @@ GROUP = 10  # images whose chains are moved together on a processor
 Start = Literal["prior", "inference"]
 
 
-class ImageNoise:
+class ImageNoise(Noise):
     """Noise from a stream for each image, keyed by (*key, image), read in the order of the calls.
 
     The numbers of an image depend on no other image, so that no result depends on how images are batched. They are
@@ -45,20 +45,13 @@ class ImageNoise:
         self._dtype = dtype
         self._device = device
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return standard normal draws; ``layer`` is ignored, the order of the calls decides."""
-        return self._draw("standard_normal", k, batch, size)
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return uniform draws on [0, 1); ``layer`` is ignored, the order of the calls decides."""
-        return self._draw("random", k, batch, size)
-
-    def _draw(self, kind: str, k: int, batch: int, size: int) -> Tensor:
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
         if batch % len(self._streams):
             raise ValueError(f"batch must be the {len(self._streams)} images of this noise, got {batch}")
         # Draws of p(h) have all chains of all images in one batch.
         each = k * batch // len(self._streams)
-        draws = [getattr(stream, kind)((each, size), dtype=np.float32) for stream in self._streams]
+        method = "standard_normal" if kind == "normal" else "random"
+        draws = [getattr(stream, method)((each, size), dtype=np.float32) for stream in self._streams]
         drawn = torch.from_numpy(np.stack(draws, axis=1)).reshape(k, batch, size)
         return drawn.to(device=self._device, dtype=self._dtype)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from iwae_cli.core.noise import GeneratorNoise, Noise
+from iwae_cli.core.noise import GeneratorNoise, Kind, Noise
 from iwae_cli.models.base import LatentVariableModel
 from iwae_cli.training.steps.graph import (
     Graph,
@@ -144,7 +144,7 @@ class CompiledRouletteStep:
         return bound
 
 
-class Recorder:
+class Recorder(Noise):
     """Noise that records its draws, as functions of a noise source in ``draws`` and as tensors in ``drawn``."""
 
     def __init__(self, x: Float[Tensor, "batch pixels"]) -> None:
@@ -152,28 +152,17 @@ class Recorder:
         self.draws: list[Callable[[Noise], Tensor]] = []
         self.drawn: list[Tensor] = []
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return standard normal draws."""
-        return self._record(lambda noise: noise.normal(layer, k, batch, size))
-
-    def uniform(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return uniform draws on [0, 1)."""
-        return self._record(lambda noise: noise.uniform(layer, k, batch, size))
-
-    def _record(self, draw: Callable[[Noise], Tensor]) -> Tensor:
-        self.draws.append(draw)
-        self.drawn.append(draw(self._noise))
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
+        self.draws.append(lambda noise: getattr(noise, kind)(layer, k, batch, size))
+        self.drawn.append(self.draws[-1](self._noise))
         return self.drawn[-1]
 
 
-class Replay:
+class Replay(Noise):
     """Noise that returns given tensors, in their order."""
 
     def __init__(self, drawn: Sequence[Tensor]) -> None:
         self._drawn = iter(drawn)
 
-    def normal(self, layer: int, k: int, batch: int, size: int) -> Float[Tensor, "k batch size"]:
-        """Return the next tensor."""
+    def _draw(self, kind: Kind, layer: int, k: int, batch: int, size: int) -> Tensor:
         return next(self._drawn)
-
-    uniform = normal
