@@ -76,16 +76,24 @@ def test_the_readable_part_names_the_objects(tmp_path: Path) -> None:
     assert evaluation("evaluation.splits=[test]").startswith("k5000-test-last-")
 
 
-def test_a_plain_dict_is_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ("def __init__(self, options: dict[str, int] | None = None):", "    super().__init__([3], [[8]])")
-    body = "\n    ".join(("class DictMLP(GaussianMLP):", *lines))
-    (tmp_path / "dicts.py").write_text(f"from iwae_cli.models.architectures.mlp import GaussianMLP\n{body}\n")
+def test_a_dict_and_a_text_which_may_be_a_secret_are_not_in_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from typing import Literal\n"
+        "from iwae_cli.models.architectures.mlp import GaussianMLP\n"
+        "class MyMLP(GaussianMLP):\n"
+        "    def __init__(self, options: dict[str, int] = {}, text: str = '', form: Literal['a', 'b'] = 'a'):\n"
+        "        super().__init__([3], [[8]])\n"
+    )
     (tmp_path / "conf" / "model").mkdir(parents=True)
-    (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: dicts.DictMLP\noptions: {a: 1}\n")
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(
+        "_target_: mine.MyMLP\noptions: {a: 1}\ntext: token\nform: b\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "dicts")
+    monkeypatch.setenv("IWAE_ALLOW_TARGETS", "mine")
     (job,) = plan(["model=mine"], False, "conf").jobs
-    assert job.experiment().identity().startswith("digits-dict_mlp-iwae-k5-")
+    assert job.experiment().identity().startswith("digits-my_mlp_b-iwae-k5-")
 
 
 def test_a_training_whose_images_began_otherwise_does_not_answer(tmp_path: Path) -> None:
