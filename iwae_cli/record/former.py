@@ -1,4 +1,4 @@
-"""Translate the configuration of a run of version 0.2.0."""
+"""Configurations of runs of earlier versions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,29 @@ MODULES = {
 """Former module of a class -> its module; classes keep their names, except as in ``CLASSES``."""
 
 CLASSES = {"WandbSink": "WandbLogger"}
+
+ADDED = {
+    "training.backward": "all",
+    "training.kl_warmup": 0,
+    "training.clip": None,
+    "training.ema": None,
+    "schedule.patience": None,
+    "model.activation": "tanh",
+    "model.noise_std": None,
+    "model.posterior": "diagonal",
+    "model.posterior_size": 5,
+    "model.prior": "standard",
+    "model.prior_components": 500,
+}
+"""Keys that older versions did not have, with what they did."""
+
+
+def applies(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a key of ``ADDED`` is one of the class that a configuration names."""
+    group, _, name = key.partition(".")
+    place, _, cls = str(config["model"]["_target_"]).rpartition(".")
+    having = ("GaussianMLP",) if name == "activation" else ("GaussianMLP", "GaussianConvolutional")
+    return group != "model" or (place.startswith("iwae_cli.") and cls in having)
 
 
 def translated(config: Any) -> Any:

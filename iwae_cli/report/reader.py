@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,9 @@ from typing import Any
 
 from iwae_cli.core.errors import UserError
 from iwae_cli.record import schema
+from iwae_cli.record.first_stage import stage_before
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
+from iwae_cli.record.former import ADDED, applies
 from iwae_cli.record.identity import evaluation_name, path_keys, training_config, unused
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
@@ -24,20 +25,6 @@ MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.
 SWEEP = "sweep.json"
 NOT_RECORDED = "not recorded"  # value of a key that nothing shows an evaluation was made with
 GROUPS = ("model", "objective", "optimizer", "schedule")  # whose chosen name is in result.json
-FORMER = {
-    "training.backward": "all",
-    "training.kl_warmup": 0,
-    "training.clip": None,
-    "training.ema": None,
-    "schedule.patience": None,
-    "model.activation": "tanh",
-    "model.noise_std": None,
-    "model.posterior": "diagonal",
-    "model.posterior_size": 5,
-    "model.prior": "standard",
-    "model.prior_components": 500,
-}
-"""Keys that older versions did not have, with what they did."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +114,14 @@ class Run:
             # Results of older versions have no name for optimizer and schedule: use the class.
             named = group in self.result or group in ("model", "objective")
             keys[group] = str(self.result[group]["name"]) if named else class_name(keys[f"{group}._target_"])
-        keys.update((key, value) for key, value in FORMER.items() if key not in keys and _applies(key, self.config))
+        keys.update((key, value) for key, value in ADDED.items() if key not in keys and applies(key, self.config))
         # Two files of a user may have one name; the data sets of this package are known by theirs.
         if any(self.config["data"].get(key) is not None for key in path_keys(self.config["data"]) if key != "data_dir"):
             keys["data.sha256"] = str(self.result.get("data_sha256"))[:8]
         source = self.config.get("init_from")
         # Its name without seed and hash; alone it would mix second stages of different first trainings.
         keys["init_from"] = source and re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(source).name)
-        keys["init_from.training"] = source and _training_hash(source)
+        keys["init_from.training"] = stage_before(source)
         return keys
 
     @cached_property
@@ -144,10 +131,8 @@ class Run:
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
         names = {*flatten(decides), *GROUPS, "init_from.training", "device.precision", "data.sha256"}
-        if self.keys["init_from.training"] is None:
-            names.add("init_from")  # its name, which differs between versions, is all that is known of the source
         without_effect = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
-        names |= FORMER.keys() - {f"model.{key}" for key in without_effect}
+        names |= ADDED.keys() - {f"model.{key}" for key in without_effect}
         names.discard("training._target_")  # older runs have no node ``training``, and there is one class of it
         return {key: value for key, value in self.keys.items() if key in names}
 
@@ -159,14 +144,6 @@ class Found:
     runs: list[Run] = field(default_factory=list)  # finished, sorted by path
     left_out: list[LeftOut] = field(default_factory=list)  # all other runs
     notes: list[str] = field(default_factory=list)  # on runs that count, one line each
-
-
-def _applies(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a key of ``FORMER`` is one of the class that a configuration names."""
-    group, _, name = key.partition(".")
-    place, _, cls = str(config["model"]["_target_"]).rpartition(".")
-    having = ("GaussianMLP",) if name == "activation" else ("GaussianMLP", "GaussianConvolutional")
-    return group != "model" or (place.startswith("iwae_cli.") and cls in having)
 
 
 def read(paths: Sequence[str | Path]) -> Found:
@@ -376,16 +353,6 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def class_name(target: Any) -> str:
     """Return the last part of a dotted name."""
     return str(target).rpartition(".")[2]
-
-
-def _training_hash(path: str) -> str | None:
-    """Return a hash of the settings of a run, without the seed, that decided its weights; None if unreadable."""
-    try:
-        decides = training_config(RunFolder(Path(path)).config(), {})
-    except UserError:
-        return None
-    settings = json.dumps({key: decides[key] for key in decides if key != "seed"}, sort_keys=True, default=str)
-    return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
 def _within(folder: Path, error: UserError) -> str:

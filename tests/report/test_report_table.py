@@ -133,16 +133,47 @@ def test_second_stages_of_different_first_ones_are_never_mixed(tmp_path: Path) -
         (first / "config.yaml").write_text(yaml.safe_dump(config(optimizer__lr=rate)))
         write(tmp_path / "second", config(seed=seed, init_from=str(first)), values(85.0 + seed))
     assert [len(cell.runs) for cell in table(tmp_path / "second").cells] == [1, 1]
-    for seed in range(2):
-        first_of_seed = f"outputs/mnist-one_layer-elbo-k1-seed{seed}-0123456{seed}"
-        write(tmp_path / "seeds", config(seed=seed, init_from=first_of_seed), values(85.0))
-    assert len(table(tmp_path / "seeds").cells) == 1
     for seed, version in enumerate(("one_layer", "gaussian_mlp_50")):
         first = tmp_path / "named" / f"mnist-{version}-elbo-k1-seed{seed}-0123456{seed}"
         first.mkdir(parents=True)
         (first / "config.yaml").write_text(yaml.safe_dump(config(seed=seed)))
         write(tmp_path / "other_names", config(seed=seed, init_from=str(first)), values(85.0))
     assert len(table(tmp_path / "other_names").cells) == 1
+
+
+def second_stages(place: Path, *first: Path) -> Path:
+    """Write a second stage for each first one, with seeds 0, 1, ...; return their folder."""
+    for seed, source in enumerate(first):
+        write(place / "second", config(seed=seed, init_from=str(source)), values(85.0 + seed))
+    return place / "second"
+
+
+ARRAYS = {"_target_": "iwae_cli.data.own.ArrayFile", "path": "x.npz", "levels": 2}
+
+
+@pytest.mark.parametrize("what", ["data", "code", "the stage before"])
+def test_a_first_stage_is_more_than_its_own_settings(tmp_path: Path, what: str) -> None:
+    """Two seeds of a first stage are one; they differ in what their config.yaml does not show."""
+    zeroth = [write(tmp_path / "0", config(optimizer__lr=rate), values(85.0)) for rate in (1e-3, 1e-4)]
+
+    def first(name: str, seed: int, differs: bool) -> Path:
+        before = str(zeroth[differs]) if what == "the stage before" else None
+        folder = write(tmp_path / name, config(seed=seed, data=ARRAYS, init_from=before), values(85.0))
+        code = {"mine.py": str(int(differs and what == "code"))}
+        change(folder / "result.json", data_sha256=str(int(differs and what == "data")), sources=code)
+        return folder
+
+    alike = second_stages(tmp_path / "alike", *(first(f"a{seed}", seed, differs=False) for seed in range(2)))
+    assert [len(cell.runs) for cell in table(alike).cells] == [2]
+    apart = second_stages(tmp_path / "apart", *(first(f"b{seed}", seed, differs=seed == 1) for seed in range(2)))
+    assert [len(cell.runs) for cell in table(apart).cells] == [1, 1]
+
+
+def test_a_run_that_names_itself_as_its_first_stage_is_read(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.yaml").write_text(yaml.safe_dump(config(init_from=str(first))))
+    assert len(table(second_stages(tmp_path, first)).cells) == 1
 
 
 def test_groups_have_the_names_that_were_typed(tmp_path: Path) -> None:
