@@ -23,6 +23,7 @@ from iwae_cli.report.selection import (
     Scored,
     agrees,
     by_refined,
+    first,
     known_key,
     label,
     mean,
@@ -369,16 +370,20 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label, differ: Sequen
         beside = published(group[0].run, group[0].score, group[0].split)
         cells.append(Cell(row, column, group, beside, tuple(deviations(group[0].run)) if beside else ()))
     notes = [f"rows also by {key}: runs of one cell differ by their seed alone" for key in added]
+    unread = list(dict.fromkeys(s.run.unread_first_stage for s in scored if s.run.unread_first_stage))
+    if unread and "init_from.training" in (*rows, *columns):
+        notes.append(
+            f"the run that init_from names cannot be read, so seeds of one first stage have a row each: {first(unread)}"
+        )
     if any(by_refined([s]) for s in scored) and (lacking := unrefined(scored)):
         notes.append(f"compared by the trained q: {lacking}")
-    first = scored[0]
+    one = scored[0]
     images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
-    title = [", ".join(images), first.split, f"k = {first.score.k}"]
-    title += [f"{Kind._fields[i]} {first.kind[i]:.8}" for i in differ]
+    title = [", ".join(images), one.split, f"k = {one.score.k}"]
+    title += [f"{Kind._fields[i]} {one.kind[i]:.8}" for i in differ]
     return Table(
-        ", ".join(title), first.split, first.score.k, first.score.weights, images, rows, columns, tuple(cells),
-        tuple(notes),
-    )  # fmt: skip
+        ", ".join(title), one.split, one.score.k, one.score.weights, images, rows, columns, tuple(cells), tuple(notes)
+    )
 
 
 def against(table: Table, wanted: Mapping[str, str], name: str) -> Table | None:

@@ -124,6 +124,12 @@ class Run:
         keys["init_from.training"] = stage_before(source)
         return keys
 
+    @property
+    def unread_first_stage(self) -> str | None:
+        """Name of the folder of ``init_from`` where that cannot be read; None where it can, or there is none."""
+        source = self.config.get("init_from")
+        return Path(source).name if source and self.keys["init_from.training"] == Path(source).name else None
+
     @cached_property
     def training(self) -> dict[str, Any]:
         """The part of ``keys`` that decides the trained weights, without the seed: equal for seeds of one setting."""

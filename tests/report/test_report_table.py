@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from report_runs import change, config, values, write
+from report_runs import Command, change, config, values, write
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.core.errors import UserError
@@ -167,6 +168,18 @@ def test_a_first_stage_is_more_than_its_own_settings(tmp_path: Path, what: str) 
     assert [len(cell.runs) for cell in table(alike).cells] == [2]
     apart = second_stages(tmp_path / "apart", *(first(f"b{seed}", seed, differs=seed == 1) for seed in range(2)))
     assert [len(cell.runs) for cell in table(apart).cells] == [1, 1]
+
+
+def test_second_stages_of_unreadable_first_ones_stay_apart(tmp_path: Path, command: Command) -> None:
+    """What remains of these is the name of the folder, whose hash is of the seed too."""
+    first = [write(tmp_path, config(optimizer__lr=rate, seed=s), values(85.0)) for s, rate in enumerate((1e-3, 1e-4))]
+    names = [folder.name for folder in first]
+    second = second_stages(tmp_path, *first)
+    for folder in first:
+        shutil.rmtree(folder)
+    assert [cell.row[-1] for cell in table(second).cells] == names
+    code, out, _ = command(second)
+    assert code == 0 and f"cannot be read, so seeds of one first stage have a row each: {names[0]}, {names[1]}" in out
 
 
 def test_a_run_that_names_itself_as_its_first_stage_is_read(tmp_path: Path) -> None:
