@@ -34,14 +34,20 @@ def training_hash(path: str, second_stages: frozenset[str] = frozenset()) -> str
     decides = _settings(config) | {
         "data_sha256": result.get("data_sha256") if has_files else None,
         "sources": result.get("sources") or {},
-        "init_from": stage_before(config["init_from"], second_stages | {place}),
+        "init_from": stage_before(config["init_from"], result, second_stages | {place}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def stage_before(source: str | None, second_stages: frozenset[str] = frozenset()) -> str | None:
-    """Return what tells the training that a run began from: its hash, or else the name of its folder."""
-    return source and (training_hash(source, second_stages) or Path(source).name)
+def stage_before(
+    source: str | None, result: Mapping[str, Any], second_stages: frozenset[str] = frozenset()
+) -> str | None:
+    """Return what tells the training that a run began from: its hash, or else the name of its folder.
+
+    ``result`` is the ``result.json`` of the run; before version 0.9 it held no hash.
+    """
+    recorded = result.get("init_from_training")
+    return source and (recorded or training_hash(source, second_stages) or Path(source).name)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

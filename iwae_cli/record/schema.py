@@ -69,7 +69,7 @@ Result = _keys(
         **dict.fromkeys(SPLITS, SPLIT),
         **LISTS,
         **{"figures": list[str], "reasons": Text | None, "seconds": Seconds},
-        **{"seed": int, "trained": str, "init_from": str | None},
+        **{"seed": int, "trained": str, "init_from": str | None, "init_from_training": str | None},
         **{"draws": Whole | None, "parameters": Whole, "data_sha256": str, "sources": Text, "versions": Text},
         **dict.fromkeys(("git", "code"), _keys("Commit", commit=str, changed=bool) | None),
         "device": _keys("RanOn", {"kind": str, "name": str | None, "threads": Count}),

@@ -121,7 +121,7 @@ class Run:
         source = self.config.get("init_from")
         # Its name without seed and hash; alone it would mix second stages of different first trainings.
         keys["init_from"] = source and re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(source).name)
-        keys["init_from.training"] = stage_before(source)
+        keys["init_from.training"] = stage_before(source, self.result)
         return keys
 
     @property

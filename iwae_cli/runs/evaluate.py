@@ -31,6 +31,7 @@ from iwae_cli.evaluation.likelihood import LogLikelihood, check_refine
 from iwae_cli.models.base import Architecture, LatentVariableModel
 from iwae_cli.objectives.base import Objective
 from iwae_cli.record import schema, summary
+from iwae_cli.record.first_stage import training_hash
 from iwae_cli.record.folder import RunFolder
 from iwae_cli.record.identity import changed, estimator_name, evaluation_name, evaluation_precision, sources
 from iwae_cli.training import checkpoint
@@ -280,6 +281,7 @@ def _facts(
         "seed": config["seed"],
         "trained": config["train"],  # "train" is the name of a split
         "init_from": config["init_from"],
+        "init_from_training": config["init_from"] and training_hash(config["init_from"]),
         "epochs": state.step // -(-len(data.train) // config["batch_size"]),
         "steps": state.step,
         "draws": state.draws,

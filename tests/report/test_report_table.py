@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from report_runs import Command, change, config, values, write
+from small_runs import TINY, finished
 
 from iwae_cli.cli.compose import plan
 from iwae_cli.core.errors import UserError
@@ -180,6 +181,22 @@ def test_second_stages_of_unreadable_first_ones_stay_apart(tmp_path: Path, comma
     assert [cell.row[-1] for cell in table(second).cells] == names
     code, out, _ = command(second)
     assert code == 0 and f"cannot be read, so seeds of one first stage have a row each: {names[0]}, {names[1]}" in out
+
+
+def test_a_second_stage_has_recorded_its_first_one(tmp_path: Path) -> None:
+    """The first one may be gone when the report is made; a stage that began from that is told by its record too."""
+    stages = [(*TINY, f"seed={seed}") for seed in range(2)]
+    first = [finished(tmp_path / "1", *stage) for stage in stages]
+    seconds = [finished(tmp_path / "2", *stage, f"init_from={at}") for stage, at in zip(stages, first, strict=True)]
+    third = [finished(tmp_path / "3", *stage, f"init_from={at}") for stage, at in zip(stages, seconds, strict=True)]
+    change(seconds[1] / "result.json", init_from_training=None)
+    assert [len(cell.runs) for cell in table(tmp_path / "2").cells] == [2], "with one of an earlier version"
+    change(seconds[1] / "result.json", init_from_training=read([seconds[0]]).runs[0].result["init_from_training"])
+    shutil.rmtree(tmp_path / "1")
+    assert [len(cell.runs) for cell in table(tmp_path / "2").cells] == [2]
+    for folder in third:
+        change(folder / "result.json", init_from_training=None)
+    assert [len(cell.runs) for cell in table(tmp_path / "3").cells] == [2]
 
 
 def test_a_run_that_names_itself_as_its_first_stage_is_read(tmp_path: Path) -> None:
