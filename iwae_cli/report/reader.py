@@ -24,6 +24,7 @@ MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.
 """A folder with one of these files is a run folder, complete or not."""
 SWEEP = "sweep.json"
 NOT_RECORDED = "not recorded"  # value of a key that nothing shows an evaluation was made with
+SOURCES = "sources."  # begin of the keys of source files
 GROUPS = ("model", "objective", "optimizer", "schedule")  # whose chosen name is in result.json
 
 
@@ -122,7 +123,12 @@ class Run:
         # Its name without seed and hash; alone it would mix second stages of different first trainings.
         keys["init_from"] = source and re.sub(r"-seed\d+-[0-9a-f]{8}$", "", Path(source).name)
         keys["init_from.training"] = stage_before(source, self.result)
-        return keys
+        return keys | {name: digest[:8] for name, digest in self._sources.items()}
+
+    @property
+    def _sources(self) -> dict[str, str]:
+        """Hashes of source files from outside this package by key; none where an older version has not recorded any."""
+        return {f"{SOURCES}{file}": digest for file, digest in (self.result.get("sources") or {}).items()}
 
     @property
     def unread_first_stage(self) -> str | None:
@@ -136,7 +142,7 @@ class Run:
         decides = training_config(self.config, {})
         for key in ("seed", "precision", "fingerprints"):
             del decides[key]
-        names = {*flatten(decides), *GROUPS, "init_from.training", "device.precision", "data.sha256"}
+        names = {*flatten(decides), *GROUPS, *self._sources, "init_from.training", "device.precision", "data.sha256"}
         without_effect = unused({"posterior": "diagonal", "prior": "standard", **self.config["model"]})
         names |= ADDED.keys() - {f"model.{key}" for key in without_effect}
         names.discard("training._target_")  # older runs have no node ``training``, and there is one class of it

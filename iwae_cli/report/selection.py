@@ -16,7 +16,7 @@ from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.identity import evaluation_precision
 from iwae_cli.record.summary import DISCRETE_UNITS, reliability_warning
-from iwae_cli.report.reader import NOT_RECORDED, LeftOut, Run, Score
+from iwae_cli.report.reader import NOT_RECORDED, SOURCES, LeftOut, Run, Score
 
 MISSING = "\N{EN DASH}"
 NAMED = 4  # runs or choices that a message names
@@ -258,7 +258,9 @@ def _varying(scored: Sequence[Scored]) -> list[str]:
     """Return the keys in which the trainings differ, other than the seed."""
     # A key that decides nothing for one run (training.tau without a roulette) may decide for another.
     keys = dict.fromkeys(key for s in scored for key in _training(s))
-    found = [key for key in keys if len({shown(s.run.keys.get(key)) for s in scored}) > 1]
+    values = {key: {shown(s.run.keys.get(key)) for s in scored} for key in keys}
+    # A file that a run has not recorded, as older ones, is no difference.
+    found = [key for key in keys if len(values[key] - ({MISSING} if key.startswith(SOURCES) else set())) > 1]
     # Two names of the same settings are no difference: schedule=smoke is schedule=constant with three passes.
     same = [group for group in ("optimizer", "schedule") if not any(key.startswith(f"{group}.") for key in found)]
     return [key for key in found if key not in same]

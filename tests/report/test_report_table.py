@@ -18,7 +18,7 @@ from iwae_cli.record.summary import measured
 from iwae_cli.report.cells import Table, tables
 from iwae_cli.report.published import TABLE
 from iwae_cli.report.reader import read
-from iwae_cli.report.selection import comparable
+from iwae_cli.report.selection import MISSING, comparable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -204,6 +204,22 @@ def test_a_run_that_names_itself_as_its_first_stage_is_read(tmp_path: Path) -> N
     first.mkdir()
     (first / "config.yaml").write_text(yaml.safe_dump(config(init_from=str(first))))
     assert len(table(second_stages(tmp_path, first)).cells) == 1
+
+
+def test_seeds_trained_by_other_code_are_told_apart(tmp_path: Path, command: Command) -> None:
+    """Older runs have not recorded the code of a user's class, and count as alike."""
+    hashes: list[dict[str, str]] = [{}, {"mine/halfway.py": "1" * 16}, {"mine/halfway.py": "1" * 16}]
+    for seed, sources in enumerate(hashes):
+        change(write(tmp_path, config(seed=seed), values(85.0)) / "result.json", sources=sources)
+    assert [len(cell.runs) for cell in table(tmp_path).cells] == [3]
+    change(write(tmp_path, config(seed=3), values(86.0)) / "result.json", sources={"mine/halfway.py": "2" * 16})
+    code, out, _ = command(tmp_path, "--columns", "")
+    assert code == 0 and "rows also by sources.mine/halfway.py: runs of one cell differ by their seed alone" in out
+    seeds = {cell.row[-1]: [s.run.seed for s in cell.runs] for cell in table(tmp_path).cells}
+    assert seeds == {MISSING: [0], "11111111": [1, 2], "22222222": [3]}
+    assert (
+        command(tmp_path, "--compare", "sources.mine/halfway.py=11111111", "sources.mine/halfway.py=22222222")[0] == 0
+    )
 
 
 def test_groups_have_the_names_that_were_typed(tmp_path: Path) -> None:
