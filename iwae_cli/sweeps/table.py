@@ -7,6 +7,8 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -17,7 +19,7 @@ from iwae_cli.core.errors import UserError
 from iwae_cli.core.files import shown
 from iwae_cli.record.summary import SPLITS
 from iwae_cli.record.wandb import SYNC, left_to_upload
-from iwae_cli.report.reader import Found, read
+from iwae_cli.report.reader import Found, Run, read
 from iwae_cli.sweeps.records import SweepFolder, job_name
 
 _STYLES = {"finished": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
@@ -113,6 +115,16 @@ def _winner(
     return lines
 
 
+def _as_asked(folder: SweepFolder, finished: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """Return the runs of jobs, each with the evaluations that these asked for: a run may have others."""
+    asked = {((folder.path / job["folder"]).resolve(), Path(job["result"]).parent.name) for job in finished}
+    runs = [
+        replace(run, scores=tuple(score for score in run.scores if (run.path, score.name) in asked))
+        for run in read([folder.path / job["folder"] for job in finished]).runs
+    ]
+    return [run for run in runs if run.scores]
+
+
 def _means(folder: SweepFolder, finished: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> tuple[str, str] | None:
     """Return the table of a report, with mean and standard error over seeds, and the command for more."""
     from iwae_cli.report.cells import tables
@@ -120,7 +132,7 @@ def _means(folder: SweepFolder, finished: Sequence[Mapping[str, Any]], varied: S
     from iwae_cli.report.writers import Report, terminal
 
     try:
-        runs = read([folder.path / job["folder"] for job in finished]).runs
+        runs = _as_asked(folder, finished)
         there = {name for run in runs for score in run.scores for name in score.splits}
         scored, _ = comparable(runs, next((name for name in SPLITS if name in there), SPLITS[0]))
         rows = [key for key in varied if key != "seed" and any(key in s.run.keys for s in scored)]

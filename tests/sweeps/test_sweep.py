@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 from faults import Fault, terminate
-from small_runs import TINY, bits, finished, last_of_each, read_json, run, run_folders, saved_step
+from small_runs import TINY, bits, evaluate, finished, last_of_each, read_json, run, run_folders, saved_step
 
 from iwae_cli.cli.report import report
 from iwae_cli.cli.train import train
 from iwae_cli.core.device import Device
 from iwae_cli.core.errors import RunFailed, UserError
 from iwae_cli.core.files import RunLock
+from iwae_cli.record.summary import measured
 from iwae_cli.runs.experiment import Experiment
 from iwae_cli.sweeps.launchers import LAUNCHERS, adapter
 from iwae_cli.sweeps.records import Attempt, Planned, SweepFolder
@@ -199,6 +200,17 @@ def test_a_sweep_says_what_it_does_and_ends_with_means_over_seeds_and_the_next_c
     assert "over objective=elbo" in capsys.readouterr().out
     code, again, err = run(*line)
     assert code == 0 and again == out and err.count("\n") == 4, "nothing is left to announce"
+
+
+def test_the_means_of_a_sweep_are_of_its_own_evaluations(tmp_path: Path) -> None:
+    """Under the seed that it asks for, also where a run has refined values under another one."""
+    assert run("-m", "seed=0,1", *QUICK, f"output_dir={tmp_path}")[0] == 0
+    code, _, err = evaluate(run_folders(tmp_path)[0], "evaluation.refine=3")
+    assert code == 0, err
+    code, out, _ = run("-m", "seed=0,1", *QUICK, "evaluation.seed=7", f"output_dir={tmp_path}")
+    nlls = [read_json(folder / "result.json")["test"]["nll"] for folder in run_folders(tmp_path)]
+    assert code == 0 and measured(statistics.fmean(nlls), statistics.stdev(nlls) / 2**0.5) in out
+    assert out.count("digits, test, k = 5") == 1, "one table"
 
 
 @pytest.mark.parametrize(
