@@ -39,12 +39,12 @@ usage: iwae-report [PATH ...] [KEY=VALUE ...] [--rows KEYS] [--columns KEYS] [--
 PATH is a folder of runs (default: $IWAE_OUTPUT_DIR or outputs), a sweep folder, or single runs. Run folders are read
 and never changed. KEY=VALUE keeps the runs with this choice of a group or value of a key, several choices as seed=0,1,
 none as null; keys of evaluation choose among the evaluations of a run. There is one table for every data set and kind
-of evaluation (k; weights, precision, binarization). A cell holds the runs that differ by their seed alone: NLL (mean
-and standard error over seeds), active units, and the paper's value where data, networks, objective, k and evaluation
-are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are between those.
-Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators (iwae-eval RUN
-estimator=ais) follow below the table, run by run. A difference is seen from two standard errors on, over images and
-seeds together. A number has as many decimals as its error, which has two digits.
+of evaluation (k; weights, precision, binarization, seed). A cell holds the runs that differ by their seed alone: NLL
+(mean and standard error over seeds), active units, and the paper's value where data, networks, objective, k and
+evaluation are the paper's. Where all runs of a table have refined values (evaluation.refine=all), differences are
+between those. Runs that are unfinished, failed or damaged are listed with the reason. Numbers of other estimators
+(iwae-eval RUN estimator=ais) follow below the table, run by run. A difference is seen from two standard errors on, over
+images and seeds together. A number has as many decimals as its error, which has two digits.
 
   --rows KEYS, --columns KEYS   comma-separated keys of the configuration (default: model,objective.k and objective); a
                          table without columns has stderr_images, stderr_mc, bias_mc and gap_q beside every NLL

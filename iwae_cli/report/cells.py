@@ -348,10 +348,17 @@ def tables(
             known.append(s.kind.images)
         # By number, since every data set of a table has other images; two binarizations of one are never mixed.
         kind = s.kind._replace(images=str(known.index(s.kind.images)))
+        if "evaluation.seed" in (*rows, *columns):
+            kind = kind._replace(evaluation_seed="")
         name = "" if "data" in (*rows, *columns) else s.run.dataset
         groups.setdefault(name, {}).setdefault(kind, []).append(s)
     return [
-        _table(kinds[kind], tuple(rows), tuple(columns), [i for i in (1, 2, 3) if len({k[i] for k in kinds}) > 1])
+        _table(
+            kinds[kind],
+            tuple(rows),
+            tuple(columns),
+            [i for i in range(1, len(Kind._fields)) if len({k[i] for k in kinds}) > 1],
+        )
         for kinds in groups.values()
         for kind in sorted(kinds, key=lambda kind: (-kind.k, kind))
     ]
@@ -380,7 +387,7 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label, differ: Sequen
     one = scored[0]
     images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
     title = [", ".join(images), one.split, f"k = {one.score.k}"]
-    title += [f"{Kind._fields[i]} {one.kind[i]:.8}" for i in differ]
+    title += [f"{Kind._fields[i].replace('_', ' ')} {one.kind[i]:.8}" for i in differ]
     return Table(
         ", ".join(title), one.split, one.score.k, one.score.weights, images, rows, columns, tuple(cells), tuple(notes)
     )

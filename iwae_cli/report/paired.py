@@ -129,7 +129,7 @@ def compare(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
 
     Raises:
         UserError: a group mixes trainings, both hold the same run, the runs do not share an evaluation
-            (images, k, weights, precision), or a file of per-image values is missing or damaged.
+            (images, k, weights, precision, seed), or a file of per-image values is missing or damaged.
     """
     for name, group in ((name_a, a), (name_b, b)):
         # First by any evaluation: two trainings in one group are often evaluated in two ways.
@@ -163,7 +163,10 @@ def _one_training(name: str, scored: Sequence[Scored]) -> None:
 
 
 def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split: str) -> dict[str, Scored]:
-    """Return every run with the evaluation of the kind that all runs have; of several, the one with the largest k."""
+    """Return every run with the evaluation of the kind that all runs have.
+
+    Of several, it is one with the largest k; among seeds of the evaluation one with refined values, or else the first.
+    """
     kinds: dict[Kind, dict[str, Scored]] = {}
     for run in (*a, *b):
         for kind, scored in by_kind(run, split).items():
@@ -171,16 +174,18 @@ def _shared(name_a: str, a: Sequence[Run], name_b: str, b: Sequence[Run], split:
                 kinds.setdefault(kind, {})[run.identity] = scored
     shared = [kind for kind, scores in kinds.items() if len(scores) == len(a) + len(b)]
     if shared:
-        return kinds[max(shared)]
+        largest = max(kind[:-1] for kind in shared)
+        seeds = [kinds[kind] for kind in sorted(shared) if kind[:-1] == largest]
+        return next((scores for scores in seeds if by_refined(scores.values())), seeds[0])
     for run in (*a, *b):
         if not any(run.identity in scores for scores in kinds.values()):
             raise UserError(f"{run.identity} has no NLL of the {split} split; iwae-eval computes it")
     first, second = (next(k for k, scores in kinds.items() if g[0].identity in scores) for g in (a, b))
-    for field in ("images", "k", "weights", "precision"):
+    for field in ("images", "k", "weights", "precision", "evaluation_seed"):
         mine, theirs = (str(getattr(found, field))[:12] for found in (first, second))
         if mine != theirs:
             raise UserError(
-                f"--compare {name_a} {name_b}: not scored on the same {field}: {mine} and {theirs}; "
+                f"--compare {name_a} {name_b}: not scored on the same {field.replace('_', ' ')}: {mine} and {theirs}; "
                 "evaluate both alike with iwae-eval"
             )
     raise UserError(f"--compare {name_a} {name_b}: no evaluation is shared by all of their runs; see iwae-eval")

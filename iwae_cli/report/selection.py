@@ -47,7 +47,10 @@ class Scored:
     @property
     def kind(self) -> Kind:
         """What its table shares."""
-        return Kind(self.score.k, self.score.weights, self.score.precision, self.score.sha256[self.split])
+        score = self.score
+        return Kind(
+            score.k, score.weights, score.precision, score.sha256[self.split], str(score.keys["evaluation.seed"])
+        )
 
     @property
     def by_q(self) -> Mapping[str, Any]:
@@ -71,12 +74,16 @@ class Scored:
 
 
 class Kind(NamedTuple):
-    """What two evaluations must share to be comparable; ``images`` is the hash of the split."""
+    """What two evaluations must share to be comparable; ``images`` is the hash of the split.
+
+    Estimates under two seeds are of one number, but no report should depend on which of the two it takes for a run.
+    """
 
     k: int
     weights: str
     precision: str
     images: str
+    evaluation_seed: str
 
 
 def by_kind(run: Run, split: str) -> dict[Kind, Scored]:

@@ -163,6 +163,26 @@ def test_the_refined_one_of_several_evaluations_counts(tmp_path: Path, command: 
     assert note == f"compared by the trained q: no refined values of {runs['elbo'].name}: {REFINE}"
 
 
+def test_evaluations_under_different_seeds_are_never_mixed(tmp_path: Path, command: Command) -> None:
+    """One run has refined values under another seed: a table and a comparison are by the seed that all have."""
+    runs = [write(tmp_path, config(seed=seed), BY_Q["iwae"]) for seed in range(2)]
+    other = config(evaluation__seed=7)
+    evaluate(runs[0], other, BY_Q["iwae"] + 5.0, "seeded", refined=REFINED["iwae"][:3])
+    both, single = sorted(read(command, tmp_path)["tables"], key=lambda made: -len(made["cells"][0]["runs"]))
+    assert both["cells"][0]["nll"] == pytest.approx(85.2) and both["cells"][0]["seeds"] == [0, 1]
+    assert single["cells"][0]["nll"] == pytest.approx(80.2) and single["cells"][0]["seeds"] == [0]
+    out = command(tmp_path)[1]
+    assert "k = 5000, evaluation seed 0\n" in out and "k = 5000, evaluation seed 7\n" in out
+    (paired,) = read(command, tmp_path, "--compare", "seed=0", "seed=1")["comparisons"]
+    assert paired["difference"] == pytest.approx(0.0)
+    for arguments in (("evaluation.seed=7",), ("--rows", "evaluation.seed")):
+        (one,) = read(command, tmp_path, *arguments)["tables"]
+        assert min(cell["nll"] for cell in one["cells"]) == pytest.approx(80.2)
+    write(tmp_path, config(objective="elbo", evaluation__seed=3), BY_Q["elbo"], names=NAMES["elbo"])
+    err = command(tmp_path, *COMPARE)[2]
+    assert "not scored on the same evaluation seed: 0 and 3; evaluate both alike with iwae-eval" in err
+
+
 def test_a_command_has_the_options_that_the_run_would_not_take(tmp_path: Path, command: Command) -> None:
     """The evaluation at k = 5,000 that both share is not the one that the ELBO's configuration asks for."""
     written(tmp_path, "iwae")
