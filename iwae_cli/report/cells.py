@@ -144,6 +144,16 @@ class Table:
     against: str | None = None  # name of the reference of the paired differences
     budget: Budget | None = None
 
+    @property
+    def precision(self) -> str:
+        """Precision of the matrix products of L_k, which all cells share."""
+        return self.cells[0].runs[0].kind.precision
+
+    @property
+    def images_sha256(self) -> dict[str, str]:
+        """Hash of the images of the split by data set."""
+        return {s.run.dataset: s.kind.images for cell in self.cells for s in cell.runs}
+
     @cached_property
     def refined(self) -> bool:
         """Whether all runs have an estimate by the refined proposals, which the differences then compare."""

@@ -150,16 +150,19 @@ def comma_separated(report: Report) -> str:
 def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
     """Return the numbers of ``_cell`` side by side."""
     whole, paper, paired = _cell(table, cell), cell.published, cell.against
-    means = ("nll", "stderr_seeds", *NUMBERS)
+    one, means = cell.runs[0], ("nll", "stderr_seeds", *NUMBERS)
     memory = {"nll": paper and paper.nll_recalled, "active_units": paper and paper.units is not None}
     errors = ("stderr_images", "stderr_seeds", "by") if compared else ()
     return {
         **whole["keys"],
-        "data": cell.runs[0].run.dataset,
+        "data": one.run.dataset,
         "split": table.split,
         "k": table.k,
         "weights": table.weights,
-        "images": cell.runs[0].numbers["n"],
+        "precision": table.precision,
+        "evaluation_seed": one.score.keys["evaluation.seed"],
+        "images": one.numbers["n"],
+        "images_sha256": one.kind.images,
         "seeds": len(cell.runs),
         **{key: whole[key] for key in (*means, *GAP, "exact_nll")},
         **{f"refined_{key}": whole["refined"] and whole["refined"][key] for key in means},
@@ -174,6 +177,7 @@ def _row(table: Table, cell: Cell, compared: bool) -> dict[str, Any]:
         "paper_training": paper and ("; ".join(cell.deviations) or "as in the paper"),
         "paper_source": paper and paper.source,
         "runs": " ".join(s.run.identity for s in cell.runs),
+        "evaluations": " ".join(s.score.name for s in cell.runs),
     }
 
 
@@ -209,7 +213,7 @@ def _tex(text: str) -> str:
 
 def json_text(report: Report) -> str:
     """Return everything, for programs."""
-    fields = ("split", "k", "weights", "images", "rows", "columns", "notes")
+    fields = ("split", "k", "weights", "precision", "images", "images_sha256", "rows", "columns", "notes")
     value = {
         "tables": [
             {
@@ -261,6 +265,7 @@ def _cell(table: Table, cell: Cell) -> dict[str, Any]:
         "runs": [
             {
                 **_evaluated(s.run, s.score),
+                "evaluation_seed": s.score.keys["evaluation.seed"],
                 **{key: s.numbers.get(key) for key in ("nll", *NUMBERS, *GAP)},
                 "refined": (found := s.numbers.get("refined")) and {key: found[key] for key in ("n", "nll", *NUMBERS)},
                 "sha256": s.score.sha256[s.split],

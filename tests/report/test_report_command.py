@@ -89,6 +89,23 @@ def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None
     assert comments and all(line.startswith("%") for line in comments)
 
 
+def test_programs_can_tell_every_evaluation_apart(tmp_path: Path, command: Command) -> None:
+    """Two rows or tables of one run differ in a column that says why, as the titles do."""
+    folder = write(tmp_path, config(), values(85.0))
+    evaluate(folder, config(evaluation__seed=7), values(85.0), "seeded")
+    evaluate(folder, config(device__precision="float64"), values(85.0), "float64")
+    evaluate(folder, config(evaluation__binarization_seed=1), values(85.0), "binarized", images="another binarization")
+    rows = list(csv.DictReader(io.StringIO(command(tmp_path, "--format", "csv")[1])))
+    told = ("precision", "images_sha256", "evaluation_seed")
+    assert len(rows) == len({tuple(row[key] for key in told) for row in rows}) == 4
+    assert len({row["evaluations"] for row in rows}) == 4
+    made = json.loads(command(tmp_path, "--format", "json")[1])["tables"]
+    found = [
+        (t["precision"], *t["images_sha256"].values(), str(t["cells"][0]["runs"][0]["evaluation_seed"])) for t in made
+    ]
+    assert found == [tuple(row[key] for key in told) for row in rows]
+
+
 def test_real_runs_to_the_last_digit(real_runs: list[Path], command: Command) -> None:
     folders = real_runs
     before = [snapshot(folder) for folder in folders]
