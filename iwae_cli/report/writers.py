@@ -50,13 +50,14 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Unreliable estimates among those compared: a line with the number of runs, then the warning of the worst."""
+        """Unreliable estimates among those compared: a line with their number, then the warning of the worst."""
         judged = [s for table in self.tables for cell in table.cells for s in table.compared(cell).runs]
         weak = [(s, s.warning) for s in judged if s.warning]
         if not weak:
             return []
         worst, words = max(weak, key=lambda one: max(abs(one[0].numbers.get(key) or 0) for key in ("gap_q", "bias_mc")))
-        count = f"weak estimates of log p(x): {len(weak)} of {len(judged)} runs"
+        what = "runs" if len({s.run.identity for s in judged}) == len(judged) else "evaluations"
+        count = f"weak estimates of log p(x): {len(weak)} of {len(judged)} {what}"
         return [f"{count}; of the worst, {worst.run.identity}:", words]
 
     def below(self, listed: int | None = None) -> list[str]:

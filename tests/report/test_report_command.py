@@ -89,6 +89,15 @@ def test_every_format_has_the_same_numbers(runs: Path, command: Command) -> None
     assert comments and all(line.startswith("%") for line in comments)
 
 
+def test_weak_evaluations_of_one_run_are_not_counted_as_runs(tmp_path: Path, command: Command) -> None:
+    folder = write(tmp_path, config(), values(85.0))
+    evaluate(folder, config(evaluation__k=500), values(85.0), "small")
+    for path in (folder / "result.json", folder / "evaluations" / "small" / "result.json"):
+        change(path, test=json.loads(path.read_text())["test"] | {"ess_share_below_10": 0.5})
+    assert "warning: weak estimates of log p(x): 2 of 2 evaluations; of the worst, " in command(tmp_path)[1]
+    assert "log p(x): 1 of 1 runs; of the worst, " in command(tmp_path, "evaluation.k=500")[1]
+
+
 def test_programs_can_tell_every_evaluation_apart(tmp_path: Path, command: Command) -> None:
     """Two rows or tables of one run differ in a column that says why, as the titles do."""
     folder = write(tmp_path, config(), values(85.0))
