@@ -284,10 +284,12 @@ class Table:
             yield f"objective.k of {', '.join(sorted(blocks))}: draws in each of objective.m groups"
         if self._gaps:
             sizes, counts = zip(*self._gaps, strict=True)
+            runs = sum(len(cell.runs) for cell in self.cells)
+            some = f", of {len(sizes)} of {runs} runs" if len(sizes) < runs else ""
             error = "" if self.columns else f", {PLUS_MINUS} over those"
             yield (
                 f"gap_q: NLL_{self.k}, by the trained q, is too high by at least so much, {_range(sizes, '{:.3f}')} "
-                f"nats by run; measured on {_range(counts, '{:,}')} images{error}"
+                f"nats by run{some}; measured on {_range(counts, '{:,}')} images{error}"
             )
         if self.refined:
             yield (

@@ -79,6 +79,14 @@ def test_the_gap_stands_beside_the_number_of_the_paper(tmp_path: Path, command: 
     assert "  none seen ± 0.0" in out and "by at least so much, 0.000 nats by run; measured on 5 images" in out
 
 
+def test_a_gap_that_not_all_seeds_have_is_said_to_be_of_some(tmp_path: Path, command: Command) -> None:
+    """The column is empty, as the mean over seeds is not known."""
+    for seed, images in enumerate((5, 0)):
+        written(tmp_path, "iwae", seed, images=images)
+    size = GAPS["iwae"][:5].mean()
+    assert f"so much, {size:.3f} nats by run, of 1 of 2 runs; measured on 5 images" in command(tmp_path)[1]
+
+
 def test_differences_are_of_refined_values_where_all_runs_have_them(tmp_path: Path, command: Command) -> None:
     """Over two seeds of either side, the second 0.1 higher; the sign is not that by q."""
     for name in NAMES:
