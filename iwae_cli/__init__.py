@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "check", "load", "open", "train"]
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 _FUNCTIONS = {
     "check": ("iwae_cli.training.check", "check"),
