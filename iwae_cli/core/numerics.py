@@ -199,8 +199,8 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
 
     The fit is the empirical Bayes estimate of Zhang and Stephens (2009), with the weak prior of Vehtari, Simpson,
     Gelman, Yao and Gabry (2024, arXiv 1507.02646) that pulls small tails towards 0.5. NaN where fewer than five weights
-    lie above the threshold, or all of them, or the least quarter and the threshold, are equal within ``EQUAL`` (the fit
-    would be to ties and rounding errors, as of discrete latents with few values).
+    lie above the threshold, or all of them are equal within ``EQUAL`` (the fit would be to rounding errors). Where the
+    least quarter equals the threshold so, as with discrete latents of few values, the fit is to the weights above it.
 
     Args:
         largest: the M + 1 largest log-weights in descending order, nats; the last one is the threshold.
@@ -213,10 +213,7 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
     defined = torch.isfinite(x).all(0) & (x[-1] > EQUAL) & (x[0] < x[-1])
     x = torch.where(defined, x, torch.linspace(0.5, 1.5, m, dtype=torch.float64, device=x.device)[:, None])
 
-    # The grid below rests on the quartile, which says nothing where these weights equal the threshold; but weights that
-    # are zero, so far are they below the largest one, are a heavy tail.
-    quartile = x[int(m / 4 + 0.5) - 1].clamp(min=torch.finfo(torch.float64).tiny)
-    defined &= (quartile > EQUAL * shifted[-1]) | (shifted[-1] == 0)
+    quartile = x[int(m / 4 + 0.5) - 1].clamp(min=torch.finfo(torch.float64).tiny)  # positive for the grid below
     points = 30 + int(math.sqrt(m))
     j = torch.arange(1, points + 1, dtype=torch.float64, device=x.device)[:, None]
     theta = 1 / x[-1] + (1 - torch.sqrt(points / (j - 0.5))) / (3 * quartile)
@@ -226,4 +223,10 @@ def pareto_khat(largest: Float[Tensor, "m batch"]) -> Float[Tensor, " batch"]:
     theta_hat = (weights * theta).sum(0)
     khat = torch.log1p(-theta_hat * x).mean(0)
     khat = (khat * m + 0.5 * 10) / (m + 10)
-    return torch.where(defined & torch.isfinite(khat), khat, torch.full_like(khat, math.nan))
+    khat = torch.where(defined & torch.isfinite(khat), khat, torch.full_like(khat, math.nan))
+    # Where the threshold is so far below the largest weight that it is zero, the tail is heavy in any case.
+    tied = defined & (quartile <= EQUAL * shifted[-1]) & (shifted[-1] > 0)
+    for column in tied.nonzero().flatten().tolist():
+        above = int((x[:, column] > EQUAL * shifted[-1, column]).sum())
+        khat[column] = pareto_khat(largest[: above + 1, [column]])[0]
+    return khat

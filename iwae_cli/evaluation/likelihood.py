@@ -347,7 +347,7 @@ def summarize(likelihood: Likelihood, pixels: int | None) -> tuple[dict[str, Any
     one_sample = "one sample says nothing of its own error; use evaluation.k=2 or more"
     why = {"stderr_images": ALONE, "stderr_mc": one_sample, "bias_mc": one_sample}
     why["khat_share_above_0.7"] = (
-        "k-hat is fitted to the largest weights, and in every image too many of them are equal"
+        "k-hat is fitted to the largest weights, and in every image too many of these are equal"
     )
     if tail_size(k) < SMALLEST_TAIL:
         why["khat_share_above_0.7"] = (

@@ -114,7 +114,7 @@ def test_with_the_exact_posterior_every_number_is_exact() -> None:
     assert np.isnan(likelihood.khat).all()
     summary, reasons = summarize(likelihood, PIXELS)
     assert summary["stderr_mc"] < 1e-8 and abs(summary["bias_mc"]) < 1e-8
-    assert summary["khat_share_above_0.7"] is None and "too many of them are equal" in reasons["khat_share_above_0.7"]
+    assert summary["khat_share_above_0.7"] is None and "too many of these are equal" in reasons["khat_share_above_0.7"]
 
 
 @pytest.fixture
