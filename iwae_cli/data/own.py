@@ -338,8 +338,7 @@ class ImageFolder(_Own):
         name = path.relative_to(self._place).as_posix()
         try:
             with Image.open(path) as image:
-                # Pillow calls colours of 16 bits "RGB" and keeps 8; the layout in the file tells, until it is read.
-                deep = image.mode[0] in "IF" or any(re.search(";16[BLN]", str(part.args)) for part in image.tile)
+                deep = _more_than_8_bits(image)
                 sheer = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
                 fault = "transparent pixels" if sheer else "more than 8 bits" if deep else ""
                 flat = image.convert("RGB" if self._colour else "L")
@@ -352,6 +351,17 @@ class ImageFolder(_Own):
             flat = flat.resize((width, height), Image.Resampling.BILINEAR)
         pixels = np.asarray(flat)
         return pixels.transpose(2, 0, 1) if self._colour else pixels
+
+
+def _more_than_8_bits(image: Any) -> bool:
+    """Return whether a picture that is not read yet has more than 8 bits a channel.
+
+    Pillow calls colours of 16 bits "RGB" and keeps 8; the layout in the file tells.
+    """
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))  # BitsPerSample of TIFF
+    png = any(re.search(";16[BLN]", str(part.args)) for part in image.tile)  # 'RGB;16B'
+    ppm = any(part.codec_name.startswith("ppm") and part.args[-1] > 255 for part in image.tile)  # ('RGB', 65535)
+    return image.mode[0] in "IF" or max(bits) > 8 or png or ppm
 
 
 def _natural(name: str) -> list[int | str]:
