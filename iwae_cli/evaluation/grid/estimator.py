@@ -17,7 +17,7 @@ from iwae_cli.core.errors import UserError, check_range
 from iwae_cli.core.noise import GeneratorNoise, generator
 from iwae_cli.core.progress import Progress
 from iwae_cli.evaluation.estimator import Estimates, Estimator, EstimatorInput, standard_error
-from iwae_cli.evaluation.grid.picture import posteriors
+from iwae_cli.evaluation.grid.picture import OVERVIEW, posteriors
 from iwae_cli.evaluation.grid.quadrature import Box, Quadrature, prior_box, quadrature
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.settings import MAX_K
@@ -98,7 +98,8 @@ class Grid(Estimator):
                 estimates.figures["posteriors.png"] = partial(plot_posteriors, posteriors=shown)
                 notes.append(f"posteriors.png: p(h|x) of {len(shown)} images of {name}, and its approximations")
                 if any(math.isnan(kl) for posterior in shown for kl in posterior.divergences.values()):
-                    finer = f", write {self._finer()}" * (box.low.shape[-1] == 1)
+                    more = f", write estimator.points={2 * max(self.points, OVERVIEW) - 1}"
+                    finer = more * (box.low.shape[-1] == 1)  # with two latents its distance is fixed
                     notes.append(
                         "posteriors.png: KL is unknown where a density lies partly outside of the grid, "
                         f"write estimator.span={2 * self.span:g}, or is narrow beside the distance of its points{finer}"
@@ -126,12 +127,9 @@ class Grid(Estimator):
             }
         return numbers
 
-    def _finer(self) -> str:
-        return f"estimator.points={2 * self.points - 1}"
-
     def _notes(self, name: str, grid: Quadrature, by: Mapping[str, Likelihood]) -> list[str]:
         notes = []
-        more = self._finer()
+        more = f"estimator.points={2 * self.points - 1}"
         if (error := grid.error.max()) > TOLERANCE:
             notes.append(f"{name}: half of the points change log p(x) by up to {error:.2g} nats; write {more}")
         wider = f"write estimator.span={2 * self.span:g} {more}"
