@@ -30,9 +30,16 @@ def training_hash(path: str, second_stages: frozenset[str] = frozenset()) -> str
         return None
     if place in second_stages:  # a config.yaml that was edited may name its own folder
         return None
-    has_files = any(config["data"][key] is not None for key in path_keys(config["data"]) if key != "data_dir")
-    decides = _settings(config) | {
-        "data_sha256": result.get("data_sha256") if has_files else None,
+    data, content = config["data"], result.get("data_sha256")
+    decides = _settings(config)
+    if content is not None and not str(data["_target_"]).startswith("iwae_cli."):
+        # Which arguments of a class are paths is known only where it has been imported; the content counts instead.
+        paths = [key for key, value in data.items() if isinstance(value, str) and {"/", "."} & set(value)]
+        decides["data"] = {key: data[key] for key in decides["data"] if key == "_target_" or key not in paths}
+    elif all(data[key] is None for key in path_keys(data) if key != "data_dir"):
+        content = None
+    decides |= {
+        "data_sha256": content,
         "sources": result.get("sources") or {},
         "init_from": stage_before(config["init_from"], result, second_stages | {place}),
     }

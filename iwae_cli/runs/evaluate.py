@@ -192,6 +192,7 @@ def evaluate(
     unfinished = f"after step {state.step:,} of {state.total_steps:,}: the training is not finished"
     result = {
         **_facts(subject, device, config, state, step, name),
+        "init_from_training": _first_stage(run, config),
         **found.numbers,
         "rows": [list(row) for row in found.rows],
         "notes": [*([] if finished else [unfinished]), *found.notes],
@@ -259,6 +260,14 @@ def _holds(path: Path, names: Iterable[str] | None) -> bool:
     return bool(whole) if names is None else whole.issuperset(names)
 
 
+def _first_stage(run: RunFolder, config: Mapping[str, Any]) -> str | None:
+    """Return the hash of the training that a run began from, which may have moved since the run recorded it."""
+    recorded = None
+    with suppress(UserError):
+        recorded = (run.result() or {}).get("init_from_training")
+    return config["init_from"] and (recorded or training_hash(config["init_from"]))
+
+
 def _facts(
     subject: EstimatorInput, device: Device, config: Mapping[str, Any], state: State, step: int, name: str
 ) -> dict[str, Any]:
@@ -281,7 +290,6 @@ def _facts(
         "seed": config["seed"],
         "trained": config["train"],  # "train" is the name of a split
         "init_from": config["init_from"],
-        "init_from_training": config["init_from"] and training_hash(config["init_from"]),
         "epochs": state.step // -(-len(data.train) // config["batch_size"]),
         "steps": state.step,
         "draws": state.draws,

@@ -204,7 +204,8 @@ class Runner:
         code = sources(self.experiment.config)
         if what := changed(self.state.sources, code):
             log.warning("%s since this run, which uses the code as it is now; %s", what, RETRAIN)
-            self.state.update_plan(**code)
+            if not self.trainer.is_done:  # a finished training keeps the code that made it
+                self.state.update_plan(**code)
         for key, value in self.state.plan.items():
             if key == "threads":
                 torch.set_num_threads(value)

@@ -295,6 +295,12 @@ def test_a_change_of_a_users_source_is_said(shapes: Path, capsys: pytest.Capture
         assert f"{name} has changed since this run" in capsys.readouterr().err
         (shapes / name).write_text(text)
     assert run(*command)[2] == "" and snapshot(folder) == before
+    # Another evaluation does not make the new code that of the training.
+    trained = read_json(folder / "result.json")["sources"]
+    (shapes / "shapes.py").write_text(f"{(shapes / 'shapes.py').read_text()}# changed\n")
+    assert run(*command, "evaluation.k=3")[0] == 0
+    assert read_json(folder / "result.json")["sources"] == trained
+    assert "shapes.py has changed since this run" in run(*command, "evaluation.k=3")[2]
 
 
 # Runs that are there already. Each test has a copy of one finished run.
