@@ -197,20 +197,20 @@ def _is_own(node: Mapping[str, Any]) -> bool:
     return str(node.get("_target_")).startswith(f"{_OWN}.")
 
 
-def evaluation_name(config: Mapping[str, Any]) -> str:
+def evaluation_name(config: Mapping[str, Any], recipe: int = RECIPE) -> str:
     """Return the name of an evaluation within its run: readable parts, and a hash of all that decides its numbers."""
     evaluation = config["evaluation"]
     first = {"images": evaluation["images"]} if evaluation.get("images") else {}  # missing in older records
     if "estimator" in config:
         parts = {key: evaluation[key] for key in ("weights", "seed", "binarization_seed")}
         parts |= {"splits": sorted(evaluation["splits"]), "precision": config["device"]["precision"], **first}
-        if recipe := getattr(_class(config["estimator"]), "recipe", 0):
-            parts |= {"recipe": recipe}
+        if of_class := getattr(_class(config["estimator"]), "recipe", 0):
+            parts |= {"recipe": of_class}
         return f"{estimator_name(config)}-{parts['weights']}-{_digest(parts | {'estimator': config['estimator']})}"
     parts = {key: evaluation[key] for key in ("k", "weights", "seed", "binarization_seed", "jackknife")}
     parts |= {"splits": sorted(evaluation["splits"]), "precision": evaluation_precision(config), **first}
     if evaluation.get("refine", 0):  # missing in older records
-        parts |= {"refine": evaluation["refine"], "recipe": RECIPE}
+        parts |= {"refine": evaluation["refine"], "recipe": recipe}
     of = f"first{first['images']}+" if first else ""
     return f"k{parts['k']}-{of}{'+'.join(parts['splits'])}-{parts['weights']}-{_digest(parts)}"
 

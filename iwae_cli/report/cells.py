@@ -27,6 +27,7 @@ from iwae_cli.report.selection import (
     known_key,
     label,
     mean,
+    mixed_fits,
     number,
     telling_apart,
     unrefined,
@@ -392,14 +393,18 @@ def _table(scored: Sequence[Scored], rows: Label, columns: Label, differ: Sequen
     unread = list(dict.fromkeys(s.run.unread_first_stage for s in scored if s.run.unread_first_stage))
     if unread and "init_from.training" in (*rows, *columns):
         notes.append(
-            f"the run that init_from names cannot be read, so seeds of one first stage have a row each: {first(unread)}"
+            "the run that init_from names cannot be read, so seeds of one first stage have a row each until it is back "
+            f"there: {first(unread)}"
         )
+    if mixed := mixed_fits(scored):
+        notes.append(mixed)
     if any(by_refined([s]) for s in scored) and (lacking := unrefined(scored)):
         notes.append(f"compared by the trained q: {lacking}")
     one = scored[0]
     images = {s.run.dataset: int(s.numbers["n"]) for s in scored}
     title = [", ".join(images), one.split, f"k = {one.score.k}"]
-    title += [f"{Kind._fields[i].replace('_', ' ')} {one.kind[i]:.8}" for i in differ]
+    shared = one.kind._replace(images=one.kind.images[:8])
+    title += [f"{Kind._fields[i].replace('_', ' ')} {shared[i]}" for i in differ]
     return Table(
         ", ".join(title), one.split, one.score.k, one.score.weights, images, rows, columns, tuple(cells), tuple(notes)
     )

@@ -6,7 +6,6 @@ import base64
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +74,9 @@ def page(report: Report, command: str = "", date: str = "") -> str:
     links += [("estimates", "Other estimators")] if report.estimates else []
     links += [("left", "Not in a table")] if report.left_out else []
     cells = sum(len(table.cells) for table in report.tables)
-    counts = [f"{_count(len(report.scored), 'run')} in {_count(cells, 'cell')}"]
+    runs, evaluations = _count(len({s.run.identity for s in report.scored}), "run"), len(report.scored)
+    several = f"{_count(evaluations, 'evaluation')} of " * (not runs.startswith(f"{evaluations:,} "))
+    counts = [f"{several}{runs} in {_count(cells, 'cell')}"]
     counts += [f"{len(report.left_out):,} not in a table"] if report.left_out else []
     environment = Environment(
         loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -98,13 +99,13 @@ def _count(n: int, what: str) -> str:
 
 def _sources(scored: Sequence[Scored]) -> list[str]:
     """Return with which versions and commits the runs were evaluated."""
-    found: Counter[str] = Counter()
+    found: dict[str, set[str]] = {}
     for s in scored:
         name = f"iwae-cli {s.run.result.get('versions', {}).get('iwae-cli', 'of an unknown version')}"
         if git := s.run.result.get("git"):
             name += f", commit {git['commit']}{' with changes' if git['changed'] else ''}"
-        found[name] += 1
-    return [f"{_count(n, 'run')} evaluated by {name}" for name, n in found.items()]
+        found.setdefault(name, set()).add(s.run.identity)
+    return [f"{_count(len(runs), 'run')} evaluated by {name}" for name, runs in found.items()]
 
 
 def _names(table: Table) -> list[str]:

@@ -14,7 +14,18 @@ from jaxtyping import Float64
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import decimals, measured
 from iwae_cli.report.reader import Run
-from iwae_cli.report.selection import NAMED, Kind, Scored, by_kind, by_refined, mean, telling_apart, typed, unrefined
+from iwae_cli.report.selection import (
+    NAMED,
+    Kind,
+    Scored,
+    by_kind,
+    by_refined,
+    mean,
+    mixed_fits,
+    telling_apart,
+    typed,
+    unrefined,
+)
 
 ENOUGH_SEEDS = 3  # fewer on a side are too few for a standard error over seeds
 SEEN = 2  # standard errors, over images and over seeds together, from which on a difference is seen
@@ -50,6 +61,7 @@ class Paired:
     gap_q_a: float | None  # how much too high NLL_k by the trained q is at least, nats; None where unknown
     gap_q_b: float | None
     unrefined: str  # runs that lack refined values to compare, and what gives them; may be empty
+    mixed_fits: str  # runs whose refined proposals are those of an earlier version, and what renews them; may be empty
 
     @property
     def stderr(self) -> float:
@@ -81,7 +93,7 @@ class Paired:
     @property
     def cautions(self) -> list[str]:
         """What the difference does not show."""
-        found = [self.few_seeds] if self.few_seeds else []
+        found = [caution for caution in (self.few_seeds, self.mixed_fits) if caution]
         if self.within:
             inside = self.within == INSIDE_GAP
             sides = (("A", self.gap_q_a), ("B", self.gap_q_b))
@@ -232,6 +244,7 @@ def difference(name_a: str, a: Sequence[Scored], name_b: str, b: Sequence[Scored
         gap_q_a=mean(s.by_q.get("gap_q") for s in a),
         gap_q_b=mean(s.by_q.get("gap_q") for s in b),
         unrefined="" if refined else unrefined(both),
+        mixed_fits=mixed_fits(both) if refined else "",
     )
 
 

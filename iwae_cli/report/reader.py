@@ -17,7 +17,7 @@ from iwae_cli.record import schema
 from iwae_cli.record.first_stage import stage_before
 from iwae_cli.record.folder import SET_ASIDE, RunFolder
 from iwae_cli.record.former import ADDED, applies
-from iwae_cli.record.identity import evaluation_name, path_keys, training_config, unused
+from iwae_cli.record.identity import RECIPE, evaluation_name, path_keys, training_config, unused
 from iwae_cli.record.summary import SPLITS, number_at, split_rows, table_of
 
 MARKS = {"status.json", "result.json", "checkpoint.pt", "metrics.jsonl", "train.log", ".lock"}
@@ -42,6 +42,7 @@ class Score:
     active_units: tuple[int, ...] | None  # of each layer, nearest to x first; None where they are not defined
     arrays: Path  # of the per-image values
     keys: Mapping[str, Any]  # evaluation.* of the configuration that it was made with
+    recipe: int = RECIPE  # of its refined proposals
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,7 @@ def _evaluations(
 
 def _score(result: Mapping[str, Any], config: Mapping[str, Any], arrays: Path) -> Score:
     evaluation, units = result["evaluation"], result.get("active_units")
+    made, recipe = _made_with(result, config)
     return Score(
         name=evaluation["name"],
         k=evaluation["k"],
@@ -319,12 +321,13 @@ def _score(result: Mapping[str, Any], config: Mapping[str, Any], arrays: Path) -
         reasons=result.get("reasons") or {},
         active_units=None if units is None else tuple(units),
         arrays=arrays,
-        keys=flatten({"evaluation": _made_with(result, config)}),
+        keys=flatten({"evaluation": made}),
+        recipe=recipe,
     )
 
 
-def _made_with(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an evaluation by L_k; ``NOT_RECORDED`` for those that nothing shows.
+def _made_with(result: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the settings of an evaluation by L_k, ``NOT_RECORDED`` for those that nothing shows, and its recipe.
 
     ``config`` is that of the run, whose own evaluation has all of its settings. The name of an evaluation ends with a
     hash of what decides its numbers, which tells ``refine=all`` from a number that takes every image.
@@ -336,19 +339,21 @@ def _made_with(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         **{"weights": result["weights"], "splits": splits, "images": int(first[1]) if first else None},
         "jackknife": any("nll_jackknife" in result[name] for name in splits),
     }
-    own = evaluation_name(config) == held["name"]
+    recipes = range(RECIPE, 0, -1)
+    own = any(evaluation_name(config, recipe) == held["name"] for recipe in recipes)
     most = max(((result[name].get("refined") or {"n": 0})["n"] for name in splits), default=0)
-    made["refine"] = next(
+    made["refine"], recipe = next(
         (
-            refine
+            (refine, recipe)
+            for recipe in recipes
             for refine in (config["evaluation"].get("refine", 0), 0, "all", most, 200)
-            if evaluation_name({"evaluation": made | {"refine": refine}, "device": {"precision": precision}})
+            if evaluation_name({"evaluation": made | {"refine": refine}, "device": {"precision": precision}}, recipe)
             == held["name"]
         ),
-        NOT_RECORDED,
+        (NOT_RECORDED, RECIPE),
     )
     others = {key: value if own else NOT_RECORDED for key, value in config["evaluation"].items() if key != "_target_"}
-    return others | made | {"precision": precision}
+    return others | made | {"precision": precision}, recipe
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

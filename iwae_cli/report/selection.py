@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from iwae_cli.config.guesses import nearest
 from iwae_cli.core import files
 from iwae_cli.core.errors import UserError
-from iwae_cli.record.identity import evaluation_precision
+from iwae_cli.record.identity import RECIPE, evaluation_precision
 from iwae_cli.record.summary import DISCRETE_UNITS, reliability_warning
 from iwae_cli.report.reader import NOT_RECORDED, SOURCES, LeftOut, Run, Score
 
@@ -98,8 +98,8 @@ def by_kind(run: Run, split: str) -> dict[Kind, Scored]:
     return found
 
 
-def _worth(scored: Scored) -> tuple[bool, int]:
-    return scored.by_q["nll"] is not None, _images_refined(scored.by_q)
+def _worth(scored: Scored) -> tuple[bool, int, int]:
+    return scored.by_q["nll"] is not None, _images_refined(scored.by_q), scored.score.recipe
 
 
 def _images_refined(numbers: Mapping[str, Any]) -> int:
@@ -112,6 +112,15 @@ def by_refined(scored: Iterable[Scored]) -> tuple[Scored, ...] | None:
     runs = tuple(scored)
     whole = all(_images_refined(s.by_q) == s.by_q["n"] for s in runs)
     return tuple(replace(s, refined=True) for s in runs) if whole else None
+
+
+def mixed_fits(scored: Iterable[Scored]) -> str:
+    """Return what to type where refined proposals were fitted by different recipes; empty where they were not."""
+    old = [s for s in scored if _images_refined(s.by_q) and s.score.recipe < RECIPE]
+    if not old or len({s.score.recipe for s in scored if _images_refined(s.by_q)}) == 1:
+        return ""
+    names = first([shlex.quote(files.shown(s.run.path)) for s in old])
+    return f"refined proposals of {names} are those of an earlier version, which fits worse: {_refining(old[0])}"
 
 
 def unrefined(scored: Iterable[Scored]) -> str:
@@ -148,7 +157,7 @@ def _refining(s: Scored) -> str:
 
 def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[LeftOut]]:
     """Return every run once for each kind of evaluation of the split that it has; and the runs that have none."""
-    kept: dict[str, Scored] = {}
+    kept: dict[str, list[Scored]] = {}
     reasons: dict[str, LeftOut] = {}
     for run in runs:
         there = ", ".join(run.scores[0].splits) or "none"
@@ -161,13 +170,18 @@ def comparable(runs: Sequence[Run], split: str) -> tuple[list[Scored], list[Left
                 why = LeftOut(run.path, "no number", f"NLL_{kind.k} of {split}: {reason}")
                 continue
             # Averaged over seeds, a training that is there twice would count as two seeds with an error of zero.
-            key = json.dumps([kind, run.seed, _training(scored)], sort_keys=True, default=str)
-            counted = kept.setdefault(key, scored).run
-            why = LeftOut(run.path, "repeated", f"same training and seed as {counted.path.name}")
+            settings = {name: value for name, value in _training(scored).items() if not name.startswith(SOURCES)}
+            alike = kept.setdefault(json.dumps([kind, run.seed, settings], sort_keys=True, default=str), [])
+            counted = next((other for other in alike if not _varying([other, scored])), None)
+            if counted is None:
+                alike.append(scored)
+            else:
+                why = LeftOut(run.path, "repeated", f"same training and seed as {counted.run.path.name}")
         reasons[run.identity] = why
-    for scored in kept.values():
+    found = [scored for alike in kept.values() for scored in alike]
+    for scored in found:
         reasons.pop(scored.run.identity, None)
-    return list(kept.values()), list(reasons.values())
+    return found, list(reasons.values())
 
 
 def narrowed(runs: Sequence[Run], wanted: Mapping[str, str]) -> list[Run]:

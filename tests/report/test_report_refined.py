@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_differences_are_of_refined_values_where_all_runs_have_them(tmp_path: Pa
     assert [row["difference_by"] for row in rows] == ["", "the refined proposals"]
     assert float(rows[1]["refined_nll"]) == found["iwae"]["refined"]["nll"]
     assert shown in command(tmp_path)[1], "in the grid too"
+
+
+def test_fits_of_an_earlier_version_are_read_and_said(tmp_path: Path, command: Command) -> None:
+    """Their bias is another one; what makes them anew is typed."""
+    old = written(tmp_path, "elbo", recipe=1)
+    written(tmp_path, "iwae")
+    assert len(cells(read(command, tmp_path, "evaluation.refine=all"))) == 2
+    said = f"{old.name} are those of an earlier version, which fits worse: iwae-eval RUN evaluation.refine=all"
+    code, out, _ = command(tmp_path, "evaluation.refine=all", *COMPARE)
+    assert code == 0 and len(re.findall(rf"{said}$", out, re.M)) == 2, out
+    evaluate(old, config(objective="elbo"), BY_Q["elbo"], "new", names=NAMES["elbo"], refined=REFINED["elbo"])
+    assert "earlier version" not in command(tmp_path, *COMPARE)[1]
 
 
 def test_one_run_without_refined_values_keeps_a_table_by_q(tmp_path: Path, command: Command) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from report_runs import Command, change, config, values, write
-from small_runs import TINY, finished
+from small_runs import TINY, finished, read_json
 
 from iwae_cli.cli.compose import plan
+from iwae_cli.cli.evaluate import evaluate as iwae_eval
 from iwae_cli.core.errors import UserError
 from iwae_cli.record.summary import measured
 from iwae_cli.report.cells import Table, tables
@@ -180,7 +181,7 @@ def test_second_stages_of_unreadable_first_ones_stay_apart(tmp_path: Path, comma
         shutil.rmtree(folder)
     assert [cell.row[-1] for cell in table(second).cells] == names
     code, out, _ = command(second)
-    assert code == 0 and f"cannot be read, so seeds of one first stage have a row each: {names[0]}, {names[1]}" in out
+    assert code == 0 and f"have a row each until it is back there: {names[0]}, {names[1]}" in out
 
 
 def test_a_second_stage_has_recorded_its_first_one(tmp_path: Path) -> None:
@@ -194,6 +195,9 @@ def test_a_second_stage_has_recorded_its_first_one(tmp_path: Path) -> None:
     change(seconds[1] / "result.json", init_from_training=read([seconds[0]]).runs[0].result["init_from_training"])
     shutil.rmtree(tmp_path / "1")
     assert [len(cell.runs) for cell in table(tmp_path / "2").cells] == [2]
+    assert iwae_eval([str(seconds[0]), "evaluation.k=7"]) == 0
+    (again,) = seconds[0].glob("evaluations/k7-*/result.json")
+    assert read_json(again)["init_from_training"] == read_json(seconds[0] / "result.json")["init_from_training"]
     for folder in third:
         change(folder / "result.json", init_from_training=None)
     assert [len(cell.runs) for cell in table(tmp_path / "3").cells] == [2]
@@ -217,6 +221,10 @@ def test_seeds_trained_by_other_code_are_told_apart(tmp_path: Path, command: Com
     assert code == 0 and "rows also by sources.mine/halfway.py: runs of one cell differ by their seed alone" in out
     seeds = {cell.row[-1]: [s.run.seed for s in cell.runs] for cell in table(tmp_path).cells}
     assert seeds == {MISSING: [0], "11111111": [1, 2], "22222222": [3]}
+    # The run without a record once more, with one: not a second seed.
+    again = write(tmp_path, config(seed=0, validation__k=77), values(85.0))
+    change(again / "result.json", sources={"mine/halfway.py": "1" * 16})
+    assert [one.state for one in comparable(read([tmp_path]).runs, "test")[1]] == ["repeated"]
     assert (
         command(tmp_path, "--compare", "sources.mine/halfway.py=11111111", "sources.mine/halfway.py=22222222")[0] == 0
     )

@@ -16,7 +16,7 @@ import yaml
 from small_runs import TINY, finished, read_json
 
 from iwae_cli.cli.compose import plan
-from iwae_cli.record.identity import evaluation_name
+from iwae_cli.record.identity import RECIPE, evaluation_name
 
 Command = Callable[..., tuple[int, str, str]]
 """iwae-report: from its arguments to exit code, standard output and standard error."""
@@ -66,11 +66,12 @@ def write(
     arrays: bool = True,
     refined: np.ndarray | None = None,
     no_gap: str | None = None,
+    recipe: int = RECIPE,
 ) -> Path:
     """Write a finished run whose test images have these log p(x); return its folder.
 
     ``names`` were chosen for model and objective, ``choices`` for optimizer and schedule; ``refined`` are log p(x) of
-    the first images, or of all, by the refined proposals, and ``no_gap`` is the reason why there are none.
+    the first images, or of all, by refined proposals of ``recipe``, and ``no_gap`` is the reason why there are none.
     """
     digest = hashlib.sha256(json.dumps([data, settings, names], sort_keys=True).encode()).hexdigest()[:8]
     identity = f"{data}-{names[0]}-{names[1]}-k{settings['objective'].get('k', 1)}-seed{settings['seed']}-{digest}"
@@ -79,7 +80,7 @@ def write(
     asked = settings["evaluation"]
     refine = 0 if refined is None else "all" if len(refined) == len(log_px) else len(refined)
     made = {**asked, "splits": ["test"], "refine": refine}
-    evaluation = evaluation_name({"evaluation": made, "device": settings["device"]})
+    evaluation = evaluation_name({"evaluation": made, "device": settings["device"]}, recipe)
     targets = [settings[group]["_target_"] for group in ("data", "model", "objective", "optimizer", "schedule")]
     outside = [t.rpartition(".")[0].replace(".", "/") for t in targets if not t.startswith(("iwae_cli.", "torch."))]
     n, nll, k = len(log_px), -float(np.mean(log_px)), asked["k"]
