@@ -68,11 +68,18 @@ def show(folder: SweepFolder, jobs: Sequence[Mapping[str, Any]], varied: Sequenc
     elif finished and (means := _means(folder, finished, varied)):
         text, lines["next"] = means
         out.print(f"\n{text}", soft_wrap=True)
-    for job in finished:
-        for name, line in left_to_upload(folder.path / job["folder"], job["evaluation"]).items():
-            # One command uploads all.
-            before = lines.get(name) if line.startswith(SYNC) else None
-            lines[name] = f"{before} {line.removeprefix(SYNC)}" if before else line
+    left = [left_to_upload(folder.path / job["folder"], job["evaluation"]) for job in finished]
+    if uploads := [line["upload"] for line in left if "upload" in line]:
+        lines["upload"] = SYNC + " ".join(line.removeprefix(SYNC) for line in uploads)
+    # A run has one record, which jobs that evaluate one training make in turn.
+    recorded = {job["folder"] for job, line in zip(finished, left, strict=True) if "upload" in line}
+    others = [
+        line["not uploaded"]
+        for job, line in zip(finished, left, strict=True)
+        if "not uploaded" in line and job["folder"] not in recorded
+    ]
+    if others:
+        lines["not uploaded"] = f"{len(others)} of {len(finished)} jobs; of the first {others[0]}"
     for name, line in lines.items():
         out.print(f"{name:<14}{line}", soft_wrap=True)
 
