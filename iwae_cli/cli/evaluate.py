@@ -31,8 +31,7 @@ def _evaluate(argv: list[str]) -> bool:
     folder = Path(expanded(asked.folder or ""))
     # An override may come first where the folder was forgotten; the name of a folder may hold = too.
     if asked.folder is None or (re.match("[^/]+=", asked.folder) and not os.path.lexists(folder)):
-        typed = f"{clip(asked.folder, 150)} is no folder: " if asked.folder else ""
-        raise UserError(f"{typed}which run? Write iwae-eval RUN_FOLDER {clip(asked.folder or '', 150)}".rstrip())
+        raise UserError(f"which run? Write iwae-eval RUN_FOLDER {clip(asked.folder or '', 150)}".rstrip())
     if not os.path.isfile(folder / "config.yaml"):
         problem = "is no run folder (it holds no config.yaml)" if os.path.isdir(folder) else "is not there"
         raise UserError(f"{clip(asked.folder, 150)} {problem}; run folders are in output_dir (default: outputs)")

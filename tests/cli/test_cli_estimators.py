@@ -259,7 +259,7 @@ def test_a_forgotten_run_folder_is_asked_for(
     (tmp_path / "k=5").mkdir()
     for words, answer in {
         "": "which run?",
-        "evaluation.k=5": "which run?",
+        "evaluation.k=5 k=5": "which run? Write iwae-eval RUN_FOLDER evaluation.k=5",
         "data_dir=a/b evaluation.k=5": "which run?",
         # These are meant as folders.
         "k=5": "k=5 is no run folder",
