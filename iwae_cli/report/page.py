@@ -74,9 +74,9 @@ def page(report: Report, command: str = "", date: str = "") -> str:
     links += [("estimates", "Other estimators")] if report.estimates else []
     links += [("left", "Not in a table")] if report.left_out else []
     cells = sum(len(table.cells) for table in report.tables)
-    runs, evaluations = _count(len({s.run.identity for s in report.scored}), "run"), len(report.scored)
-    several = f"{_count(evaluations, 'evaluation')} of " * (not runs.startswith(f"{evaluations:,} "))
-    counts = [f"{several}{runs} in {_count(cells, 'cell')}"]
+    evaluations, runs = len(report.scored), len({s.run.identity for s in report.scored})
+    several = f"{_count(evaluations, 'evaluation')} of " if evaluations > runs else ""
+    counts = [f"{several}{_count(runs, 'run')} in {_count(cells, 'cell')}"]
     counts += [f"{len(report.left_out):,} not in a table"] if report.left_out else []
     environment = Environment(
         loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
