@@ -105,14 +105,14 @@ def test_programs_can_tell_every_evaluation_apart(tmp_path: Path, command: Comma
     evaluate(folder, config(device__precision="float64"), values(85.0), "float64")
     evaluate(folder, config(evaluation__binarization_seed=1), values(85.0), "binarized", images="another binarization")
     rows = list(csv.DictReader(io.StringIO(command(tmp_path, "--format", "csv")[1])))
-    told = ("precision", "images_sha256", "evaluation_seed")
-    assert len(rows) == len({tuple(row[key] for key in told) for row in rows}) == 4
+    identifying = ("precision", "images_sha256", "evaluation_seed")
+    assert len(rows) == len({tuple(row[key] for key in identifying) for row in rows}) == 4
     assert len({row["evaluations"] for row in rows}) == 4
     made = json.loads(command(tmp_path, "--format", "json")[1])["tables"]
     found = [
         (t["precision"], *t["images_sha256"].values(), str(t["cells"][0]["runs"][0]["evaluation_seed"])) for t in made
     ]
-    assert found == [tuple(row[key] for key in told) for row in rows]
+    assert found == [tuple(row[key] for key in identifying) for row in rows]
 
 
 def test_real_runs_to_the_last_digit(real_runs: list[Path], command: Command) -> None:

@@ -124,7 +124,7 @@ def test_differences_are_of_refined_values_where_all_runs_have_them(tmp_path: Pa
 
 
 def test_fits_of_an_earlier_version_are_read_and_said(tmp_path: Path, command: Command) -> None:
-    """Their bias is another one; what makes them anew is typed."""
+    """Their bias is another one; the line says what to type for new ones."""
     old = written(tmp_path, "elbo", recipe=1)
     written(tmp_path, "iwae")
     assert len(cells(read(command, tmp_path, "evaluation.refine=all"))) == 2

@@ -185,7 +185,7 @@ def test_second_stages_of_unreadable_first_ones_stay_apart(tmp_path: Path, comma
 
 
 def test_a_second_stage_has_recorded_its_first_one(tmp_path: Path) -> None:
-    """The first one may be gone when the report is made; a stage that began from that is told by its record too."""
+    """The first one may be gone when the report is made; the record also identifies a stage that began from that."""
     stages = [(*TINY, f"seed={seed}") for seed in range(2)]
     first = [finished(tmp_path / "1", *stage) for stage in stages]
     seconds = [finished(tmp_path / "2", *stage, f"init_from={at}") for stage, at in zip(stages, first, strict=True)]
