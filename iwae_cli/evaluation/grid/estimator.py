@@ -22,6 +22,7 @@ from iwae_cli.evaluation.grid.quadrature import Box, Quadrature, prior_box, quad
 from iwae_cli.evaluation.likelihood import Likelihood, log_likelihood
 from iwae_cli.evaluation.settings import MAX_K
 from iwae_cli.models.base import LatentVariableModel
+from iwae_cli.models.priors import OneHotPrior
 from iwae_cli.record.figures import plot_posteriors
 from iwae_cli.record.summary import SPLITS
 
@@ -153,10 +154,10 @@ def _require_few_latents(model: LatentVariableModel) -> Float[Tensor, "1 pixels"
     if model.inference.reparameterized and len(sizes) == 1 and sizes[0] <= 2:
         return x
     kind = "real" if model.inference.reparameterized else "discrete"
+    ais = "" if isinstance(model.generative.prior, OneHotPrior) else "write estimator=ais, or "  # AIS moves no categorical h
     raise UserError(
         f"estimator=grid is for one layer of one or two real latents, and this model has {' + '.join(map(str, sizes))} "
-        f"{kind} ones: write estimator=ais (not for categorical ones), or train one with model=one_layer "
-        "model.latent_sizes=[2]"
+        f"{kind} ones: {ais}train one with model=one_layer model.latent_sizes=[2]"
     )
 
 

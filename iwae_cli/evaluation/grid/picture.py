@@ -23,9 +23,7 @@ from iwae_cli.record.folder import drawable
 
 KS = (5, 50)  # numbers of draws that q is resampled from
 REPEATS = 1000  # sets of k - 1 draws over which the density of the resampled q is averaged
-OVERVIEW = (
-    281  # points on each side of the grid that finds the posterior of an image and gives KL; with one latent more
-)
+OVERVIEW = 281  # points on each side of the grid that finds the posterior of an image and gives KL
 RESOLVED = 0.01  # how far the mass of a density on that grid may be from one for its KL to be known
 WINDOW = 101  # and of the one that shows it
 DEPTH = (6.0, 3.5)  # how far below their maxima log p(h|x) and log q(h|x) are shown, nats
