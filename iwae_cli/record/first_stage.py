@@ -12,7 +12,7 @@ from typing import Any
 from iwae_cli.core.errors import UserError
 from iwae_cli.record import former
 from iwae_cli.record.folder import RunFolder
-from iwae_cli.record.identity import path_keys, training_config, unused
+from iwae_cli.record.identity import is_own, path_keys, training_config, unused
 
 
 def training_hash(path: str, second_stages: frozenset[str] = frozenset()) -> str | None:
@@ -32,7 +32,7 @@ def training_hash(path: str, second_stages: frozenset[str] = frozenset()) -> str
         return None
     data, content = config["data"], result.get("data_sha256")
     decides = _settings(config)
-    if content is not None and not str(data["_target_"]).startswith("iwae_cli."):
+    if content is not None and not is_own(data):
         # Which arguments of a class are paths is known only where it has been imported; the content counts instead.
         paths = [key for key, value in data.items() if isinstance(value, str) and {"/", "."} & set(value)]
         decides["data"] = {key: data[key] for key in decides["data"] if key == "_target_" or key not in paths}

@@ -79,7 +79,7 @@ def unused(node: Mapping[str, Any], classes: bool = False) -> dict[str, tuple[st
     return {
         key: (choice, using)
         for key, choice, leaving, using in _USED_WITH
-        if _is_own(node) and (node.get(choice) in leaving or (classes and isinstance(node.get(choice), Mapping)))
+        if is_own(node) and (node.get(choice) in leaving or (classes and isinstance(node.get(choice), Mapping)))
     }
 
 
@@ -110,7 +110,7 @@ def path_keys(node: Mapping[str, Any]) -> list[str]:
     They are ``data_dir``, ``path``, arguments annotated as ``Path``, and what a class from outside this package names
     as paths are named.
     """
-    cls, outside = _class(node), not _is_own(node)
+    cls, outside = _class(node), not is_own(node)
     parameters = {} if cls is None else inspect.signature(cls).parameters
     annotated = [key for key, p in parameters.items() if re.search(r"\bPath(Like)?\b", str(p.annotation))]
     return [k for k in node if k in ("data_dir", "path", *annotated) or (outside and _PATH.fullmatch(str(k)))]
@@ -125,7 +125,7 @@ def paths_fingerprint(node: Mapping[str, Any], shared: str) -> str | None:
     Raises:
         UserError: one cannot be read.
     """
-    keys = [key for key in path_keys(node) if key != "data_dir" or not _is_own(node)]
+    keys = [key for key in path_keys(node) if key != "data_dir" or not is_own(node)]
     named = [(key, value) for key in keys for value in (node[key] if isinstance(node[key], list) else [node[key]])]
     digest, hashed = hashlib.sha256(), False
     for key, value in named:
@@ -193,7 +193,8 @@ def is_ours(module: str) -> bool:
     return module.partition(".")[0] in (_OWN, "torch")
 
 
-def _is_own(node: Mapping[str, Any]) -> bool:
+def is_own(node: Mapping[str, Any]) -> bool:
+    """Return whether the class of a node is one of this package."""
     return str(node.get("_target_")).startswith(f"{_OWN}.")
 
 
