@@ -75,17 +75,10 @@ def group_help(group: str, own: list[Path]) -> str:
         path = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
         written = path.read_text(encoding="utf-8", errors="replace").splitlines()
         top = list(takewhile(lambda line: line.startswith("#"), written))
-        words = " ".join(
-            line[1:].removeprefix(" ") for line in top if not line.startswith("# @package")
-        )  # that line is for Hydra
-        for i, text in enumerate(words.split("   ")):  # before a command, which has a line of its own
-            indent = "  " * (i > 0)
-            lines += textwrap.wrap(
-                f"{'' if i else name:{width}}{indent}{text}",
-                120,
-                subsequent_indent=" " * width + indent,
-                break_on_hyphens=False,
-            )
+        # The line of a package is for Hydra; those of commands, which are indented, stay as they are.
+        words = " ".join(line[1:].strip() for line in top if not line.startswith(("# @package", "#   ")))
+        lines += textwrap.wrap(f"{name:{width}}{words}", 120, subsequent_indent=" " * width, break_on_hyphens=False)
+        lines += [f"{'':{width}}  {line[1:].strip()}" for line in top if line.startswith("#   ")]
         for line in written[len(top) :] if group != "experiment" else []:
             if base := re.match(r"  - (?!_self_)(\w+)", line):  # of its defaults
                 line = f"the keys of {base[1]}, with"
