@@ -188,7 +188,7 @@ def _maximize_elbo(
     with torch.no_grad():
         triangle = below.tril(-1) + torch.diag_embed(log_diagonal.exp())
         fitted = loc + widest * shift, scale[..., None] * triangle
-        # Where a fit has diverged, the moments of q are a proposal as valid.
+        # Where a fit has diverged, the widened moments of q are a proposal as valid.
         diverged = ~torch.stack([part.flatten(1).isfinite().all(1) for part in fitted]).all(0)  # (n,)
         return (
             torch.where(diverged[:, None], loc, fitted[0]),
