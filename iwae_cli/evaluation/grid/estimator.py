@@ -154,7 +154,8 @@ def _require_few_latents(model: LatentVariableModel) -> Float[Tensor, "1 pixels"
     if model.inference.reparameterized and len(sizes) == 1 and sizes[0] <= 2:
         return x
     kind = "real" if model.inference.reparameterized else "discrete"
-    ais = "" if isinstance(model.generative.prior, OneHotPrior) else "write estimator=ais, or "  # AIS moves no categorical h
+    # AIS moves no categorical latent.
+    ais = "" if isinstance(model.generative.prior, OneHotPrior) else "write estimator=ais, or "
     raise UserError(
         f"estimator=grid is for one layer of one or two real latents, and this model has {' + '.join(map(str, sizes))} "
         f"{kind} ones: {ais}train one with model=one_layer model.latent_sizes=[2]"
